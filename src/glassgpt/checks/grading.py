@@ -1,0 +1,34 @@
+"""Run a check on an attempt, and say in words what it found."""
+
+from collections.abc import Callable
+from typing import Any
+
+
+def grade(check: Callable[[Any], None], attempt: Any) -> None:
+    """Run a check on a reader's attempt and print what it found.
+
+    Prints `Correct`, `Not yet` with the mistake that the check names, or `Still to do`
+    while the attempt raises NotImplementedError.
+    """
+    goal = (check.__doc__ or check.__name__).splitlines()[0]
+    try:
+        check(attempt)
+    except NotImplementedError:
+        print(f"Still to do: {goal}")
+    except AssertionError as mistake:
+        print(f"Not yet: {mistake}")
+    else:
+        print(f"Correct: {goal}")
+
+
+def catch(check: Callable[[Any], None], wrong: Any) -> None:
+    """Run a check on a version known to be wrong and print the mistake it names.
+
+    Raises AssertionError when the check lets the wrong version pass.
+    """
+    try:
+        check(wrong)
+    except AssertionError as mistake:
+        print(f"Caught: {mistake}")
+    else:
+        raise AssertionError(f"{check.__name__} did not notice the mistake")
