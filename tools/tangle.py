@@ -1,6 +1,6 @@
 """Write the modules of src/glassgpt from the exported cells of the chapters.
 
-    python tools/tangle.py            write every module, remove what no chapter exports
+    python tools/tangle.py            write every module
     python tools/tangle.py --check    change nothing; exit 1 and show a diff where they differ
 
 The markers are nbdev's. `#| default_exp NAME` names the module of a chapter, once. A cell whose
@@ -130,17 +130,17 @@ def main(arguments=None):
         if old == new and path in wanted and path in present:
             continue
         differences += 1
-        if options.check:
+        if path not in wanted:
+            # Never deleted here: it may be somebody's work.
+            print(f"tangle: no chapter exports {path}; move its code into a chapter or delete it")
+        elif options.check:
             diff = difflib.unified_diff(old.splitlines(True), new.splitlines(True), str(path), "chapters")
             sys.stdout.writelines(diff)
             print(f"tangle: {path} differs from the chapters; run `make tangle`")
-        elif path in wanted:
+        else:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(new, "utf-8")
             print(f"wrote {path}")
-        else:
-            path.unlink()
-            print(f"removed {path}: no chapter exports it")
     return 1 if options.check and differences else 0
 
 
