@@ -1,0 +1,390 @@
+"""Softmax and cross-entropy: parity, properties, and checks that name mistakes."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from glassgpt.checks import softmax as checks
+from glassgpt.softmax import cross_entropy, log_softmax, softmax
+
+shapes = st.lists(st.integers(1, 5), min_size=1, max_size=4)
+seeds = st.integers(0, 2**31)
+
+
+def random_scores(shape, seed, scale=10.0):
+    generator = torch.Generator().manual_seed(seed)
+    return scale * torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def test_package_passes_its_checks():
+    checks.check_softmax(softmax)
+    checks.check_log_softmax(log_softmax)
+    checks.check_cross_entropy(cross_entropy)
+
+
+@given(shapes, seeds, st.data())
+@settings(deadline=None)
+def test_softmax_equals_torch_on_every_axis(shape, seed, data):
+    dim = data.draw(st.integers(-len(shape), len(shape) - 1))
+    temperature = data.draw(st.floats(0.01, 100))
+    x = random_scores(shape, seed)
+    torch.testing.assert_close(
+        softmax(x, dim, temperature), (x / temperature).softmax(dim), atol=1e-12, rtol=0
+    )
+    torch.testing.assert_close(
+        log_softmax(x, dim), x.log_softmax(dim), atol=1e-12, rtol=0
+    )
+
+
+@given(
+    st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1),
+    st.floats(min_value=0, exclude_min=True, allow_infinity=False),
+)
+@settings(deadline=None)
+def test_softmax_is_finite_for_any_finite_scores_and_temperature(scores, temperature):
+    probabilities = softmax(torch.tensor(scores), temperature=temperature)
+    assert probabilities.isfinite().all()
+    assert (probabilities >= 0).all()
+    assert probabilities.sum().item() == pytest.approx(1, abs=1e-5)
+
+
+@given(shapes, seeds)
+@settings(deadline=None)
+def test_gradients_equal_torch(shape, seed):
+    x = random_scores(shape, seed).requires_grad_()
+    weights = random_scores(shape, seed + 1)
+    for ours, theirs in ((softmax, torch.softmax), (log_softmax, torch.log_softmax)):
+        (a,) = torch.autograd.grad((ours(x, -1) * weights).sum(), x)
+        (b,) = torch.autograd.grad((theirs(x, -1) * weights).sum(), x)
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
+
+
+def test_minus_infinity_gets_nothing_and_its_gradient_is_finite():
+    x = torch.tensor([[0.0, -math.inf], [-math.inf, -math.inf]], requires_grad=True)
+    probabilities = softmax(x)
+    assert probabilities.tolist() == [[1, 0], [0, 0]]
+    probabilities[:, 0].sum().backward()
+    assert x.grad.isfinite().all()
+    assert log_softmax(x).tolist() == [[0, -math.inf], [-math.inf, -math.inf]]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_nan_and_plus_infinity_spoil_their_own_row_only(bad):
+    x = torch.tensor([[0.0, bad], [0.0, 0.0]])
+    for result in (softmax(x), log_softmax(x).exp()):
+        assert result[0].isnan().all()
+        assert result[1].tolist() == pytest.approx([0.5, 0.5])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_rounded_only_at_the_end(dtype):
+    x = random_scores((4, 5000), 0, scale=2.0).to(dtype)
+    exact = softmax(x.double())
+    assert softmax(x).dtype == log_softmax(x).dtype == dtype
+    assert torch.equal(softmax(x), softmax(x.float()).to(dtype))
+    # Half a unit in the last place of the largest probability.
+    error = (softmax(x).double() - exact).abs().max()
+    assert error <= torch.finfo(dtype).eps * exact.max()
+    loss = cross_entropy(x, torch.zeros(4, dtype=torch.int64))
+    assert loss.dtype == torch.float32
+    wanted = F.cross_entropy(x.double(), torch.zeros(4, dtype=torch.int64))
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan, math.inf, -math.inf])
+def test_softmax_refuses_impossible_temperatures(temperature):
+    with pytest.raises(ValueError, match="temperature must be positive and finite"):
+        softmax(torch.zeros(2), temperature=temperature)
+
+
+@pytest.mark.parametrize("function", [softmax, log_softmax])
+def test_integers_are_refused(function):
+    with pytest.raises(ValueError, match="floating-point numbers, not torch.int64"):
+        function(torch.tensor([1, 2]))
+
+
+@given(st.lists(st.integers(1, 4), max_size=3), st.integers(1, 7), seeds, st.data())
+@settings(deadline=None)
+def test_cross_entropy_equals_torch(shape, vocabulary, seed, data):
+    logits = random_scores((*shape, vocabulary), seed).requires_grad_()
+    some = st.sampled_from([-100, *range(vocabulary)])
+    count = math.prod(shape)
+    ids = data.draw(st.lists(some, min_size=count, max_size=count).filter(_any_counts))
+    targets = torch.tensor(ids, dtype=torch.int64).reshape(shape)
+    loss = cross_entropy(logits, targets)
+    wanted = F.cross_entropy(logits.reshape(-1, vocabulary), targets.reshape(-1))
+    torch.testing.assert_close(loss, wanted, atol=1e-12, rtol=1e-12)
+    (a,) = torch.autograd.grad(loss, logits)
+    (b,) = torch.autograd.grad(wanted, logits)
+    torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+
+
+def _any_counts(ids):
+    return any(i != -100 for i in ids)
+
+
+def test_cross_entropy_ignores_the_index_it_is_given():
+    logits = random_scores((3, 4), 0)
+    targets = torch.tensor([0, 2, 0])
+    wanted = F.cross_entropy(logits, targets, ignore_index=0)
+    assert cross_entropy(logits, targets, ignore_index=0) == wanted
+
+
+def test_an_ignored_position_with_impossible_scores_does_no_harm():
+    logits = torch.tensor([[0.0, 0.0], [math.nan, 0.0]], requires_grad=True)
+    loss = cross_entropy(logits, torch.tensor([0, -100]))
+    assert loss.item() == pytest.approx(math.log(2))
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (torch.zeros(3, 2, dtype=torch.int64), r"\(3, 2\) does not fit \(2, 3, 5\)"),
+        (torch.zeros(2, 3), "must be int64 token ids, not torch.float32"),
+        (torch.full((2, 3), 5), "must lie between 0 and 4"),
+        (torch.full((2, 3), -1), "must lie between 0 and 4"),
+        (torch.full((2, 3), -100), "every target is ignored"),
+    ],
+)
+def test_cross_entropy_refuses_bad_targets(targets, message):
+    with pytest.raises(ValueError, match=message):
+        cross_entropy(torch.zeros(2, 3, 5), targets)
+
+
+def test_cross_entropy_compiles_whole_and_marks_bad_targets_with_nan():
+    compiled = torch.compile(cross_entropy, fullgraph=True, backend="aot_eager")
+    logits = torch.randn(2, 3, 5, requires_grad=True)
+    targets = torch.tensor([[0, 1, 2], [3, 4, -100]])
+    loss = compiled(logits, targets)
+    torch.testing.assert_close(loss, cross_entropy(logits, targets))
+    loss.backward()
+    assert logits.grad.isfinite().all()
+    assert compiled(logits, torch.full((2, 3), 5)).isnan()
+    assert compiled(logits, torch.full((2, 3), -100)).isnan()
+
+
+def test_softmax_compiles_whole():
+    compiled = torch.compile(softmax, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 3)
+    torch.testing.assert_close(compiled(x, -1, 0.7), softmax(x, -1, 0.7))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cross_entropy_on_a_gpu_neither_waits_nor_asserts():
+    logits = torch.randn(2, 3, 5, device="cuda")
+    good = torch.tensor([[0, 1, 2], [3, 4, -100]])
+    targets, bad = good.cuda(), torch.full((2, 3), 5, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss, spoiled = cross_entropy(logits, targets), cross_entropy(logits, bad)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(loss.cpu(), cross_entropy(logits.cpu(), good))
+    assert spoiled.isnan()
+
+
+# Wrong versions. Each check must notice, and say which mistake it was.
+
+
+def shifted(x, dim=-1):
+    return x - x.amax(dim, keepdim=True)
+
+
+def normalized(powers, dim=-1):
+    return powers / powers.sum(dim, keepdim=True)
+
+
+def in_place(x, dim=-1):
+    x -= x.amax(dim, keepdim=True)
+    return normalized(x.exp(), dim)
+
+
+def lenient(x, dim=-1, temperature=1.0):
+    return normalized((shifted(x, dim) / (temperature or 1.0)).exp(), dim)
+
+
+def mean_of_summands(logits, targets):
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="sum")
+
+
+def flat(logits, targets, **options):
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), **options)
+
+
+def last_chunk(chunks):
+    for chunk in chunks:
+        result = chunk.logsumexp(0)
+    return result
+
+
+WRONG = [
+    ("check_probabilities", lambda x, dim=-1: normalized(x, dim), "not positive"),
+    (
+        "check_probabilities",
+        lambda x, dim=-1: normalized(shifted(x, dim).exp(), 0),
+        "wrong axis",
+    ),
+    (
+        "check_probabilities",
+        lambda x, dim=-1: x.exp() / x.exp().sum(dim),
+        "keepdim=True",
+    ),
+    ("check_probabilities", lambda x, dim=-1: x.exp() / x.exp().sum(), "whole table"),
+    ("check_probabilities", lambda x, dim=-1: x.exp(), "row 0 sums to 11.107"),
+    (
+        "check_probabilities",
+        lambda x, dim=-1: normalized(x.exp()),
+        "dim=0 was ignored",
+    ),
+    (
+        "check_probabilities",
+        lambda x, dim=-1: normalized(x.exp2(), dim),
+        "is the base e",
+    ),
+    ("check_probabilities", in_place, "changed in place"),
+    ("check_probabilities", lambda x, dim=-1: x.softmax(dim)[0], "shape changed"),
+    ("check_stable", lambda x: normalized(x.exp()), "forgot to subtract the maximum"),
+    ("check_stable", lambda x: normalized((x - 1000).exp()), "whatever its sign"),
+    ("check_stable", lambda x: normalized((x - x.max()).exp()), "each row's own"),
+    (
+        "check_stable",
+        lambda x: normalized(x.abs().log1p().exp()),
+        "adding a constant",
+    ),
+    (
+        "check_stable",
+        lambda x: normalized(shifted(x.clamp(min=-1e9)).exp() + 1e-4),
+        "-inf must get 0",
+    ),
+    (
+        "check_temperature",
+        lambda x, temperature: softmax(x * temperature),
+        "multiplied instead of divided",
+    ),
+    ("check_temperature", lambda x, temperature: softmax(x), "was ignored"),
+    (
+        "check_temperature",
+        lambda x, temperature: softmax(x) / temperature,
+        "must divide the scores before exp",
+    ),
+    ("check_temperature", lenient, "temperature=0.0 must raise ValueError"),
+    (
+        "check_softmax",
+        lambda x, dim=-1, temperature=1.0: softmax(
+            x.float(), dim, temperature
+        ).double(),
+        "differs from torch.softmax",
+    ),
+    (
+        "check_log_softmax",
+        lambda x, dim=-1: x.softmax(dim).log(),
+        "instead of taking the log of softmax",
+    ),
+    (
+        "check_log_softmax",
+        lambda x, dim=-1: x - x.exp().sum(dim, keepdim=True).log(),
+        "forgot to subtract the maximum",
+    ),
+    ("check_log_softmax", lambda x, dim=-1: x.log_softmax(0), "wrong axis"),
+    ("check_log_softmax", lambda x, dim=-1: -x.log_softmax(dim), "is the sign right"),
+    (
+        "check_log_softmax",
+        lambda x, dim=-1: x.float().log_softmax(dim).to(x.dtype),
+        "differs from torch.log_softmax",
+    ),
+    (
+        "check_cross_entropy",
+        lambda logits, targets: flat(logits.softmax(-1), targets),
+        "softmax was applied twice",
+    ),
+    (
+        "check_cross_entropy",
+        lambda logits, targets: -flat(logits, targets),
+        "the sign is wrong",
+    ),
+    ("check_cross_entropy", mean_of_summands, "take the mean"),
+    (
+        "check_cross_entropy",
+        lambda logits, targets: flat(logits, targets) / math.log(2),
+        "these are bits",
+    ),
+    (
+        "check_cross_entropy",
+        lambda logits, targets: (
+            flat(logits, targets) * (targets != -100).double().mean()
+        ),
+        "still count in the mean",
+    ),
+    (
+        "check_cross_entropy",
+        lambda logits, targets: flat(logits, targets.clamp(min=0)),
+        "-100 must be ignored",
+    ),
+    (
+        "check_cross_entropy",
+        lambda logits, targets: flat(logits, targets.clamp(max=4)),
+        "no ValueError",
+    ),
+    (
+        "check_masked_softmax",
+        lambda x, allowed: x.softmax(-1) * allowed,
+        "before the softmax, not after",
+    ),
+    (
+        "check_masked_softmax",
+        lambda x, allowed: x.masked_fill(allowed, -math.inf).softmax(-1),
+        "probability above 0",
+    ),
+    (
+        "check_masked_softmax",
+        lambda x, allowed: (x * allowed).softmax(-1) * allowed,
+        "sum to",
+    ),
+    (
+        "check_masked_softmax",
+        lambda x, allowed: normalized((x / 2).softmax(-1) * allowed),
+        "still took part",
+    ),
+    (
+        "check_cross_entropy_gradient",
+        lambda logits, targets: softmax(logits) - F.one_hot(targets, 4),
+        "divide by the number of positions",
+    ),
+    (
+        "check_cross_entropy_gradient",
+        lambda logits, targets: (F.one_hot(targets, 4) - softmax(logits)) / 3,
+        "onehot - p",
+    ),
+    (
+        "check_cross_entropy_gradient",
+        lambda logits, targets: softmax(logits) / 3,
+        "subtract 1 there",
+    ),
+    (
+        "check_cross_entropy_gradient",
+        lambda logits, targets: torch.zeros_like(logits),
+        "differs from autograd",
+    ),
+    ("check_one_pass", last_chunk, "only the last chunk counts"),
+    (
+        "check_one_pass",
+        lambda chunks: torch.cat(list(chunks)).exp().sum().log(),
+        "subtract the peak",
+    ),
+    (
+        "check_one_pass",
+        lambda chunks: torch.cat(list(chunks)).logsumexp(0) + 0.1,
+        "when the peak grows",
+    ),
+]
+
+
+@pytest.mark.parametrize(("check", "wrong", "message"), WRONG)
+def test_check_names_the_mistake(check, wrong, message):
+    with pytest.raises(AssertionError) as caught:
+        getattr(checks, check)(wrong)
+    assert message in str(caught.value)
