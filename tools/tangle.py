@@ -94,6 +94,9 @@ def render(cells):
         else:
             bodies.append(link_docstrings(code, f"{notebook.stem}.html", anchor))
     text = HEADER.format(", ".join(dict.fromkeys(homes))) + "\n".join(heads)
+    # One blank line between the imports and a constant, as the formatter has it.
+    if bodies and not re.match(r"@|class |def ", bodies[0]):
+        text = f"{text}\n\n{bodies.pop(0)}"
     return "\n\n\n".join([text, *bodies]).rstrip("\n") + "\n"
 
 
