@@ -1,0 +1,193 @@
+# Written by tools/tangle.py from book/03_embeddings.ipynb: change it there.
+"""Checks of similarities, lookups and embedding layers that name the mistake."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_COSINE_MISTAKES = {
+    48.0: "that is the dot product: divide it by both lengths",
+    9.6: "it is divided by the length of a only: divide by b's length too",
+    4.8: "it is divided by the length of b only: divide by a's length too",
+    0.0192: "it is divided by the squares of the lengths: take their roots",
+    -0.96: "the sign is wrong",
+}
+
+
+def _check_formula(similarity: Callable[..., Tensor]) -> None:
+    a, b = torch.tensor([3.0, 4.0]), torch.tensor([8.0, 6.0])
+    got = float(similarity(a, b))
+    for wrong, reason in _COSINE_MISTAKES.items():
+        assert abs(got - wrong) > 1e-4, f"(3, 4) and (8, 6) give {got:.4g}: {reason}"
+    assert abs(got - 0.96) < 1e-5, f"(3, 4) and (8, 6) give {got:.4g}, not 0.96"
+    opposite = float(similarity(a, -a))
+    assert abs(opposite + 1) < 1e-5, f"opposite vectors give {opposite:.3f}, not -1"
+
+
+def _check_extremes(similarity: Callable[..., Tensor]) -> None:
+    a = torch.tensor([3.0, 4.0])
+    zero = float(similarity(torch.zeros(2), a))
+    assert zero == 0, f"a zero vector gives {zero}, not 0: don't divide by its length"
+    for size in (1e30, 1e-30):
+        got = float(similarity(a * size, a * size))
+        assert abs(got - 1) < 1e-5, (
+            f"a vector of length {5 * size:.0e} and itself give {got:.3f}, not 1: "
+            "its squares leave the range of floats, so scale it first"
+        )
+
+
+def _check_axes(similarity: Callable[..., Tensor]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(2, 1, 3, generator=generator, dtype=torch.float64)
+    b = torch.randn(4, 3, generator=generator, dtype=torch.float64)
+    for dim, name in ((-1, "the last axis"), (1, "dim=1")):
+        wanted, got = F.cosine_similarity(a, b, dim=dim), similarity(a, b, dim)
+        assert got.shape == wanted.shape, (
+            f"shapes (2, 1, 3) and (4, 3) along {name} give {tuple(got.shape)}, "
+            f"not {tuple(wanted.shape)}: broadcast, then sum over dim"
+        )
+        assert torch.allclose(got, wanted), f"wrong along {name}: is dim used everywhere?"
+
+
+def check_cosine_similarity(similarity: Callable[..., Tensor]) -> None:
+    """The cosine of the angle: of any lengths, along any axis, 0 for zero vectors.
+
+    similarity: called as similarity(a, b) for the last axis and similarity(a, b, dim).
+
+    Book: 03_embeddings.html#the-check
+    """
+    _check_formula(similarity)
+    _check_extremes(similarity)
+    _check_axes(similarity)
+
+
+def check_nearest_neighbors(
+    nearest: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]],
+) -> None:
+    """The rows of the most similar directions, best first, with their similarities.
+
+    Book: 03_embeddings.html#nearest-neighbors
+    """
+    table = torch.tensor([[9.0, 9.0], [2.0, 0.0], [0.4, 0.1], [-5.0, 0.0], [0.0, 0.0]])
+    similarities, ids = nearest(torch.tensor([1.0, 0.0]), table, 3)
+    found = ids.tolist()
+    assert len(found) == 3, f"asked for 3 rows, got {len(found)}"
+    assert found[0] != 0, "a long row won: compare directions, not dot products"
+    assert found[0] != 3, "the opposite direction came first: sort from high to low"
+    assert found == [1, 2, 0], f"the nearest rows are 1, 2 and 0, not {found}"
+    wanted = torch.tensor([1.0, 4 / 17**0.5, 0.5**0.5])
+    assert torch.allclose(similarities, wanted, atol=1e-5), (
+        f"the similarities should be {wanted.tolist()}, not {similarities.tolist()}"
+    )
+
+
+def _check_rows(layer: nn.Module) -> None:
+    weight = getattr(layer, "weight", None)
+    assert isinstance(weight, nn.Parameter), (
+        "weight is no nn.Parameter: an optimizer would never find it"
+    )
+    assert weight.shape == (5, 3), (
+        f"weight of Embedding(5, 3) has shape {tuple(weight.shape)}, not (rows, width)"
+    )
+    ids = torch.tensor([[0, 4], [4, 2]])
+    found = layer(ids)
+    assert found.shape == (2, 2, 3), (
+        f"ids (2, 2) give {tuple(found.shape)}, not (2, 2, 3): each id becomes a row"
+    )
+    assert torch.equal(found, weight[ids]), "the vectors are not the rows of the ids"
+
+
+def _check_gradient(layer: nn.Module) -> None:
+    layer.weight.grad = None
+    layer(torch.tensor([4, 0, 4])).sum().backward()
+    assert layer.weight.grad is not None, "no gradient reaches weight: it can't learn"
+    got = layer.weight.grad[:, 0].tolist()
+    assert got[1:4] == [0, 0, 0], "rows that no id asked for receive a gradient"
+    assert got[4] == 2 * got[0] == 2, (
+        f"an id that occurs twice gets gradient {got[4]:g}, not 2: its gradients add up"
+    )
+
+
+def _error(layer: nn.Module, ids: Tensor) -> Exception | None:
+    try:
+        layer(ids)
+    except Exception as error:
+        return error
+    return None
+
+
+def _check_refusals(layer: nn.Module) -> None:
+    for wrong in (-1, 5):
+        error = _error(layer, torch.tensor([0, wrong]))
+        assert error is not None, f"id {wrong} was accepted: it is no row of 0 to 4"
+        assert isinstance(error, ValueError), (
+            f"id {wrong} raises {type(error).__name__}: raise a ValueError"
+        )
+        assert str(wrong) in str(error), f"the error doesn't name the id {wrong}: {error}"
+    error = _error(layer, torch.tensor([0.0, 1.0]))
+    assert isinstance(error, TypeError | ValueError), "fractions were accepted as ids"
+
+
+def check_embedding(embedding: Callable[[int, int], nn.Module]) -> None:
+    """Looks up its rows, trains those alone, and refuses ids it doesn't have.
+
+    embedding: called as embedding(rows, width); the layer has a parameter `weight`.
+
+    Book: 03_embeddings.html#the-check-of-the-layer
+    """
+    layer = embedding(5, 3)
+    _check_rows(layer)
+    _check_gradient(layer)
+    _check_refusals(layer)
+    spread = embedding(1000, 50).weight.std().item()
+    assert abs(spread - 0.02) < 0.001, f"the rows start spread by {spread:.3f}, not 0.02"
+
+
+def check_lookup(lookup: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """A lookup written as a product of one-hot vectors with the table.
+
+    lookup: called as lookup(table, ids) with table (V, C) and ids of any shape.
+
+    Book: 03_embeddings.html#exercises
+    """
+    table = torch.arange(12.0).view(4, 3)
+    for ids in (torch.tensor([2, 0, 2]), torch.tensor([[1, 3]]), torch.tensor(3)):
+        got, wanted = lookup(table, ids), table[ids]
+        assert got.shape == wanted.shape, (
+            f"ids {tuple(ids.shape)} give {tuple(got.shape)}, not {tuple(wanted.shape)}"
+        )
+        assert torch.equal(got, wanted), f"ids {ids.tolist()} give the wrong rows"
+
+
+def check_analogy(analogy: Callable[[int, int, int, Tensor], int]) -> None:
+    """The row most like b - a + c, with a, b and c themselves left out.
+
+    Book: 03_embeddings.html#exercise-2-analogies-without-the-inputs
+    """
+    table = torch.tensor([[1.0, 0.0], [1.0, 1.0], [5.0, 0.2], [4.0, 2.0], [-5.0, 9.0]])
+    got = int(analogy(0, 1, 2, table))
+    assert got not in (0, 1, 2), f"row {got} is one of the inputs: leave them out"
+    assert got != 4, "row 4 is where the sign of a or c is wrong: take b - a + c"
+    assert got == 3, f"row {got} is not most like b - a + c"
+
+
+def check_embedding_gradient(
+    gradient: Callable[[Tensor, Tensor, int], Tensor],
+) -> None:
+    """The gradient of a table: what its looked-up rows receive, added up.
+
+    gradient: called as gradient(ids, upstream, rows); ids (T,), upstream (T, C).
+
+    Book: 03_embeddings.html#exercise-3-the-gradient-of-a-lookup
+    """
+    ids, upstream = torch.tensor([2, 0, 2]), torch.tensor([[1.0], [5.0], [10.0]])
+    got = gradient(ids, upstream, 4)
+    assert got.shape == (4, 1), f"the gradient is {tuple(got.shape)}, not like the table"
+    assert got[1] == got[3] == 0, "a row that was not looked up receives a gradient"
+    assert got[2] not in (1, 10), (
+        f"row 2 was looked up twice, with 1 and 10, but got only {got[2].item():g}: "
+        "assigning with grad[ids] += keeps one of them"
+    )
+    assert got.flatten().tolist() == [5, 0, 11, 0], f"got {got.flatten().tolist()}"
