@@ -149,7 +149,7 @@ def _picture(fig: Figure, alt: str, salt: str) -> Picture:
     if not isinstance(alt, str) or not alt.strip():
         raise ValueError("a picture needs alternative text: say in words what it shows")
     file = io.StringIO()
-    # With a fixed salt and no date, the same figure gives the same text.
+    # With a fixed salt and no date, the same code gives the same text.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "glassgpt"}):
         fig.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     width, height = (round(72 * inches, 2) for inches in fig.get_size_inches())
@@ -175,13 +175,14 @@ def heatmap(
     `matrix` (rows, columns) is a tensor or what numpy makes an array of; bool and
     infinite entries are welcome. `rows` and `columns` are the labels. `color` is a name
     in PALETTE or any color of matplotlib; `limit` is the number that gets the full
-    color (default: the largest magnitude). Raises ValueError if the matrix does not
-    have two axes or holds NaN, and if the labels do not fit.
+    color (default: the largest magnitude). Name the axes of `ax` before, so that the
+    numbers are fitted to what is left. Raises ValueError if the matrix does not have
+    two axes or holds NaN, and if the labels do not fit.
 
     Book: a1_figures.html#the-picture-of-a-matrix
     """
     numbers = _as_matrix(matrix, rows, columns)
-    cell = _grid(ax, numbers.shape, rows, columns)
+    _set_up_grid(ax, numbers.shape, rows, columns)
     if title:
         ax.set_title(title, fontsize=11)
     shades = _shades(numbers, color, limit)
@@ -190,7 +191,7 @@ def heatmap(
         return
     for row, column in np.ndindex(numbers.shape):
         _draw_cell(ax, row, column, shades[row, column])
-    _print_numbers(ax, numbers, digits, cell)
+    _print_numbers(ax, numbers, digits)
 
 
 def _as_array(values: Any) -> np.ndarray:
@@ -236,13 +237,17 @@ def _shades(numbers: np.ndarray, color: str, limit: float | None) -> np.ndarray:
     return shades
 
 
-def _grid(
-    ax: Any, shape: tuple, rows: Sequence | None, columns: Sequence | None
-) -> float:
-    """Set up the axes of a heatmap; returns the width of a cell in points."""
-    height, width = shape
+def _cell_width(ax: Any, shape: tuple) -> float:
+    """Return the width of a cell in points, as far as the axes are laid out."""
     box = ax.get_window_extent()
-    cell = min(box.width / width, box.height / height) * 72 / ax.figure.dpi
+    return min(box.width / shape[1], box.height / shape[0]) * 72 / ax.figure.dpi
+
+
+def _set_up_grid(
+    ax: Any, shape: tuple, rows: Sequence | None, columns: Sequence | None
+) -> None:
+    height, width = shape
+    cell = _cell_width(ax, shape)
     ax.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5), aspect="equal")
     ax.spines[:].set_visible(False)
     ax.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
@@ -257,7 +262,6 @@ def _grid(
             label.set(ha="left", va="bottom", rotation_mode="anchor")
     each = max(1, int(np.ceil(12 / cell)))
     ax.set_yticks(range(0, len(beside), each), beside[::each])
-    return cell
 
 
 def _draw_cell(ax: Any, row: int, column: int, shade: np.ndarray) -> None:
@@ -266,9 +270,11 @@ def _draw_cell(ax: Any, row: int, column: int, shade: np.ndarray) -> None:
     ax.add_patch(Rectangle(corner, 0.94, 0.94, fc=shade, ec=edge, lw=0.6))
 
 
-def _print_numbers(ax: Any, numbers: np.ndarray, digits: int, cell: float) -> None:
+def _print_numbers(ax: Any, numbers: np.ndarray, digits: int) -> None:
     texts = [_number(value, digits) for value in numbers.flat]
-    size = min(10, cell / (0.68 * max(map(len, texts))))
+    ax.figure.draw_without_rendering()
+    longest = max(map(len, texts))
+    size = min(9.5, _cell_width(ax, numbers.shape) / (0.72 * longest))
     if size < 6:
         return
     for (row, column), text in zip(np.ndindex(numbers.shape), texts, strict=True):

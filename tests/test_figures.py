@@ -1,0 +1,405 @@
+"""Figures: same bytes twice, nothing fetched, described, moving without a kernel."""
+
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.colors import to_rgb
+
+from glassgpt.figures import (
+    PALETTE,
+    MovingFigure,
+    Picture,
+    bars,
+    figure,
+    heatmap,
+    show,
+    slider,
+)
+
+
+def line(height=1.0):
+    fig, ax = figure(3, 2)
+    ax.plot([0, 1], [0, height], marker="o")
+    ax.set(xlabel="x", ylabel="y", title="a < b")
+    return fig
+
+
+def moving(start=1, values=(1, 2, 4)):
+    return slider(line, values, "height", "A line of height {}.".format, start)
+
+
+def names(page):
+    return re.findall(r' id="([^"]*)"', page)
+
+
+def luminance(color):
+    stored = np.array(to_rgb(color))
+    light = np.where(
+        stored <= 0.04045, stored / 12.92, ((stored + 0.055) / 1.055) ** 2.4
+    )
+    return light @ [0.2126, 0.7152, 0.0722]
+
+
+def contrast(one, other):
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("ground", ["#ffffff", "#121212", "#1e1e1e"])
+@pytest.mark.parametrize("name", PALETTE)
+def test_every_color_stands_out_in_light_and_dark(name, ground):
+    assert contrast(PALETTE[name], ground) >= 3
+
+
+def test_no_color_stands_for_two_things():
+    assert len(set(PALETTE.values())) == len(PALETTE)
+    assert set("BTCHV") < set(PALETTE)
+
+
+@pytest.mark.parametrize("make", [lambda: show(line(), "a line"), moving])
+def test_the_same_figure_gives_the_same_bytes(make):
+    assert make()._repr_html_() == make()._repr_html_()
+
+
+def test_figures_on_one_page_share_no_names():
+    pages = [show(line(h), "a line")._repr_html_() for h in (1, 2)]
+    pages.append(moving()._repr_html_())
+    found = [name for page in pages for name in names(page)]
+    assert found
+    assert len(found) == len(set(found))
+
+
+def test_equal_frames_share_no_names():
+    page = slider(lambda _: line(), [1, 2], "nothing", str)._repr_html_()
+    assert names(page)
+    assert len(names(page)) == len(set(names(page)))
+
+
+def test_every_reference_has_its_target():
+    page = moving()._repr_html_()
+    assert set(re.findall(r'(?:href="|url\()#([\w-]+)', page)) == set(names(page))
+
+
+@pytest.mark.parametrize("make", [lambda: show(line(), "a line"), moving])
+def test_nothing_is_fetched_and_nothing_styles_the_page(make):
+    page = make()._repr_html_()
+    rest = page.replace('xmlns="http://www.w3.org/2000/svg"', "")
+    assert "http" not in rest
+    assert "@import" not in rest
+    assert "*{" not in rest
+    assert all(target.startswith("#") for target in re.findall(r'href="([^"]*)', rest))
+
+
+def test_black_is_the_ink_of_the_page():
+    fig, ax = figure()
+    ax.plot([0, 1], [0, 1], color="black")
+    page = show(fig, "a line")._repr_html_()
+    assert "stroke: currentColor" in page
+    assert "#000000" not in page
+
+
+def test_letters_stay_letters_in_the_font_of_the_page():
+    fig, ax = figure()
+    ax.text(0, 0, "café < tea")
+    ax.text(0, 1, "code", family="monospace")
+    page = show(fig, "words")._repr_html_()
+    assert "café &lt; tea" in page
+    assert "system-ui" in page
+    assert "monospace" in page
+    assert "DejaVu" not in page
+
+
+@pytest.mark.parametrize("alt", ["", "  ", None])
+def test_a_picture_needs_alternative_text(alt):
+    with pytest.raises(ValueError, match="alternative text"):
+        show(line(), alt)
+
+
+def test_a_picture_needs_a_figure():
+    with pytest.raises(ValueError, match="None"):
+        show(None, "a line")
+
+
+def test_alternative_text_is_escaped_and_is_the_plain_text():
+    picture = show(line(), 'a "line" <b>')
+    assert isinstance(picture, Picture)
+    assert (
+        'role="img" aria-label="a &quot;line&quot; &lt;b&gt;"' in picture._repr_html_()
+    )
+    assert repr(picture) == 'a "line" <b>'
+
+
+@pytest.mark.parametrize("size", [(0, 1), (1, -1)])
+def test_figure_refuses_sizes_that_are_not_positive(size):
+    with pytest.raises(ValueError, match="positive"):
+        figure(*size)
+
+
+def test_figure_leaves_the_settings_of_matplotlib_alone():
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    show(line(), "a line")
+    assert dict(matplotlib.rcParams) == before
+
+
+def cell_texts(matrix, **options):
+    fig, ax = figure()
+    heatmap(ax, matrix, **options)
+    return re.findall(r">([^<>]+)</text>", show(fig, "a grid").drawing)
+
+
+def test_heatmap_prints_every_number_row_by_row():
+    assert cell_texts([[1, 2], [3, -4]], digits=1) == ["1.0", "2.0", "3.0", "−4.0"]
+
+
+def test_heatmap_prints_labels_infinity_and_no_negative_zero():
+    found = cell_texts([[-np.inf, -0.001]], rows=["r"], columns=["c", "d"], title="t")
+    assert sorted(found) == sorted(["−∞", "0.00", "r", "c", "d", "t"])
+
+
+@pytest.mark.parametrize(
+    "matrix",
+    [
+        torch.eye(2, requires_grad=True),
+        torch.eye(2, dtype=torch.bfloat16),
+        torch.eye(2, dtype=torch.bool),
+    ],
+)
+def test_heatmap_takes_tensors_of_any_kind(matrix):
+    assert cell_texts(matrix, digits=0) == ["1", "0", "0", "1"]
+
+
+def opacities(matrix, **options):
+    _, ax = figure()
+    heatmap(ax, matrix, **options)
+    return [round(float(patch.get_facecolor()[3]), 3) for patch in ax.patches]
+
+
+def test_heatmap_shades_by_magnitude_up_to_the_limit():
+    assert opacities([[0, 1, -2]]) == [0, 0.25, 0.5]
+    assert opacities([[0, 1, -2]], limit=4) == [0, 0.125, 0.25]
+    assert opacities([[0, 0, 9]], limit=1) == [0, 0, 0.5]
+    assert opacities([[0, 0]]) == [0, 0]
+
+
+@pytest.mark.parametrize("color", PALETTE)
+def test_heatmap_shows_the_sign_by_color(color):
+    _, ax = figure()
+    heatmap(ax, [[1, -1]], color=color)
+    positive, negative = (patch.get_facecolor()[:3] for patch in ax.patches)
+    assert positive == to_rgb(PALETTE[color])
+    assert negative != positive
+
+
+@pytest.mark.parametrize("color", PALETTE)
+@pytest.mark.parametrize(
+    ("ink", "ground"), [("#222832", "white"), ("#ced6dd", "#14181e")]
+)
+def test_numbers_are_readable_on_the_strongest_cell(color, ink, ground):
+    _, ax = figure()
+    heatmap(ax, [[1]], color=color)
+    *shade, opacity = ax.patches[0].get_facecolor()
+    cell = opacity * np.array(shade) + (1 - opacity) * np.array(to_rgb(ground))
+    assert contrast(ink, cell) >= 4.5
+
+
+def test_a_large_heatmap_has_no_numbers_and_stays_small():
+    fig, ax = figure(6, 4)
+    heatmap(ax, np.random.default_rng(0).random((64, 64)), range(64), range(64))
+    page = show(fig, "a large grid")._repr_html_()
+    assert "0." not in "".join(re.findall(r">([^<>]+)</text>", page))
+    assert "data:image/png;base64," in page
+    assert len(page) < 60_000
+
+
+@pytest.mark.parametrize(
+    ("matrix", "options", "message"),
+    [
+        ([1, 2], {}, "two axes"),
+        (np.zeros((0, 2)), {}, "two axes"),
+        ([[np.nan]], {}, "NaN"),
+        ([[1, 2]], {"rows": ["a", "b"]}, "2 labels for 1 rows"),
+        ([[1, 2]], {"columns": ["a"]}, "1 labels for 2 columns"),
+        ([[1, 2]], {"limit": 0}, "positive"),
+        ([[1, 2]], {"color": "no such color"}, "no such color"),
+    ],
+)
+def test_heatmap_says_what_is_wrong(matrix, options, message):
+    with pytest.raises(ValueError, match=message):
+        heatmap(figure()[1], matrix, **options)
+
+
+def test_bars_have_the_lengths_and_numbers_of_the_values():
+    fig, ax = figure()
+    bars(ax, ["up", "down"], torch.tensor([0.5, -1.0]), digits=1)
+    assert [bar.get_width() for bar in ax.patches] == [0.5, -1.0]
+    page = show(fig, "bars")._repr_html_()
+    for text in ("up", "down", "0.5", "−1.0"):
+        assert f">{text}</text>" in page
+
+
+@pytest.mark.parametrize("values", [[1], [[1, 2]], [1, np.inf]])
+def test_bars_say_what_is_wrong(values):
+    with pytest.raises(ValueError, match="2 finite numbers"):
+        bars(figure()[1], ["a", "b"], values)
+
+
+def test_slider_draws_one_frame_for_each_value_and_shows_the_start():
+    figure_ = moving(start=1)
+    page = figure_._repr_html_()
+    assert isinstance(figure_, MovingFigure)
+    frames = re.findall(
+        r'<div class="glass-frame([^"]*)" data-value="(\w+)"( hidden)?>', page
+    )
+    assert frames == [
+        ("", "1", " hidden"),
+        (" glass-start", "2", ""),
+        ("", "4", " hidden"),
+    ]
+    assert 'type="range" min="0" max="2" step="1" value="1"' in page
+    assert '<output aria-live="off">2</output>' in page
+    assert repr(figure_).startswith("A line of height 2.")
+
+
+def test_slider_describes_every_frame():
+    page = moving()._repr_html_()
+    found = re.findall(r'role="img" aria-label="([^"]*)"', page)
+    assert found == [f"A line of height {h}." for h in (1, 2, 4)]
+
+
+def test_slider_escapes_its_label_and_rounds_floats():
+    page = slider(line, [0.1 + 0.2, 1.0], "a < b", str)._repr_html_()
+    assert 'aria-label="a &lt; b"' in page
+    assert 'data-value="0.3"' in page
+
+
+@pytest.mark.parametrize(("values", "start"), [([], 0), ([1, 2], 2), ([1, 2], -1)])
+def test_slider_needs_a_frame_to_start_with(values, start):
+    with pytest.raises(ValueError, match="no index"):
+        moving(start, values)
+
+
+def test_slider_refuses_what_is_too_large_for_a_page():
+    def large(_):
+        fig, ax = figure()
+        heatmap(ax, np.eye(16))
+        return fig
+
+    with pytest.raises(ValueError, match="fewer frames"):
+        slider(large, range(10), "n", str)
+
+
+def test_a_live_figure_draws_between_the_frames():
+    widgets = pytest.importorskip("ipywidgets")
+    control, picture = moving(values=(1.0, 2.0, 4.0)).live().children
+    assert isinstance(control, widgets.FloatSlider)
+    assert (control.min, control.max, control.value) == (1.0, 4.0, 2.0)
+    assert "A line of height 2.0." in picture.value
+    control.value = 3.1
+    assert "A line of height 3.1." in picture.value
+    assert picture.value == show(line(3.1), "A line of height 3.1.")._repr_html_()
+
+
+def test_a_live_figure_of_whole_numbers_stays_with_whole_numbers():
+    widgets = pytest.importorskip("ipywidgets")
+    assert isinstance(moving().live().children[0], widgets.IntSlider)
+
+
+def test_a_live_figure_needs_numbers():
+    pytest.importorskip("ipywidgets")
+    words = slider(lambda _: line(), ["a", "b"], "word", str)
+    with pytest.raises(ValueError, match="only numbers"):
+        words.live()
+
+
+def test_a_live_figure_without_ipywidgets_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    with pytest.raises(ImportError, match="glassgpt\\[notebooks\\]"):
+        moving().live()
+
+
+def test_the_module_needs_neither_ipython_nor_pyplot():
+    code = (
+        "import sys\n"
+        "sys.modules['IPython'] = sys.modules['ipywidgets'] = None\n"
+        "import glassgpt.figures\n"
+        "assert 'matplotlib.pyplot' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    import shutil
+
+    api = pytest.importorskip("playwright.sync_api")
+    path = shutil.which("chromium")
+    if path is None:
+        pytest.skip("no chromium on this machine")
+    arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=arguments)
+        yield browser
+        browser.close()
+
+
+def two_sliders(browser, **options):
+    page = browser.new_context(**options).new_page()
+    errors = []
+    page.on("pageerror", lambda error: errors.append(error))
+    other = slider(line, [5, 6], "other", "Another line of height {}.".format)
+    page.set_content(moving()._repr_html_() + other._repr_html_())
+    return page, errors
+
+
+def seen(page):
+    """The description of each visible picture."""
+    pictures = page.locator("svg").all()
+    return [p.get_attribute("aria-label") for p in pictures if p.is_visible()]
+
+
+def test_the_keyboard_moves_one_slider_and_leaves_the_other(browser):
+    page, errors = two_sliders(browser)
+    assert seen(page) == ["A line of height 2.", "Another line of height 5."]
+    page.locator("input").first.focus()
+    page.keyboard.press("ArrowRight")
+    assert seen(page) == ["A line of height 4.", "Another line of height 5."]
+    assert page.locator("output").first.inner_text() == "4"
+    assert page.locator("input").first.get_attribute("aria-valuetext") == "4"
+    assert page.locator(".glass-spoken").first.text_content() == "A line of height 4."
+    page.keyboard.press("Home")
+    assert seen(page) == ["A line of height 1.", "Another line of height 5."]
+    assert errors == []
+
+
+def test_print_shows_the_start_and_no_slider(browser):
+    page, _ = two_sliders(browser)
+    page.locator("input").first.focus()
+    page.keyboard.press("ArrowRight")
+    page.emulate_media(media="print")
+    assert seen(page) == ["A line of height 2.", "Another line of height 5."]
+    assert not page.locator("input").first.is_visible()
+    assert page.locator(".glass-still").first.inner_text() == "height: 2"
+
+
+def test_without_scripts_the_start_stands_still(browser):
+    page, _ = two_sliders(browser, java_script_enabled=False)
+    assert page.locator(".glass-start svg").first.is_visible()
+    assert not page.locator("input").first.is_visible()
+
+
+@pytest.mark.parametrize("color", ["rgb(1, 2, 3)", "rgb(250, 250, 250)"])
+def test_the_ink_follows_the_page_and_a_telephone_is_wide_enough(browser, color):
+    page = browser.new_page(viewport={"width": 390, "height": 800})
+    fig, ax = figure(8, 3)
+    ax.plot([0, 1], [0, 1], color="black")
+    picture = show(fig, "a line")._repr_html_()
+    page.set_content(f'<body style="color:{color}">{picture}</body>')
+    style = "getComputedStyle(document.querySelector('text')).fill"
+    assert page.evaluate(style) == color
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
