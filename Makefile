@@ -1,0 +1,53 @@
+# `make help` says what there is. Each command sets up .venv by itself.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# Whole notebooks per worker, and one torch thread each: more would wait for each other.
+WORKERS ?= 2
+export PYDEVD_DISABLE_FILE_VALIDATION = 1
+
+.DEFAULT_GOAL := help
+.PHONY: help book test tangle format clean
+
+help:
+	@echo "make book     build the page from the committed notebooks into _build/html"
+	@echo "make test     check the modules, the style, the package, every notebook and the page"
+	@echo "make tangle   write src/glassgpt from the exported cells of the chapters"
+	@echo "make format   format the code of the notebooks, the tests and the tools"
+	@echo "make clean    remove what was built, but not .venv"
+	@echo
+	@echo "The first call installs everything into $(VENV); choose the interpreter with"
+	@echo "PYTHON=python3.12. Python 3.11 or newer and its venv module are all it needs."
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "$(PYTHON) is missing or older than 3.11. Install Python 3.11 or newer, or name one:"; \
+	  echo "  make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "$(PYTHON) has no venv module. On Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[book,test]"
+	@touch $@
+
+book: $(READY)
+	$(BIN)/python tools/vendor.py
+	$(BIN)/jupyter-book build . -W -n --keep-going --all -q
+	@echo "The book is built. Open _build/html/index.html in a browser."
+
+test: $(READY)
+	$(BIN)/python tools/tangle.py --check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --nbval -n $(WORKERS) --dist loadfile
+
+tangle: $(READY)
+	$(BIN)/python tools/tangle.py
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf _build _vendor build dist .pytest_cache .ruff_cache .hypothesis

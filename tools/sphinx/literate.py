@@ -1,0 +1,161 @@
+"""The book's own Sphinx extension: what a chapter shows of its tangling.
+
+* The lines `#| export`, `#| default_exp` and `#@title` are left out of the page.
+* An exported cell gets a label, "enters glassgpt.attention", that links to the module.
+* The title of a chapter gets its number above it.
+* The directive `names` makes the index of every exported name.
+"""
+
+import codecs
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+
+from docutils import nodes
+from docutils.parsers.rst import Directive
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import names  # noqa: E402
+from tangle import MARK  # noqa: E402
+
+TITLE = re.compile(r"#@title (.+)\n+")
+CHAPTER = re.compile(r"book/(0?)(\d+|a\d+)_")
+ENTERS = "tag_enters-"
+
+
+def hide_markers(app, docname, source):
+    """Take the marker lines out of a notebook; remember in tags what they said."""
+    if not str(app.env.doc2path(docname)).endswith(".ipynb"):
+        return
+    notebook = json.loads(source[0])
+    default = None
+    for cell in notebook["cells"]:
+        if cell["cell_type"] != "code":
+            continue
+        code, metadata = "".join(cell["source"]), cell["metadata"]
+        tags = metadata.setdefault("tags", [])
+        if mark := MARK.match(code):
+            kind, name = mark.groups()
+            cell["source"] = code[mark.end() :]
+            if kind == "default_exp":
+                default = name
+                tags.append("remove-cell")
+            else:
+                tags += ["export", f"enters-{name or default}"]
+        elif title := TITLE.match(code):
+            cell["source"] = code[title.end() :]
+            label = title[1].lower()
+            metadata["mystnb"] = {
+                "code_prompt_show": f"Show the {label}",
+                "code_prompt_hide": f"Hide the {label}",
+            }
+    source[0] = json.dumps(notebook)
+
+
+def label_exports(app, doctree):
+    """Put a linked label on each exported cell."""
+    repository = app.config.html_theme_options["repository_url"]
+    branch = app.config.html_theme_options["repository_branch"]
+    for cell in list(doctree.findall(nodes.container)):
+        marks = [name for name in cell["classes"] if name.startswith(ENTERS)]
+        if not marks:
+            continue
+        cell["classes"].remove(marks[0])
+        module = marks[0].removeprefix(ENTERS)
+        path = f"src/glassgpt/{module.replace('.', '/')}.py"
+        link = nodes.reference(
+            "", f"glassgpt.{module}", refuri=f"{repository}/blob/{branch}/{path}"
+        )
+        cell.insert(0, nodes.paragraph("", "enters ", link, classes=["enters"]))
+
+
+def number_title(app, doctree):
+    """Write "Chapter 5" or "Appendix A1" above the title of a chapter."""
+    chapter = CHAPTER.match(app.env.docname)
+    title = next(doctree.findall(nodes.title), None)
+    if chapter and title is not None:
+        number = chapter[2].upper()
+        kind = "Appendix" if number.startswith("A") else "Chapter"
+        title.insert(0, nodes.inline("", f"{kind} {number} ", classes=["number"]))
+
+
+class NamesDirective(Directive):
+    """The index of every exported name: name, module, place, first line."""
+
+    def run(self):
+        return [self.group(title, wanted) for title, wanted in self.groups() if wanted]
+
+    def groups(self):
+        every = names.public_names()
+        checks = [entry for entry in every if ".checks" in entry.module]
+        yield "The package", [entry for entry in every if entry not in checks]
+        yield "The checks", checks
+
+    def group(self, title, entries):
+        section = nodes.section(ids=[nodes.make_id(f"names-{title}")])
+        section += nodes.title("", title)
+        listed = nodes.definition_list(classes=["names"])
+        for entry in entries:
+            listed += self.item(entry)
+        section += listed
+        return section
+
+    def item(self, entry):
+        name = nodes.literal("", entry.name)
+        if entry.place:
+            name = nodes.reference("", "", name, refuri=entry.place, internal=True)
+        module = nodes.inline("", f" in {entry.module}", classes=["module"])
+        paragraph = nodes.paragraph("", entry.summary)
+        return nodes.definition_list_item(
+            "", nodes.term("", "", name, module), nodes.definition("", paragraph)
+        )
+
+
+def reread_names(app, env, added, changed, removed):
+    """The index depends on the modules, which Sphinx doesn't watch."""
+    return {"book/a2_notation"} & env.found_docs
+
+
+def drop_repeated_scripts(app, pagename, templatename, context, doctree):
+    """sphinx_thebe registers its inline `const` twice: an error in the browser's console."""
+    seen, kept = set(), []
+    for script in context["script_files"]:
+        body = script.attributes.get("body")
+        if body is None or body not in seen:
+            kept.append(script)
+        seen.add(body)
+    context["script_files"] = kept
+
+
+def share_address(app, config):
+    """The address of the page stands once, in html.baseurl."""
+    config.ogp_site_url = config.html_baseurl
+
+
+def give_back_codecs():
+    """Undo what `future_typing`, which the corpus of plays depends on, does to Python.
+
+    It answers for every codec, whatever its name, so the one that reads LaTeX accents in the
+    bibliography is never asked.
+    """
+    if importlib.util.find_spec("future_typing"):
+        from future_typing.codec import search_function
+
+        # Python may read the package's .pth file more than once, and registers it each time.
+        for _ in range(8):
+            codecs.unregister(search_function)
+
+
+def setup(app):
+    give_back_codecs()
+    app.add_directive("names", NamesDirective)
+    app.connect("config-inited", share_address)
+    app.connect("env-get-outdated", reread_names)
+    app.connect("source-read", hide_markers)
+    app.connect("doctree-read", label_exports)
+    # After Sphinx has collected the titles, so that the number stays out of the contents.
+    app.connect("doctree-read", number_title, priority=900)
+    app.connect("html-page-context", drop_repeated_scripts, priority=900)
+    return {"version": "1", "parallel_read_safe": True}
