@@ -16,11 +16,12 @@ def _unit(x: Tensor, dim: int) -> Tensor:
 
 
 def cosine_similarity(a: Tensor, b: Tensor, dim: int = -1) -> Tensor:
-    """Cosine of the angle between vectors: 1 same direction, 0 right angle, -1 opposite.
+    """Compute the cosine of the angle between vectors, from -1 to 1.
 
     a, b: tensors whose shapes broadcast; the vectors lie along `dim`, counted in the
-    broadcast shape. That axis is missing from the result. A zero vector is like nothing:
-    it gives 0. Vectors of any finite length neither overflow nor underflow.
+    broadcast shape. That axis is missing from the result. 1 means the same direction,
+    0 a right angle, -1 the opposite direction. A zero vector is like nothing: it gives
+    0. Vectors of any finite length neither overflow nor underflow.
     Raises ValueError when the shapes don't fit.
 
     Book: 03_embeddings.html#the-function
@@ -38,8 +39,9 @@ def cosine_similarity(a: Tensor, b: Tensor, dim: int = -1) -> Tensor:
 def nearest_neighbors(vector: Tensor, table: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Find the k rows of a table that are most like a vector.
 
-    vector: (C,); table: (V, C). Returns the cosine similarities, falling, and the ids of
-    their rows, both (k,). Raises ValueError for shapes that don't fit or an impossible k.
+    vector: (C,); table: (V, C). Returns the cosine similarities, falling, and the ids
+    of their rows, both (k,). Raises ValueError for shapes that don't fit or an
+    impossible k.
 
     Book: 03_embeddings.html#nearest-neighbors
     """
@@ -49,7 +51,7 @@ def nearest_neighbors(vector: Tensor, table: Tensor, k: int) -> tuple[Tensor, Te
             f"and {tuple(table.shape)}"
         )
     if not 1 <= k <= len(table):
-        raise ValueError(f"k={k}, but it must be from 1 to the table's {len(table)} rows")
+        raise ValueError(f"k={k} neighbors of a table with {len(table)} rows")
     similarities, ids = cosine_similarity(table, vector).topk(k)
     return similarities, ids
 
@@ -57,9 +59,10 @@ def nearest_neighbors(vector: Tensor, table: Tensor, k: int) -> tuple[Tensor, Te
 def validate_ids(ids: Tensor, rows: int) -> None:
     """Refuse ids that a table with this many rows doesn't have.
 
-    ids: int64 or int32, any shape. On a GPU this waits for the GPU to finish, so call it
-    once at a model's door and not in every layer.
-    Raises TypeError for other kinds of ids, and ValueError that names an id out of range.
+    ids: int64 or int32, any shape. On a GPU this waits for the GPU to finish, so call
+    it once at a model's door and not in every layer.
+    Raises TypeError for other kinds of ids, and ValueError that names an id out of
+    range.
 
     Book: 03_embeddings.html#the-layer
     """
@@ -72,7 +75,7 @@ def validate_ids(ids: Tensor, rows: int) -> None:
     if lowest < 0 or highest >= rows:
         wrong = lowest if lowest < 0 else highest
         raise ValueError(
-            f"id {wrong} is out of range: the table has {rows} rows, ids 0 to {rows - 1}"
+            f"id {wrong} is out of range: {rows} rows have the ids 0 to {rows - 1}"
         )
 
 

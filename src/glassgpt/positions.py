@@ -21,7 +21,8 @@ def sinusoidal_positions(context: int, width: int) -> Tensor:
     """Make one vector for each position, to be added to the word at that position.
 
     Returns (context, width) in float32: sines in the even columns, cosines in the odd
-    ones, from fast to slow. Raises ValueError unless context is positive and width even.
+    ones, from fast to slow. Raises ValueError unless context is positive and width
+    even.
     Source: Vaswani et al. (2017), section 3.5.
 
     Book: 04_positions.html#sinusoidal-positions
@@ -53,15 +54,15 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x: (..., T, D); cos, sin: (T, D / 2), rows of `rotary_tables` for the T positions of
     x, or with further axes that broadcast. Column i is paired with column i + D / 2, as
     in Llama. Returns the shape and dtype of x. Raises ValueError when the shapes don't
-    fit. Source: Su et al. (2021), equation 34.
+    fit. Source: Su et al. (2021), section 3.4.
 
     Book: 04_positions.html#rotary-positions
     """
     time, width = x.shape[-2:]
     if width % 2 or not cos.shape[-2:] == sin.shape[-2:] == (time, width // 2):
         raise ValueError(
-            f"x (..., T, D) is {tuple(x.shape)}, so cos and sin must end in (T, D / 2), "
-            f"with D even; they are {tuple(cos.shape)} and {tuple(sin.shape)}"
+            f"x (..., T, D) is {tuple(x.shape)}, so cos and sin must end in (T, D / 2),"
+            f" with D even; they are {tuple(cos.shape)} and {tuple(sin.shape)}"
         )
     first, second = x.chunk(2, dim=-1)
     turned = (first * cos - second * sin, second * cos + first * sin)

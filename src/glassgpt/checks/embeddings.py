@@ -48,7 +48,8 @@ def _check_axes(similarity: Callable[..., Tensor]) -> None:
             f"shapes (2, 1, 3) and (4, 3) along {name} give {tuple(got.shape)}, "
             f"not {tuple(wanted.shape)}: broadcast, then sum over dim"
         )
-        assert torch.allclose(got, wanted), f"wrong along {name}: is dim used everywhere?"
+        right = torch.allclose(got, wanted)
+        assert right, f"wrong along {name}: is dim used everywhere?"
 
 
 def check_cosine_similarity(similarity: Callable[..., Tensor]) -> None:
@@ -70,7 +71,8 @@ def check_nearest_neighbors(
 
     Book: 03_embeddings.html#nearest-neighbors
     """
-    table = torch.tensor([[9.0, 9.0], [2.0, 0.0], [0.4, 0.1], [-5.0, 0.0], [0.0, 0.0]])
+    rows = [[9.0, 9.0], [2.0, 0.0], [0.4, 0.1], [-5.0, 0.0], [0.0, 0.0]]
+    table = torch.tensor(rows)
     similarities, ids = nearest(torch.tensor([1.0, 0.0]), table, 3)
     found = ids.tolist()
     assert len(found) == 3, f"asked for 3 rows, got {len(found)}"
@@ -125,7 +127,8 @@ def _check_refusals(layer: nn.Module) -> None:
         assert isinstance(error, ValueError), (
             f"id {wrong} raises {type(error).__name__}: raise a ValueError"
         )
-        assert str(wrong) in str(error), f"the error doesn't name the id {wrong}: {error}"
+        named = str(wrong) in str(error)
+        assert named, f"the error doesn't name the id {wrong}: {error}"
     error = _error(layer, torch.tensor([0.0, 1.0]))
     assert isinstance(error, TypeError | ValueError), "fractions were accepted as ids"
 
@@ -142,7 +145,8 @@ def check_embedding(embedding: Callable[[int, int], nn.Module]) -> None:
     _check_gradient(layer)
     _check_refusals(layer)
     spread = embedding(1000, 50).weight.std().item()
-    assert abs(spread - 0.02) < 0.001, f"the rows start spread by {spread:.3f}, not 0.02"
+    started = abs(spread - 0.02) < 0.001
+    assert started, f"the rows start spread by {spread:.3f}, not 0.02"
 
 
 def check_lookup(lookup: Callable[[Tensor, Tensor], Tensor]) -> None:
@@ -166,7 +170,8 @@ def check_analogy(analogy: Callable[[int, int, int, Tensor], int]) -> None:
 
     Book: 03_embeddings.html#exercise-2-analogies-without-the-inputs
     """
-    table = torch.tensor([[1.0, 0.0], [1.0, 1.0], [5.0, 0.2], [4.0, 2.0], [-5.0, 9.0]])
+    rows = [[1.0, 0.0], [1.0, 1.0], [5.0, 0.2], [4.0, 2.0], [-5.0, 9.0]]
+    table = torch.tensor(rows)
     got = int(analogy(0, 1, 2, table))
     assert got not in (0, 1, 2), f"row {got} is one of the inputs: leave them out"
     assert got != 4, "row 4 is where the sign of a or c is wrong: take b - a + c"
@@ -184,7 +189,7 @@ def check_embedding_gradient(
     """
     ids, upstream = torch.tensor([2, 0, 2]), torch.tensor([[1.0], [5.0], [10.0]])
     got = gradient(ids, upstream, 4)
-    assert got.shape == (4, 1), f"the gradient is {tuple(got.shape)}, not like the table"
+    assert got.shape == (4, 1), f"the gradient has shape {tuple(got.shape)}, not (4, 1)"
     assert got[1] == got[3] == 0, "a row that was not looked up receives a gradient"
     assert got[2] not in (1, 10), (
         f"row 2 was looked up twice, with 1 and 10, but got only {got[2].item():g}: "

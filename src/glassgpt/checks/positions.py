@@ -32,7 +32,8 @@ def check_sinusoidal_positions(positions: Callable[[int, int], Tensor]) -> None:
 
 def _check_angle(angle: float) -> None:
     assert abs(angle - math.pi / 180) > 1e-4, "the angles are degrees, not radians"
-    assert abs(angle - 1) < 1e-4, f"the first hand turns by {angle:.4f} a position, not 1"
+    right = abs(angle - 1) < 1e-4
+    assert right, f"the first hand turns by {angle:.4f} a position, not by 1"
 
 
 def _check_far(hand: Tensor, position: int) -> None:
@@ -117,7 +118,7 @@ def check_reorder(reorder: Callable[[Tensor], Tensor]) -> None:
     """
     got = reorder(torch.arange(8.0).expand(2, 8))
     assert got.shape == (2, 8), f"the shape changed to {tuple(got.shape)}"
-    moved = got[0].tolist()
+    moved = got[0].int().tolist()
     assert sorted(moved) == list(range(8)), f"columns were lost or repeated: {moved}"
     pairs = [(moved[i], moved[i + 4]) for i in range(4)]
     assert pairs[0] != (0, 4), f"nothing moved together: the pairs are now {pairs}"

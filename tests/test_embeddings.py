@@ -1,0 +1,229 @@
+"""Word vectors and the embedding layer: parity, extremes, and bad ids refused."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from glassgpt.checks import embeddings as checks
+from glassgpt.checks.grading import catch
+from glassgpt.embeddings import (
+    Embedding,
+    cosine_similarity,
+    nearest_neighbors,
+    validate_ids,
+)
+
+sizes = st.integers(1, 4)
+seeds = st.integers(0, 2**31)
+
+
+def random(shape, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def test_package_passes_its_checks():
+    checks.check_cosine_similarity(cosine_similarity)
+    checks.check_nearest_neighbors(nearest_neighbors)
+    checks.check_embedding(Embedding)
+
+
+@given(st.lists(sizes, min_size=1, max_size=4), seeds, st.data())
+@settings(deadline=None)
+def test_cosine_equals_torch_for_broadcast_shapes(shape, seed, data):
+    dim = data.draw(st.integers(-len(shape), len(shape) - 1))
+    ones = data.draw(st.lists(st.booleans(), min_size=len(shape), max_size=len(shape)))
+    other = [1 if one else size for one, size in zip(ones, shape, strict=True)]
+    dropped = data.draw(st.integers(0, len(shape) - 1))
+    a, b = random(shape, seed), random(other[dropped:], seed + 1)
+    torch.testing.assert_close(
+        cosine_similarity(a, b, dim), F.cosine_similarity(a, b, dim, eps=0)
+    )
+
+
+@given(
+    st.lists(
+        st.floats(width=32, allow_nan=False, allow_infinity=False),
+        min_size=1,
+        max_size=8,
+    )
+)
+@settings(deadline=None)
+def test_cosine_of_a_vector_with_itself_is_one_or_zero(numbers):
+    vector = torch.tensor(numbers)
+    expected = 1.0 if vector.any() else 0.0
+    assert cosine_similarity(vector, vector).item() == pytest.approx(expected, abs=1e-5)
+    assert cosine_similarity(vector, -vector).item() == pytest.approx(
+        -expected, abs=1e-5
+    )
+
+
+def test_cosine_stays_within_its_range_and_takes_integers():
+    x = random((200, 3), 0).float()
+    for scale in (0.1, 0.3, 7.0):
+        assert cosine_similarity(x, x * scale).abs().max() <= 1
+    assert cosine_similarity(torch.tensor([3, 4]), torch.tensor([3, 4])) == 1
+
+
+def test_cosine_gradient_equals_torch_and_is_finite_at_zero():
+    a, b = (random((5, 3), seed).requires_grad_() for seed in (0, 1))
+    weights = random((5,), 2)
+    gradients = [
+        torch.autograd.grad((function(a, b) * weights).sum(), (a, b))
+        for function in (cosine_similarity, F.cosine_similarity)
+    ]
+    torch.testing.assert_close(*gradients)
+    zero = torch.zeros(3, requires_grad=True)
+    cosine_similarity(zero, torch.ones(3)).backward()
+    assert zero.grad.isfinite().all()
+
+
+def test_cosine_refuses_shapes_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"\(2,\) and \(3,\)"):
+        cosine_similarity(torch.ones(2), torch.ones(3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_cosine_in_16_bits(dtype):
+    x = torch.tensor([60000.0, 60000.0, 0.0], dtype=dtype)
+    assert cosine_similarity(x, x).item() == pytest.approx(1, abs=0.01)
+
+
+def test_nearest_neighbors_agree_with_a_full_sort():
+    table, vector = random((50, 6), 0), random((6,), 1)
+    expected = F.cosine_similarity(table, vector[None]).sort(descending=True)
+    similarities, ids = nearest_neighbors(vector, table, 50)
+    assert torch.equal(ids, expected.indices)
+    torch.testing.assert_close(similarities, expected.values)
+
+
+@pytest.mark.parametrize(
+    ("vector", "table", "k"),
+    [((3,), (4, 2), 1), ((2, 2), (4, 2), 1), ((2,), (4, 2), 0), ((2,), (4, 2), 5)],
+)
+def test_nearest_neighbors_refuses(vector, table, k):
+    with pytest.raises(ValueError, match="table"):
+        nearest_neighbors(torch.ones(vector), torch.ones(table), k)
+
+
+def test_embedding_equals_torch_with_its_gradient():
+    ours, theirs = Embedding(7, 5), nn.Embedding(7, 5)
+    theirs.load_state_dict(ours.state_dict())
+    ids = torch.tensor([[0, 6, 3], [3, 3, 1]])
+    upstream = torch.randn(2, 3, 5)
+    for layer in (ours, theirs):
+        (layer(ids) * upstream).sum().backward()
+    assert torch.equal(ours(ids), theirs(ids))
+    torch.testing.assert_close(ours.weight.grad, theirs.weight.grad)
+
+
+@pytest.mark.parametrize("bad", [-1, 5, 2**40, -(2**63)])
+def test_embedding_names_the_bad_id(bad):
+    with pytest.raises(ValueError, match=rf"id {bad} .*0 to 4"):
+        Embedding(5, 2)(torch.tensor([[0, bad], [1, 2]]))
+
+
+@pytest.mark.parametrize(
+    "ids", [torch.tensor([0.0]), torch.tensor([True]), [0, 1], 3, None]
+)
+def test_embedding_refuses_what_is_no_id(ids):
+    with pytest.raises(TypeError, match="int64"):
+        validate_ids(ids, 5)
+
+
+def test_embedding_of_no_ids_is_empty():
+    assert Embedding(5, 2)(torch.empty(3, 0, dtype=torch.int64)).shape == (3, 0, 2)
+
+
+@pytest.mark.parametrize(("rows", "width"), [(0, 4), (4, 0), (-1, 4)])
+def test_embedding_refuses_empty_tables(rows, width):
+    with pytest.raises(ValueError, match="at least 1"):
+        Embedding(rows, width)
+
+
+def test_embedding_compiles_as_one_graph():
+    layer = Embedding(5, 2)
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    ids = torch.tensor([4, 0])
+    assert torch.equal(compiled(ids), layer(ids))
+
+
+def dot_product(a, b, dim=-1):
+    return (a * b).sum(dim)
+
+
+def formula(a, b, dim=-1):
+    return dot_product(a, b, dim) / (a.norm(dim=dim) * b.norm(dim=dim))
+
+
+def zeros_only(a, b, dim=-1):
+    return formula(a, b, dim).nan_to_num()
+
+
+def last_axis(a, b, dim=-1):
+    return cosine_similarity(a, b)
+
+
+class OneRowTooFew(Embedding):
+    def forward(self, ids):
+        return super().forward(ids)[:-1]
+
+
+class Frozen(Embedding):
+    def forward(self, ids):
+        return super().forward(ids.clamp(0, 4)).detach().requires_grad_()
+
+
+class Wraps(Embedding):
+    def forward(self, ids):
+        return self.weight[ids % len(self.weight)]
+
+
+class NoParameter(nn.Module):
+    def __init__(self, rows, width):
+        super().__init__()
+        self.weight = torch.zeros(rows, width)
+
+
+class Wide(Embedding):
+    def __init__(self, rows, width):
+        super().__init__(rows, width)
+        nn.init.normal_(self.weight)
+
+
+@pytest.mark.parametrize(
+    ("check", "wrong", "message"),
+    [
+        (checks.check_cosine_similarity, dot_product, "dot product"),
+        (checks.check_cosine_similarity, formula, "zero vector gives nan"),
+        (checks.check_cosine_similarity, zeros_only, "leave the range"),
+        (checks.check_cosine_similarity, last_axis, "dim=1"),
+        (checks.check_cosine_similarity, lambda a, b, dim=-1: abs(
+            cosine_similarity(a, b, dim)), "opposite"),
+        (checks.check_nearest_neighbors,
+         lambda v, table, k: (table @ v).topk(k), "long row"),
+        (checks.check_nearest_neighbors, lambda v, table, k: cosine_similarity(
+            table, v).topk(k, largest=False), "opposite"),
+        (checks.check_embedding, OneRowTooFew, "each id becomes a row"),
+        (checks.check_embedding, Frozen, "no gradient"),
+        (checks.check_embedding, Wraps, "id -1 was accepted"),
+        (checks.check_embedding, NoParameter, "nn.Parameter"),
+        (checks.check_embedding, nn.Embedding, "IndexError"),
+        (checks.check_embedding, Wide, "start spread"),
+        (checks.check_embedding, lambda rows, width: Embedding(width, rows),
+         "rows, width"),
+        (checks.check_lookup, lambda table, ids: table[ids.flatten()], "ids"),
+        (checks.check_lookup, lambda table, ids: table[ids] * 0, "wrong rows"),
+        (checks.check_analogy, lambda a, b, c, table: b, "inputs"),
+        (checks.check_analogy, lambda a, b, c, table: 4, "sign"),
+        (checks.check_embedding_gradient,
+         lambda ids, g, rows: torch.zeros(rows, 1).index_put((ids,), g), "twice"),
+        (checks.check_embedding_gradient, lambda ids, g, rows: g, "shape"),
+    ],
+)  # fmt: skip
+def test_checks_name_the_mistake(check, wrong, message, capsys):
+    catch(check, wrong)
+    assert message in capsys.readouterr().out
