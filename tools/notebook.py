@@ -62,7 +62,12 @@ def run(path):
             cell.outputs, cell.execution_count = [], None
     place = {"metadata": {"path": str(path.parent)}}
     NotebookClient(
-        notebook, timeout=900, kernel_name="python3", record_timing=False, resources=place
+        notebook,
+        timeout=900,
+        kernel_name="python3",
+        record_timing=False,
+        coalesce_streams=True,  # where a print is cut differs between runs
+        resources=place,
     ).execute()
     widgets = notebook.metadata.get("widgets")
     notebook.metadata = {**METADATA, **({"widgets": widgets} if widgets else {})}
