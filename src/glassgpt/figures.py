@@ -343,6 +343,8 @@ frames.forEach((frame, number) => { frame.hidden = number != this.value; });
 const value = frames[this.value].dataset.value;
 box.querySelector('output').textContent = value;
 this.setAttribute('aria-valuetext', value);"""
+
+
 _SPEAK = """const box = this.closest('.glass-moving');
 const picture = box.querySelector('.glass-frame:not([hidden]) svg');
 const words = picture.getAttribute('aria-label');
