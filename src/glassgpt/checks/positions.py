@@ -21,10 +21,11 @@ def check_sinusoidal_positions(positions: Callable[[int, int], Tensor]) -> None:
     assert first == [0, 1, 0, 1, 0, 1], (
         f"position 0 is {first}, not 0 1 0 1 0 1: sines in even columns, cosines in odd"
     )
-    _check_angle(math.asin(got[1, 0]))
-    slower = 10000 ** (-2 / 6)
-    assert abs(got[1, 2] - math.sin(slower)) < 1e-5, (
-        f"hand 1 turns by {math.asin(got[1, 2]):.4f} a position, not {slower:.4f}: "
+    fast, slow = (math.atan2(got[1, 2 * i], got[1, 2 * i + 1]) for i in (0, 1))
+    _check_angle(fast)
+    wanted = 10000 ** (-2 / 6)
+    assert abs(slow - wanted) < 1e-5, (
+        f"hand 1 turns by {slow:.4f} a position, not {wanted:.4f}: "
         "its speed is 10000 ** (-2 * i / width)"
     )
     _check_far(got[-1, :2], 3999)
@@ -59,8 +60,9 @@ def check_rotary_tables(tables: Callable[..., tuple[Tensor, Tensor]]) -> None:
     still = (cos[0] == 1).all() and (sin[0] == 0).all()
     assert still, "position 0 is turned: positions count from 0"
     _check_angle(math.atan2(sin[1, 0], cos[1, 0]))
-    for base, table in ((10000, sin), (100, tables(2, 6, 100.0)[1])):
-        speed, wanted = math.asin(table[1, 1]), base ** (-2 / 6)
+    for base in (10000, 100):
+        row = [table[1, 1] for table in tables(2, 6, float(base))]  # cos, sin
+        speed, wanted = math.atan2(row[1], row[0]), base ** (-2 / 6)
         assert abs(speed - wanted) < 1e-5, (
             f"with base {base} pair 1 turns by {speed:.4f} a position, "
             f"not {wanted:.4f}: its speed is base ** (-2 * i / head_width)"
