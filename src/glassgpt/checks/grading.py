@@ -1,3 +1,4 @@
+# Written by tools/tangle.py from book/02_tokens.ipynb: change it there.
 """Run a check on an attempt, and say in words what it found."""
 
 from collections.abc import Callable
@@ -9,6 +10,8 @@ def grade(check: Callable[[Any], None], attempt: Any) -> None:
 
     Prints `Correct`, `Not yet` with the mistake that the check names, or `Still to do`
     while the attempt raises NotImplementedError.
+
+    Book: 02_tokens.html#how-this-book-checks-itself
     """
     goal = (check.__doc__ or check.__name__).splitlines()[0]
     try:
@@ -25,6 +28,8 @@ def catch(check: Callable[[Any], None], wrong: Any) -> None:
     """Run a check on a version known to be wrong and print the mistake it names.
 
     Raises AssertionError when the check lets the wrong version pass.
+
+    Book: 02_tokens.html#how-this-book-checks-itself
     """
     try:
         check(wrong)

@@ -1,0 +1,210 @@
+# Written by tools/tangle.py from book/02_tokens.ipynb: change it there.
+"""Properties of a good tokenizer, and of the parts it is made of."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+NASTY_TEXTS = (
+    "",
+    " ",
+    "a miniature Eiffel tower",
+    "It's 1889, and they've built 10000 tons of iron. WE'LL see!",
+    "caf\u00e9 cafe\u0301 \u1e9b\u0323 \ufb01n",
+    "👨\u200d👩\u200d👧\u200d👦 🗼🏽 🇫🇷",
+    "שלום עולם \u202eabc\u202c مرحبا",
+    "埃菲尔铁塔エッフェル塔에펠탑",
+    "null \0 byte, tab\t, bell \a, escape \x1b[0m",
+    "a  b   c    d" + " " * 300 + "e   ",
+    "one\r\ntwo\r\n\r\nthree\n\n\n  four\u2028five\u00a0six\u3000seven\x85",
+    "unassigned \u0378 private \ue000 last \U0010ffff bom \ufeff",
+    "x" * 500 + "!?" * 200 + "0123456789" * 30,
+    "<|endoftext|> <|endof text|>",
+)
+
+
+def check_tokenizer_round_trip(
+    tokenizer: Any, texts: Iterable[str] = NASTY_TEXTS
+) -> None:
+    """Every text comes back from its ids exactly as it was.
+
+    Book: 02_tokens.html#the-first-check-text-survives
+    """
+    for text in texts:
+        ids = tokenizer.encode(text)
+        outside = [n for n in ids if not 0 <= n < tokenizer.vocab_size]
+        assert not outside, f"id {outside[0]} is outside of the vocabulary"
+        back = tokenizer.decode(ids)
+        assert back == text, (
+            f"{text[:30]!r} came back as {back[:30]!r}: "
+            "something is lost or changed on the way"
+        )
+
+
+def check_split_words(split_words: Callable[[str], Sequence[str]]) -> None:
+    """Words are cut as GPT-2 cuts them, and nothing is lost.
+
+    Book: 02_tokens.html#words
+    """
+    for text in NASTY_TEXTS:
+        assert "".join(split_words(text)) == text, f"{text[:30]!r}: characters are lost"
+    cases = {
+        "a tower": (["a", " tower"], "a space belongs to the word that follows it"),
+        "a  b\n\n c": (["a", " ", " b", "\n\n", " c"], "only the last space moves"),
+        "it's, '1889'": (["it", "'s", ",", " '", "1889", "'"], "'s is one word"),
+        "B2B é!": (["B", "2", "B", " é", "!"], "letters, digits, signs don't mix"),
+    }
+    for text, (words, why) in cases.items():
+        got = list(split_words(text))
+        assert got == words, f"{text!r} was cut into {got}: {why}"
+
+
+def check_merge_pair(merge_pair: Callable) -> None:
+    """A pair becomes one id, from left to right, and nothing else changes.
+
+    Book: 02_tokens.html#one-merge
+    """
+    ids = [7, 1, 2, 1, 2, 3]
+    got = list(merge_pair(ids, (1, 2), 9))
+    assert ids == [7, 1, 2, 1, 2, 3], "the list that came in was changed: make a copy"
+    assert got == [7, 9, 9, 3], f"{ids} with (1, 2) to 9 gave {got}"
+    got = list(merge_pair([1, 1, 1], (1, 1), 9))
+    assert got == [9, 1], f"[1, 1, 1] with (1, 1) to 9 gave {got}: go left to right"
+    got = list(merge_pair([2, 1], (1, 2), 9))
+    assert got == [2, 1], f"the pair (1, 2) was found in [2, 1]: {got}; order counts"
+    for ids in ([], [1]):
+        got = list(merge_pair(ids, (1, 1), 9))
+        assert got == ids, f"{ids} has no pair, and became {got}"
+
+
+def check_learn_merges(learn_merges: Callable) -> None:
+    """Merges come by falling count, recounted each time, ties by the smallest ids.
+
+    Book: 02_tokens.html#the-fast-version
+    """
+    a, b, c = (ord(letter) - 33 for letter in "abc")
+    got = list(learn_merges({"ab": 1, "aab": 1, "bca": 5}, 1))
+    assert got == [(b, c)], f"merged {got}: a word counts as often as it occurs"
+    got = list(learn_merges({"ba": 2, "ab": 2, "ca": 2}, 1))
+    assert got == [(a, b)], f"merged {got}: of equal counts the smallest ids win"
+    got = list(learn_merges({"abc": 3, "bc": 1, "ca": 2}, 2))
+    assert got[:1] == [(b, c)], f"merged {got[:1]}: bc occurs most often"
+    assert got[1:] == [(a, 256)], (
+        f"after bc came {got[1:]}: count again, the a now stands before the new token"
+    )
+    got = list(learn_merges({"a": 9, "b": 9}, 3))
+    assert got == [], f"merged {got} across the border of two words"
+    got = list(learn_merges({"ab": 1}, 3))
+    assert got == [(a, b)], f"merged {got}: one pair is all there is"
+
+
+def check_merge_word(merge_word: Callable) -> None:
+    """Merges are applied in the order of learning, until none is left.
+
+    Book: 02_tokens.html#encoding
+    """
+    merges = {(2, 3): 256, (1, 2): 257, (257, 3): 258, (256, 4): 259, (1, 259): 260}
+    got = list(merge_word([1, 2, 3], merges))
+    assert got != [258], "1 2 merged before 2 3: the merge learned first goes first"
+    assert got == [1, 256], f"1 2 3 gave {got}, not [1, 256]"
+    got = list(merge_word([1, 2, 3, 4], merges))
+    assert got == [260], f"1 2 3 4 gave {got}: go on until no merge is left"
+    got = list(merge_word([1, 2, 3] * 60, merges))
+    assert got == [1, 256] * 60, "a long word is merged in another way than a short one"
+    assert list(merge_word([], merges)) == [], "an empty word gives no ids"
+
+
+def check_bytes_round_trip(tokenizer: Any) -> None:
+    """Any bytes come back exactly, and bytes that are text get the ids of the text.
+
+    Book: 02_tokens.html#the-tokenizer
+    """
+    broken = [
+        "🗼".encode()[:3],
+        b"caf\xe9 au lait",
+        bytes(range(256)),
+        b"\xff\xfe \x80",
+    ]
+    for data in [*broken, *(text.encode() for text in NASTY_TEXTS)]:
+        back = tokenizer.decode_bytes(tokenizer.encode_bytes(data))
+        assert back == data, f"{data[:20]!r} came back as {back[:20]!r}"
+    for text in NASTY_TEXTS:
+        ids = list(tokenizer.encode_bytes(text.encode()))
+        assert ids == list(tokenizer.encode(text)), (
+            f"{text[:30]!r} has other ids as bytes than as text"
+        )
+
+
+def check_special_tokens(tokenizer: Any) -> None:
+    """Special tokens come from the program, not from the text that a stranger typed.
+
+    Book: 02_tokens.html#special-tokens
+    """
+    name, special = next(iter(tokenizer.special_tokens.items()))
+    typed = tokenizer.encode(name)
+    assert special not in typed, f"the text {name!r} became a special token unasked"
+    assert tokenizer.decode(typed) == name, f"the text {name!r} was changed"
+    asked = list(tokenizer.encode(name + name, allow_special=True))
+    assert asked == [special] * 2, f"allow_special gave {asked}, not twice {special}"
+    assert tokenizer.decode([special]) == name, f"id {special} is not spelled {name!r}"
+
+
+def check_safe_chunks(chunks: Callable, encode: Callable[[str], Sequence[int]]) -> None:
+    """Chunks that are encoded one by one give the ids of the whole text.
+
+    Book: 02_tokens.html#long-texts
+    """
+    text = "".join(NASTY_TEXTS) + "\u00a0  \u00a0 a\t b\r\n c\u2003 d \n\n" * 3
+    whole = list(encode(text))
+    for size in (1, 2, 3, 7, 50):
+        for parts in ([text], list(text)):
+            pieces = list(chunks(parts, size))
+            assert "".join(pieces) == text, f"size {size}: characters are lost"
+            ids = [n for piece in pieces for n in encode(piece)]
+            assert ids == whole, f"size {size}: a chunk ends in the middle of a word"
+
+
+def check_count_pairs(count_pairs: Callable) -> None:
+    """count_pairs counts each pair of neighbors as often as its word occurs.
+
+    Book: 02_tokens.html#exercise-1-count-the-pairs
+    """
+    got = dict(count_pairs([([1, 2, 1, 2], 3)]))
+    assert got.get((1, 2)) != 3, "(1, 2) stands twice in [1, 2, 1, 2]: count both"
+    assert got.get((1, 2)) != 2, "the word occurs three times: count its pairs thrice"
+    assert got == {(1, 2): 6, (2, 1): 3}, f"[1, 2, 1, 2], three times, gave {got}"
+    got = dict(count_pairs([([1, 2], 1), ([], 4), ([2], 4), ([1, 2], 2)]))
+    assert (2, 2) not in got, "(2, 2) reaches from one word into the next"
+    assert got == {(1, 2): 3}, f"[1, 2] once and again twice gave {got}"
+
+
+def check_stream(stream: Callable) -> None:
+    """stream yields text as early as possible and never half a character.
+
+    Book: 02_tokens.html#exercise-2-decode-as-the-bytes-arrive
+    """
+    tower = "🗼".encode()
+    got = [text for text in stream([b"the ", tower[:2], tower[2:], b"!"]) if text]
+    assert "\ufffd" not in "".join(got), "half a character was shown: wait for its rest"
+    assert got == ["the ", "🗼", "!"], f"the tower came as {got}"
+    got = "".join(stream([b"a", tower[:3]]))
+    assert got != "a", "the unfinished character at the end was dropped without a sign"
+    assert got == "a\ufffd", f"an unfinished character at the end gave {got!r}"
+    got = "".join(stream([b"a\xff", b"b"]))
+    assert got == "a\ufffdb", f"a byte that is no text gave {got!r}: show \ufffd, go on"
+
+
+def check_split_numbers(split_numbers: Callable[[str], Sequence[str]]) -> None:
+    """split_numbers cuts digits in threes from the right, and loses nothing.
+
+    Book: 02_tokens.html#exercise-4-digits-in-threes
+    """
+    for text in NASTY_TEXTS:
+        joined = "".join(split_numbers(text))
+        assert joined == text, f"{text[:30]!r}: characters are lost"
+    got = list(split_numbers("18890"))
+    assert got != ["188", "90"], "18890 was cut from the left: count from the right"
+    assert got == ["18", "890"], f"18890 was cut into {got}"
+    got = list(split_numbers("a 1889 b"))
+    assert got == ["a", " ", "1", "889", " b"], f"'a 1889 b' was cut into {got}"
+    got = list(split_numbers("it's 123456"))
+    assert got == ["it", "'s", " ", "123", "456"], f'"it\'s 123456" was cut into {got}'
