@@ -1,0 +1,203 @@
+# Written by tools/tangle.py from book/09_block.ipynb: change it there.
+"""Checks of normalization and of the block that name the mistake they find."""
+
+from collections.abc import Callable
+from copy import deepcopy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from glassgpt.checks.attention import check_causal
+
+
+def _layer_norm_mistakes(x: Tensor, eps: float) -> list[tuple[Tensor, str]]:
+    """What the usual slips make of x, and their names."""
+    centered = x - x.mean(-1, keepdim=True)
+    variance = centered.square().mean(-1, keepdim=True)
+    square = x.square().mean(-1, keepdim=True)
+    along_words = x.var(-2, correction=0, keepdim=True)
+    return [
+        (
+            centered / (x.var(-1, keepdim=True) + eps).sqrt(),
+            "the variance was divided by C - 1: divide by C (correction=0)",
+        ),
+        (centered / (variance.sqrt() + eps), "eps stands outside the root"),
+        (centered / variance.sqrt(), "eps is missing under the root"),
+        (centered / (variance + eps), "divided by the variance: take its root"),
+        (centered, "the spread was not divided out"),
+        (x / (square + eps).sqrt(), "the mean was not subtracted"),
+        (x / (variance + eps).sqrt(), "the mean was not subtracted"),
+        (
+            (x - x.mean()) / (x.var(correction=0) + eps).sqrt(),
+            "one mean for everything: each vector has its own",
+        ),
+        (
+            (x - x.mean(-2, keepdim=True)) / (along_words + eps).sqrt(),
+            "normalized along the words: it runs along the width",
+        ),
+    ]
+
+
+def check_layer_norm(layer_norm: Callable[..., Tensor]) -> None:
+    """Mean 0 and variance 1 for each vector, then weight and bias; equal to PyTorch's.
+
+    layer_norm: called as layer_norm(x, weight, bias), with eps = 1e-5.
+
+    Book: 09_block.html#the-check-of-layernorm
+    """
+    random = torch.Generator().manual_seed(0)
+    x = 0.01 + 0.01 * torch.randn(2, 3, 4, generator=random, dtype=torch.float64)
+    one, zero = torch.ones_like(x[0, 0]), torch.zeros_like(x[0, 0])
+    plain = layer_norm(x, one, zero)
+    assert plain.shape == x.shape, f"the shape changed to {tuple(plain.shape)}"
+    for wrong, mistake in _layer_norm_mistakes(x, 1e-5):
+        assert not torch.allclose(plain, wrong, rtol=1e-8, atol=1e-10), mistake
+    weight, bias = torch.randn(2, 4, generator=random, dtype=torch.float64)
+    full = layer_norm(x, weight, bias)
+    assert not torch.allclose(full, plain + bias), "the weight was ignored"
+    assert not torch.allclose(full, plain * weight), "the bias was ignored"
+    assert not torch.allclose(full, (plain + bias) * weight), (
+        "the bias was added before the weight: multiply first"
+    )
+    flat = layer_norm(torch.full_like(x, 3.0), one, zero)
+    assert flat.isfinite().all(), "a vector of equal numbers gives nan: add eps"
+    gap = (full - F.layer_norm(x, (4,), weight, bias)).abs().max().item()
+    assert gap < 1e-12, f"differs from torch.nn.functional.layer_norm by {gap:.1e}"
+
+
+def check_rms_norm(rms_norm: Callable[[Tensor], Tensor]) -> None:
+    """Each vector gets the root mean square 1 and keeps its direction.
+
+    Book: 09_block.html#rmsnorm
+    """
+    x = torch.tensor([[2.0, 1.0, 0.0, 0.0], [300.0, -400.0, 0.0, 0.0]]).double()
+    square, result = x.square(), rms_norm(x)
+    one = torch.nn.functional.normalize(x, dim=-1)
+    mistakes = [
+        (one, "the vectors have length 1: divide by the mean square, not by the sum"),
+        (x / square.mean(-1, keepdim=True), "take the root of the mean square"),
+        (x / square.mean().sqrt(), "one strength for everything: each row has its own"),
+        (F.layer_norm(x, (4,)), "the mean was subtracted: that is LayerNorm"),
+    ]
+    for wrong, mistake in mistakes:
+        assert not torch.allclose(result, wrong, rtol=1e-3), mistake
+    assert torch.allclose(result, 2 * one, rtol=1e-4), f"(2, 1, 0, 0) gives {result[0]}"
+    zeros = rms_norm(torch.zeros(1, 4))
+    assert (zeros == 0).all(), "a vector of zeros must stay zero: add eps to the square"
+
+
+def _silent(layer: nn.Module, *parts: str) -> nn.Module:
+    """A copy of the layer in which these parts add nothing."""
+    copy = deepcopy(layer)
+    for part in parts:
+        for parameter in getattr(copy, part).projection.parameters():
+            nn.init.zeros_(parameter)
+    return copy
+
+
+def _check_stream(layer: nn.Module, x: Tensor) -> None:
+    """With both parts silent the stream passes unchanged."""
+    silent = _silent(layer, "attention", "mlp")
+    passed = silent(x)
+    assert passed.shape == x.shape, f"{tuple(x.shape)} became {tuple(passed.shape)}"
+    assert passed.any(), "the parts replace x: add what they return to it"
+    assert not torch.allclose(passed, 2 * x), "x was added twice"
+    assert not torch.allclose(silent(3 * x), passed, atol=1e-3), (
+        "the stream itself is normalized: normalize only what each part reads"
+    )
+    assert torch.equal(passed, x), (
+        "with both projections zero a block must hand x on unchanged"
+    )
+
+
+def _check_reads(layer: nn.Module, x: Tensor) -> None:
+    """Each part reads normalized vectors, and attention comes first."""
+    attend = _silent(layer, "mlp")
+    think = _silent(layer, "attention")
+    for name, part in (("attention", attend), ("the MLP", think)):
+        once, thrice = part(x) - x, part(3 * x) - 3 * x
+        assert torch.allclose(once, thrice, atol=1e-3), (
+            f"{name} adds more when the stream is stronger: it needs a norm before it"
+        )
+    found = layer(x)
+    both = attend(x) + think(x) - x
+    assert not torch.allclose(found, both), (
+        "the MLP doesn't see what attention added: one after the other"
+    )
+    assert not torch.allclose(found, attend(think(x))), "the MLP comes before attention"
+    assert torch.allclose(found, think(attend(x))), (
+        "a block is attention, added, then the MLP, added"
+    )
+
+
+@torch.no_grad()
+def check_block(block: Callable[[int, int], nn.Module]) -> None:
+    """Two parts that read through a norm and add to the stream, in order and causal.
+
+    block: called as block(width, heads). The layer maps (B, T, C) to (B, T, C); its
+    parts `attention` and `mlp` end in a linear layer `projection`.
+
+    Book: 09_block.html#the-check-of-the-block
+    """
+    random = torch.Generator().manual_seed(0)
+    layer = block(8, 2).double().eval()
+    for parameter in layer.parameters():
+        parameter.normal_(0.0, 0.3, generator=random)
+    x = 2 * torch.randn(2, 5, 8, generator=random, dtype=torch.float64)
+    _check_stream(layer, x)
+    _check_reads(layer, x)
+    check_causal(lambda vectors: layer(vectors.double()), width=8)
+
+
+def check_post_norm(post_norm: Callable[..., Tensor]) -> None:
+    """The block of 2017: add, then normalize the stream, twice.
+
+    post_norm: called as post_norm(x, attention, mlp, norm_1, norm_2).
+
+    Book: 09_block.html#exercise-2-the-block-of-2017
+    """
+    x = torch.tensor([3.0, 5.0])
+    doubled, squared = (lambda x: 2 * x), (lambda x: x * x)
+    shifted, halved = (lambda x: x + 1), (lambda x: x / 2)
+    found = post_norm(x, doubled, squared, shifted, halved)
+    once = x + doubled(shifted(x))
+    mistakes = [
+        (once + squared(halved(once)), "this is pre-norm: the norm goes outside"),
+        (halved(squared(shifted(doubled(x)))), "nothing is added: x + attention(x)"),
+        (x + shifted(doubled(x)), "only what attention returns is normalized, not x"),
+    ]
+    for wrong, mistake in mistakes:
+        assert not torch.equal(found, wrong), mistake
+    stream = shifted(x + doubled(x))
+    assert not torch.equal(found, stream), "the MLP is missing"
+    assert not torch.equal(found, stream + squared(stream)), "norm_2 is missing"
+    assert torch.equal(found, halved(stream + squared(stream))), (
+        "take norm_1(x + attention(x)), and from that norm_2(x + mlp(x))"
+    )
+
+
+def check_layer_norm_gradient(gradient: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """The gradient of LayerNorm by its input, mean and variance included.
+
+    Book: 09_block.html#exercise-3-backwards-through-the-norm
+    """
+    random = torch.Generator().manual_seed(0)
+    x, u = torch.randn(2, 3, 4, generator=random, dtype=torch.float64)
+    x.requires_grad_()
+    normal = F.layer_norm(x, (4,), eps=0.0)
+    (wanted,) = torch.autograd.grad(normal, x, u)
+    x, normal = x.detach(), normal.detach()
+    spread = x.std(-1, correction=0, keepdim=True)
+    found = gradient(x, u)
+    along = (u * normal).mean(-1, keepdim=True) * normal
+    mistakes = [
+        (u / spread, "the mean and the variance depend on x too"),
+        ((u - u.mean(-1, keepdim=True)) / spread, "the variance depends on x too"),
+        ((u - along) / spread, "the mean depends on x too"),
+        (wanted * spread, "divide by the spread"),
+    ]
+    for wrong, mistake in mistakes:
+        assert not torch.allclose(found, wrong), mistake
+    gap = (found - wanted).abs().max().item()
+    assert gap < 1e-12, f"differs from autograd by {gap:.1e}"
