@@ -1,0 +1,52 @@
+"""The wheel and the sdist: built without a network, and they hold what they should."""
+
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+import tangle
+
+
+@pytest.fixture(scope="module")
+def dist(tmp_path_factory):
+    """Both, built from a copy, so that nothing is left in the tree."""
+    source = tmp_path_factory.mktemp("source")
+    for name in ("pyproject.toml", "README.md", "LICENSE", "LICENSE-TEXT"):
+        shutil.copy(ROOT / name, source)
+    skipped = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    shutil.copytree(ROOT / "src", source / "src", ignore=skipped)
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", "dist", "."]
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return source / "dist"
+
+
+def test_wheel_holds_the_tangled_modules_and_nothing_else(dist):
+    (wheel,) = dist.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    held = {name for name in names if ".dist-info/" not in name}
+    modules = tangle.tangle(ROOT / "book")
+    wanted = {f"glassgpt/{name.replace('.', '/')}.py" for name in modules}
+    # A package needs its __init__.py, tangled or empty.
+    wanted |= {"glassgpt/__init__.py", "glassgpt/checks/__init__.py"}
+    assert held == wanted | {"glassgpt/py.typed"}
+
+
+def test_wheel_carries_licenses_and_the_command(dist):
+    (wheel,) = dist.glob("*.whl")
+    names = {Path(name).name for name in zipfile.ZipFile(wheel).namelist()}
+    assert {"LICENSE", "LICENSE-TEXT", "entry_points.txt"} <= names
+
+
+def test_sdist_holds_what_builds_the_wheel(dist):
+    (sdist,) = dist.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.split("/", 1)[-1] for name in archive.getnames()}
+    assert {"pyproject.toml", "README.md", "LICENSE", "src/glassgpt/py.typed"} <= names
