@@ -4,6 +4,7 @@
 import hashlib
 import heapq
 import json
+import math
 import operator
 import os
 import warnings
@@ -249,25 +250,32 @@ class _Words:
         self.times = list(counts.values())
         self.pairs = Counter()
         self.places = defaultdict(set)
-        for place in range(len(self.words)):
-            self.add(place)
+        for place, word in enumerate(self.words):
+            for pair in pairwise(word):
+                self.add(pair, place)
 
-    def add(self, place: int) -> None:
-        """Count the pairs of one word."""
-        for pair in pairwise(self.words[place]):
-            self.pairs[pair] += self.times[place]
-            self.places[pair].add(place)
+    def add(self, pair: tuple[int, int], place: int) -> tuple[int, int]:
+        """Count a pair of the word at this place. Returns the pair."""
+        self.pairs[pair] += self.times[place]
+        self.places[pair].add(place)
+        return pair
 
     def merge(self, best: tuple[int, int], new: int) -> set[tuple[int, int]]:
         """Merge a pair in all words that have it. Returns the pairs born by this."""
+        left, right = best
         born = set()
         for place in self.places.pop(best):
-            word = self.words[place]
-            for pair in pairwise(word):
-                self.pairs[pair] -= self.times[place]
-            self.words[place] = merge_pair(word, best, new)
-            self.add(place)
-            born.update(p for p in pairwise(self.words[place]) if new in p)
+            word, times, at = self.words[place], self.times[place], 0
+            while at < len(word) - 1:
+                if word[at] == left and word[at + 1] == right:
+                    word[at : at + 2] = [new]
+                    if at > 0:
+                        self.pairs[word[at - 1], left] -= times
+                        born.add(self.add((word[at - 1], new), place))
+                    if at + 1 < len(word):
+                        self.pairs[right, word[at + 1]] -= times
+                        born.add(self.add((new, word[at + 1]), place))
+                at += 1
         return born
 
 
@@ -305,10 +313,13 @@ def merge_word(ids: Sequence[int], merges: Mapping[tuple[int, int], int]) -> lis
     ids = list(ids)
     if len(ids) > 100:
         return _merge_long(ids, merges)
-    while found := [merges[pair] for pair in pairwise(ids) if pair in merges]:
-        new = min(found)
-        pair = next(pair for pair in pairwise(ids) if merges.get(pair) == new)
-        ids = merge_pair(ids, pair, new)
+    while len(ids) > 1:
+        candidates = [merges.get(pair, math.inf) for pair in pairwise(ids)]
+        earliest = min(candidates)
+        if earliest == math.inf:
+            break
+        place = candidates.index(earliest)
+        ids[place : place + 2] = [earliest]
     return ids
 
 
