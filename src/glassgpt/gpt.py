@@ -127,7 +127,7 @@ def _check_ids(ids: Tensor, before: int, config: GPTConfig) -> None:
 
 
 def _may_look(before: int, columns: Tensor, starts: Tensor | None) -> Tensor | None:
-    """The mask (..., T, keys) for queries at these columns; None where causal is enough.
+    """The mask (..., T, keys) for queries at these columns; None where causal will do.
 
     before: how many keys a cache holds. starts: (B,), or None without padding.
     """

@@ -158,21 +158,21 @@ def check_post_norm(post_norm: Callable[..., Tensor]) -> None:
     Book: 09_block.html#exercise-2-the-block-of-2017
     """
     x = torch.tensor([3.0, 5.0])
-    doubled, squared = (lambda x: 2 * x), (lambda x: x * x)
-    shifted, halved = (lambda x: x + 1), (lambda x: x / 2)
-    found = post_norm(x, doubled, squared, shifted, halved)
-    once = x + doubled(shifted(x))
+    double, cube = (lambda x: 2 * x), (lambda x: x**3)
+    square, halve = (lambda x: x * x), (lambda x: x / 2 - 1)
+    found = post_norm(x, double, cube, square, halve)
+    once, branch = x + double(square(x)), x + square(double(x))
+    stream = square(x + double(x))
     mistakes = [
-        (once + squared(halved(once)), "this is pre-norm: the norm goes outside"),
-        (halved(squared(shifted(doubled(x)))), "nothing is added: x + attention(x)"),
-        (x + shifted(doubled(x)), "only what attention returns is normalized, not x"),
+        (once + cube(halve(once)), "this is pre-norm: the norm goes outside"),
+        (halve(cube(square(double(x)))), "nothing is added: x + attention(x)"),
+        (branch + halve(cube(branch)), "only what a part returns is normalized, not x"),
+        (stream, "the MLP is missing"),
+        (stream + cube(stream), "norm_2 is missing"),
     ]
     for wrong, mistake in mistakes:
         assert not torch.equal(found, wrong), mistake
-    stream = shifted(x + doubled(x))
-    assert not torch.equal(found, stream), "the MLP is missing"
-    assert not torch.equal(found, stream + squared(stream)), "norm_2 is missing"
-    assert torch.equal(found, halved(stream + squared(stream))), (
+    assert torch.equal(found, halve(stream + cube(stream))), (
         "take norm_1(x + attention(x)), and from that norm_2(x + mlp(x))"
     )
 

@@ -103,7 +103,7 @@ def _check_causal(model: nn.Module, ids: Tensor) -> None:
 
 
 def _check_start(gpt: Callable[[GPTConfig], nn.Module]) -> None:
-    """An untrained model is as surprised as one that knows nothing; the head is tied."""
+    """The untrained loss is that of knowing nothing, and the head is tied."""
     config = GPTConfig(vocab_size=500, context=64, layers=2, heads=2, width=64)
     model = gpt(config).eval()
     count = sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,381 @@
+"""Normalization and the block: parity, properties, and checks that name mistakes."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from glassgpt.block import Block, LayerNorm, RMSNorm, layer_norm, make_norm
+from glassgpt.checks import block as checks
+from glassgpt.positions import rotary_tables
+
+shapes = st.lists(st.integers(1, 5), min_size=1, max_size=4)
+seeds = st.integers(0, 2**31)
+
+
+def random(shape, seed=0, scale=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    return scale * torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def random_block(*args, seed=0, **values):
+    block = Block(*args, **values).double().eval()
+    for number, parameter in enumerate(block.parameters()):
+        parameter.data = random(parameter.shape, seed + number, 0.3)
+    return block
+
+
+def layer_as_function(x, weight, bias):
+    layer = LayerNorm(len(weight)).double()
+    layer.load_state_dict({"weight": weight, "bias": bias})
+    return layer(x)
+
+
+def test_package_passes_its_checks():
+    checks.check_layer_norm(layer_norm)
+    checks.check_layer_norm(layer_as_function)
+    checks.check_rms_norm(RMSNorm())
+    checks.check_block(Block)
+    checks.check_block(lambda width, heads: Block(width, heads, bias=False, norm="rms"))
+
+
+@given(shapes, seeds, st.sampled_from([1e-2, 1.0, 1e3]))
+@settings(deadline=None)
+def test_layer_norm_equals_torch_with_its_gradients(shape, seed, scale):
+    x = random(shape, seed, scale).requires_grad_()
+    weight = random(shape[-1:], seed + 1).requires_grad_()
+    bias = random(shape[-1:], seed + 2).requires_grad_()
+    ours = layer_norm(x, weight, bias)
+    theirs = F.layer_norm(x, weight.shape, weight, bias)
+    torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
+    upstream = random(shape, seed + 3)
+    a = torch.autograd.grad(ours, (x, weight, bias), upstream)
+    b = torch.autograd.grad(theirs, (x, weight, bias), upstream)
+    # Entries of a vector that is nearly constant are divided by sqrt(eps).
+    torch.testing.assert_close(a, b, atol=1e-8, rtol=1e-8)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_layer_norm_equals_the_layer_of_torch(bias):
+    ours, theirs = LayerNorm(6, 1e-3, bias).double(), nn.LayerNorm(6, 1e-3, bias=bias)
+    theirs = theirs.double()
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    ours.weight.data = random(6, 1)
+    theirs.load_state_dict(ours.state_dict())
+    x = random((2, 3, 6), scale=0.01)
+    assert torch.equal(ours(x), theirs(x))
+
+
+def test_rms_norm_learns_nothing_and_equals_its_formula():
+    norm = RMSNorm()
+    assert not list(norm.parameters())
+    x = random((2, 3, 6))
+    wanted = x / x.square().mean(-1, keepdim=True).sqrt()
+    torch.testing.assert_close(norm(x), wanted, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_norms_keep_half_precision(dtype):
+    x = random((2, 6), scale=0.02).to(dtype)
+    for norm in (LayerNorm(6), RMSNorm()):
+        exact = norm.double()(x.double())
+        found = norm.to(dtype)(x)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.double(), exact, atol=0.02, rtol=0)
+
+
+def test_make_norm_refuses_other_names():
+    assert isinstance(make_norm("layer", 4), LayerNorm)
+    assert make_norm("layer", 4, bias=False).bias is None
+    assert isinstance(make_norm("rms", 4), RMSNorm)
+    with pytest.raises(ValueError, match="norm 'batch' is neither"):
+        make_norm("batch", 4)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"norm": "batch"}, "batch"),
+        ({"activation": "relu"}, "relu"),
+        ({"heads": 3}, "3 heads"),
+    ],
+)
+def test_block_refuses_what_its_parts_refuse(values, message):
+    with pytest.raises(ValueError, match=message):
+        Block(**{"width": 8, "heads": 2, **values})
+
+
+def test_zero_projections_make_the_block_the_identity():
+    block = random_block(8, 2)
+    for part in (block.attention, block.mlp):
+        nn.init.zeros_(part.projection.weight)
+        nn.init.zeros_(part.projection.bias)
+    x = random((2, 5, 8))
+    assert torch.equal(block(x), x)
+
+
+def test_block_is_two_lines():
+    block, x = random_block(8, 2), random((2, 5, 8))
+    middle = x + block.attention(layer_norm(x, *block.attention_norm.parameters()))
+    wanted = middle + block.mlp(layer_norm(middle, *block.mlp_norm.parameters()))
+    torch.testing.assert_close(block(x), wanted, atol=1e-12, rtol=0)
+
+
+def test_block_hands_rotary_tables_and_masks_to_attention():
+    block, x = random_block(8, 2), random((2, 5, 8))
+    rotary = tuple(table.double() for table in rotary_tables(5, 4))
+    turned = block(x, rotary)
+    assert not torch.allclose(turned, block(x))
+    alone = torch.eye(5, dtype=torch.bool)
+    one_by_one = torch.cat([block(x[:, t : t + 1]) for t in range(5)], dim=1)
+    torch.testing.assert_close(block(x, mask=alone), one_by_one)
+
+
+class OnePositionCache:
+    """Hands attention the keys and values of one earlier position."""
+
+    def __init__(self):
+        self.keys = self.values = None
+
+    def append(self, keys, values):
+        if self.keys is not None:
+            keys = torch.cat((self.keys, keys), dim=2)
+            values = torch.cat((self.values, values), dim=2)
+        self.keys, self.values = keys, values
+        return keys, values
+
+
+def test_block_hands_a_cache_to_attention():
+    block, x, cache = random_block(8, 2), random((2, 5, 8)), OnePositionCache()
+    steps = [block(x[:, t : t + 1], cache=cache) for t in range(5)]
+    torch.testing.assert_close(torch.cat(steps, dim=1), block(x))
+
+
+def test_dropout_acts_in_training_only_and_on_what_is_added():
+    block, x = random_block(8, 2, dropout=0.5), random((2, 5, 8))
+    assert torch.equal(block(x), block(x))
+    block.train()
+    torch.manual_seed(0)
+    assert not torch.equal(block(x), block(x))
+    for part in (block.attention, block.mlp):
+        nn.init.zeros_(part.projection.weight)
+        nn.init.zeros_(part.projection.bias)
+    assert torch.equal(block(x), x)
+
+
+# Wrong versions. Each check must notice, and say which mistake it was.
+
+
+def divided_by(divisor, mean=True, dim=-1):
+    def norm(x, weight, bias):
+        centered = x - x.mean(dim, keepdim=True) if mean else x
+        return centered / divisor(x) * weight + bias
+
+    return norm
+
+
+def spread(x, eps=1e-5, dim=-1, correction=0):
+    return (x.var(dim, correction=correction, keepdim=True) + eps).sqrt()
+
+
+def whole(x, weight, bias):
+    return (x - x.mean()) / (x.var(correction=0) + 1e-5).sqrt() * weight + bias
+
+
+class Replacing(Block):
+    def forward(self, x):
+        return self.mlp(self.mlp_norm(self.attention(self.attention_norm(x))))
+
+
+class Doubling(Block):
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+class PostNorm(Block):
+    def forward(self, x):
+        x = self.attention_norm(x + self.attention(x))
+        return self.mlp_norm(x + self.mlp(x))
+
+
+class NormInStream(Block):
+    def forward(self, x):
+        x = self.attention_norm(x)
+        x = x + self.attention(x)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Shifted(Block):
+    def forward(self, x):
+        return super().forward(x) + 0.1
+
+
+class Parallel(Block):
+    def forward(self, x):
+        return x + self.attention(self.attention_norm(x)) + self.mlp(self.mlp_norm(x))
+
+
+class BareAttention(Block):
+    def forward(self, x):
+        x = x + self.attention(x)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class BareMLP(Block):
+    def forward(self, x):
+        x = x + self.attention(self.attention_norm(x))
+        return x + self.mlp(x)
+
+
+class ThinksFirst(Block):
+    def forward(self, x):
+        x = x + self.mlp(self.mlp_norm(x))
+        return x + self.attention(self.attention_norm(x))
+
+
+class ReadsDoubled(Block):
+    def forward(self, x):
+        added = self.attention(self.attention_norm(x))
+        return x + added + self.mlp(self.mlp_norm(x + 2 * added))
+
+
+class Peeking(Block):
+    def forward(self, x):
+        return super().forward(x, mask=torch.ones(5, 5, dtype=torch.bool))
+
+
+class Flat(Block):
+    def forward(self, x):
+        return super().forward(x).flatten(0, 1)
+
+
+def layer_norm_gradient(x, u, mean=True, variance=True, divide=True):
+    deviation = x.std(-1, correction=0, keepdim=True)
+    normal = (x - x.mean(-1, keepdim=True)) / deviation
+    result = u - mean * u.mean(-1, keepdim=True)
+    result = result - variance * (u * normal).mean(-1, keepdim=True) * normal
+    return result / deviation if divide else result
+
+
+WRONG = [
+    ("check_layer_norm", divided_by(lambda x: spread(x, correction=1)), "by C - 1"),
+    (
+        "check_layer_norm",
+        divided_by(lambda x: x.std(-1, correction=0, keepdim=True) + 1e-5),
+        "outside the root",
+    ),
+    ("check_layer_norm", divided_by(lambda x: spread(x, eps=0)), "eps is missing"),
+    ("check_layer_norm", divided_by(lambda x: spread(x) ** 2), "take its root"),
+    ("check_layer_norm", divided_by(lambda x: 1), "spread was not divided out"),
+    (
+        "check_layer_norm",
+        divided_by(lambda x: (x.square().mean(-1, keepdim=True) + 1e-5).sqrt(), False),
+        "mean was not subtracted",
+    ),
+    ("check_layer_norm", divided_by(spread, mean=False), "mean was not subtracted"),
+    ("check_layer_norm", whole, "one mean for everything"),
+    (
+        "check_layer_norm",
+        divided_by(lambda x: spread(x, dim=-2), dim=-2),
+        "normalized along the words",
+    ),
+    ("check_layer_norm", lambda x, w, b: layer_norm(x, w), "bias was ignored"),
+    ("check_layer_norm", lambda x, w, b: layer_norm(x, 1, b), "weight was ignored"),
+    ("check_layer_norm", lambda x, w, b: w * layer_norm(x, 1, b), "multiply first"),
+    (
+        "check_layer_norm",
+        lambda x, w, b: layer_norm(x.float(), w, b).double(),
+        "differs from torch",
+    ),
+    ("check_layer_norm", lambda x, w, b: layer_norm(x, w, b)[0], "shape changed"),
+    ("check_rms_norm", lambda x: F.normalize(x, dim=-1), "have length 1"),
+    (
+        "check_rms_norm",
+        lambda x: x / x.square().mean(-1, keepdim=True),
+        "take the root of the mean square",
+    ),
+    ("check_rms_norm", lambda x: x / x.square().mean().sqrt(), "each row has its own"),
+    ("check_rms_norm", lambda x: F.layer_norm(x, (4,)), "that is LayerNorm"),
+    ("check_rms_norm", lambda x: x, "gives"),
+    (
+        "check_rms_norm",
+        lambda x: x / x.square().mean(-1, keepdim=True).sqrt(),
+        "zeros must stay zero",
+    ),
+    ("check_block", Replacing, "add what they return to it"),
+    ("check_block", Doubling, "x was added twice"),
+    ("check_block", PostNorm, "the stream itself is normalized"),
+    ("check_block", NormInStream, "the stream itself is normalized"),
+    ("check_block", Shifted, "must hand x on unchanged"),
+    ("check_block", Parallel, "doesn't see what attention added"),
+    ("check_block", BareAttention, "attention adds more when"),
+    ("check_block", BareMLP, "the MLP adds more when"),
+    ("check_block", ThinksFirst, "the MLP comes before attention"),
+    ("check_block", ReadsDoubled, "then the MLP, added"),
+    ("check_block", Peeking, "the mask lets the future through"),
+    ("check_block", Flat, "became"),
+    (
+        "check_post_norm",
+        lambda x, attention, mlp, a, b: (y := x + attention(a(x))) + mlp(b(y)),
+        "this is pre-norm",
+    ),
+    (
+        "check_post_norm",
+        lambda x, attention, mlp, a, b: b(mlp(a(attention(x)))),
+        "nothing is added",
+    ),
+    (
+        "check_post_norm",
+        lambda x, attention, mlp, a, b: (y := x + a(attention(x))) + b(mlp(y)),
+        "only what a part returns",
+    ),
+    (
+        "check_post_norm",
+        lambda x, attention, mlp, a, b: a(x + attention(x)),
+        "the MLP is missing",
+    ),
+    (
+        "check_post_norm",
+        lambda x, attention, mlp, a, b: (y := a(x + attention(x))) + mlp(y),
+        "norm_2 is missing",
+    ),
+    (
+        "check_post_norm",
+        lambda x, attention, mlp, a, b: a((y := b(x + attention(x))) + mlp(y)),
+        "take norm_1(x + attention(x))",
+    ),
+    (
+        "check_layer_norm_gradient",
+        lambda x, u: layer_norm_gradient(x, u, mean=False, variance=False),
+        "the mean and the variance depend on x too",
+    ),
+    (
+        "check_layer_norm_gradient",
+        lambda x, u: layer_norm_gradient(x, u, variance=False),
+        "the variance depends on x too",
+    ),
+    (
+        "check_layer_norm_gradient",
+        lambda x, u: layer_norm_gradient(x, u, mean=False),
+        "the mean depends on x too",
+    ),
+    (
+        "check_layer_norm_gradient",
+        lambda x, u: layer_norm_gradient(x, u, divide=False),
+        "divide by the spread",
+    ),
+    (
+        "check_layer_norm_gradient",
+        lambda x, u: -layer_norm_gradient(x, u),
+        "differs from autograd",
+    ),
+]
+
+
+@pytest.mark.parametrize(("check", "wrong", "message"), WRONG)
+def test_check_names_the_mistake(check, wrong, message):
+    with pytest.raises(AssertionError) as caught:
+        getattr(checks, check)(wrong)
+    assert message in str(caught.value)
