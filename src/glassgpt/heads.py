@@ -79,7 +79,9 @@ def fused_attention(
         raise ValueError(f"{T} queries against {keys.shape[-2]} keys need a mask")
     if mask is not None and mask.dtype != torch.bool:
         raise ValueError(f"mask must be bool (True = may look), not {mask.dtype}")
-    causal = mask is None and T > 1
+    causal = mask is None
+    if T == 1:  # a branch: compiled, `T > 1` may be a symbol that the kernel refuses
+        causal = False
     return F.scaled_dot_product_attention(
         queries, keys, values, attn_mask=mask, dropout_p=dropout, is_causal=causal
     )
