@@ -294,12 +294,12 @@ def learn_merges(counts: Mapping[str, int], number: int) -> list[tuple[int, int]
     while queue and len(merges) < number:
         promised, pair = heapq.heappop(queue)
         times = words.pairs[pair]
-        if times == -promised:
+        if times < -promised:
+            heapq.heappush(queue, (-times, pair))
+        elif times > 0:
             merges.append(pair)
             for born in words.merge(pair, 255 + len(merges)):
                 heapq.heappush(queue, (-words.pairs[born], born))
-        elif times > 0:
-            heapq.heappush(queue, (-times, pair))
     return merges
 
 

@@ -95,6 +95,8 @@ def check_learn_merges(learn_merges: Callable) -> None:
     )
     got = list(learn_merges({"ab": 1}, 3))
     assert got == [(a, b)], f"merged {got}: one pair is all there is"
+    got = list(learn_merges({"aaaa": 1}, 3))
+    assert got == [(a, a), (256, 256)], f"aaaa: merged {got}: one a a ends in the other"
 
 
 def check_merge_word(merge_word: Callable) -> None:

