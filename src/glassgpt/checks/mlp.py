@@ -1,0 +1,162 @@
+# Written by tools/tangle.py from book/08_mlp.ipynb: change it there.
+"""Checks of activations, the MLP and hand-made gradients that name the mistake."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def check_gelu(gelu: Callable[[Tensor], Tensor]) -> None:
+    """GELU in GPT-2's tanh form, on every number by itself.
+
+    Book: 08_mlp.html#gelu-a-rounder-bend
+    """
+    x = torch.linspace(-6, 6, 25, dtype=torch.float64)
+    found, wanted = gelu(x), F.gelu(x, approximate="tanh")
+    assert found.shape == x.shape, f"the shape changed to {tuple(found.shape)}"
+    mistakes = [
+        (F.gelu(x), "this is the exact form; GPT-2 uses the one with tanh"),
+        (x * torch.sigmoid(1.702 * x), "this is the sigmoid form; take tanh"),
+        (F.silu(x), "this is SiLU, x times sigmoid(x)"),
+        (F.relu(x), "this is ReLU: it has a corner at 0"),
+        (x, "nothing is bent"),
+        (2 * wanted, "twice too large: multiply by one half"),
+    ]
+    for values, mistake in mistakes:
+        assert not torch.allclose(found, values, atol=1e-12, rtol=0), mistake
+    gap = (found - wanted).abs()
+    worst = int(gap.argmax())
+    assert gap[worst] < 1e-12, (
+        f"gelu({x[worst]:.1f}) is {found[worst]:.6f}, not {wanted[worst]:.6f}:"
+        " look at sqrt(2 / pi) and at 0.044715 x^3"
+    )
+
+
+def check_each_alone(function: Callable[[Tensor], Tensor], width: int = 4) -> None:
+    """Each position is treated alone: a changed word changes its own row only.
+
+    function: maps vectors (1, T, C) to vectors (1, T, ...), for C = width and T = 5.
+
+    Book: 08_mlp.html#the-checks
+    """
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 5, width, generator=random)
+    before = function(x)
+    for changed in range(5):
+        other = x.clone()
+        other[:, changed] = torch.randn(width, generator=random)
+        moved = (function(other) - before).abs().amax(-1)[0]  # (T,)
+        assert moved[changed] > 0, f"row {changed} does not depend on its own word"
+        for row in range(5):
+            assert row == changed or moved[row] < 1e-6, (
+                f"a change at position {changed} changed row {row}: positions are mixed"
+            )
+
+
+def check_mlp(module_class: Callable[[int], nn.Module]) -> None:
+    """Expand to 4 C, bend by GELU's tanh form, project back, each position alone.
+
+    module_class(width) makes a module (B, T, C) to (B, T, C) with two linear layers,
+    `expand` and `projection`.
+
+    Book: 08_mlp.html#the-checks
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module, small = module_class(6).double(), module_class(4)
+    random = torch.Generator().manual_seed(0)
+    x = 3 * torch.randn(2, 5, 6, generator=random, dtype=torch.float64)
+    found, hidden = module(x), module.expand(x)
+    assert found.shape == x.shape, f"the shape changed to {tuple(found.shape)}"
+    mistakes = [
+        (hidden, "there is no activation: the two layers are a single one"),
+        (F.gelu(hidden), "the exact GELU was used; GPT-2 uses the tanh form"),
+        (F.relu(hidden), "ReLU was used in place of GELU"),
+    ]
+    for wrong, mistake in mistakes:
+        assert not torch.allclose(found, module.projection(wrong)), mistake
+    bent = F.gelu(hidden, approximate="tanh")
+    late = F.gelu(module.projection(bent), approximate="tanh")
+    assert not torch.allclose(found, late), "the projection must not be bent again"
+    gap = (found - module.projection(bent)).abs().max().item()
+    assert gap < 1e-12, f"differs from expand, GELU, projection by {gap:.1e}"
+    count = sum(parameter.numel() for parameter in module.parameters())
+    assert count == 8 * 6**2 + 5 * 6, f"{count} parameters, not 8 C^2 + 5 C"
+    check_each_alone(small)
+
+
+def check_squared_relu_slope(slope: Callable[[Tensor], Tensor]) -> None:
+    """The derivative of max(z, 0) squared, at each number.
+
+    Book: 08_mlp.html#exercise-1-the-slope-of-squared-relu
+    """
+    z = torch.tensor([-2.0, -0.5, 0.0, 0.25, 3.0])
+    found = slope(z)
+    mistakes = [
+        (2 * z, "the slope must be 0 where z is negative: the parabola is cut off"),
+        (F.relu(z), "half of the slope: the derivative of z^2 is 2 z"),
+        ((z > 0).float(), "this is the slope of ReLU, not of its square"),
+        (F.relu(z).square(), "this is the function itself"),
+    ]
+    for wrong, mistake in mistakes:
+        assert not torch.allclose(found, wrong), mistake
+    assert torch.allclose(found, 2 * F.relu(z)), f"at {z.tolist()}: {found.tolist()}"
+
+
+def check_one_not_both(make: Callable[[], tuple[Tensor, Tensor, Tensor]]) -> None:
+    """Hand-set weights: 1 when exactly one of two facts holds, else 0.
+
+    Book: 08_mlp.html#exercise-2-one-but-not-both
+    """
+    expand, bias, project = make()
+    facts = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
+    found = F.relu(facts @ expand + bias) @ project
+    assert found.shape == (4,), f"the outputs have shape {tuple(found.shape)}, not (4,)"
+    none, second, first, both = (round(value, 3) for value in found.tolist())
+    assert none == 0, f"neither fact holds, and the output is {none}, not 0"
+    assert first == 1, f"only the first fact holds, and the output is {first}, not 1"
+    assert second == 1, f"only the second fact holds, and the output is {second}, not 1"
+    assert both == 0, (
+        f"both facts hold, and the output is {both}, not 0: add a neuron that fires"
+        " for both together, and let it subtract"
+    )
+
+
+def check_mlp_backward(backward: Callable[..., tuple[Tensor, ...]]) -> None:
+    """The gradients by x, W_1, b_1, W_2, b_2 of an MLP with squared ReLU.
+
+    backward: called as backward(x, W_1, b_1, W_2, d_outputs).
+
+    Book: 08_mlp.html#exercise-3-back-through-a-squared-relu
+    """
+    random = torch.Generator().manual_seed(0)
+    shapes = {"x": (5, 3), "W_1": (3, 12), "b_1": (12,), "W_2": (12, 3), "b_2": (3,)}
+    tensors = [
+        torch.randn(shape, generator=random, dtype=torch.float64).requires_grad_()
+        for shape in shapes.values()
+    ]
+    x, W_1, b_1, W_2, b_2 = tensors
+    outputs = F.relu(x @ W_1 + b_1).square() @ W_2 + b_2
+    d_outputs = torch.randn(5, 3, generator=random, dtype=torch.float64)
+    wanted = torch.autograd.grad(outputs, tensors, d_outputs)
+    with torch.no_grad():
+        found = backward(x, W_1, b_1, W_2, d_outputs)
+        unbent = {"W_1": x.T @ (d_outputs @ W_2.T), "b_1": (d_outputs @ W_2.T).sum(0)}
+    assert len(found) == 5, f"{len(found)} gradients, not 5: x, W_1, b_1, W_2, b_2"
+    # From the end to the beginning, for a mistake spreads that way.
+    for i in (4, 3, 2, 1, 0):
+        name, ours, right = [*shapes][i], found[i], wanted[i]
+        assert ours.shape == right.shape, (
+            f"the gradient by {name} has shape {tuple(ours.shape)}, but {name} has"
+            f" {tuple(right.shape)}"
+        )
+        assert name not in unbent or not torch.allclose(ours, unbent[name]), (
+            f"by {name}: multiply by the slope of the bend on the way back"
+        )
+        assert not torch.allclose(5 * ours, right), (
+            f"by {name}: sum over the positions, the mean is not asked for"
+        )
+        gap = (ours - right).abs().max().item()
+        assert gap < 1e-10, f"the gradient by {name} differs from autograd by {gap:.1e}"
