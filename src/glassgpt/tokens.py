@@ -90,8 +90,10 @@ class Tokenizer:
         Raises ValueError for half a surrogate pair and for what the vocabulary lacks.
         """
         _check_text(text)
-        parts = _split_special(text, self.special_tokens) if allow_special else [text]
-        special = self.special_tokens if allow_special else {}
+        if not allow_special:
+            return self._encode(text)
+        special = self.special_tokens
+        parts = _split_special(text, special)
         encoded = ([special[p]] if p in special else self._encode(p) for p in parts)
         return list(chain.from_iterable(encoded))
 
