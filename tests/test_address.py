@@ -3,16 +3,14 @@
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
+import address
 import nbformat
 import pytest
 import yaml
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "tools"))
-import address
 
 NEW = "https://github.com/you/yours"
 # Anybody's copy of this book: the name it was born with, or the one it has now.
@@ -21,7 +19,7 @@ OWN = re.compile(rf"github\.com/[\w-]+/{NAMES}\b|[\w-]+\.github\.io/{NAMES}\b")
 
 
 def tracked():
-    """The committed text files and those about to be, without this test and its tool."""
+    """The files that are or will be committed, without this test and its tool."""
     listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     done = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True)
     for name in sorted(set(done.stdout.splitlines())):

@@ -1,17 +1,16 @@
-"""The notebook tool: a round trip keeps the ids, and a second run gives the same bytes."""
+"""The notebook tool: a round trip keeps ids, a second run gives the same bytes."""
 
 import subprocess
 import sys
 from pathlib import Path
 
 import nbformat
+import notebook as tool
 import pytest
 
 TOOLS = Path(__file__).parent.parent / "tools"
-sys.path.insert(0, str(TOOLS))
-import notebook as tool
 
-TEXT = '''# %% [markdown]
+TEXT = """# %% [markdown]
 # # Title
 
 # %% id="first" tags=["remove-cell"]
@@ -27,7 +26,7 @@ object()
 
 # %%
 print("same")
-'''
+"""
 
 
 @pytest.fixture

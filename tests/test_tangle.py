@@ -1,12 +1,8 @@
 """The tangler: markers, imports, links in docstrings, and what --check finds."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 import tangle
 
 HEAD = '#| export\n"""Scores."""\n\nimport math'

@@ -8,10 +8,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import tangle
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "tools"))
-import tangle
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,13 @@ def page_address(repository):
 
 def carriers(root):
     """The files in which an address may stand."""
-    names = ["_config.yml", "pyproject.toml", "README.md", "CONTRIBUTING.md", "CITATION.cff"]
+    names = [
+        "_config.yml",
+        "pyproject.toml",
+        "README.md",
+        "CONTRIBUTING.md",
+        "CITATION.cff",
+    ]
     files = [root / name for name in names]
     books = [*(root / "book").glob("*.ipynb"), *(root / "book").glob("*.md")]
     modules = (root / "src").rglob("*.py")

@@ -42,7 +42,12 @@ def public_names(package=PACKAGE):
             place = BOOK.search(doc)
             summary = doc.split("\n\n")[0].replace("\n", " ")
             found.append(
-                Name(node.name, module_name(path, package), place[1] if place else "", summary)
+                Name(
+                    node.name,
+                    module_name(path, package),
+                    place[1] if place else "",
+                    summary,
+                )
             )
     return sorted(found, key=lambda name: (name.name.lower(), name.module))
 

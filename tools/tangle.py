@@ -101,14 +101,16 @@ def render(cells):
 
 
 def tangle(book):
-    """Return {module name: source} for all the notebooks of a folder, in the order of their names."""
+    """Return {module name: source} for the notebooks of a folder, in the order of their names."""
     modules = {}
     for notebook in sorted(book.glob("*.ipynb")):
         for name, code, anchor in exported_cells(notebook):
             try:
                 ast.parse(code)
             except SyntaxError as error:
-                raise TangleError(f"{notebook}: an exported cell is not plain Python: {error}") from None
+                raise TangleError(
+                    f"{notebook}: an exported cell is not plain Python: {error}"
+                ) from None
             modules.setdefault(name, []).append((notebook, code, anchor))
     return {name: render(cells) for name, cells in modules.items()}
 
@@ -124,7 +126,9 @@ def main(arguments=None):
     except TangleError as error:
         print(f"tangle: {error}", file=sys.stderr)
         return 2
-    wanted = {options.package / (name.replace(".", "/") + ".py"): text for name, text in modules.items()}
+    wanted = {
+        options.package / (name.replace(".", "/") + ".py"): text for name, text in modules.items()
+    }
     present = set(options.package.rglob("*.py")) if options.package.exists() else set()
     differences = 0
     for path in sorted(set(wanted) | present):
@@ -137,7 +141,9 @@ def main(arguments=None):
             # Never deleted here: it may be somebody's work.
             print(f"tangle: no chapter exports {path}; move its code into a chapter or delete it")
         elif options.check:
-            diff = difflib.unified_diff(old.splitlines(True), new.splitlines(True), str(path), "chapters")
+            diff = difflib.unified_diff(
+                old.splitlines(True), new.splitlines(True), str(path), "chapters"
+            )
             sys.stdout.writelines(diff)
             print(f"tangle: {path} differs from the chapters; run `make tangle`")
         else:

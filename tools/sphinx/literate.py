@@ -17,8 +17,8 @@ from docutils import nodes
 from docutils.parsers.rst import Directive
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import names  # noqa: E402
-from tangle import MARK  # noqa: E402
+import names
+from tangle import MARK
 
 TITLE = re.compile(r"#@title (.+)\n+")
 CHAPTER = re.compile(r"book/(0?)(\d+|a\d+)_")

@@ -1,0 +1,44 @@
+"""What tests share: the built page, and a loud word when no browser was found."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BROWSERS = ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable"]
+
+
+def find_browser():
+    """The path of a Chromium, or None."""
+    named = os.environ.get("GLASSGPT_BROWSER")
+    return named or next(filter(None, map(shutil.which, BROWSERS)), None)
+
+
+def build_page(target):
+    """Build the book as `make book` does, into another folder; warnings are errors."""
+    subprocess.run([sys.executable, ROOT / "tools" / "vendor.py"], cwd=ROOT, check=True)
+    book = [Path(sys.executable).with_name("jupyter-book"), "build", ".", "-q", "--all"]
+    strict = ["-W", "-n", "--keep-going", "--path-output", str(target)]
+    done = subprocess.run(book + strict, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return Path(target) / "_build" / "html"
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory):
+    """The built page. Only test_page.py asks for it, so one worker builds it."""
+    return build_page(tmp_path_factory.mktemp("site"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say at the end, where it is seen, that the page was not tested in a browser."""
+    if find_browser() is None:
+        terminalreporter.section("PAGE NOT TESTED IN A BROWSER", red=True, bold=True)
+        terminalreporter.line(
+            "No Chromium or Chrome was found, so the tests of the page were left out. "
+            "Install one, or set GLASSGPT_BROWSER to its path."
+        )

@@ -1,0 +1,251 @@
+"""The built page, read in a browser: nothing from the network, nothing broken."""
+
+import functools
+import http.server
+import os
+import re
+import threading
+from pathlib import Path
+from urllib.parse import unquote, urldefrag
+
+import address
+import names
+import pytest
+from conftest import find_browser
+
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+ROOT = Path(__file__).parent.parent
+REQUIRED = os.environ.get("GLASSGPT_REQUIRE_BROWSER") == "1"
+pytestmark = pytest.mark.skipif(
+    find_browser() is None and not REQUIRED, reason="no Chromium or Chrome was found"
+)
+MARKERS = re.compile(r"^#\| ?(export|default_exp)|^#@title", re.MULTILINE)
+# Runs in the page and returns what a reader would stumble over.
+LOOK = """() => {
+  const named = element => (element.getAttribute("alt") || "").trim()
+    || element.getAttribute("aria-label") || element.getAttribute("aria-labelledby")
+    || element.querySelector(":scope > title");
+  const article = document.querySelector("article.bd-article") || document.body;
+  const text = article.cloneNode(true);
+  text.querySelectorAll("pre, code, script, style").forEach(part => part.remove());
+  return {
+    lang: document.documentElement.lang,
+    title: document.title,
+    ids: [...document.querySelectorAll("[id]")].map(element => element.id),
+    links: [...document.querySelectorAll("a[href]")].map(a => a.href),
+    mute: [...article.querySelectorAll("img, svg[role=img]")]
+      .filter(picture => !picture.closest("[aria-hidden=true]") && !named(picture))
+      .map(picture => picture.outerHTML.slice(0, 200)),
+    code: [...article.querySelectorAll("pre")].map(pre => pre.innerText).join("\\n"),
+    prose: text.textContent,
+    formulas: article.querySelectorAll(".math").length,
+    typeset: article.querySelectorAll("mjx-container").length,
+    wrong: article.querySelectorAll("mjx-merror").length,
+  };
+}"""
+# The elements that make the page wider than the screen.
+WIDE = """() => document.documentElement.scrollWidth <= innerWidth ? [] :
+  [...document.querySelectorAll("article *")]
+    .filter(element => element.getBoundingClientRect().right > innerWidth + 1)
+    .slice(0, 5).map(element => element.outerHTML.slice(0, 160))"""
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    """Serves files without a word."""
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture(scope="module")
+def server(site):
+    """The address of a local server of the built page."""
+    handler = functools.partial(QuietHandler, directory=site)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as served:
+        threading.Thread(target=served.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{served.server_port}/"
+        served.shutdown()
+
+
+@pytest.fixture(scope="module")
+def browser(site):
+    """A headless Chromium."""
+    from playwright.sync_api import sync_playwright
+
+    path = find_browser()
+    assert path, "GLASSGPT_REQUIRE_BROWSER=1, but no Chromium or Chrome was found"
+    with sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=path, args=FLAGS)
+        yield chromium
+        chromium.close()
+
+
+def visit(browser, server, address):
+    """Open one page and return what was seen and what went wrong."""
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    trouble = []
+    page.on(
+        "request",
+        lambda request: (
+            request.url.startswith((server, "data:", "blob:"))
+            or trouble.append(f"request to {request.url}")
+        ),
+    )
+    page.on("pageerror", lambda error: trouble.append(f"page error: {error}"))
+    page.on(
+        "console",
+        lambda message: (
+            message.type == "error" and trouble.append(f"console: {message.text}")
+        ),
+    )
+    page.on(
+        "response",
+        lambda answer: (
+            answer.status >= 400 and trouble.append(f"{answer.status}: {answer.url}")
+        ),
+    )
+    page.goto(address)
+    page.wait_for_load_state("networkidle")
+    page.evaluate("async () => { await window.MathJax?.startup?.promise }")
+    seen = page.evaluate(LOOK)
+    page.set_viewport_size({"width": 390, "height": 844})
+    seen |= {"trouble": trouble, "wide": page.evaluate(WIDE)}
+    page.close()
+    return seen
+
+
+@pytest.fixture(scope="module")
+def pages(site, server, browser):
+    """{path: what was seen} for every page of the site."""
+    found = sorted(site.rglob("*.html"))
+    paths = [p.relative_to(site).as_posix() for p in found if "_static" not in p.parts]
+    return {path: visit(browser, server, server + path) for path in paths}
+
+
+def collect(pages, key):
+    """The pages on which a list of troubles isn't empty."""
+    return {path: seen[key] for path, seen in pages.items() if seen[key]}
+
+
+def test_every_chapter_has_a_page(pages):
+    chapters = [*(ROOT / "book").glob("*.ipynb"), *(ROOT / "book").glob("*.md")]
+    assert {f"book/{chapter.stem}.html" for chapter in chapters} <= set(pages)
+
+
+def test_nothing_is_asked_of_the_network_and_nothing_fails(pages):
+    assert collect(pages, "trouble") == {}
+
+
+def test_every_picture_has_alternative_text(pages):
+    assert collect(pages, "mute") == {}
+
+
+def test_no_page_is_wider_than_a_phone(pages):
+    assert collect(pages, "wide") == {}
+
+
+def test_every_page_names_its_language_and_title(pages):
+    assert {seen["lang"] for seen in pages.values()} == {"en"}
+    assert all(seen["title"].strip() for seen in pages.values())
+
+
+def test_no_id_stands_twice_on_a_page(pages):
+    twice = {
+        path: {name for name in seen["ids"] if seen["ids"].count(name) > 1}
+        for path, seen in pages.items()
+    }
+    # The theme itself repeats the ids of its search field, once for each screen width.
+    own = {"search-input"}
+    assert {path: found - own for path, found in twice.items() if found - own} == {}
+
+
+def test_formulas_are_typeset(pages):
+    assert any(seen["formulas"] for seen in pages.values())
+    for path, seen in pages.items():
+        assert seen["typeset"] >= seen["formulas"], path
+        assert seen["wrong"] == 0, f"MathJax can't read a formula of {path}"
+        assert r"\(" not in seen["prose"], path
+        assert "$$" not in seen["prose"], path
+
+
+def test_markers_are_hidden_and_labels_shown(pages):
+    for path, seen in pages.items():
+        assert not MARKERS.search(seen["code"]), path
+    label = re.compile(r"enters\s+glassgpt\.")
+    labeled = {path for path, seen in pages.items() if label.search(seen["prose"])}
+    places = {entry.place.split("#")[0] for entry in names.public_names()}
+    assert {f"book/{page}" for page in places if page} <= labeled
+
+
+def leads_somewhere(link, site, pages):
+    """Whether a link within the site names a file, and a place on it."""
+    target, anchor = urldefrag(link.split("?")[0])
+    target, anchor = unquote(target) or "index.html", unquote(anchor)
+    if anchor and target in pages:
+        return anchor in pages[target]["ids"]
+    return (site / target).is_file()
+
+
+def test_internal_links_lead_somewhere(pages, site, server):
+    broken = []
+    for path, seen in pages.items():
+        own = {x.removeprefix(server) for x in seen["links"] if x.startswith(server)}
+        wrong = sorted(link for link in own if not leads_somewhere(link, site, pages))
+        broken += [f"{path}: {link}" for link in wrong]
+    assert broken == []
+
+
+def test_every_docstring_names_a_section_that_exists(pages):
+    entries = names.public_names()
+    assert entries
+    for entry in entries:
+        page, anchor = urldefrag(entry.place)
+        assert f"book/{page}" in pages, f"{entry.module}.{entry.name}: {entry.place!r}"
+        assert anchor in pages[f"book/{page}"]["ids"], f"{entry.name}: {entry.place}"
+
+
+def test_buttons_lead_to_the_chapter_and_its_source(pages):
+    repository, _ = address.current(ROOT)
+    colab = "https://colab.research.google.com/github"
+    for notebook in (ROOT / "book").glob("*.ipynb"):
+        seen = pages[f"book/{notebook.stem}.html"]
+        place = f"/blob/main/book/{notebook.name}"
+        owner = repository.removeprefix("https://github.com/")
+        assert f"{colab}/{owner}{place}" in seen["links"]
+        source = f"{repository}{place}"
+        assert any(link.startswith(source) for link in seen["links"]), notebook.name
+
+
+SHOWN = """figure => [...figure.querySelectorAll("svg")]
+  .filter(svg => svg.checkVisibility()).map(svg => svg.outerHTML).join("")"""
+
+
+def test_sliders_move_their_figure_by_keyboard(pages, server, browser):
+    """A key press must change the picture; no kernel answers here."""
+    for path in pages:
+        page = browser.new_page()
+        page.goto(server + path)
+        ranges = page.locator("article input[type=range]")
+        for index in range(ranges.count()):
+            one = ranges.nth(index)
+            figure = one.locator("xpath=ancestor::*[.//*[local-name()='svg']][1]")
+            shown = (
+                "el => [...el.querySelectorAll('svg')].filter(s => s.checkVisibility())"
+            )
+            shown += ".map(s => s.outerHTML).join('')"
+            before = figure.evaluate(SHOWN)
+            at_end = one.evaluate("el => el.value === el.max")
+            one.press("ArrowLeft" if at_end else "ArrowRight")
+            assert before, f"{path}: slider {index} shows no picture"
+            assert figure.evaluate(SHOWN) != before, (
+                f"{path}: slider {index} moves nothing"
+            )
+        page.close()
