@@ -102,21 +102,20 @@ def _check_causal(model: nn.Module, ids: Tensor) -> None:
             )
 
 
-def _check_start(gpt: Callable[[GPTConfig], nn.Module]) -> None:
+def _check_start(model: nn.Module, config: GPTConfig) -> None:
     """The untrained loss is that of knowing nothing, and the head is tied."""
-    config = GPTConfig(vocab_size=500, context=64, layers=2, heads=2, width=64)
-    model = gpt(config).eval()
     count = sum(parameter.numel() for parameter in model.parameters())
     table = config.vocab_size * config.width
     wanted = GPT(config).parameter_count()
     assert count != wanted + table, "the head has a table of its own: tie it"
     assert count == wanted, f"{count} parameters, not {wanted}"
     random = torch.Generator().manual_seed(0)
-    ids, targets = torch.randint(500, (2, 4, 64), generator=random)
+    V, T = config.vocab_size, config.context
+    ids, targets = torch.randint(V, (2, 4, T), generator=random)
     loss = F.cross_entropy(model(ids).flatten(0, 1), targets.flatten()).item()
-    assert abs(loss - math.log(500)) < 0.1, (
+    assert abs(loss - math.log(V)) < 0.1, (
         f"the untrained loss is {loss:.2f}, but knowing nothing costs"
-        f" ln 500 = {math.log(500):.2f}: start with smaller weights"
+        f" ln {V} = {math.log(V):.2f}: start with smaller weights"
     )
 
 
@@ -146,16 +145,17 @@ def check_gpt(gpt: Callable[[GPTConfig], nn.Module]) -> None:
 
     Book: 10_gpt.html#the-checks
     """
-    config = GPTConfig(vocab_size=11, context=6, layers=2, heads=2, width=8)
-    random = torch.Generator().manual_seed(0)
+    small = GPTConfig(vocab_size=11, context=6, layers=2, heads=2, width=8)
+    larger = GPTConfig(vocab_size=500, context=64, layers=2, heads=2, width=64)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = gpt(config).double().eval()
-        _check_start(gpt)
+        model, untrained = gpt(small).double().eval(), gpt(larger).eval()
+    random = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.normal_(0.0, 0.3, generator=random)
     for time in (6, 3):
         _check_assembly(model, torch.randint(11, (2, time), generator=random))
+    _check_start(untrained, larger)
     _check_door(model)
 
 
