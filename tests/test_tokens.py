@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import threading
 from importlib.util import find_spec
 from itertools import pairwise
@@ -434,6 +435,13 @@ def test_chunks_encode_as_the_whole(gpt2, parts, size):
     assert all(len(chunk) >= size for chunk in chunks[:-1])
     words = [word for chunk in chunks for word in split_words(chunk)]
     assert words == split_words(whole)
+
+
+def test_coarse_and_fine_cut_agree_about_white_space():
+    everything = "".join(chr(n) for n in range(0x110000) if n >> 11 != 0x1B)
+    assert re.findall(f"[{tokens._SPACE}]", everything) == regex.findall(
+        r"\s", everything
+    )
 
 
 def test_chunks_are_about_as_long_as_asked():

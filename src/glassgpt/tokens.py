@@ -7,6 +7,7 @@ import json
 import math
 import operator
 import os
+import re
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -182,8 +183,9 @@ def split_words(text: str) -> list[str]:
     return _WORD.findall(text)
 
 
-_PIECE = regex.compile(r"\s*+\S++|\s++")
-_CUT = regex.compile(r"(?<=\S)(?=\s)")
+_SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+_PIECE = re.compile(f"[{_SPACE}]*[^{_SPACE}]+|[{_SPACE}]+")
+_CUT = re.compile(f"(?<=[^{_SPACE}])(?=[{_SPACE}])")
 
 
 def safe_chunks(stream: Iterable[str], size: int = 1_000_000) -> Iterator[str]:
@@ -250,33 +252,34 @@ class _Words:
     def __init__(self, counts: Mapping[str, int]) -> None:
         self.words = [byte_ids(word) for word in counts]
         self.times = list(counts.values())
-        self.pairs = Counter()
-        self.places = defaultdict(set)
+        self.pairs = defaultdict(int)
+        self.places = defaultdict(list)
         for place, word in enumerate(self.words):
             for pair in pairwise(word):
-                self.add(pair, place)
-
-    def add(self, pair: tuple[int, int], place: int) -> tuple[int, int]:
-        """Count a pair of the word at this place. Returns the pair."""
-        self.pairs[pair] += self.times[place]
-        self.places[pair].add(place)
-        return pair
+                self.pairs[pair] += self.times[place]
+                self.places[pair].append(place)
 
     def merge(self, best: tuple[int, int], new: int) -> set[tuple[int, int]]:
         """Merge a pair in all words that have it. Returns the pairs born by this."""
+        pairs, places, born = self.pairs, self.places, set()
         left, right = best
-        born = set()
-        for place in self.places.pop(best):
+        for place in places.pop(best):
             word, times, at = self.words[place], self.times[place], 0
             while at < len(word) - 1:
                 if word[at] == left and word[at + 1] == right:
                     word[at : at + 2] = [new]
                     if at > 0:
-                        self.pairs[word[at - 1], left] -= times
-                        born.add(self.add((word[at - 1], new), place))
+                        pairs[word[at - 1], left] -= times
+                        pair = (word[at - 1], new)
+                        pairs[pair] += times
+                        places[pair].append(place)
+                        born.add(pair)
                     if at + 1 < len(word):
-                        self.pairs[right, word[at + 1]] -= times
-                        born.add(self.add((new, word[at + 1]), place))
+                        pairs[right, word[at + 1]] -= times
+                        pair = (new, word[at + 1])
+                        pairs[pair] += times
+                        places[pair].append(place)
+                        born.add(pair)
                 at += 1
         return born
 
