@@ -176,6 +176,7 @@ _WORD = regex.compile(
 def split_words(text: str) -> list[str]:
     """Cut a text into GPT-2's words; joined, they are the text again.
 
+    What is a letter or a digit, the Unicode version of `regex` decides.
     Source: the pattern in `encoder.py` of OpenAI's gpt-2.
 
     Book: 02_tokens.html#words
