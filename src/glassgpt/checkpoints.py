@@ -1,0 +1,346 @@
+# Written by tools/tangle.py from book/12_training.ipynb: change it there.
+"""Checkpoints: models and runs on disk, as safetensors and JSON, never pickle."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from glassgpt.gpt import GPT, GPTConfig
+from glassgpt.tokens import load_tokenizer
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write under another name, flush to the disk, and rename: all of it or nothing.
+
+    Book: 12_training.html#checkpoints
+    """
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Tensors as a safetensors file, whole or not at all.
+
+    Raises OSError where the disk is full or can't be written.
+
+    Book: 12_training.html#checkpoints
+    """
+    partial = path.with_name(path.name + ".partial")
+    tensors = {
+        name: value.detach().cpu().contiguous() for name, value in tensors.items()
+    }
+    try:
+        save_file(tensors, partial, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path} could not be written: {error}") from error
+    with open(partial, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The names and shapes in a safetensors file; reads its header only.
+
+    Raises ValueError where it is not a whole safetensors file.
+
+    Book: 12_training.html#checkpoints
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()
+            return {name: tuple(file.get_slice(name).get_shape()) for name in names}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged or no safetensors file: {error}") from None
+
+
+# Our names and GPT-2's for the same layers; the last six stand in every block.
+_GPT2_NAMES = {
+    "tokens": "transformer.wte",
+    "positions": "transformer.wpe",
+    "norm": "transformer.ln_f",
+    "head": "lm_head",
+    "attention_norm": "ln_1",
+    "attention.qkv": "attn.c_attn",
+    "attention.projection": "attn.c_proj",
+    "mlp_norm": "ln_2",
+    "mlp.expand": "mlp.c_fc",
+    "mlp.projection": "mlp.c_proj",
+}
+
+
+def _gpt2_name(name: str) -> str:
+    """GPT-2's name of one of our parameters."""
+    layer, kind = name.rsplit(".", 1)
+    block = re.fullmatch(r"blocks\.(\d+)\.(.+)", layer)
+    if block:
+        return f"transformer.h.{block[1]}.{_GPT2_NAMES[block[2]]}.{kind}"
+    return f"{_GPT2_NAMES[layer]}.{kind}"
+
+
+def _transposed(name: str) -> bool:
+    """Whether GPT-2 stores this weight as (in, out), where we have (out, in)."""
+    kinds = ("qkv.weight", "projection.weight", "expand.weight")
+    return name.startswith("blocks.") and name.endswith(kinds)
+
+
+def to_gpt2(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our parameters under GPT-2's names and in its layout.
+
+    Book: 12_training.html#a-model-that-others-can-read
+    """
+    return {
+        _gpt2_name(name): value.T.contiguous() if _transposed(name) else value
+        for name, value in state.items()
+    }
+
+
+def from_gpt2(state: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
+    """The inverse: GPT-2's parameters under our `names`.
+
+    Book: 12_training.html#a-model-that-others-can-read
+    """
+    theirs = {name: state[_gpt2_name(name)] for name in names}
+    return {
+        name: value.T if _transposed(name) else value for name, value in theirs.items()
+    }
+
+
+def _is_gpt2(config: GPTConfig) -> bool:
+    """Whether a model has GPT-2's architecture, so that `transformers` can read it."""
+    c = config
+    sizes = (c.vocab_size, c.context, c.layers, c.heads, c.width)
+    return config == GPTConfig(*sizes, dropout=c.dropout, tied=c.tied)
+
+
+def _config_to_json(config: GPTConfig, end: int | None) -> dict[str, Any]:
+    """What stands in config.json: GPT-2's own keys where they fit, and all of ours."""
+    ours = {"glassgpt": asdict(config)}
+    if not _is_gpt2(config):
+        return {"model_type": "glassgpt", **ours}
+    return {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        "vocab_size": config.vocab_size,
+        "n_positions": config.context,
+        "n_embd": config.width,
+        "n_layer": config.layers,
+        "n_head": config.heads,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout),
+        "tie_word_embeddings": config.tied,
+        **dict.fromkeys(("bos_token_id", "eos_token_id"), end),
+        **ours,
+    }
+
+
+# What GPT-2's other options must be, for ours to be the same function.
+_GPT2_OPTIONS = {
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "layer_norm_epsilon": (1e-5,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+}
+
+
+def _config_from_json(content: dict[str, Any]) -> GPTConfig:
+    """The inverse, also for a GPT-2 written by `transformers`."""
+    if "glassgpt" in content:
+        return GPTConfig(**content["glassgpt"])
+    kind = content.get("model_type")
+    if kind != "gpt2":
+        raise ValueError(f"its model_type is {kind!r}, not a GPT-2")
+    allowed = {**_GPT2_OPTIONS, "n_inner": (None, 4 * content["n_embd"])}
+    for name, values in allowed.items():
+        if content.get(name, values[0]) not in values:
+            raise ValueError(f"its {name} is {content[name]!r}, which GPT-2 has not")
+    keys = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
+    tied = content.get("tie_word_embeddings", True)
+    return GPTConfig(*(content[key] for key in keys), tied=tied)
+
+
+def save(directory: str | Path, model: GPT, tokenizer: Any) -> None:
+    """Write model.safetensors, config.json and tokenizer.json into a directory.
+
+    A model with GPT-2's architecture is written so that `transformers` reads the
+    directory with AutoModelForCausalLM and AutoTokenizer.
+    Raises OSError where the disk is full or can't be written.
+
+    Book: 12_training.html#a-model-that-others-can-read
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(directory / "tokenizer.json")
+    special = "<|endoftext|>"
+    end = tokenizer.special_tokens.get(special)
+    kind: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    kind["clean_up_tokenization_spaces"] = False
+    if end is not None:
+        kind |= {"bos_token": special, "eos_token": special}
+    write_file(directory / "tokenizer_config.json", json.dumps(kind, indent=1).encode())
+    content = _config_to_json(model.config, end)
+    write_file(directory / "config.json", json.dumps(content, indent=1).encode())
+    parameters: dict[str, Tensor] = dict(model.named_parameters())
+    if _is_gpt2(model.config):
+        parameters = to_gpt2(parameters)
+    write_tensors(directory / "model.safetensors", parameters)
+
+
+def _expected_parameters(config: GPTConfig, layers: int) -> dict[str, Tensor]:
+    """The parameters of such a model, as shapes without memory.
+
+    Raises ValueError for a model that can't be that of a file with so many layers.
+    """
+    if layers != config.layers:
+        raise ValueError(f"it has {layers} layers where {config.layers} are due")
+    try:
+        with torch.device("meta"):
+            model = GPT(config)
+    except (RuntimeError, OverflowError, TypeError) as error:
+        raise ValueError(f"no model can have these sizes: {error}") from None
+    tables = sum(table.numel() for table in model.buffers())
+    if tables > max(model.parameter_count(), 1 << 24):
+        raise ValueError(f"a context of {config.context} is out of proportion")
+    return dict(model.named_parameters())
+
+
+def load_parameters(path: Path, config: GPTConfig) -> GPT:
+    """A GPT with the parameters of a file, ours or GPT-2's, after all shapes agree.
+
+    Raises ValueError for a file of another model, before memory is taken for it.
+
+    Book: 12_training.html#a-model-that-others-can-read
+    """
+    found = read_shapes(path)
+    blocks = (re.search(r"(?:blocks|h)\.(\d+)\.", name) for name in found)
+    layers = len({block[1] for block in blocks if block})
+    theirs = _is_gpt2(config) and "tokens.weight" not in found
+    prefix = "transformer." if theirs and "wte.weight" in found else ""
+    found = {prefix + name: shape for name, shape in found.items()}
+    try:
+        ours = _expected_parameters(config, layers)
+        for name, value in (to_gpt2(ours) if theirs else ours).items():
+            if found.get(name) != tuple(value.shape):
+                has = found.get(name, "nothing")
+                raise ValueError(f"{name} should be {tuple(value.shape)}, it has {has}")
+    except ValueError as error:
+        raise ValueError(f"{path} does not fit its config.json: {error}") from None
+    state = {prefix + name: value for name, value in load_file(path).items()}
+    model = GPT(config)
+    state = from_gpt2(state, list(ours)) if theirs else state
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(state[name])
+    return model
+
+
+def load(directory: str | Path) -> tuple[GPT, Any]:
+    """The model, ready to generate, and the tokenizer from a directory.
+
+    Raises FileNotFoundError for a missing file, ValueError for a damaged or foreign
+    one, before memory is taken for it.
+
+    Book: 12_training.html#a-model-that-others-can-read
+    """
+    directory = Path(directory)
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        if not (directory / name).exists():
+            raise FileNotFoundError(f"{directory} holds no model: {name} is missing")
+    path = directory / "config.json"
+    try:
+        config = _config_from_json(json.loads(path.read_text("utf-8")))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} does not describe a GPT: {error!r}") from None
+    tokenizer = load_tokenizer(directory / "tokenizer.json")
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"{directory} mixes two models: the tokenizer has {tokenizer.vocab_size} "
+            f"ids, the model only {config.vocab_size}"
+        )
+    return load_parameters(directory / "model.safetensors", config).eval(), tokenizer
+
+
+def checkpoints_in(directory: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first.
+
+    Book: 12_training.html#a-run-that-can-go-on
+    """
+    return sorted(p for p in directory.glob("checkpoint-*") if p.suffix != ".partial")
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    """The SHA-256 of each file in a folder, but for the list of hashes itself."""
+    hashes = {}
+    for path in sorted(folder.iterdir()):
+        if path.name != "hashes.json":
+            with open(path, "rb") as file:
+                hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
+
+
+def write_checkpoint(
+    directory: Path,
+    step: int,
+    tensors: dict[str, dict[str, Tensor]],
+    state: dict[str, Any],
+    keep: int,
+) -> None:
+    """Write everything a run needs to go on, then drop all but the last `keep`.
+
+    tensors: the content of NAME.safetensors for each name. state: what JSON can hold.
+    Raises OSError where the disk is full; the checkpoints before stay as they were.
+
+    Book: 12_training.html#a-run-that-can-go-on
+    """
+    final = directory / f"checkpoint-{step:08d}"
+    partial = final.with_suffix(".partial")
+    for leftover in directory.glob("checkpoint-*.partial"):
+        shutil.rmtree(leftover)
+    partial.mkdir(parents=True)
+    try:
+        for name, content in tensors.items():
+            write_tensors(partial / f"{name}.safetensors", content)
+        write_file(partial / "state.json", json.dumps(state).encode())
+        write_file(partial / "hashes.json", json.dumps(_hashes(partial)).encode())
+        os.replace(partial, final)
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    for old in checkpoints_in(directory)[:-keep]:
+        shutil.rmtree(old.rename(old.with_suffix(".partial")))
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """The tensors and the state of a checkpoint.
+
+    Raises ValueError for a damaged one, naming the one before it.
+
+    Book: 12_training.html#a-run-that-can-go-on
+    """
+    try:
+        if json.loads((path / "hashes.json").read_text("utf-8")) != _hashes(path):
+            raise ValueError("its files don't match their hashes")
+        state = json.loads((path / "state.json").read_text("utf-8"))
+        files = sorted(path.glob("*.safetensors"))
+        return {file.stem: load_file(file) for file in files}, state
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+        before = [p for p in checkpoints_in(path.parent) if p < path]
+        advice = "start anew"
+        if before:
+            advice = f"delete it to go on from {before[-1].name}"
+        raise ValueError(f"{path} is damaged ({error}): {advice}") from None

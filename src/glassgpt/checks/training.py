@@ -1,0 +1,216 @@
+# Written by tools/tangle.py from book/12_training.ipynb: change it there.
+"""Checks of optimizers, schedules, accumulation and resuming that name the mistake."""
+
+from collections.abc import Callable
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from glassgpt.data import TokenData
+from glassgpt.gpt import GPT, GPTConfig
+from glassgpt.training import TrainConfig
+
+
+def _torch_adamw(w: Tensor, gradients: list[Tensor], decay: float) -> Tensor:
+    """What PyTorch makes of w with rate 0.1 and betas 0.9 and 0.999."""
+    w = w.clone().requires_grad_()
+    optimizer = torch.optim.AdamW([w], lr=0.1, betas=(0.9, 0.999), weight_decay=decay)
+    for gradient in gradients:
+        w.grad = gradient.clone()
+        optimizer.step()
+    return w.detach()
+
+
+def check_adamw(adamw: Callable[..., Tensor]) -> None:
+    """AdamW's steps are those of torch.optim.AdamW.
+
+    adamw: called as adamw(w, gradients, rate, beta1, beta2, decay), returns the new w.
+
+    Book: 12_training.html#adamw
+    """
+    w = torch.tensor([0.5, -2.0, 0.0], dtype=torch.float64)
+    gradients = [torch.tensor([1.0, -0.1, 10.0]).double() * k for k in (1, 3, -1, 2)]
+    cases = [
+        (1, 0.0, "the first step is wrong: are the means divided by 1 - beta^t?"),
+        (4, 0.0, "later steps are wrong: are the means kept, and t counted from 1?"),
+        (4, 0.5, "decay must shrink the weight itself, not be added to the gradient"),
+    ]
+    for count, decay, mistake in cases:
+        found = adamw(w, gradients[:count], 0.1, 0.9, 0.999, decay)
+        wanted = _torch_adamw(w, gradients[:count], decay)
+        assert torch.allclose(found, wanted, atol=1e-6), mistake
+    small = [gradient * 1e-8 for gradient in gradients[:1]]
+    found = adamw(w, small, 0.1, 0.9, 0.999, 0.0)
+    assert torch.allclose(found, _torch_adamw(w, small, 0.0), atol=1e-6), (
+        "tiny gradients give other steps: epsilon stands outside the root"
+    )
+
+
+def check_schedule(rate_at: Callable[[int, TrainConfig], float]) -> None:
+    """The rate warms up to 1 without a wasted step, then falls to its final share.
+
+    Book: 12_training.html#the-schedule
+    """
+    for schedule in ("cosine", "linear", "stable"):
+        config = TrainConfig(steps=100, warmup=10, schedule=schedule, final_rate=0.1)
+        rates = [rate_at(step, config) for step in range(config.steps)]
+        assert rates[0] > 0, "the first step has rate 0: it is wasted"
+        assert max(rates) <= 1 + 1e-9, f"{schedule}: the rate exceeds 1"
+        peak = max(rates[9], rates[10])
+        assert abs(peak - 1) < 1e-9, f"{schedule}: warm-up ends at {peak:.2f}, not at 1"
+        rises = [a < b for a, b in zip(rates, rates[1:], strict=False)]
+        assert all(rises[:8]), f"{schedule}: the rate doesn't rise during warm-up"
+        assert not any(rises[10:]), f"{schedule}: the rate rises after warm-up"
+        assert 0.1 <= rates[-1] < 0.16, (
+            f"{schedule}: the last rate is {rates[-1]:.2f}, final_rate is 0.1"
+        )
+    none = TrainConfig(steps=10, warmup=0)
+    assert abs(rate_at(0, none) - 1) < 1e-9, "without warm-up the first rate must be 1"
+    whole = TrainConfig(steps=10, warmup=10)
+    assert abs(rate_at(9, whole) - 1) < 1e-9, "a run may be all warm-up"
+
+
+def _gradient(step: Callable[[nn.Module, list], None], parts: list) -> Tensor:
+    """What `step` leaves in the gradient of a small linear model."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 4, bias=False).double()
+    step(model, parts)
+    return model.weight.grad
+
+
+def check_accumulation(accumulate: Callable[[nn.Module, list], None]) -> None:
+    """The gradients of the parts add up to that of one big batch.
+
+    accumulate: called as accumulate(model, parts), with parts a list of (x, targets),
+    leaves the gradient of the mean cross-entropy in `.grad`.
+
+    Book: 12_training.html#accumulation
+    """
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(8, 3, generator=random, dtype=torch.float64)
+    y = torch.randint(4, (8,), generator=random)
+
+    def whole(model: nn.Module, parts: list) -> None:
+        F.cross_entropy(model(parts[0][0]), parts[0][1]).backward()
+
+    wanted, last = _gradient(whole, [(x, y)]), _gradient(whole, [(x[6:], y[6:])])
+    found = _gradient(accumulate, list(zip(x.split(2), y.split(2), strict=True)))
+    mistakes = [
+        (4 * wanted, "the gradient of a sum: divide each part's loss by their number"),
+        (last, "only the last part counts: zero the gradients once, before all parts"),
+        (last / 4, "only the last part counts: zero the gradients once, at the end"),
+        (wanted / 4, "divided twice by the number of parts"),
+    ]
+    for value, mistake in mistakes:
+        assert not torch.allclose(found, value), mistake
+    assert torch.allclose(found, wanted), "not the gradient of one big batch"
+
+
+class _PowerCut(Exception):
+    """Ends a run in the middle of an evaluation."""
+
+
+def _weights_after(train: Callable[..., Any], ids: list[int], dropout: float, cut: int):
+    """The final weights and recorded steps of a run that is cut off and resumed."""
+    data = TokenData.of(ids, ids, vocab_size=5)
+    shape = GPTConfig(5, context=4, layers=1, heads=1, width=8, dropout=dropout)
+    settings = {
+        "warmup": 0,
+        "final_rate": 1.0,
+        "batch_size": 2,
+        "evaluation_batches": 1,
+    }
+    config = TrainConfig(steps=6, evaluate_every=1, checkpoint_every=3, **settings)
+
+    def power_cut(record: dict[str, float]) -> None:
+        if record["step"] == cut:
+            raise _PowerCut
+
+    with TemporaryDirectory() as place, torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        model = GPT(shape)
+        try:
+            run = train(model, data, config, place, on_record=power_cut, progress=False)
+        except _PowerCut:
+            for parameter in model.parameters():
+                nn.init.constant_(parameter, 9.0)
+            run = train(model, data, config, place, resume=True, progress=False)
+    weights = nn.utils.parameters_to_vector(model.parameters()).detach()
+    return weights, [record["step"] for record in run.records]
+
+
+def check_resume(train: Callable[..., Any]) -> None:
+    """A run that was cut off and resumed ends with the same weights, bit for bit.
+
+    train: called like `glassgpt.train`, with on_record, progress and resume.
+
+    Book: 12_training.html#cut-off-and-resumed
+    """
+    one_crop, text = list(range(5)), [n * n % 5 for n in range(60)]
+    cases = [
+        (one_crop, 0.0, "the optimizer's moments were not restored"),
+        (text, 0.0, "the batches after resuming are others: count from the same step"),
+        (text, 0.5, "the state of the random numbers was not restored"),
+    ]
+    for ids, dropout, mistake in cases:
+        whole, steps = _weights_after(train, ids, dropout, cut=0)
+        resumed, found = _weights_after(train, ids, dropout, cut=5)
+        gap = (whole - resumed).abs().max()
+        assert gap < 1, "the weights of the checkpoint were not restored"
+        assert found == steps, f"the resumed run recorded steps {found}, not {steps}"
+        assert torch.equal(whole, resumed), mistake
+
+
+def check_clipping(clip: Callable[[list[Tensor], float], list[Tensor]]) -> None:
+    """A long gradient is shortened as a whole; a short one stays as it is.
+
+    Book: 12_training.html#exercise-2-clip-without-turning
+    """
+    long = [torch.tensor([3.0, 0.0, 0.5]), torch.tensor([4.0])]
+    length = torch.cat(long).norm()
+    found = torch.cat(clip([g.clone() for g in long], 1.0))
+    each = torch.cat([g / g.norm() for g in long])
+    assert not torch.allclose(found, each), (
+        "each tensor was shortened by itself: the gradient is all of them together"
+    )
+    assert not torch.allclose(found, torch.cat(long).clamp(-1, 1)), (
+        "each number was cut off at the limit: that turns the gradient"
+    )
+    assert torch.allclose(found, torch.cat(long) / length, atol=1e-5), (
+        f"its length is {found.norm():.3f}, not 1, or its direction changed"
+    )
+    short = [torch.tensor([0.1]), torch.tensor([0.2])]
+    found = torch.cat(clip([g.clone() for g in short], 1.0))
+    assert torch.allclose(found, torch.cat(short)), "a short gradient was made longer"
+
+
+def check_uneven_accumulation(accumulate: Callable[[nn.Module, list], None]) -> None:
+    """Every target counts the same, however the targets fall into parts.
+
+    Book: 12_training.html#exercise-3-parts-of-different-sizes
+    """
+    check_accumulation(accumulate)
+    random = torch.Generator().manual_seed(1)
+    x = torch.randn(6, 3, generator=random, dtype=torch.float64)
+    y = torch.tensor([1, 3, 0, 2, -100, -100])
+
+    def whole(model: nn.Module, parts: list) -> None:
+        F.cross_entropy(model(x), y).backward()
+
+    def mean_of_means(model: nn.Module, parts: list) -> None:
+        for x, y in parts:
+            (F.cross_entropy(model(x), y) / len(parts)).backward()
+
+    for sizes in ([3, 1, 2], [1, 5]):
+        parts = list(zip(x.split(sizes), y.split(sizes), strict=True))
+        found = _gradient(accumulate, parts)
+        assert not found.isnan().any(), "a part without targets made nan: 0 / 0"
+        assert not torch.allclose(found, _gradient(mean_of_means, parts)), (
+            "this is the mean of the parts' means: a target in a small part weighs more"
+        )
+        assert torch.allclose(found, _gradient(whole, parts)), (
+            "not the gradient of one big batch: divide by the targets that count"
+        )

@@ -1,0 +1,606 @@
+# Written by tools/tangle.py from book/12_training.ipynb: change it there.
+"""Training: a loss, two optimizers, a schedule, and runs that resume exactly."""
+
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from filelock import FileLock, Timeout
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from glassgpt.checkpoints import (
+    checkpoints_in,
+    read_checkpoint,
+    save,
+    write_checkpoint,
+    write_file,
+)
+from glassgpt.data import TokenData, Tokens
+from glassgpt.gpt import GPT
+
+_LEAST = {"steps": 1, "batch_size": 1, "accumulate": 1, "evaluate_every": 1}
+_LEAST |= {"evaluation_batches": 1, "checkpoint_every": 1, "keep": 1}
+_LEAST |= {"warmup": 0, "seed": 0}
+_CHOICES = {
+    "optimizer": ("adamw", "muon"),
+    "schedule": ("cosine", "linear", "stable"),
+    "precision": ("float32", "bfloat16", "float16"),
+}
+
+
+def _validate(settings: dict[str, Any]) -> None:
+    """Raise ValueError for a setting that can't be."""
+    for name, value in settings.items():
+        least = _LEAST.get(name)
+        if least is not None and (type(value) is not int or value < least):
+            raise ValueError(
+                f"{name} must be a whole number from {least} up, not {value!r}"
+            )
+        if name in _CHOICES and value not in _CHOICES[name]:
+            allowed = ", ".join(_CHOICES[name])
+            raise ValueError(f"{name} must be one of {allowed}, not {value!r}")
+    for name in ("learning_rate", "matrix_learning_rate", "clip"):
+        if not 0 < settings[name] < math.inf:
+            raise ValueError(f"{name} must be positive, not {settings[name]!r}")
+    if not 0 <= settings["weight_decay"] < math.inf:
+        raise ValueError("weight_decay can't be negative or infinite")
+    if not 0 <= settings["final_rate"] <= 1:
+        raise ValueError("final_rate is a share of the learning rate, from 0 to 1")
+
+
+@dataclass
+class TrainConfig:
+    """How to train. A step learns from `accumulate` batches of `batch_size` crops.
+
+    optimizer: "adamw", or "muon" for the matrices and AdamW for the rest.
+    matrix_learning_rate: Muon's. schedule: "cosine", "linear", or "stable" (constant,
+    then linear over the last fifth), each after `warmup` steps and down to `final_rate`
+    of the learning rate. weight_decay: on matrices only. clip: longest gradient.
+    precision: "float32", "bfloat16" or "float16". Every `evaluate_every` steps it is
+    judged on `evaluation_batches` fixed batches. keep: how many checkpoints stay.
+    seed: of batches and dropout. Raises ValueError for impossible values.
+
+    Book: 12_training.html#settings
+    """
+
+    steps: int = 1000
+    batch_size: int = 32
+    accumulate: int = 1
+    optimizer: str = "adamw"
+    learning_rate: float = 3e-3
+    matrix_learning_rate: float = 0.02
+    schedule: str = "cosine"
+    warmup: int = 50
+    final_rate: float = 0.1
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    precision: str = "float32"
+    compile: bool = False
+    evaluate_every: int = 250
+    evaluation_batches: int = 20
+    checkpoint_every: int = 250
+    keep: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _validate(asdict(self))
+
+
+def rate_at(step: int, config: TrainConfig) -> float:
+    """The share of the learning rate, 0 to 1, for a step counted from 0.
+
+    Book: 12_training.html#the-schedule
+    """
+    if step < config.warmup:
+        return (step + 1) / config.warmup
+    done = (step - config.warmup) / max(config.steps - config.warmup, 1)
+    if config.schedule == "cosine":
+        shape = 0.5 * (1 + math.cos(math.pi * done))
+    elif config.schedule == "linear":
+        shape = 1 - done
+    else:
+        shape = min(1.0, (1 - done) / 0.2)
+    return config.final_rate + (1 - config.final_rate) * shape
+
+
+def make_optimizers(
+    model: nn.Module, config: TrainConfig
+) -> list[torch.optim.Optimizer]:
+    """AdamW for everything, or Muon for the blocks' matrices and AdamW for the rest.
+
+    Weight decay falls on matrices only; beside Muon the tables don't decay either.
+    Source: Loshchilov and Hutter (2019), Jordan et al. (2024).
+
+    Book: 12_training.html#what-decays-and-a-second-optimizer
+    """
+    matrices, tables, vectors = [], [], []
+    for name, parameter in model.named_parameters():
+        inside = matrices if name.startswith("blocks.") else tables
+        (inside if parameter.dim() > 1 else vectors).append(parameter)
+    rate, decay = config.learning_rate, config.weight_decay
+    optimizers: list[torch.optim.Optimizer] = []
+    if config.optimizer == "muon":
+        rates = {"lr": config.matrix_learning_rate, "weight_decay": decay}
+        optimizers.append(torch.optim.Muon(matrices, **rates))
+        groups = [(tables + vectors, 0.0)]
+    else:
+        groups = [(matrices + tables, decay), (vectors, 0.0)]
+    parts = [{"params": part, "weight_decay": d} for part, d in groups if part]
+    optimizers.append(torch.optim.AdamW(parts, rate, betas=(0.9, 0.99), fused=True))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["full_rate"] = group["lr"]
+    return optimizers
+
+
+def make_loss(model: GPT, config: TrainConfig) -> Callable[[Tensor, Tensor], Tensor]:
+    """The mean cross-entropy of a batch, in nats a token, at the chosen precision.
+
+    Book: 12_training.html#the-loss-and-a-fair-judgment
+    """
+    device = next(model.parameters()).device.type
+    dtype = getattr(torch, config.precision)
+
+    def loss(ids: Tensor, targets: Tensor) -> Tensor:
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            logits = model.logits(ids)
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    return loss
+
+
+@torch.no_grad()
+def evaluate(model: GPT, tokens: Tokens, config: TrainConfig) -> float:
+    """The mean loss, in nats a token, on fixed batches, with dropout off.
+
+    Book: 12_training.html#the-loss-and-a-fair-judgment
+    """
+    loss = make_loss(model, config)
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    total, count = torch.zeros((), device=device), 0
+    for ids, targets in tokens.fixed_batches(
+        config.batch_size, model.config.context, config.evaluation_batches
+    ):
+        total += loss(ids.to(device), targets.to(device)) * len(ids)
+        count += len(ids)
+    model.train(training)
+    return float(total) / count
+
+
+@dataclass
+class Run:
+    """How far a run is, and one record for every evaluation.
+
+    A record has step, train_loss and validation_loss (nats a token),
+    nats_per_character, learning_rate, tokens_per_second and seconds of training.
+
+    Book: 12_training.html#a-run
+    """
+
+    step: int = 0
+    seconds: float = 0.0
+    recent: list[float] = field(default_factory=list)
+    records: list[dict[str, float]] = field(default_factory=list)
+    stopped: bool = False
+
+    @property
+    def best(self) -> float:
+        """The lowest validation loss so far, infinite before the first."""
+        return min((r["validation_loss"] for r in self.records), default=math.inf)
+
+
+def compiled(
+    loss: Callable[[Tensor, Tensor], Tensor],
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """`torch.compile`, falling back to the plain function where no compiler works.
+
+    Book: 12_training.html#a-run
+    """
+    chosen = []
+
+    def first_call(ids: Tensor, targets: Tensor) -> Tensor:
+        try:
+            fast = torch.compile(loss)
+            result = fast(ids, targets)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a missing compiler raises
+            reason = (str(error).strip() or repr(error)).splitlines()[0]
+            tqdm.write(f"torch.compile does not work here, going on without: {reason}")
+            chosen.append(loss)
+            return loss(ids, targets)
+        chosen.append(fast)
+        return result
+
+    return lambda ids, targets: (chosen or [first_call])[0](ids, targets)
+
+
+class Trainer:
+    """A run in progress: the model, its optimizers, and where the files go.
+
+    Arguments as in `train`. losses: of the steps since they were last read.
+
+    Book: 12_training.html#a-run
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        data: TokenData,
+        config: TrainConfig,
+        directory: Path | None = None,
+        tokenizer: Any = None,
+        peak_flops: float | None = None,
+        on_record: Callable[[dict[str, float]], None] | None = None,
+    ):
+        self.model, self.data, self.config = model, data, config
+        self.directory, self.tokenizer = directory, tokenizer
+        self.peak_flops, self.on_record = peak_flops, on_record
+        self.device = next(model.parameters()).device
+        self.optimizers = make_optimizers(model, config)
+        half = config.precision == "float16"
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
+        loss = make_loss(model, config)
+        self.loss = compiled(loss) if config.compile else loss
+        self.run = Run()
+        self.losses: list[Tensor] = []
+        self.began = self.rate = 0.0
+
+
+def next_batch(trainer: Trainer, part: int = 0) -> list[Tensor]:
+    """Inputs and targets of this step; seed and step alone decide, so runs resume.
+
+    Book: 12_training.html#a-run
+    """
+    config, context = trainer.config, trainer.model.config.context
+    seed = (config.seed, trainer.run.step, part)
+    batch = trainer.data.train.random_batch(config.batch_size, context, seed)
+    if trainer.device.type == "cuda":  # copied while the GPU still computes
+        batch = [ids.pin_memory() for ids in batch]
+    return [ids.to(trainer.device, non_blocking=True) for ids in batch]
+
+
+def take_step(trainer: Trainer) -> None:
+    """One step of the optimizers; its loss stays on the device, unread.
+
+    Book: 12_training.html#a-run
+    """
+    config, scaler = trainer.config, trainer.scaler
+    if not trainer.losses:
+        trainer.began = time.perf_counter()
+    total = torch.zeros((), device=trainer.device)
+    for part in range(config.accumulate):
+        loss = trainer.loss(*next_batch(trainer, part)) / config.accumulate
+        scaler.scale(loss).backward()
+        total += loss.detach()
+    share = rate_at(trainer.run.step, config)
+    for optimizer in trainer.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["full_rate"] * share
+        scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(trainer.model.parameters(), config.clip)
+    for optimizer in trainer.optimizers:
+        scaler.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
+    scaler.update()
+    # The scaler skips a step with such a gradient; nothing else does.
+    trainer.losses.append(total if scaler.is_enabled() else total + 0 * norm)
+    trainer.run.step += 1
+
+
+def read_losses(trainer: Trainer) -> dict[str, str]:
+    """Wait for the device and return what the progress bar shows.
+
+    Raises FloatingPointError when a loss is not a number.
+
+    Book: 12_training.html#a-run
+    """
+    run, config = trainer.run, trainer.config
+    values = torch.stack(trainer.losses).tolist()
+    seconds = time.perf_counter() - trainer.began
+    trainer.losses = []
+    for step, value in enumerate(values, run.step - len(values) + 1):
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"the loss or its gradient at step {step} is not finite: lower the "
+                "learning rate. The last checkpoint is from before"
+            )
+    batch = config.batch_size * config.accumulate * trainer.model.config.context
+    trainer.rate = len(values) * batch / seconds
+    run.seconds += seconds
+    run.recent += values
+    shown = {"loss": f"{values[-1]:.3f}", "tokens/s": f"{trainer.rate:,.0f}"}
+    if trainer.peak_flops:
+        flops = trainer.rate * trainer.model.flops_per_token()
+        shown["MFU"] = f"{flops / trainer.peak_flops:.1%}"
+    return shown
+
+
+def record(trainer: Trainer) -> None:
+    """Evaluate; write the metrics and, if it is the best so far, the model.
+
+    Raises FloatingPointError when the validation loss is not a number.
+
+    Book: 12_training.html#a-run
+    """
+    run, config, held_out = trainer.run, trainer.config, trainer.data.validation
+    loss = evaluate(trainer.model, held_out, config)
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the validation loss at step {run.step} is {loss}")
+    better = loss < run.best
+    share = rate_at(run.step - 1, config)
+    line = {
+        "step": run.step,
+        "train_loss": sum(run.recent) / len(run.recent),
+        "validation_loss": loss,
+        "nats_per_character": loss * held_out.count / held_out.characters,
+        "learning_rate": config.learning_rate * share,
+        "tokens_per_second": trainer.rate,
+        "seconds": run.seconds,
+    }
+    run.recent = []
+    run.records.append(line)
+    if trainer.directory:
+        lines = "".join(json.dumps(line) + "\n" for line in run.records)
+        write_file(trainer.directory / "metrics.jsonl", lines.encode())
+        if better and trainer.tokenizer:
+            save(trainer.directory, trainer.model, trainer.tokenizer)
+    if trainer.on_record:
+        trainer.on_record(line)
+
+
+_MOMENTS = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "Muon": ("momentum_buffer",)}
+
+
+def tensors_of(trainer: Trainer) -> dict[str, dict[str, Tensor]]:
+    """Everything that a step changes, by file and name.
+
+    Book: 12_training.html#everything-that-a-step-changes
+    """
+    optimizer = {
+        f"{place}.{number}.{key}": value
+        for place, part in enumerate(trainer.optimizers)
+        for number, values in part.state_dict()["state"].items()
+        for key, value in values.items()
+    }
+    random = {"cpu": torch.get_rng_state()}
+    if trainer.device.type == "cuda":
+        random["cuda"] = torch.cuda.get_rng_state(trainer.device)
+    model: dict[str, Tensor] = dict(trainer.model.named_parameters())
+    return {"model": model, "optimizer": optimizer, "random": random}
+
+
+def _shapes_due(trainer: Trainer) -> dict[str, dict[str, tuple[int, ...]]]:
+    """The shapes that model and optimizers of this run have in a checkpoint."""
+    optimizer = {
+        f"{place}.{number}.{key}": () if key == "step" else tuple(parameter.shape)
+        for place, part in enumerate(trainer.optimizers)
+        for number, parameter in enumerate(
+            p for group in part.param_groups for p in group["params"]
+        )
+        for key in _MOMENTS[type(part).__name__]
+    }
+    named = trainer.model.named_parameters()
+    return {"model": {n: tuple(p.shape) for n, p in named}, "optimizer": optimizer}
+
+
+def settings_of(trainer: Trainer) -> dict[str, Any]:
+    """What has to be the same when a run goes on.
+
+    Book: 12_training.html#everything-that-a-step-changes
+    """
+    return {
+        **asdict(trainer.model.config),
+        **asdict(trainer.config),
+        "data": trainer.data.fingerprint,
+    }
+
+
+def save_run(trainer: Trainer) -> None:
+    """Write a checkpoint of this moment. Raises OSError where the disk is full.
+
+    Book: 12_training.html#everything-that-a-step-changes
+    """
+    state = {
+        "settings": settings_of(trainer),
+        "scaler": trainer.scaler.state_dict(),
+        "run": asdict(trainer.run),
+    }
+    keep, step = trainer.config.keep, trainer.run.step
+    write_checkpoint(trainer.directory, step, tensors_of(trainer), state, keep)
+
+
+def _read_run(trainer: Trainer, path: Path) -> tuple[dict, dict, Run]:
+    """Tensors, state and progress of a checkpoint of this very run.
+
+    Raises ValueError where data, model or settings are others than then.
+    """
+    tensors, state = read_checkpoint(path)
+    try:
+        then, run = state["settings"], Run(**{**state["run"], "stopped": False})
+        for name, value in settings_of(trainer).items():
+            if then.get(name) != value:
+                raise ValueError(
+                    f"it was written with {name} = {then.get(name)!r}, not {value!r}: "
+                    "resume with the same text and settings, or use another directory"
+                )
+        for kind, due in _shapes_due(trainer).items():
+            if {name: tuple(t.shape) for name, t in tensors[kind].items()} != due:
+                raise ValueError(f"its {kind}.safetensors has other tensors or shapes")
+        return tensors, state, run
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a checkpoint of a run: {error!r}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} can't be resumed: {error}") from None
+
+
+def resume_run(trainer: Trainer, path: Path) -> None:
+    """Go back to the moment of a checkpoint.
+
+    Raises ValueError where data, model or settings are others than then.
+
+    Book: 12_training.html#everything-that-a-step-changes
+    """
+    tensors, state, run = _read_run(trainer, path)
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            parameter.copy_(tensors["model"][name])
+    contents = [optimizer.state_dict() for optimizer in trainer.optimizers]
+    for key, value in tensors["optimizer"].items():
+        place, number, name = key.split(".", 2)
+        contents[int(place)]["state"].setdefault(int(number), {})[name] = value
+    for optimizer, content in zip(trainer.optimizers, contents, strict=True):
+        optimizer.load_state_dict(content)
+    torch.set_rng_state(tensors["random"]["cpu"])
+    if trainer.device.type == "cuda" and "cuda" in tensors["random"]:
+        torch.cuda.set_rng_state(tensors["random"]["cuda"], trainer.device)
+    trainer.scaler.load_state_dict(state["scaler"])
+    trainer.run = run
+
+
+@contextmanager
+def polite_interrupt() -> Iterator[threading.Event]:
+    """Turn the first Ctrl-C into an event that is set; the second one interrupts.
+
+    Book: 12_training.html#leaving-politely
+    """
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # Python lets only the main thread handle signals.
+        return
+
+    def on_signal(number: int, frame: Any) -> None:
+        stop.set()
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, on_signal)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _memory_advice() -> Iterator[None]:
+    """Turn an allocator's failure into a MemoryError that says what to lower."""
+    try:
+        yield
+    except RuntimeError as error:
+        no_memory = isinstance(error, torch.OutOfMemoryError)
+        if not no_memory and "allocate memory" not in str(error):
+            raise
+        raise MemoryError(
+            "training does not fit into memory: lower batch_size (and raise accumulate "
+            "to learn from as much text a step), or the model's context, width, layers"
+        ) from error
+
+
+@contextmanager
+def _locked(directory: Path | None, resume: bool) -> Iterator[Path | None]:
+    """Hold a directory for one run, and yield the checkpoint to resume from, if any.
+
+    Raises FileExistsError for a directory in use or with a run that isn't resumed.
+    """
+    if directory is None:
+        yield None
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(directory / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise FileExistsError(f"another run is training into {directory}") from None
+    with lock:
+        found = checkpoints_in(directory)
+        if not resume and (found or (directory / "model.safetensors").exists()):
+            raise FileExistsError(
+                f"{directory} holds a run: resume it, or use another directory"
+            )
+        yield found[-1] if found else None
+
+
+def _check_data(model: GPT, data: TokenData) -> None:
+    """Raise ValueError for data that a model can't learn from."""
+    if data.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"the data has {data.vocab_size} token ids, the model only knows "
+            f"{model.config.vocab_size}"
+        )
+    for tokens in (data.train, data.validation):
+        tokens.crops_per_shard(model.config.context)
+
+
+def fit(trainer: Trainer, progress: bool = True) -> Run:
+    """Step until the end or Ctrl-C; evaluate and save on the way.
+
+    Book: 12_training.html#the-loop
+    """
+    config, run = trainer.config, trainer.run
+    bar = tqdm(total=config.steps, initial=run.step, disable=not progress, unit="step")
+    trainer.model.train()
+    with bar, polite_interrupt() as stop:
+        while run.step < config.steps and not run.stopped:
+            take_step(trainer)
+            bar.update()
+            run.stopped = stop.is_set() and run.step < config.steps
+            last = run.stopped or run.step == config.steps
+            evaluating = last or run.step % config.evaluate_every == 0
+            saving = last or run.step % config.checkpoint_every == 0
+            # Reading a loss waits for the device: only every tenth step.
+            if evaluating or saving or len(trainer.losses) == 10:
+                bar.set_postfix(read_losses(trainer))
+            if evaluating:
+                record(trainer)
+            if saving and trainer.directory:
+                save_run(trainer)
+    return run
+
+
+def train(
+    model: GPT,
+    data: TokenData,
+    config: TrainConfig,
+    directory: str | Path | None = None,
+    tokenizer: Any = None,
+    resume: bool = False,
+    progress: bool = True,
+    peak_flops: float | None = None,
+    on_record: Callable[[dict[str, float]], None] | None = None,
+) -> Run:
+    """Train a model in place and return what happened.
+
+    directory: where checkpoints, metrics.jsonl and, with a tokenizer, the best model
+    go; without one nothing is written. resume: go on from its last checkpoint, to the
+    same numbers as a run that never stopped. peak_flops: what the machine can do a
+    second, to show the share that is used (MFU). on_record: called with each new
+    record.
+    Ctrl-C finishes the step, saves a checkpoint and returns.
+    Raises ValueError for data that doesn't fit the model, FileExistsError for a
+    directory in use or with a run that isn't resumed, FloatingPointError when the loss
+    is no longer a number, MemoryError, and OSError where the disk is full.
+
+    Book: 12_training.html#the-loop
+    """
+    _check_data(model, data)
+    place = Path(directory) if directory is not None else None
+    cuda = [p.device for p in model.parameters() if p.device.type == "cuda"][:1]
+    # Training has random numbers of its own and leaves the caller's alone.
+    with _locked(place, resume) as last, torch.random.fork_rng(cuda), _memory_advice():
+        torch.manual_seed(config.seed)
+        arguments = (place, tokenizer, peak_flops, on_record)
+        trainer = Trainer(model, data, config, *arguments)
+        if last:
+            resume_run(trainer, last)
+        return fit(trainer, progress)
