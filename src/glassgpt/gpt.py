@@ -73,9 +73,8 @@ class GPTConfig:
     width: C. dropout: share dropped in training. positions: "learned", "sinusoidal"
     or "rotary". norm: "layer" or "rms". activation: "gelu" or "squared_relu".
     normalize_qk: normalize queries and keys. bias: in linear layers and LayerNorm.
-    tied: the head shares the token table. zero_projections: start the layers that
-    write into the residual stream, and an untied head, at zero.
-    Raises ValueError for impossible values.
+    tied: the head shares the token table. zero_projections: start at zero what writes
+    into the residual stream, and an untied head. Raises ValueError for the impossible.
 
     Book: 10_gpt.html#what-came-after-gpt-2
     """
