@@ -27,7 +27,7 @@ REQUIRED = os.environ.get("GLASSGPT_REQUIRE_BROWSER") == "1"
 pytestmark = pytest.mark.skipif(
     find_browser() is None and not REQUIRED, reason="no Chromium or Chrome was found"
 )
-MARKERS = re.compile(r"^#\| ?(export|default_exp)|^#@title", re.MULTILINE)
+MARKERS = re.compile(r"^#\| ?(export|default_exp)|^# ?@title", re.MULTILINE)
 # Runs in the page and returns what a reader would stumble over.
 LOOK = """() => {
   const named = element => (element.getAttribute("alt") || "").trim()

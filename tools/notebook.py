@@ -48,6 +48,8 @@ def from_text(text):
             unique = f"{name}-{len(taken)}"
         taken.add(unique)
         cell.id = unique
+        # jupytext's own bookkeeping; it would change with the cell that follows.
+        cell.metadata.pop("lines_to_next_cell", None)
     notebook.metadata = dict(METADATA)
     notebook.nbformat_minor = 5
     return notebook

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import names
 from tangle import MARK
 
-TITLE = re.compile(r"#@title (.+)\n+")
+TITLE = re.compile(r"# ?@title (.+)\n+")
 CHAPTER = re.compile(r"book/(0?)(\d+|a\d+)_")
 ENTERS = "tag_enters-"
 

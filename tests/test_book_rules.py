@@ -1,0 +1,337 @@
+"""The rules of the book, for every chapter: its package, its cells, its exercises."""
+
+import ast
+import io
+import json
+import re
+import statistics
+import tokenize
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import tangle
+import yaml
+
+ROOT = Path(__file__).parent.parent
+BOOK = ROOT / "book"
+CHAPTERS = sorted(BOOK.glob("*.ipynb"))
+MAGIC = re.compile(r"^([ \t]*)[%!].*$", re.MULTILINE)
+# Addresses that name a standard and are never fetched.
+NAMESPACE = re.compile(r"https?://(www\.w3\.org|purl\.org|creativecommons\.org)/\S*")
+FETCHING = re.compile(
+    r"""(src|href)\s*=\s*["']?https?://|url\(['"]?https?://|@import"""
+)
+SOLUTION = re.compile(r"# ?@title Solution")
+CALLS = {"grade", "catch"}
+
+
+def load(path):
+    return json.loads(path.read_text("utf-8"))
+
+
+def source(cell):
+    return "".join(cell["source"])
+
+
+def code_cells(path):
+    return [cell for cell in load(path)["cells"] if cell["cell_type"] == "code"]
+
+
+def tags(cell):
+    return set(cell["metadata"].get("tags", []))
+
+
+def parse(cell):
+    """The syntax tree of a cell's Python; magics become `pass`."""
+    return ast.parse(MAGIC.sub(r"\1pass", source(cell)))
+
+
+def names_in(node):
+    """Every name and attribute that stands in a piece of code."""
+    for part in ast.walk(node):
+        if isinstance(part, ast.Name):
+            yield part.id
+        elif isinstance(part, ast.Attribute):
+            yield part.attr
+
+
+def is_check(node):
+    """Whether a statement checks something: an assert, or a call of a check."""
+    if isinstance(node, ast.Assert):
+        return True
+    if not isinstance(node, ast.Call):
+        return False
+    called = node.func.attr if isinstance(node.func, ast.Attribute) else ""
+    called = node.func.id if isinstance(node.func, ast.Name) else called
+    return called in CALLS or called.startswith("check") or called == "raises"
+
+
+def checks(cell):
+    """Whether a cell asserts, checks, grades or catches something when it runs."""
+    return any(is_check(node) for node in ast.walk(parse(cell)))
+
+
+def definitions(code):
+    """The public functions and classes at the top of a piece of code."""
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    found = [node for node in ast.parse(code).body if isinstance(node, kinds)]
+    return [node.name for node in found if not node.name.startswith("_")]
+
+
+def imported(code):
+    """The modules of this package that a piece of code imports, wherever it does."""
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+each_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+
+
+def test_there_are_chapters():
+    assert CHAPTERS
+
+
+def test_the_contents_list_every_chapter():
+    toc = yaml.safe_load((ROOT / "_toc.yml").read_text("utf-8"))
+    listed = [
+        Path(entry["file"]).name for part in toc["parts"] for entry in part["chapters"]
+    ]
+    stems = {path.stem for path in CHAPTERS}
+    assert stems - set(listed) == set(), "missing in _toc.yml"
+    assert [name for name in listed if name in stems] == sorted(stems)
+
+
+def test_every_line_of_every_module_comes_from_a_chapter():
+    """Rule 1.1, and no line is left without a notebook."""
+    modules = tangle.tangle(BOOK)
+    package = ROOT / "src" / "glassgpt"
+    lines = {
+        line.strip()
+        for path in CHAPTERS
+        for cell in code_cells(path)
+        for line in source(cell).splitlines()
+    }
+    for path in package.rglob("*.py"):
+        text = path.read_text("utf-8")
+        name = ".".join(path.relative_to(package).with_suffix("").parts)
+        assert text == modules.get(name, ""), f"{path}: run `make tangle`"
+        for line in map(str.strip, text.splitlines()):
+            made = line in ("", '"""')
+            made = made or line.startswith(("# Written by", "Book: "))
+            # The closing quotes of a docstring move to a line of their own.
+            assert made or {line, line + '"""'} & lines, f"{path}: {line}"
+
+
+def test_modules_import_only_from_earlier_chapters():
+    """Rule 1.2. The first export of a module is its home; appendices are free to use."""
+    first = {}
+    for number, path in enumerate(CHAPTERS):
+        for name, _, _ in tangle.exported_cells(path):
+            first.setdefault(f"glassgpt.{name}", (path.stem[0] != "a", number))
+    for number, path in enumerate(CHAPTERS):
+        for name, code, _ in tangle.exported_cells(path):
+            for other in imported(code):
+                if name == "__init__" or other not in first:
+                    continue
+                numbered, home = first[other]
+                later = numbered and home > number
+                assert not later, f"{path.stem}: glassgpt.{name} imports {other}"
+
+
+@each_chapter
+def test_every_exported_name_is_checked_after_its_definition(path):
+    """Rule 1.3."""
+    cells = code_cells(path)
+    for number, cell in enumerate(cells):
+        mark = tangle.MARK.match(source(cell))
+        if not mark or mark[1] != "export":
+            continue
+        used = {
+            name
+            for later in cells[number + 1 :]
+            if checks(later)
+            for name in names_in(parse(later))
+        }
+        for name in definitions(source(cell)[mark.end() :]):
+            assert name in used, f"{name} is never checked after its definition"
+
+
+@each_chapter
+def test_exported_names_have_a_docstring(path):
+    for module, code, _ in tangle.exported_cells(path):
+        for node in ast.parse(code).body:
+            public = (
+                isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name[0] != "_"
+            )
+            assert not public or ast.get_docstring(node), (
+                f"glassgpt.{module}.{node.name}"
+            )
+
+
+@each_chapter
+def test_prose_stands_before_every_exported_cell(path):
+    """Imports and constants count as part of the cell that follows them."""
+    cells = load(path)["cells"]
+    for before, cell in zip(cells, cells[1:], strict=False):
+        mark = cell["cell_type"] == "code" and tangle.MARK.match(source(cell))
+        if mark and mark[1] == "export" and before["cell_type"] == "code":
+            joined = tangle.MARK.match(source(before))
+            small = joined and not definitions(source(before)[joined.end() :])
+            assert small, f"cell {cell['id']}"
+
+
+@each_chapter
+def test_the_notebook_is_stored_executed_from_the_top(path):
+    counts = [
+        cell["execution_count"] for cell in code_cells(path) if source(cell).strip()
+    ]
+    assert counts == list(range(1, len(counts) + 1))
+
+
+@each_chapter
+def test_ids_are_unique_and_readable(path):
+    ids = Counter(cell.get("id") for cell in load(path)["cells"])
+    assert None not in ids
+    assert [name for name, count in ids.items() if count > 1] == []
+    # What editors make up changes when a cell is written anew.
+    assert [
+        name for name in ids if re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4,12})*", name)
+    ] == []
+
+
+@each_chapter
+def test_no_line_of_code_ends_in_a_semicolon(path):
+    for cell in code_cells(path):
+        readable = io.StringIO(MAGIC.sub(r"\1pass", source(cell)))
+        tokens = list(tokenize.generate_tokens(readable.readline))
+        ends = (tokenize.NEWLINE, tokenize.NL, tokenize.COMMENT, tokenize.ENDMARKER)
+        for token, following in zip(tokens, tokens[1:], strict=False):
+            assert token.string != ";" or following.type not in ends, (
+                f"cell {cell['id']}"
+            )
+
+
+@each_chapter
+def test_cells_are_short(path):
+    long = {}
+    for cell in load(path)["cells"]:
+        text = source(cell)
+        size = len(text.split()) if cell["cell_type"] == "markdown" else 0
+        lines = len(text.splitlines()) if cell["cell_type"] == "code" else 0
+        if size > 120 or lines > 40:
+            long[cell["id"]] = f"{size} words" if size else f"{lines} lines"
+    assert long == {}
+
+
+@each_chapter
+def test_the_median_code_cell_has_at_most_eight_lines(path):
+    sizes = [len(source(cell).splitlines()) for cell in code_cells(path)]
+    assert statistics.median(sizes) <= 8
+
+
+@each_chapter
+def test_the_notebook_is_smaller_than_a_megabyte(path):
+    assert path.stat().st_size < 1_000_000
+
+
+@each_chapter
+def test_the_setup_cell_is_the_same_everywhere(path):
+    def setup(chapter):
+        cell = code_cells(chapter)[0]
+        assert cell["id"] == "setup"
+        assert tags(cell) == {"remove-cell"}
+        first, rest = source(cell).split("\n", 1)
+        assert re.fullmatch(r"#\| default_exp [\w.]+", first)
+        return rest
+
+    assert setup(path) == setup(CHAPTERS[0])
+    assert "    %pip install" in setup(path)
+
+
+def exercises(path):
+    """{heading: the cells of that exercise, up to the next heading}."""
+    found, current = {}, None
+    for cell in load(path)["cells"]:
+        text = source(cell)
+        if cell["cell_type"] == "markdown" and re.search(r"^##", text, re.MULTILINE):
+            title = re.search(r"^### (Exercise \d+.*)$", text, re.MULTILINE)
+            current = found.setdefault(title[1], []) if title else None
+        if current is not None:
+            current.append(cell)
+    return found
+
+
+@each_chapter
+def test_a_chapter_has_exercises(path):
+    titles = [title.split(":")[0] for title in exercises(path)]
+    assert titles == [f"Exercise {number}" for number in range(1, len(titles) + 1)]
+    assert len(titles) >= (3 if path.stem[0] != "a" else 0)
+
+
+@each_chapter
+def test_every_exercise_is_graded_and_has_a_hint_and_a_solution(path):
+    for title, cells in exercises(path).items():
+        code = [cell for cell in cells if cell["cell_type"] == "code"]
+        stubs = [cell for cell in code if "raise NotImplementedError" in source(cell)]
+        assert stubs, f"{title}: a stub"
+        names = definitions(source(stubs[0]))
+        attempt = re.compile(rf"grade\(.*\b({'|'.join(names)})\b", re.DOTALL)
+        graded = [cell for cell in code if attempt.search(source(cell))]
+        assert graded, f"{title}: a grading cell"
+        hints = [c for c in cells if "{admonition} Hint" in source(c)]
+        assert hints, f"{title}: a hint"
+        solutions = [cell for cell in code if SOLUTION.match(source(cell))]
+        assert solutions, f"{title}: a solution"
+        for cell in solutions:
+            folded = cell["metadata"]
+            assert "hide-cell" in tags(cell), f"{title}: open on the page"
+            assert folded.get("cellView") == "form", f"{title}: open on Colab"
+            assert folded["jupyter"]["source_hidden"], f"{title}: open in Jupyter"
+            assert checks(cell), f"{title}: the solution isn't graded"
+
+
+@each_chapter
+def test_untouched_exercises_and_solutions_print_what_they_should(path):
+    for cell in code_cells(path):
+        outputs = [out for out in cell["outputs"] if out["output_type"] == "stream"]
+        printed = "".join("".join(output["text"]) for output in outputs)
+        if SOLUTION.match(source(cell)):
+            assert "Correct: " in printed, f"cell {cell['id']}"
+            assert "Not yet" not in printed, f"cell {cell['id']}"
+        elif re.search(r"^grade\(\w+, my_", source(cell), re.MULTILINE):
+            assert "Still to do: " in printed, f"cell {cell['id']}"
+
+
+@each_chapter
+def test_what_is_not_compared_is_asserted(path):
+    """A tag without an assertion is a hole."""
+    cells = code_cells(path)
+    for number, cell in enumerate(cells):
+        assert "nbval-skip" not in tags(cell), f"cell {cell['id']}"
+        if "nbval-ignore-output" in tags(cell) or "NBVAL_IGNORE_OUTPUT" in source(cell):
+            near = cells[number : number + 4]
+            assert any(map(checks, near)), f"cell {cell['id']}"
+
+
+@each_chapter
+def test_outputs_ask_nothing_of_the_network(path):
+    for cell in code_cells(path):
+        for output in cell["outputs"]:
+            for kind, data in output.get("data", {}).items():
+                text = NAMESPACE.sub(
+                    "", "".join(data) if isinstance(data, list) else str(data)
+                )
+                assert not FETCHING.search(text), f"cell {cell['id']}, {kind}"
+
+
+@each_chapter
+def test_no_cell_stored_an_error(path):
+    for cell in code_cells(path):
+        if "raises-exception" not in tags(cell):
+            kinds = [output["output_type"] for output in cell["outputs"]]
+            assert "error" not in kinds, f"cell {cell['id']}"
