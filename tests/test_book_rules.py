@@ -128,7 +128,7 @@ def test_every_line_of_every_module_comes_from_a_chapter():
 
 
 def test_modules_import_only_from_earlier_chapters():
-    """Rule 1.2. The first export of a module is its home; appendices are free to use."""
+    """Rule 1.2. A module lives where it is first exported; appendices are free."""
     first = {}
     for number, path in enumerate(CHAPTERS):
         for name, _, _ in tangle.exported_cells(path):

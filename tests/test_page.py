@@ -230,6 +230,7 @@ SHOWN = """figure => [...figure.querySelectorAll("svg")]
 
 def test_sliders_move_their_figure_by_keyboard(pages, server, browser):
     """A key press must change the picture; no kernel answers here."""
+    moved = 0
     for path in pages:
         page = browser.new_page()
         page.goto(server + path)
@@ -247,5 +248,7 @@ def test_sliders_move_their_figure_by_keyboard(pages, server, browser):
             assert before, f"{path}: slider {index} shows no picture"
             assert figure.evaluate(SHOWN) != before, (
                 f"{path}: slider {index} moves nothing"
+            moved += 1
             )
         page.close()
+    assert moved, "no page has a slider"
