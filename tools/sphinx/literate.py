@@ -107,7 +107,10 @@ class NamesDirective(Directive):
         if entry.place:
             name = nodes.reference("", "", name, refuri=entry.place, internal=True)
         module = nodes.inline("", f" in {entry.module}", classes=["module"])
-        paragraph = nodes.paragraph("", entry.summary)
+        # Every second piece stood between backticks.
+        pieces = enumerate(entry.summary.split("`"))
+        words = [nodes.literal("", p) if i % 2 else nodes.Text(p) for i, p in pieces]
+        paragraph = nodes.paragraph("", "", *words)
         return nodes.definition_list_item(
             "", nodes.term("", "", name, module), nodes.definition("", paragraph)
         )
