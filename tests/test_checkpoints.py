@@ -1,0 +1,394 @@
+"""Checkpoints: parity with transformers, files that survive, and files that attack."""
+
+import errno
+import json
+import os
+import pickle
+import shutil
+import struct
+import subprocess
+from dataclasses import replace
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from glassgpt import checkpoints
+from glassgpt.checkpoints import (
+    checkpoints_in,
+    from_gpt2,
+    load,
+    load_parameters,
+    read_checkpoint,
+    read_shapes,
+    save,
+    to_gpt2,
+    write_checkpoint,
+    write_file,
+    write_tensors,
+)
+from glassgpt.gpt import GPT, GPTConfig
+from glassgpt.tokens import BPETokenizer, CharTokenizer
+
+transformers = pytest.importorskip("transformers")
+CONFIG = GPTConfig(97, context=32, layers=3, heads=4, width=48)
+
+
+def random_gpt(config=CONFIG, seed=0):
+    """A GPT whose weights are large enough for a mistake to show."""
+    torch.manual_seed(seed)
+    model = GPT(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, 0.0, 0.25)
+    return model
+
+
+def their_gpt2(**options):
+    sizes = {"vocab_size": 97, "n_positions": 32, "n_embd": 48}
+    sizes |= {"n_layer": 3, "n_head": 4, "bos_token_id": None, "eos_token_id": None}
+    config = transformers.GPT2Config(**sizes, **options)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, 0.0, 0.25)
+    return model
+
+
+def tokenizer_of(size=97):
+    return CharTokenizer([chr(33 + i) for i in range(size)])
+
+
+IDS = torch.randint(97, (2, 32), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_whole_gpt_equals_transformers_in_double(tied):
+    ours = random_gpt(replace(CONFIG, tied=tied)).double()
+    theirs = their_gpt2(tie_word_embeddings=tied).double()
+    missing, unexpected = theirs.load_state_dict(
+        to_gpt2(dict(ours.named_parameters())), strict=False
+    )
+    assert unexpected == []
+    assert missing == (["lm_head.weight"] if tied else [])
+    gap = (ours(IDS) - theirs(IDS).logits).abs().max().item()
+    assert gap < 1e-9
+    assert ours(IDS).std() > 0.3  # small logits would hide a mistake
+
+
+def test_gpt2_layout_and_back():
+    state = {name: p.detach() for name, p in random_gpt().named_parameters()}
+    back = from_gpt2(to_gpt2(state), list(state))
+    assert all(torch.equal(back[name], value) for name, value in state.items())
+
+
+def test_a_saved_directory_is_read_by_transformers(tmp_path):
+    text = "a miniature Eiffel tower, a tower in miniature. " * 20
+    tokenizer = BPETokenizer.train(text, 270)
+    ours = random_gpt(replace(CONFIG, vocab_size=270))
+    save(tmp_path, ours, tokenizer)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ids = tokenizer.encode("the tower, a miniature\n Eiffel ☕")
+    assert their_tokenizer.encode("the tower, a miniature\n Eiffel ☕") == ids
+    assert their_tokenizer.decode(ids) == tokenizer.decode(ids)
+    assert their_tokenizer.eos_token_id == tokenizer.special_tokens["<|endoftext|>"]
+    batch = torch.tensor([ids[:32]])
+    torch.testing.assert_close(theirs(batch).logits, ours(batch), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_a_gpt2_saved_by_transformers_is_read(tmp_path, prefix):
+    theirs = their_gpt2()
+    theirs.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    if not prefix:  # as in the file that OpenAI's weights are shared in
+        state = checkpoints.load_file(path)
+        bare = {n.removeprefix("transformer."): t for n, t in state.items()}
+        bare["h.0.attn.bias"] = torch.ones(1, 1, 32, 32)
+        write_tensors(path, bare)
+    tokenizer_of().save(tmp_path / "tokenizer.json")
+    ours, _ = load(tmp_path)
+    assert ours.config == CONFIG
+    torch.testing.assert_close(ours(IDS), theirs(IDS).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("activation_function", "relu"),
+        ("layer_norm_epsilon", 1e-6),
+        ("n_inner", 100),
+        ("scale_attn_by_inverse_layer_idx", True),
+        ("scale_attn_weights", False),
+    ],
+)
+def test_a_gpt2_that_computes_something_else_is_refused(tmp_path, option, value):
+    their_gpt2(**{option: value}).save_pretrained(tmp_path)
+    tokenizer_of().save(tmp_path / "tokenizer.json")
+    with pytest.raises(ValueError, match=option):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        CONFIG,
+        replace(CONFIG, tied=False, dropout=0.1),
+        GPTConfig.modern(97, context=32, layers=3, heads=4, width=48),
+        replace(CONFIG, positions="sinusoidal", bias=False),
+    ],
+)
+def test_there_and_back_is_exact(tmp_path, config):
+    model = random_gpt(config)
+    save(tmp_path, model, tokenizer_of())
+    again, tokenizer = load(tmp_path)
+    assert again.config == config
+    assert not again.training
+    assert tokenizer.vocab_size == 97
+    assert torch.equal(again(IDS), model(IDS))
+    again(IDS).sum().backward()  # ready to be trained on
+
+
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="config.json is missing"):
+        load(tmp_path)
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path):
+    save(tmp_path, random_gpt(), tokenizer_of())
+    tokenizer_of(98).save(tmp_path / "tokenizer.json")
+    with pytest.raises(ValueError, match="mixes two models"):
+        load(tmp_path)
+
+
+# Files that attack. Nothing may be allocated or run for them.
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["BOMB"],)
+
+
+def header(content, body=b""):
+    text = json.dumps(content).encode()
+    return struct.pack("<Q", len(text)) + text + body
+
+
+HUGE = {"dtype": "F32", "shape": [1 << 40, 1 << 10], "data_offsets": [0, 1 << 52]}
+EMPTY = {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 0]}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(lambda: pickle.dumps(Bomb()), id="pickle"),
+        pytest.param(lambda: b"PK\x03\x04" + pickle.dumps(Bomb()), id="zip"),
+        pytest.param(lambda: b"", id="empty"),
+        pytest.param(lambda: b"\xff" * 8 + b"{}", id="header of 16 million TB"),
+        pytest.param(lambda: struct.pack("<Q", 1 << 30) + b"{}", id="header of 1 GB"),
+        pytest.param(lambda: header({"tokens.weight": HUGE}), id="tensor of 4 PB"),
+        pytest.param(lambda: header({"tokens.weight": EMPTY}), id="tensor of no bytes"),
+        pytest.param(lambda: b"\x02" + bytes(7) + b"[]", id="list for a header"),
+        pytest.param(lambda: header({"x": {"shape": [-1]}}), id="negative shape"),
+    ],
+)
+def test_a_file_made_to_attack_is_refused(tmp_path, monkeypatch, content):
+    monkeypatch.setenv("BOMB", str(tmp_path / "bomb"))
+    save(tmp_path, random_gpt(), tokenizer_of())
+    (tmp_path / "model.safetensors").write_bytes(content())
+    with pytest.raises(ValueError, match="damaged or no safetensors file"):
+        load(tmp_path)
+    assert not (tmp_path / "bomb").exists()
+
+
+@pytest.mark.parametrize("size", [0, 7, 100, 5000, -1])
+def test_a_truncated_file_is_refused(tmp_path, size):
+    save(tmp_path, random_gpt(), tokenizer_of())
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(ValueError, match="damaged"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vocab_size": 10**12}, "should be"),
+        ({"vocab_size": 10**30}, "no model can have these sizes"),
+        ({"context": 10**12}, "should be"),
+        ({"context": 10**12, "positions": "rotary"}, "out of proportion"),
+        ({"context": 10**12, "positions": "sinusoidal"}, "out of proportion"),
+        ({"layers": 10**12}, "3 layers where 1000000000000 are due"),
+        ({"width": 4 * 10**9}, "no model can have these sizes"),
+        ({"heads": 0}, "heads must be a whole number"),
+        ({"heads": 5}, "into 5 heads"),
+        ({"width": "48"}, "width must be a whole number"),
+        ({"positions": ["rotary"]}, "positions must be one of"),
+        ({"dropout": "a lot"}, "does not describe a GPT"),
+        ({"attack": 1}, "attack"),
+        ({"bias": False}, "does not fit its config.json"),
+    ],
+)
+def test_a_config_made_to_attack_is_refused(tmp_path, change, message):
+    save(tmp_path, random_gpt(), tokenizer_of())
+    content = json.loads((tmp_path / "config.json").read_text())
+    content["glassgpt"] |= change
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with (
+        patch.object(checkpoints, "load_file", side_effect=AssertionError("was read")),
+        pytest.raises(ValueError, match=message),
+    ):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "null", "{", '{"glassgpt": []}', '{"model_type": "llama"}']
+    + ['{"model_type": "gpt2"}', "[" * 100_000, "\x00", '{"glassgpt": {"layers": 3}}'],
+)
+def test_a_strange_config_is_refused(tmp_path, text):
+    save(tmp_path, random_gpt(), tokenizer_of())
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match="does not describe a GPT"):
+        load(tmp_path)
+
+
+def test_bytes_that_are_no_text_are_refused(tmp_path):
+    save(tmp_path, random_gpt(), tokenizer_of())
+    (tmp_path / "config.json").write_bytes(b"\xff\xfe\xfa")
+    with pytest.raises(ValueError, match="does not describe a GPT"):
+        load(tmp_path)
+
+
+def test_wrong_shapes_are_refused_before_the_numbers_are_read(tmp_path):
+    path = tmp_path / "model.safetensors"
+    state = to_gpt2({n: p.detach() for n, p in random_gpt().named_parameters()})
+    for name in ("transformer.h.1.mlp.c_fc.weight", "transformer.ln_f.bias"):
+        write_tensors(path, {**state, name: state[name][:1]})
+        with (
+            patch.object(checkpoints, "load_file", side_effect=AssertionError("read")),
+            pytest.raises(ValueError, match=f"{name} should be"),
+        ):
+            load_parameters(path, CONFIG)
+
+
+# Disks that fail.
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path):
+    path = tmp_path / "note"
+    write_file(path, b"old")
+    with patch("os.fsync", side_effect=FULL), pytest.raises(OSError, match="No space"):
+        write_file(path, b"new")
+    assert path.read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("call", ["os.fsync", "os.replace"])
+@pytest.mark.parametrize("which", range(3))
+def test_a_full_disk_leaves_the_checkpoints_before(tmp_path, call, which):
+    tensors = {name: {"w": torch.ones(3)} for name in ("model", "optimizer")}
+    write_checkpoint(tmp_path, 1, tensors, {"n": 1}, keep=2)
+    real, calls = getattr(os, call.split(".")[1]), []
+
+    def fail(*arguments):
+        calls.append(arguments)
+        if len(calls) > which:
+            raise FULL
+        return real(*arguments)
+
+    with patch(call, fail), pytest.raises(OSError, match="No space"):
+        write_checkpoint(tmp_path, 2, tensors, {"n": 2}, keep=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-00000001"]
+    assert read_checkpoint(tmp_path / "checkpoint-00000001")[1] == {"n": 1}
+    write_checkpoint(tmp_path, 2, tensors, {"n": 2}, keep=2)
+    assert len(checkpoints_in(tmp_path)) == 2
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 256 KiB, where this process may mount one."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)]
+    try:
+        subprocess.run(command, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no small disk to be had here: {error}")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_really_full_disk(small_disk):
+    small = {"model": {"w": torch.ones(1000)}}
+    write_checkpoint(small_disk, 1, small, {}, keep=1)
+    with pytest.raises(OSError, match="could not be written|No space"):
+        write_checkpoint(small_disk, 2, {"model": {"w": torch.ones(10**6)}}, {}, keep=1)
+    assert torch.equal(
+        read_checkpoint(checkpoints_in(small_disk)[-1])[0]["model"]["w"],
+        small["model"]["w"],
+    )
+    with pytest.raises(OSError, match="could not be written|No space"):
+        save(small_disk, random_gpt(), tokenizer_of())
+
+
+def test_a_place_that_cannot_be_written_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(OSError, match="file"):
+        save(tmp_path / "file" / "model", random_gpt(), tokenizer_of())
+
+
+# Checkpoints of runs.
+
+
+@pytest.fixture
+def three(tmp_path):
+    for step in (1, 2, 3):
+        tensors = {"model": {"w": torch.full((4,), float(step))}}
+        write_checkpoint(tmp_path, step, tensors, {"n": step}, keep=2)
+    return checkpoints_in(tmp_path)
+
+
+def test_old_checkpoints_go(three):
+    assert [path.name[-1] for path in three] == ["2", "3"]
+    tensors, state = read_checkpoint(three[-1])
+    assert state == {"n": 3}
+    assert tensors["model"]["w"].tolist() == [3.0] * 4
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "state.json", "hashes.json"])
+def test_every_byte_of_a_checkpoint_counts(three, name):
+    path = three[-1] / name
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 7):
+        changed = bytearray(whole)
+        changed[place] ^= 1
+        path.write_bytes(changed)
+        with pytest.raises(ValueError, match="delete it to go on from checkpoint-0000"):
+            read_checkpoint(three[-1])
+    path.unlink()
+    with pytest.raises(ValueError, match="delete it to go on from checkpoint-00000002"):
+        read_checkpoint(three[-1])
+
+
+def test_a_checkpoint_with_one_file_more_or_without_one_before(three):
+    (three[-1] / "more.safetensors").write_bytes(b"")
+    shutil.rmtree(three[0])
+    with pytest.raises(ValueError, match="start anew"):
+        read_checkpoint(three[-1])
+
+
+def test_a_pickle_with_the_right_hash_is_not_run(three, monkeypatch):
+    monkeypatch.setenv("BOMB", str(three[-1] / "bomb"))
+    (three[-1] / "model.safetensors").write_bytes(pickle.dumps(Bomb()))
+    hashes = checkpoints._hashes(three[-1])
+    (three[-1] / "hashes.json").write_text(json.dumps(hashes))
+    with pytest.raises(ValueError, match="damaged"):
+        read_checkpoint(three[-1])
+    assert not (three[-1] / "bomb").exists()
+
+
+def test_shapes_are_read_without_the_numbers(tmp_path):
+    write_tensors(tmp_path / "x", {"a": torch.ones(2, 3), "b": torch.ones(()).half()})
+    assert read_shapes(tmp_path / "x") == {"a": (2, 3), "b": ()}

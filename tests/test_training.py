@@ -1,0 +1,834 @@
+"""Training: runs that survive, and checks that name mistakes."""
+
+import errno
+import json
+import math
+import signal
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.nn.functional as F
+from filelock import FileLock
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from glassgpt import training
+from glassgpt.checkpoints import checkpoints_in, load, read_checkpoint
+from glassgpt.checks import training as checks
+from glassgpt.data import TokenData
+from glassgpt.gpt import GPT, GPTConfig
+from glassgpt.tokens import CharTokenizer
+from glassgpt.training import (
+    TrainConfig,
+    Trainer,
+    compiled,
+    evaluate,
+    fit,
+    make_loss,
+    make_optimizers,
+    next_batch,
+    rate_at,
+    resume_run,
+    take_step,
+    train,
+)
+
+SHAPE = GPTConfig(11, context=8, layers=1, heads=2, width=16, dropout=0.1)
+CONFIG = TrainConfig(
+    steps=12,
+    batch_size=4,
+    warmup=3,
+    evaluate_every=4,
+    evaluation_batches=2,
+    checkpoint_every=5,
+)
+IDS = [n * n % 11 for n in range(400)]
+DATA = TokenData.of(IDS[:300], IDS[300:], 11)
+TOKENIZER = CharTokenizer("abcdefghijk")
+
+
+def gpt(shape=SHAPE, seed=0):
+    torch.manual_seed(seed)
+    return GPT(shape)
+
+
+def run(model=None, config=CONFIG, data=DATA, directory=None, **options):
+    model = model or gpt()
+    options.setdefault("progress", False)
+    return model, train(model, data, config, directory, **options)
+
+
+def weights(model):
+    return torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+
+
+class PowerCut(Exception):
+    pass
+
+
+def cut_at(step):
+    def on_record(record):
+        if record["step"] == step:
+            raise PowerCut
+
+    return on_record
+
+
+# Properties of the parts.
+
+
+def test_package_passes_its_checks():
+    checks.check_schedule(rate_at)
+    checks.check_resume(train)
+
+
+@given(
+    st.integers(1, 500),
+    st.integers(0, 600),
+    st.sampled_from(["cosine", "linear", "stable"]),
+    st.floats(0, 1),
+)
+@settings(deadline=None)
+def test_every_rate_is_a_share(steps, warmup, schedule, final):
+    config = TrainConfig(
+        steps=steps, warmup=warmup, schedule=schedule, final_rate=final
+    )
+    rates = [rate_at(step, config) for step in range(steps)]
+    assert all(0 < rate <= 1 + 1e-12 for rate in rates)
+    assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("steps", 0), ("steps", 1.5), ("steps", True), ("batch_size", -1)]
+    + [("warmup", -1), ("seed", -1), ("keep", 0), ("accumulate", "2")]
+    + [("learning_rate", 0.0), ("learning_rate", math.nan), ("clip", math.inf)]
+    + [("matrix_learning_rate", -1.0), ("weight_decay", -0.1)]
+    + [("weight_decay", math.nan), ("final_rate", 1.1), ("optimizer", "sgd")]
+    + [("schedule", "step"), ("precision", "int8"), ("precision", ["float32"])],
+)
+def test_impossible_settings_are_refused(setting, value):
+    with pytest.raises(ValueError, match=setting):
+        TrainConfig(**{setting: value})
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("modern", [False, True])
+def test_every_parameter_is_trained_once_and_matrices_decay(optimizer, modern):
+    model = gpt(GPTConfig.modern(11, context=8, layers=2, heads=2, width=16))
+    model = model if modern else gpt()
+    config = TrainConfig(optimizer=optimizer, weight_decay=0.3)
+    groups = [g for o in make_optimizers(model, config) for g in o.param_groups]
+    trained = [id(p) for group in groups for p in group["params"]]
+    assert sorted(trained) == sorted(id(p) for p in model.parameters())
+    decaying = {id(p) for g in groups if g["weight_decay"] for p in g["params"]}
+    for name, parameter in model.named_parameters():
+        inside = name.startswith("blocks.") or optimizer == "adamw"
+        assert (id(parameter) in decaying) == (parameter.dim() > 1 and inside), name
+
+
+def test_adamw_is_torchs_with_its_rate_scheduled():
+    model, other = gpt(replace(SHAPE, dropout=0.0)), gpt(replace(SHAPE, dropout=0.0))
+    config = replace(CONFIG, clip=1e9)
+    trainer = Trainer(model, DATA, config)
+    matrices = [p for p in other.parameters() if p.dim() > 1]
+    vectors = [p for p in other.parameters() if p.dim() < 2]
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    reference = torch.optim.AdamW(
+        groups, betas=(0.9, 0.99), weight_decay=0.1, fused=True
+    )
+    for step in range(6):
+        ids, targets = next_batch(trainer)
+        take_step(trainer)
+        for group in reference.param_groups:
+            group["lr"] = config.learning_rate * rate_at(step, config)
+        F.cross_entropy(other(ids).flatten(0, 1), targets.flatten()).backward()
+        reference.step()
+        reference.zero_grad()
+    assert torch.equal(weights(model), weights(other))
+
+
+def test_evaluation_is_fixed_weighs_by_rows_and_leaves_the_mode():
+    model = gpt().train()
+    few = replace(CONFIG, batch_size=5, evaluation_batches=100)
+    first = evaluate(model, DATA.validation, few)
+    assert first == evaluate(model, DATA.validation, few)
+    assert model.training
+    one = replace(few, batch_size=500, evaluation_batches=1)
+    assert first == pytest.approx(evaluate(model, DATA.validation, one), abs=1e-5)
+    before = torch.get_rng_state()
+    evaluate(model, DATA.validation, few)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_loss_falls_and_the_record_is_honest(tmp_path):
+    model, result = run(
+        config=replace(CONFIG, steps=60, evaluate_every=20, learning_rate=0.01),
+        directory=tmp_path,
+        tokenizer=TOKENIZER,
+    )
+    losses = [record["validation_loss"] for record in result.records]
+    assert losses[-1] < losses[0] < math.log(11) + 0.1
+    assert result.best == min(losses)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == result.records
+    best, _ = load(tmp_path)
+    config = replace(CONFIG, steps=60)
+    assert evaluate(best, DATA.validation, config) == pytest.approx(result.best)
+
+
+def test_training_leaves_the_callers_random_numbers_alone():
+    model = gpt()
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first, _ = run(model)
+    assert torch.equal(torch.get_rng_state(), before)
+    second, _ = run()
+    assert torch.equal(weights(first), weights(second))
+    third, _ = run(config=replace(CONFIG, seed=1))
+    assert not torch.equal(weights(first), weights(third))
+
+
+# Resuming.
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_resuming_is_exact(tmp_path, optimizer, precision):
+    config = replace(CONFIG, optimizer=optimizer, precision=precision, accumulate=2)
+    whole, records = run(config=config)
+    with pytest.raises(PowerCut):
+        run(config=config, directory=tmp_path, on_record=cut_at(8))
+    resumed, again = run(gpt(seed=9), config, directory=tmp_path, resume=True)
+    assert torch.equal(weights(whole), weights(resumed))
+    assert whole.training == resumed.training
+    for old, new in zip(records.records, again.records, strict=True):
+        same = ("step", "train_loss", "validation_loss", "learning_rate")
+        assert [old[key] for key in same] == [new[key] for key in same]
+    moved = (weights(whole) - weights(gpt())).abs().max()
+    assert 1e-3 < moved < 1
+
+
+def test_a_finished_run_resumes_to_itself(tmp_path):
+    first, _ = run(directory=tmp_path)
+    again, result = run(gpt(seed=9), directory=tmp_path, resume=True)
+    assert torch.equal(weights(first), weights(again))
+    assert (result.step, result.stopped) == (12, False)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"config": replace(CONFIG, learning_rate=0.01)}, "learning_rate = 0.003, not"),
+        ({"config": replace(CONFIG, seed=1)}, "seed = 0, not 1"),
+        ({"data": TokenData.of([*IDS[:299], 3], IDS[300:], 11)}, "same text"),
+        ({"data": TokenData.of(IDS[:300], IDS[301:], 11)}, "same text"),
+        ({"model": GPT(replace(SHAPE, dropout=0.2))}, "dropout = 0.1, not 0.2"),
+        ({"model": GPT(replace(SHAPE, width=32))}, "width = 16, not 32"),
+    ],
+)
+def test_resuming_with_something_else_is_refused(tmp_path, change, message):
+    run(directory=tmp_path)
+    with pytest.raises(ValueError, match=message):
+        run(**change, directory=tmp_path, resume=True)
+
+
+def test_a_run_is_not_overwritten(tmp_path):
+    run(directory=tmp_path)
+    with pytest.raises(FileExistsError, match="holds a run: resume it"):
+        run(directory=tmp_path)
+
+
+def test_a_model_is_not_overwritten(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"precious")
+    with pytest.raises(FileExistsError, match="resume it, or use another"):
+        run(directory=tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == b"precious"
+
+
+def test_two_runs_in_one_directory(tmp_path):
+    def second(record):
+        with pytest.raises(FileExistsError, match="another run is training into"):
+            run(directory=tmp_path, resume=True)
+        refused.append(record["step"])
+
+    refused = []
+    run(directory=tmp_path, on_record=second)
+    assert refused == [4, 8, 12]
+    with FileLock(tmp_path / ".lock", timeout=0):
+        pass  # free again
+
+
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_works(tmp_path):
+    whole, _ = run(directory=tmp_path)
+    before, last = checkpoints_in(tmp_path)
+    file = last / "optimizer.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"!")
+    with pytest.raises(ValueError, match=f"delete it to go on from {before.name}"):
+        run(directory=tmp_path, resume=True)
+    for path in last.iterdir():
+        path.unlink()
+    last.rmdir()
+    again, _ = run(gpt(seed=9), directory=tmp_path, resume=True)
+    assert torch.equal(weights(whole), weights(again))
+
+
+def forge(path, file, change):
+    """Change the tensors of a checkpoint and make its hashes right again."""
+    tensors = read_checkpoint(path)[0][file]
+    training.write_checkpoint.__globals__["write_tensors"](
+        path / f"{file}.safetensors", change(tensors)
+    )
+    hashes = training.write_checkpoint.__globals__["_hashes"](path)
+    (path / "hashes.json").write_text(json.dumps(hashes))
+
+
+@pytest.mark.parametrize("file", ["model", "optimizer"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors: {n: t[:1] if t.dim() else t for n, t in tensors.items()},
+        lambda tensors: dict(list(tensors.items())[1:]),
+        lambda tensors: {**tensors, "9.9.more": torch.ones(1)},
+    ],
+)
+def test_a_forged_checkpoint_changes_nothing(tmp_path, file, change):
+    run(directory=tmp_path)
+    forge(checkpoints_in(tmp_path)[-1], file, change)
+    model = gpt(seed=9)
+    with pytest.raises(ValueError, match=f"{file}.safetensors has other tensors"):
+        run(model, directory=tmp_path, resume=True)
+    assert torch.equal(weights(model), weights(gpt(seed=9)))
+
+
+@pytest.mark.parametrize(
+    "state", [[], {}, {"settings": 1}, {"settings": {}, "run": {"attack": 1}}]
+)
+def test_a_strange_state_is_refused(tmp_path, state):
+    run(directory=tmp_path)
+    path = checkpoints_in(tmp_path)[-1]
+    (path / "state.json").write_text(json.dumps(state))
+    hashes = training.write_checkpoint.__globals__["_hashes"](path)
+    (path / "hashes.json").write_text(json.dumps(hashes))
+    with pytest.raises(ValueError, match="not a checkpoint of a run"):
+        run(directory=tmp_path, resume=True)
+
+
+# Kills. The script forks a process for each moment, which kills itself there.
+
+KILLS = textwrap.dedent(
+    """
+    import os, random, shutil, signal, sys
+    from pathlib import Path
+
+    import torch
+
+    from glassgpt import checkpoints, training
+    from glassgpt.data import TokenData
+    from glassgpt.gpt import GPT, GPTConfig
+    from glassgpt.tokens import CharTokenizer
+
+    torch.set_num_threads(1)
+    IDS = [n * n % 11 for n in range(400)]
+    DATA = TokenData.of(IDS[:300], IDS[300:], 11)
+    CONFIG = training.TrainConfig(
+        steps=8, batch_size=2, warmup=2, evaluate_every=3, evaluation_batches=1,
+        checkpoint_every=2,
+    )
+    moment, last = 0, None
+
+    def watched(function, half=None):
+        def call(*arguments, **options):
+            global moment
+            moment += 1
+            if moment == last:
+                if half:
+                    half(*arguments)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments, **options)
+        return call
+
+    def half_a_file(tensors, path, *rest):
+        Path(path).write_bytes(b"half of it")
+
+    def watch():
+        os.fsync, os.replace = watched(os.fsync), watched(os.replace)
+        os.rename, os.unlink = watched(os.rename), watched(os.unlink)
+        shutil.rmtree = watched(shutil.rmtree)
+        training.take_step = watched(training.take_step)
+        checkpoints.save_file = watched(checkpoints.save_file, half_a_file)
+
+    def run(place, kill_at):
+        # A process of its own; how it ended, and how many moments it had.
+        child = os.fork()
+        if child == 0:
+            global last
+            last = kill_at
+            watch()
+            torch.manual_seed(0)
+            shape = GPTConfig(11, context=4, layers=1, heads=1, width=8, dropout=0.2)
+            training.train(
+                GPT(shape), DATA, CONFIG, place, CharTokenizer("abcdefghijk"),
+                resume=True, progress=False,
+            )
+            (Path(place) / "moments").write_text(str(moment))
+            os._exit(0)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    def outcome(place):
+        path = checkpoints.checkpoints_in(place)[-1]
+        names = ("model.safetensors", "optimizer.safetensors", "random.safetensors")
+        best = (place / "model.safetensors").read_bytes()
+        return path.name, best, [(path / name).read_bytes() for name in names]
+
+    root = Path(sys.argv[1])
+    # What PyTorch imports only when it is needed, it shall import once, not per child.
+    warm = torch.nn.Parameter(torch.zeros(2, 2))
+    warm.grad = torch.zeros(2, 2)
+    torch.optim.AdamW([warm], fused=True).step()
+    assert run(root / "whole", None) == 0
+    wanted = outcome(root / "whole")
+    moments = int((root / "whole" / "moments").read_text())
+    chosen = sorted(random.Random(0).sample(range(1, moments + 1), 30))
+    for kill_at in chosen:
+        place = root / f"killed-{kill_at}"
+        assert run(place, kill_at) == -signal.SIGKILL, kill_at
+        for path in checkpoints.checkpoints_in(place):
+            checkpoints.read_checkpoint(path)
+        assert run(place, None) == 0, kill_at
+        assert outcome(place) == wanted, kill_at
+    # One run killed again and again, always a little later, until it is done.
+    place, kills = root / "again", 0
+    while (code := run(place, 9 + 5 * kills)) != 0:
+        assert code == -signal.SIGKILL
+        kills += 1
+    assert outcome(place) == wanted
+    print(moments, len(chosen), kills)
+    """
+)
+
+
+def script(text, *arguments, **options):
+    command = [sys.executable, "-c", text, *map(str, arguments)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork and SIGKILL")
+def test_thirty_kills_at_random_moments_lose_nothing(tmp_path):
+    process = script(KILLS, tmp_path)
+    out, errors = process.communicate()
+    assert process.returncode == 0, errors
+    moments, killed, kills = map(int, out.split())
+    assert moments > 60
+    assert killed == 30
+    assert kills >= 2
+
+
+INTERRUPTED = textwrap.dedent(
+    """
+    import sys
+    import torch
+    from glassgpt.data import TokenData
+    from glassgpt.gpt import GPT, GPTConfig
+    from glassgpt.training import TrainConfig, train
+
+    torch.set_num_threads(1)
+    ids = [n * n % 11 for n in range(400)]
+    run = train(
+        GPT(GPTConfig(11, context=4, layers=1, heads=1, width=8)),
+        TokenData.of(ids, ids, 11),
+        TrainConfig(steps=10**9, batch_size=2, evaluate_every=50, keep=1,
+                    evaluation_batches=1, checkpoint_every=10**9),
+        sys.argv[1],
+        progress=False,
+        on_record=lambda record: print(record["step"], flush=True),
+    )
+    print("left", run.step, run.stopped, flush=True)
+    """
+)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGINT")
+def test_ctrl_c_saves_and_leaves_cleanly(tmp_path):
+    process = script(INTERRUPTED, tmp_path)
+    assert int(process.stdout.readline()) == 50
+    process.send_signal(signal.SIGINT)
+    out, errors = process.communicate()
+    assert process.returncode == 0, errors
+    _, step, stopped = out.splitlines()[-1].split()
+    assert stopped == "True"
+    (checkpoint,) = checkpoints_in(tmp_path)
+    assert checkpoint.name == f"checkpoint-{int(step):08d}"
+    assert read_checkpoint(checkpoint)[1]["run"]["step"] == int(step)
+
+
+def test_a_second_ctrl_c_interrupts_and_the_handler_comes_back(tmp_path):
+    def twice(record):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        run(directory=tmp_path, on_record=twice)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_ctrl_c_in_an_evaluation_still_saves(tmp_path):
+    config = replace(CONFIG, checkpoint_every=1000)
+
+    def once(record):
+        if record["step"] == 4:
+            signal.raise_signal(signal.SIGINT)
+
+    whole, _ = run(config=config)
+    _, half = run(config=config, directory=tmp_path, on_record=once)
+    assert (half.step, half.stopped) == (5, True)
+    again, _ = run(gpt(seed=9), config, directory=tmp_path, resume=True)
+    assert torch.equal(weights(whole), weights(again))
+
+
+# Losses that are no numbers.
+
+
+def spoiled(spoil, at):
+    """make_loss, with the loss of call number `at` changed by `spoil`."""
+
+    def make(model, config):
+        loss, calls = make_loss(model, config), []
+
+        def call(ids, targets):
+            calls.append(1)
+            value = loss(ids, targets)
+            return spoil(value, model) if len(calls) == at else value
+
+        return call
+
+    return make
+
+
+def nan_gradient(loss, model):
+    """The same loss; its gradient by the head is infinity times zero."""
+    return loss + (model.head.weight.sum() * 0).sqrt()
+
+
+@pytest.mark.parametrize("spoil", [lambda loss, model: loss * math.nan, nan_gradient])
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path, spoil):
+    with (
+        patch.object(training, "make_loss", spoiled(spoil, at=7)),
+        pytest.raises(FloatingPointError, match="at step 7 is not finite"),
+    ):
+        run(directory=tmp_path)
+    (last,) = checkpoints_in(tmp_path)
+    assert last.name == "checkpoint-00000005"
+    tensors, _ = read_checkpoint(last)
+    assert all(value.isfinite().all() for value in tensors["model"].values())
+    whole, _ = run()
+    again, _ = run(directory=tmp_path, resume=True)
+    assert torch.equal(weights(whole), weights(again))
+
+
+def test_an_evaluation_that_is_no_number_stops_the_run(tmp_path):
+    with (
+        patch.object(training, "evaluate", lambda *_: math.nan),
+        pytest.raises(FloatingPointError, match="validation loss at step 4 is nan"),
+    ):
+        run(directory=tmp_path, tokenizer=TOKENIZER)
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_float16_skips_a_step_whose_gradient_overflows():
+    model = gpt()
+    trainer = Trainer(model, DATA, replace(CONFIG, precision="float16"))
+    trainer.loss = spoiled(nan_gradient, at=1)(model, trainer.config)
+    before, scale = weights(model), trainer.scaler.get_scale()
+    take_step(trainer)
+    assert torch.equal(weights(model), before)
+    assert trainer.scaler.get_scale() == scale / 2
+    take_step(trainer)
+    assert not torch.equal(weights(model), before)
+
+
+# Machines that are too small, too full, or lack a compiler.
+
+
+def test_no_memory_says_what_to_lower():
+    for failure in (
+        lambda trainer: torch.empty(1 << 55, dtype=torch.uint8),
+        lambda trainer: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA is full")),
+    ):
+        with (
+            patch.object(training, "take_step", failure),
+            pytest.raises(MemoryError, match="lower batch_size .* context"),
+        ):
+            run()
+
+
+def test_another_runtime_error_stays_what_it_is():
+    with (
+        patch.object(training, "take_step", side_effect=RuntimeError("a bug")),
+        pytest.raises(RuntimeError, match="a bug"),
+    ):
+        run()
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(tmp_path):
+    full = OSError(errno.ENOSPC, "No space left on device")
+    write, calls = training.write_checkpoint, []
+
+    def second_time_full(*arguments):
+        calls.append(1)
+        if len(calls) == 1:
+            return write(*arguments)
+        with patch("os.fsync", side_effect=full):
+            return write(*arguments)
+
+    with (
+        patch.object(training, "write_checkpoint", second_time_full),
+        pytest.raises(OSError, match="No space"),
+    ):
+        run(directory=tmp_path)
+    whole, _ = run()
+    again, _ = run(directory=tmp_path, resume=True)
+    assert torch.equal(weights(whole), weights(again))
+
+
+def test_a_place_below_a_file_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        run(directory=tmp_path / "file" / "run")
+
+
+def test_data_that_does_not_fit_is_refused_before_anything_is_written(tmp_path):
+    wide = TokenData.of(IDS, IDS, 12)
+    with pytest.raises(ValueError, match="12 token ids, the model only knows 11"):
+        run(data=wide, directory=tmp_path / "run")
+    short = TokenData.of(IDS, IDS[:5], 11)
+    with pytest.raises(ValueError, match="too short for a context of 8"):
+        run(data=short, directory=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_a_compiler_it_goes_on(capsys):
+    plain, _ = run()
+    with patch("torch.compile", side_effect=RuntimeError("no C++ compiler\nat all")):
+        slow, _ = run(config=replace(CONFIG, compile=True))
+    assert torch.equal(weights(plain), weights(slow))
+    said = capsys.readouterr()
+    assert (said.out + said.err).count("no C++ compiler") == 1
+
+
+def test_a_compiler_that_fails_at_the_first_call():
+    def broken(function):
+        def call(*arguments):
+            raise RuntimeError("")
+
+        return call
+
+    with patch("torch.compile", broken):
+        loss = compiled(lambda a, b: a + b)
+        assert [loss(1, 2), loss(3, 4)] == [3, 7]
+
+
+def test_compiled_trains_like_plain():
+    config = replace(CONFIG, steps=3, evaluate_every=3)
+    shape = replace(SHAPE, dropout=0.0)
+    plain, _ = run(gpt(shape), config)
+    real, used = torch.compile, []
+
+    def counting(function):
+        used.append(function)
+        return real(function, backend="aot_eager")
+
+    with patch("torch.compile", counting):
+        fast, _ = run(gpt(shape), replace(config, compile=True))
+    assert len(used) == 1
+    torch.testing.assert_close(weights(plain), weights(fast), atol=1e-5, rtol=1e-4)
+
+
+# Wrong versions. Each check must notice, and say which mistake it was.
+
+
+def torch_adamw(w, gradients, rate, beta1, beta2, decay, kind=None, **options):
+    w = w.clone().requires_grad_()
+    settings = {"lr": rate, "betas": (beta1, beta2), "weight_decay": decay}
+    optimizer = (kind or torch.optim.AdamW)([w], **{**settings, **options})
+    for gradient in gradients:
+        w.grad = gradient.clone()
+        optimizer.step()
+    return w.detach()
+
+
+def epsilon_in_the_root(w, gradients, rate, beta1, beta2, decay):
+    mean = square = 0.0
+    for t, gradient in enumerate(gradients, start=1):
+        mean = beta1 * mean + (1 - beta1) * gradient
+        square = beta2 * square + (1 - beta2) * gradient**2
+        size = (square / (1 - beta2**t) + 1e-8) ** 0.5
+        w = w - rate * decay * w - rate * mean / (1 - beta1**t) / size
+    return w
+
+
+def forgetting_train(forget):
+    def wrong(model, data, config, directory, resume=False, on_record=None, **options):
+        trainer = Trainer(model, data, config, Path(directory), on_record=on_record)
+        if resume:
+            resume_run(trainer, checkpoints_in(Path(directory))[-1])
+            forget(trainer)
+        else:
+            torch.manual_seed(config.seed)
+        return fit(trainer, progress=False)
+
+    return wrong
+
+
+def fresh_weights(trainer):
+    trainer.model.initialize()
+    for parameter in trainer.model.parameters():
+        torch.nn.init.constant_(parameter, 9.0)
+
+
+def fresh_moments(trainer):
+    trainer.optimizers = make_optimizers(trainer.model, trainer.config)
+
+
+def fresh_count(trainer):
+    trainer.run.records.clear()
+
+
+def fresh_order(trainer):
+    trainer.config = replace(trainer.config, seed=7)
+
+
+def right_sum(model, parts):
+    count = sum((y != -100).sum() for _, y in parts)
+    for x, y in parts:
+        (F.cross_entropy(model(x), y, reduction="sum") / count).backward()
+
+
+def mean_of_means(model, parts):
+    for x, y in parts:
+        if (y != -100).any():
+            (F.cross_entropy(model(x), y) / len(parts)).backward()
+
+
+def last_only(model, parts):
+    for x, y in parts:
+        model.zero_grad()
+        (F.cross_entropy(model(x), y) / len(parts)).backward()
+
+
+def scaled(model, parts, factor):
+    for x, y in parts:
+        (F.cross_entropy(model(x), y) * factor).backward()
+
+
+def clip(gradients, longest):
+    length = torch.cat(gradients).norm()
+    return [gradient * (longest / length).clamp(max=1) for gradient in gradients]
+
+
+def test_right_versions_pass():
+    checks.check_adamw(torch_adamw)
+    checks.check_accumulation(mean_of_means)
+    checks.check_uneven_accumulation(right_sum)
+    checks.check_clipping(clip)
+    checks.check_resume(forgetting_train(lambda trainer: None))
+
+
+WRONG = [
+    ("check_adamw", {"kind": torch.optim.Adam}, "not be added to the gradient"),
+    ("check_adamw", {"betas": (0.5, 0.999)}, "later steps are wrong"),
+    ("check_adamw", {"betas": (0.0, 0.0), "eps": 1.0}, "the first step is wrong"),
+    ("check_adamw", epsilon_in_the_root, "epsilon stands outside"),
+    (
+        "check_schedule",
+        lambda step, c: step / c.warmup if step < c.warmup else rate_at(step, c),
+        "first step has rate 0",
+    ),
+    ("check_schedule", lambda step, c: 2 * rate_at(step, c), "exceeds 1"),
+    ("check_schedule", lambda step, c: rate_at(step, c) / 2, "not at 1"),
+    ("check_schedule", lambda step, c: 1.0, "doesn't rise during warm-up"),
+    (
+        "check_schedule",
+        lambda step, c: rate_at(10 if step > 50 else step, c),
+        "rises after warm-up",
+    ),
+    (
+        "check_schedule",
+        lambda step, c: rate_at(step, replace(c, final_rate=0.5)),
+        "the last rate is 0.5",
+    ),
+    ("check_resume", forgetting_train(fresh_weights), "weights of the checkpoint"),
+    ("check_resume", forgetting_train(fresh_moments), "moments were not restored"),
+    ("check_resume", forgetting_train(fresh_count), "the resumed run recorded steps"),
+    ("check_resume", forgetting_train(fresh_order), "batches after resuming"),
+    (
+        "check_resume",
+        forgetting_train(lambda trainer: torch.manual_seed(5)),
+        "random numbers was not restored",
+    ),
+    (
+        "check_accumulation",
+        lambda model, parts: scaled(model, parts, 1),
+        "divide each part's loss",
+    ),
+    (
+        "check_accumulation",
+        lambda model, parts: scaled(model, parts, 1 / 16),
+        "divided twice",
+    ),
+    (
+        "check_accumulation",
+        lambda model, parts: scaled(model, parts, 1 / 3),
+        "not the gradient of one big batch",
+    ),
+    ("check_accumulation", last_only, "only the last part counts"),
+    (
+        "check_accumulation",
+        lambda model, parts: scaled(model, parts[-1:], 1),
+        "only the last part counts",
+    ),
+    ("check_uneven_accumulation", mean_of_means, "mean of the parts' means"),
+    (
+        "check_uneven_accumulation",
+        lambda model, parts: scaled(model, parts, 1 / len(parts)),
+        "mean of the parts' means",
+    ),
+    (
+        "check_clipping",
+        lambda gradients, longest: [g * (longest / g.norm()) for g in gradients],
+        "by itself",
+    ),
+    (
+        "check_clipping",
+        lambda gradients, longest: [g.clamp(-longest, longest) for g in gradients],
+        "turns the gradient",
+    ),
+    (
+        "check_clipping",
+        lambda gradients, longest: [g / torch.cat(gradients).norm() for g in gradients],
+        "a short gradient was made longer",
+    ),
+    ("check_clipping", lambda gradients, longest: gradients, "its length is 5.025"),
+]
+
+
+@pytest.mark.parametrize(("check", "wrong", "message"), WRONG)
+def test_check_names_the_mistake(check, wrong, message):
+    if isinstance(wrong, dict):
+        options = wrong
+
+        def wrong(*arguments):
+            return torch_adamw(*arguments, **options)
+
+    with pytest.raises(AssertionError) as caught:
+        getattr(checks, check)(wrong)
+    assert message in str(caught.value)
