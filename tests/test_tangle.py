@@ -111,6 +111,14 @@ def test_check_finds_an_extra_module(chapter, run, capsys):
     assert "no chapter exports" in capsys.readouterr().out
 
 
+def test_an_empty_init_needs_no_chapter_but_a_line_in_it_does(chapter, run):
+    init = chapter.parent / "__init__.py"
+    init.touch()
+    assert run("--check") == 0
+    init.write_text("x = 1\n", "utf-8")
+    assert run("--check") == 1
+
+
 def test_export_before_default_exp_is_an_error(tmp_path, run, capsys):
     write_chapter(tmp_path / "book", FUNCTION)
     assert run() == 2

@@ -134,7 +134,8 @@ def main(arguments=None):
     for path in sorted(set(wanted) | present):
         old = path.read_text("utf-8") if path in present else ""
         new = wanted.get(path, "")
-        if old == new and path in wanted and path in present:
+        # An empty __init__.py makes a folder a package and holds no line to explain.
+        if old == new and path in present and (path in wanted or path.name == "__init__.py"):
             continue
         differences += 1
         if path not in wanted:
