@@ -1,0 +1,66 @@
+# Written by tools/tangle.py from book/19_command_line.ipynb: change it there.
+"""Glass GPT: a GPT you can see through.
+
+Every line of this package comes from a chapter of the book of the same name, and every
+docstring ends in the page and section that explain it.
+"""
+
+from glassgpt import checks
+from glassgpt.attention import attention, causal_mask
+from glassgpt.block import Block, LayerNorm, RMSNorm
+from glassgpt.checkpoints import load, save
+from glassgpt.data import TokenData, tokenize
+from glassgpt.device import make_plan, pick_device
+from glassgpt.embeddings import Embedding, cosine_similarity, nearest_neighbors
+from glassgpt.generation import generate, lighten, sample, stream, stream_text
+from glassgpt.gpt import GPT, GPTConfig
+from glassgpt.heads import MultiHeadAttention, merge_heads, split_heads
+from glassgpt.mlp import MLP, gelu, squared_relu
+from glassgpt.positions import apply_rotary, rotary_tables, sinusoidal_positions
+from glassgpt.softmax import cross_entropy, log_softmax, softmax
+from glassgpt.tokens import BPETokenizer, CharTokenizer, load_tokenizer
+from glassgpt.training import Run, TrainConfig, evaluate, train
+
+__all__ = [
+    "checks",
+    "attention",
+    "causal_mask",
+    "Block",
+    "LayerNorm",
+    "RMSNorm",
+    "load",
+    "save",
+    "TokenData",
+    "tokenize",
+    "make_plan",
+    "pick_device",
+    "Embedding",
+    "cosine_similarity",
+    "nearest_neighbors",
+    "generate",
+    "lighten",
+    "sample",
+    "stream",
+    "stream_text",
+    "GPT",
+    "GPTConfig",
+    "MultiHeadAttention",
+    "merge_heads",
+    "split_heads",
+    "MLP",
+    "gelu",
+    "squared_relu",
+    "apply_rotary",
+    "rotary_tables",
+    "sinusoidal_positions",
+    "cross_entropy",
+    "log_softmax",
+    "softmax",
+    "BPETokenizer",
+    "CharTokenizer",
+    "load_tokenizer",
+    "Run",
+    "TrainConfig",
+    "evaluate",
+    "train",
+]

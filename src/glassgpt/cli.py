@@ -1,0 +1,322 @@
+# Written by tools/tangle.py from book/19_command_line.ipynb: change it there.
+"""The command line: glassgpt train, generate and tokenize."""
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from glassgpt.checkpoints import load, write_file
+from glassgpt.data import TokenData, read_documents, split_documents, tokenize
+from glassgpt.device import (
+    SIZES,
+    Plan,
+    keep_freed_memory,
+    make_plan,
+    peak_flops,
+    pick_device,
+)
+from glassgpt.generation import lighten, stream_text
+from glassgpt.gpt import GPT, GPTConfig
+from glassgpt.tokens import BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer
+from glassgpt.training import TrainConfig, train
+
+
+def add_fields(parser: argparse.ArgumentParser, kind: type, without: set[str]) -> None:
+    """An option for every field of a dataclass, absent from the result unless given.
+
+    Book: 19_command_line.html#options-that-can-t-be-forgotten
+    """
+    for field in fields(kind):
+        if field.name in without:
+            continue
+        settings: dict[str, Any] = {"default": argparse.SUPPRESS}
+        if field.type is bool:
+            settings["action"] = argparse.BooleanOptionalAction
+        else:
+            settings |= {
+                "type": field.type,
+                "metavar": field.name.split("_")[-1].upper(),
+            }
+        parser.add_argument(f"--{field.name.replace('_', '-')}", **settings)
+
+
+def make_tokenizer(name: str, vocab_size: int, source: str) -> Tokenizer:
+    """The tokenizer called "char", "bpe" or "gpt2", or the one saved at a path.
+
+    The first two learn from the part of the source that is trained on.
+
+    Book: 19_command_line.html#which-tokenizer
+    """
+    if name == "gpt2":
+        return BPETokenizer.gpt2()
+    if name not in ("char", "bpe"):
+        return load_tokenizer(name)
+    documents = split_documents(read_documents(source))
+    if name == "char":
+        texts = [piece for _, document in documents for piece in document.pieces()]
+        return CharTokenizer.train("".join(texts))
+    learned = (d for split, d in documents if split == "train")
+    return BPETokenizer.train((p for d in learned for p in d.pieces()), vocab_size)
+
+
+def tokenized(
+    source: str, tokenizer: Tokenizer, out: Path, workers: int = 1
+) -> TokenData:
+    """Tokenize a source into a folder, together with the tokenizer.
+
+    Book: 19_command_line.html#which-tokenizer
+    """
+    data = tokenize(source, tokenizer, out, workers, progress=sys.stderr.isatty())
+    tokenizer.save(out / "tokenizer.json")
+    return data
+
+
+def start_run(
+    options: argparse.Namespace, values: dict[str, Any]
+) -> tuple[Plan, TokenData]:
+    """Tokenize for a new run and plan it; leaves nothing behind when it fails.
+
+    Book: 19_command_line.html#starting-a-run-or-going-on-with-one
+    """
+    out = Path(options.out)
+    if (out / "run.json").exists():
+        raise FileExistsError(
+            f"{out} holds a run: add --resume, or choose another --out"
+        )
+    ready = (Path(options.data) / "header.json").exists()
+    if ready:
+        tokenizer = load_tokenizer(Path(options.data) / "tokenizer.json")
+    else:
+        tokenizer = make_tokenizer(options.tokenizer, options.vocab_size, options.data)
+    plan = make_plan(
+        tokenizer.vocab_size, options.size, options.recipe, options.device, **values
+    )
+    place = Path(options.data) if ready else out / "data"
+    data = TokenData.open(place) if ready else tokenized(options.data, tokenizer, place)
+    try:
+        for tokens in (data.train, data.validation):
+            tokens.crops_per_shard(plan.model.context)
+    except ValueError:
+        if not ready:
+            shutil.rmtree(place)
+        raise
+    out.mkdir(parents=True, exist_ok=True)
+    content = {
+        "data": str(place.resolve()),
+        "device": plan.device.type,
+        "model": asdict(plan.model),
+        "training": asdict(plan.training),
+    }
+    write_file(out / "run.json", json.dumps(content, indent=1).encode())
+    return plan, data
+
+
+def resume_run(out: Path, values: dict[str, Any]) -> tuple[Plan, TokenData]:
+    """The plan and the data of a run that goes on.
+
+    Book: 19_command_line.html#starting-a-run-or-going-on-with-one
+    """
+    if values:
+        given = ", ".join(sorted(values))
+        raise ValueError(f"a resumed run keeps its settings: leave out {given}")
+    path = out / "run.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{out} holds no run to resume: {path.name} is missing")
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        model, training = (
+            GPTConfig(**content["model"]),
+            TrainConfig(**content["training"]),
+        )
+        device, data = pick_device(content["device"]), TokenData.open(content["data"])
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}): start a new run") from None
+    return Plan(model, training, device, peak_flops(device, training.precision)), data
+
+
+def tensorboard(out: Path) -> Callable[[dict[str, float]], None]:
+    """A function that hands every record to TensorBoard.
+
+    Book: 19_command_line.html#starting-a-run-or-going-on-with-one
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            "--tensorboard needs: pip install 'glassgpt[tensorboard]'"
+        ) from None
+    writer = SummaryWriter(out)
+
+    def write(record: dict[str, float]) -> None:
+        for name, value in record.items():
+            writer.add_scalar(name, value, int(record["step"]))
+        writer.flush()
+
+    return write
+
+
+def train_command(options: argparse.Namespace) -> None:
+    """Tokenize, plan, train, and say where the model is.
+
+    Book: 19_command_line.html#the-three-commands
+    """
+    keep_freed_memory()
+    out = Path(options.out)
+    names = {field.name for kind in (GPTConfig, TrainConfig) for field in fields(kind)}
+    values = {k: v for k, v in vars(options).items() if k in names - {"vocab_size"}}
+    plan, data = (
+        resume_run(out, values) if options.resume else start_run(options, values)
+    )
+    where = json.loads((out / "run.json").read_text("utf-8"))["data"]
+    tokenizer = load_tokenizer(Path(where) / "tokenizer.json")
+    print(plan.describe())
+    torch.manual_seed(plan.training.seed)
+    model = GPT(plan.model).to(plan.device)
+    log = tensorboard(out) if options.tensorboard else None
+
+    def on_record(record: dict[str, float]) -> None:
+        tqdm.write(
+            f"step {record['step']}: validation loss {record['validation_loss']:.3f} "
+            f"nats a token, {record['nats_per_character']:.3f} a character"
+        )
+        if log:
+            log(record)
+
+    run = train(
+        model,
+        data,
+        plan.training,
+        out,
+        tokenizer,
+        resume=options.resume,
+        progress=sys.stderr.isatty(),
+        peak_flops=plan.peak_flops,
+        on_record=on_record,
+    )
+    if run.stopped:
+        print(f"stopped; go on with: glassgpt train --out {out} --resume")
+    else:
+        print(f'write with it: glassgpt generate {out} --prompt "ROMEO:"')
+
+
+def generate_command(options: argparse.Namespace) -> None:
+    """Write on from a prompt, piece by piece.
+
+    Book: 19_command_line.html#the-three-commands
+    """
+    device = pick_device(options.device)
+    model, tokenizer = load(options.model)
+    model = model.to(device)
+    if options.weights != "float32":
+        model = lighten(model, options.weights)
+    print(options.prompt, end="", flush=True)
+    for piece in stream_text(
+        model,
+        tokenizer,
+        options.prompt,
+        options.tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+        stop=tuple(tokenizer.special_tokens.values()),
+    ):
+        print(piece, end="", flush=True)
+    print()
+
+
+def tokenize_command(options: argparse.Namespace) -> None:
+    """Write token files that `glassgpt train --data` takes.
+
+    Book: 19_command_line.html#the-three-commands
+    """
+    tokenizer = make_tokenizer(options.tokenizer, options.vocab_size, options.data)
+    data = tokenized(options.data, tokenizer, Path(options.out), options.workers)
+    print(
+        f"{data.train.count:,} tokens to train on, {data.validation.count:,} held out, "
+        f"a vocabulary of {data.vocab_size:,}: {options.out}"
+    )
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The options of all commands.
+
+    Book: 19_command_line.html#the-three-commands
+    """
+    parser = argparse.ArgumentParser("glassgpt", description="Train a GPT, and write.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    text = argparse.ArgumentParser(add_help=False)
+    text.add_argument(
+        "--data",
+        default="shakespeare",
+        help="a text file, a folder, tokenized data, or shakespeare",
+    )
+    text.add_argument(
+        "--tokenizer", default="bpe", help="bpe, char, gpt2, or a tokenizer.json"
+    )
+    text.add_argument("--vocab-size", type=int, default=1024, help="of bpe")
+
+    part = commands.add_parser("train", parents=[text], help="train a GPT on a text")
+    part.add_argument("--out", default="runs/shakespeare", help="folder of the run")
+    part.add_argument(
+        "--resume", action="store_true", help="go on with the run in --out"
+    )
+    part.add_argument("--size", choices=SIZES, help="default: what suits this machine")
+    part.add_argument("--recipe", choices=("gpt2", "modern"), default="gpt2")
+    part.add_argument("--device", help="cpu, cuda, ...; default: the best one here")
+    part.add_argument("--tensorboard", action="store_true")
+    more = part.add_argument_group(
+        "any of these overrides what the size and machine suggest"
+    )
+    add_fields(more, GPTConfig, {"vocab_size"})
+    add_fields(more, TrainConfig, set())
+    part.set_defaults(run=train_command)
+
+    part = commands.add_parser("generate", help="write with a trained GPT")
+    part.add_argument("model", help="folder of a run or a saved model")
+    part.add_argument("--prompt", default="\n")
+    part.add_argument("--tokens", type=int, default=200, help="how many to write")
+    part.add_argument("--temperature", type=float, default=0.8)
+    part.add_argument("--top-k", type=int)
+    part.add_argument("--top-p", type=float)
+    part.add_argument("--seed", type=int, help="the same text every time")
+    part.add_argument(
+        "--weights", choices=("float32", "bfloat16", "int8"), default="float32"
+    )
+    part.add_argument("--device")
+    part.set_defaults(run=generate_command)
+
+    part = commands.add_parser(
+        "tokenize", parents=[text], help="turn a text into token files"
+    )
+    part.add_argument("--out", required=True, help="new folder for them")
+    part.add_argument("--workers", type=int, default=1, help="processes")
+    part.set_defaults(run=tokenize_command)
+    return parser
+
+
+MISTAKES = (ValueError, OSError, ModuleNotFoundError, FloatingPointError, MemoryError)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command. A user's mistake gives one line and exit code 2.
+
+    Book: 19_command_line.html#mistakes-get-a-sentence
+    """
+    options = make_parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except MISTAKES as error:
+        print(f"glassgpt: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
