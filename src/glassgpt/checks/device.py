@@ -1,0 +1,122 @@
+# Written by tools/tangle.py from book/14_full_gpt.ipynb: change it there.
+"""Checks of precisions, batches and costs that name the mistake they find."""
+
+from collections.abc import Callable
+
+from glassgpt.device import memory_needed
+from glassgpt.gpt import GPTConfig
+from glassgpt.training import TrainConfig
+
+
+def check_precision(choose: Callable[[tuple[int, int]], str]) -> None:
+    """Each GPU gets the fastest precision that it has units for.
+
+    choose: called with a compute capability, such as (7, 5).
+
+    Book: 14_full_gpt.html#which-machine-has-what
+    """
+    cards = [
+        ("H100", (9, 0), "bfloat16"),
+        ("L4", (8, 9), "bfloat16"),
+        ("A100", (8, 0), "bfloat16"),
+        ("T4", (7, 5), "float16"),
+        ("V100", (7, 0), "float16"),
+        ("P100", (6, 0), "float32"),
+    ]
+    for card, capability, wanted in cards:
+        found = choose(capability)
+        assert not (found == "bfloat16" and wanted != found), (
+            f"a {card} {capability} has no units for bfloat16: it would be emulated"
+        )
+        assert found == wanted, f"a {card} {capability} got {found}, not {wanted}"
+
+
+def check_fit_batch(
+    fit_batch: Callable[[GPTConfig, TrainConfig, float], TrainConfig],
+) -> None:
+    """A batch is split until it fits; a step sees as many tokens as before.
+
+    Book: 14_full_gpt.html#when-memory-is-short
+    """
+    model = GPTConfig(1000, context=512, layers=4, heads=4, width=128)
+    training = TrainConfig(batch_size=64, steps=77)
+    needed = memory_needed(model, training)
+    same = fit_batch(model, training, needed)
+    assert same == training, "a batch that fits must stay as it is"
+    fitted = fit_batch(model, training, needed / 5)
+    size, parts = fitted.batch_size, fitted.accumulate
+    assert memory_needed(model, fitted) <= needed / 5, f"batch {size} does not fit"
+    assert size * parts == 64, (
+        f"{parts} batches of {size} are not 64 crops: accumulate what you split off"
+    )
+    assert size == 8, f"batch {size} fits, but 8 would too and needs fewer parts"
+    assert fitted.steps == 77, "only batch_size and accumulate may change"
+    try:
+        fit_batch(model, training, 1000)
+    except ValueError:
+        return
+    raise AssertionError("one crop doesn't fit into 1,000 bytes: raise a ValueError")
+
+
+def check_days(days: Callable[[float, float, float, float], float]) -> None:
+    """6 N FLOPs a token, at the share of the peak that is really used, in days.
+
+    days: called as days(N, tokens, peak, utilization).
+
+    Book: 14_full_gpt.html#exercise-1-days-on-a-card
+    """
+    N, tokens, peak, utilization = 1e9, 2e10, 1e15, 0.25
+    wanted = 6 * N * tokens / (utilization * peak) / 86_400
+    found = days(N, tokens, peak, utilization)
+    mistakes = [
+        (wanted / 3, "2 N is the forward pass alone: backward costs twice that on top"),
+        (wanted * utilization, "the utilization is missing"),
+        (wanted * utilization**2, "divide by the utilization: less use, more days"),
+        (wanted * 24, "these are hours"),
+        (wanted * 86_400, "these are seconds"),
+    ]
+    for value, mistake in mistakes:
+        assert abs(found / value - 1) > 1e-6, mistake
+    assert abs(found / wanted - 1) < 1e-6, f"{found:.3f} days, not {wanted:.3f}"
+
+
+def check_scale(update: Callable[[float, int, bool], tuple[float, int]]) -> None:
+    """The scale halves at an infinite gradient and doubles after 2,000 good steps.
+
+    update: called as update(scale, streak, finite), returns scale and streak.
+
+    Book: 14_full_gpt.html#exercise-2-the-scale-of-the-loss
+    """
+    scale, streak = update(1024.0, 5, True)
+    assert scale == 1024, "one good step is no reason to change the scale"
+    assert streak == 6, f"five good steps and one more are 6, not {streak}"
+    scale, streak = update(1024.0, 5, False)
+    assert scale == 512, f"an infinite gradient halves 1024 to 512, not {scale:.0f}"
+    assert streak == 0, "an infinite gradient ends the streak"
+    scale, streak = 1024.0, 0
+    for step in range(1, 4001):
+        scale, streak = update(scale, streak, True)
+        wanted = 1024 * 2 ** (step // 2000)
+        assert scale == wanted, (
+            f"after {step} good steps the scale is {scale:.0f}, not {wanted}:"
+            " double at the 2,000th, and count anew"
+        )
+
+
+def check_rounding(to_bfloat16: Callable[[float], float]) -> None:
+    """Numbers round to the nearest bfloat16, ties to the even one.
+
+    Book: 14_full_gpt.html#exercise-3-round-to-bfloat16
+    """
+    cases = [
+        (1.0, 1.0, "1 is a bfloat16"),
+        (257.5, 258.0, "between 256 and 512 the spacing is 2, so round to the nearest"),
+        (1.001, 1.0, "between 1 and 2 the spacing is 1/128"),
+        (257.0, 256.0, "a tie between 256 and 258: the last bit of 256 is 0"),
+        (259.0, 260.0, "a tie between 258 and 260: the last bit of 260 is 0"),
+        (3.999, 4.0, "rounding may reach the next power of two"),
+        (1_000_000.0, 999_424.0, "below 2^20 the spacing is 4,096"),
+    ]
+    for x, wanted, why in cases:
+        found = to_bfloat16(x)
+        assert found == wanted, f"{x} became {found}, not {wanted}: {why}"

@@ -1,0 +1,283 @@
+# Written by tools/tangle.py from book/14_full_gpt.ipynb: change it there.
+"""The machine: its device and precision, and what a training run will cost on it."""
+
+import ctypes
+import platform
+import re
+import time
+from dataclasses import dataclass, fields, replace
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+from glassgpt.gpt import GPT, GPTConfig
+from glassgpt.training import TrainConfig
+
+
+def memory_needed(model: GPTConfig, training: TrainConfig) -> int:
+    """Bytes that training takes at its peak, about: parameters and activations.
+
+    16 for every parameter: weight, gradient and AdamW's two means. For every token of a
+    batch 34 C a layer in 16-bit precision, twice that in 32 bits, and ten a logit.
+    Short contexts count the attention weights, as a CPU keeps them.
+    Source: Korthikanti et al. (2022), section 4.
+
+    Book: 14_full_gpt.html#memory
+    """
+    with torch.device("meta"):
+        parameters = GPT(model).parameter_count()
+    wide = 2 if training.precision == "float32" else 1
+    weights = 2 * model.heads * model.context if model.context <= 256 else 0
+    layer = wide * (34 * model.width + weights)
+    tokens = training.batch_size * model.context
+    return 16 * parameters + tokens * (model.layers * layer + 10 * model.vocab_size)
+
+
+def gpu_precision(capability: tuple[int, int]) -> str:
+    """The fastest precision that a GPU of this compute capability has units for.
+
+    Book: 14_full_gpt.html#which-machine-has-what
+    """
+    if capability >= (8, 0):
+        return "bfloat16"
+    return "float16" if capability >= (7, 0) else "float32"
+
+
+def pick_device(name: str | None = None) -> torch.device:
+    """The named device, or the best one here: a GPU, Apple's, or the CPU.
+
+    Raises ValueError for a name that this machine does not have.
+
+    Book: 14_full_gpt.html#which-device
+    """
+    if name is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"there is no device {name!r} here: {reason}") from None
+    if device.type == "meta":
+        raise ValueError("the device meta computes nothing: choose cpu or cuda")
+    return device
+
+
+def measure_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP a second of one large matrix product, the best of five tries.
+
+    Book: 14_full_gpt.html#how-fast-it-is
+    """
+    size = 4096 if device.type == "cuda" else 1024
+    a, b = torch.ones(2, size, size, dtype=dtype, device=device)
+    seconds = []
+    for _ in range(6):
+        began = time.perf_counter()
+        (a @ b)[0, 0].item()  # reading a number waits for the device
+        seconds.append(time.perf_counter() - began)
+    return 2 * size**3 / min(seconds[1:])
+
+
+def pick_precision(device: torch.device) -> str:
+    """The fastest precision that the device computes in hardware.
+
+    A GPU says it by its compute capability. Of a CPU it is measured, since processors
+    with the same list of features differ.
+
+    Book: 14_full_gpt.html#how-fast-it-is
+    """
+    if device.type == "cuda":
+        return gpu_precision(torch.cuda.get_device_capability(device))
+    if device.type != "cpu":
+        return "float32"
+    gain = measure_flops(device, torch.bfloat16) / measure_flops(device, torch.float32)
+    return "bfloat16" if gain > 1.3 else "float32"
+
+
+# FLOP a second of dense 16-bit matrix products, from the makers' data sheets.
+DATA_SHEETS = {
+    "T4": 65e12,
+    "V100": 125e12,
+    "A100": 312e12,
+    "L4": 121e12,
+    "H100": 989e12,
+    "H200": 989e12,
+}
+
+
+def peak_flops(device: torch.device, precision: str) -> float:
+    """FLOP a second that the device can do: a GPU's data sheet, otherwise measured.
+
+    Book: 14_full_gpt.html#how-fast-it-is
+    """
+    if device.type == "cuda" and precision != "float32":
+        for word in re.split(r"[\s-]", torch.cuda.get_device_name(device)):
+            if word in DATA_SHEETS:
+                return DATA_SHEETS[word]
+    return measure_flops(device, getattr(torch, precision))
+
+
+def keep_freed_memory() -> bool:
+    """Stop glibc from giving memory back after every step; True where that is possible.
+
+    Call it before the first tensor. A training step frees its activations and asks for
+    the same again: without this, the kernel clears every page of them each time.
+
+    Book: 14_full_gpt.html#memory-that-isn-t-given-back
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    libc = ctypes.CDLL(None)
+    trim_threshold, mmap_max = -1, -4  # names of the options in malloc.h
+    return bool(libc.mallopt(mmap_max, 0) and libc.mallopt(trim_threshold, -1))
+
+
+def fit_batch(model: GPTConfig, training: TrainConfig, memory: float) -> TrainConfig:
+    """Halve the batch and double `accumulate` until training fits into `memory` bytes.
+
+    Raises ValueError where not even one crop fits.
+
+    Book: 14_full_gpt.html#when-memory-is-short
+    """
+    while (needed := memory_needed(model, training)) > memory:
+        if training.batch_size == 1:
+            raise ValueError(
+                f"one crop takes about {needed / 1e9:.1f} GB, of which there are "
+                f"{memory / 1e9:.1f}: choose a smaller size or context"
+            )
+        half, twice = training.batch_size // 2, training.accumulate * 2
+        training = replace(training, batch_size=half, accumulate=twice)
+    return training
+
+
+@dataclass
+class Plan:
+    """A model, how to train it, and on what.
+
+    peak_flops: what the device can do in a second.
+
+    Book: 14_full_gpt.html#the-plan
+    """
+
+    model: GPTConfig
+    training: TrainConfig
+    device: torch.device
+    peak_flops: float
+
+    @property
+    def tokens(self) -> int:
+        """Tokens seen in the whole run."""
+        t = self.training
+        return t.steps * t.batch_size * t.accumulate * self.model.context
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of the whole run."""
+        with torch.device("meta"):
+            return self.tokens * GPT(self.model).flops_per_token()
+
+    @property
+    def seconds(self) -> float:
+        """Time the run will take if it uses a fifth of the machine's peak."""
+        return self.flops / (0.2 * self.peak_flops)
+
+    def describe(self) -> str:
+        """The plan in a few lines, for people."""
+        with torch.device("meta"):
+            parameters = GPT(self.model).parameter_count()
+        model, training = self.model, self.training
+        memory = memory_needed(model, training)
+        compiled = ", compiled" if training.compile else ""
+        return (
+            f"model   {parameters / 1e6:.2f} M parameters: {model.layers} layers, "
+            f"{model.heads} heads, width {model.width}, context {model.context}\n"
+            f"run     {training.steps:,} steps of {training.accumulate} x "
+            f"{training.batch_size} crops, {self.tokens / 1e6:.1f} M tokens, "
+            f"{self.flops:.1e} FLOPs\n"
+            f"machine {self.device.type}, {training.precision}{compiled}: about "
+            f"{memory / 1e9:.1f} GB and {timedelta(seconds=round(self.seconds))} hours"
+        )
+
+
+# Layers, heads and width. "small" to "xl" are GPT-2's four.
+SIZES = {
+    "micro": (4, 4, 128),
+    "mini": (6, 6, 384),
+    "small": (12, 12, 768),
+    "medium": (24, 16, 1024),
+    "large": (36, 20, 1280),
+    "xl": (48, 25, 1600),
+}
+
+
+def _gpu_memory(device: torch.device) -> int:
+    """Bytes of memory of a GPU."""
+    return torch.cuda.get_device_properties(device).total_memory
+
+
+def _preset(device: torch.device) -> dict[str, Any]:
+    """What suits a device when nothing else is said: size, context, batch, steps."""
+    if device.type != "cuda":
+        return {"size": "micro", "context": 128, "batch_size": 16, "steps": 1500}
+    if _gpu_memory(device) < 30e9:
+        return {"size": "mini", "context": 256, "batch_size": 64, "steps": 5000}
+    return {"size": "small", "context": 1024, "batch_size": 32, "steps": 5000}
+
+
+def _configurations(
+    vocab_size: int, recipe: str, values: dict[str, Any]
+) -> tuple[GPTConfig, TrainConfig]:
+    """Sort values by the fields of the two configurations. ValueError if in neither."""
+    model_fields = {field.name for field in fields(GPTConfig)} - {"vocab_size"}
+    train_fields = {field.name for field in fields(TrainConfig)}
+    unknown = sorted(set(values) - model_fields - train_fields)
+    if unknown:
+        raise ValueError(
+            f"nothing is called {', '.join(unknown)}: see GPTConfig and TrainConfig"
+        )
+    make = GPTConfig.modern if recipe == "modern" else GPTConfig
+    model = make(vocab_size, **{k: v for k, v in values.items() if k in model_fields})
+    return model, TrainConfig(**{k: v for k, v in values.items() if k in train_fields})
+
+
+_MODERN = {"optimizer": "muon", "schedule": "linear", "final_rate": 0.0}
+
+
+def make_plan(
+    vocab_size: int,
+    size: str | None = None,
+    recipe: str = "gpt2",
+    device: str | None = None,
+    **values: Any,
+) -> Plan:
+    """Choose everything for a run on this machine; any value can be given instead.
+
+    size: one of `SIZES`. recipe: "gpt2", or "modern" for `GPTConfig.modern` and Muon.
+    values: fields of GPTConfig and TrainConfig. On a GPU a batch that wasn't given is
+    split until it fits the memory.
+    Raises ValueError for names and values that don't exist.
+
+    Book: 14_full_gpt.html#the-plan
+    """
+    chosen = pick_device(device)
+    preset = _preset(chosen)
+    suited = preset.pop("size")
+    size = suited if size is None else size
+    if size not in SIZES:
+        raise ValueError(f"size must be one of {', '.join(SIZES)}, not {size!r}")
+    if recipe not in ("gpt2", "modern"):
+        raise ValueError(f'recipe must be "gpt2" or "modern", not {recipe!r}')
+    preset |= dict(zip(("layers", "heads", "width"), SIZES[size], strict=True))
+    preset |= _MODERN if recipe == "modern" else {}
+    if "precision" not in values:
+        preset["precision"] = pick_precision(chosen)
+    model, training = _configurations(vocab_size, recipe, {**preset, **values})
+    if chosen.type == "cuda" and "batch_size" not in values:
+        training = fit_batch(model, training, 0.85 * _gpu_memory(chosen))
+    plan = Plan(model, training, chosen, peak_flops(chosen, training.precision))
+    if "compile" not in values:
+        # Compiling takes half a minute on a CPU: worth it only in a long run.
+        training.compile = chosen.type in ("cpu", "cuda") and plan.seconds > 300
+    return plan
