@@ -278,6 +278,6 @@ def make_plan(
         training = fit_batch(model, training, 0.85 * _gpu_memory(chosen))
     plan = Plan(model, training, chosen, peak_flops(chosen, training.precision))
     if "compile" not in values:
-        # Compiling takes half a minute on a CPU: worth it only in a long run.
+        # Compiling takes up to half a minute on a CPU: worth it only in a long run.
         training.compile = chosen.type in ("cpu", "cuda") and plan.seconds > 300
     return plan

@@ -47,7 +47,7 @@ def check_fit_batch(
     size, parts = fitted.batch_size, fitted.accumulate
     assert memory_needed(model, fitted) <= needed / 5, f"batch {size} does not fit"
     assert size * parts == 64, (
-        f"{parts} batches of {size} are not 64 crops: accumulate what you split off"
+        f"{parts} x {size} crops are not 64: accumulate what you split off"
     )
     assert size == 8, f"batch {size} fits, but 8 would too and needs fewer parts"
     assert fitted.steps == 77, "only batch_size and accumulate may change"

@@ -1,0 +1,274 @@
+"""Plans: what is chosen for a machine, what is refused, and what a run will cost."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from glassgpt import device as module
+from glassgpt.checks.device import (
+    check_days,
+    check_fit_batch,
+    check_precision,
+    check_rounding,
+    check_scale,
+)
+from glassgpt.device import (
+    DATA_SHEETS,
+    SIZES,
+    Plan,
+    fit_batch,
+    gpu_precision,
+    keep_freed_memory,
+    make_plan,
+    measure_flops,
+    memory_needed,
+    peak_flops,
+    pick_device,
+    pick_precision,
+)
+from glassgpt.gpt import GPT, GPTConfig
+from glassgpt.training import TrainConfig
+
+
+class FakeCard:
+    """A GPU by name, capability and memory, for code that only asks for these."""
+
+    def __init__(self, monkeypatch, name, capability, gigabytes):
+        properties = type("Properties", (), {"total_memory": int(gigabytes * 1e9)})
+        cuda = torch.cuda
+        monkeypatch.setattr(cuda, "is_available", lambda: True)
+        monkeypatch.setattr(cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(cuda, "get_device_name", lambda device: name)
+        monkeypatch.setattr(cuda, "get_device_properties", lambda device: properties)
+
+
+@pytest.fixture
+def fast_cpu(monkeypatch):
+    """A CPU whose speed is known, so that nothing is timed."""
+    speeds = {torch.float32: 1e11, torch.bfloat16: 3e11}
+    monkeypatch.setattr(module, "measure_flops", lambda device, dtype: speeds[dtype])
+    return speeds
+
+
+def test_checks_pass():
+    check_precision(gpu_precision)
+    check_fit_batch(fit_batch)
+
+
+@pytest.mark.parametrize(
+    ("check", "wrong", "message"),
+    [
+        (check_precision, lambda c: "bfloat16", "emulated"),
+        (check_precision, lambda c: "float16", "not bfloat16"),
+        (check_fit_batch, lambda m, t, b: t, "does not fit"),
+        (check_days, lambda N, t, p, u: 2 * N * t / (u * p) / 86_400, "forward"),
+        (check_days, lambda N, t, p, u: 6 * N * t / p / 86_400, "missing"),
+        (check_days, lambda N, t, p, u: 6 * N * t / (u * p), "seconds"),
+        (check_scale, lambda scale, streak, finite: (scale, streak + 1), "halves"),
+        (check_rounding, lambda x: float(int(x)), "257.5"),
+        (check_rounding, lambda x: x, "spacing"),
+    ],
+)
+def test_checks_name_the_mistake(check, wrong, message):
+    with pytest.raises(AssertionError, match=message):
+        check(wrong)
+
+
+def test_rounding_check_agrees_with_torch():
+    check_rounding(lambda x: torch.tensor(x).bfloat16().item())
+
+
+@pytest.mark.parametrize("name", ["abacus", "cuda:99", "meta", ""])
+def test_a_device_that_is_not_here(name):
+    with pytest.raises(ValueError, match="device"):
+        pick_device(name)
+
+
+def test_the_best_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert pick_device() == torch.device("cpu")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert pick_device() == torch.device("mps")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert pick_device() == torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "precision", "peak"),
+    [
+        ("Tesla T4", (7, 5), "float16", 65e12),
+        ("NVIDIA A100-SXM4-40GB", (8, 0), "bfloat16", 312e12),
+        ("NVIDIA L4", (8, 9), "bfloat16", 121e12),
+        ("NVIDIA H100 80GB HBM3", (9, 0), "bfloat16", 989e12),
+    ],
+)
+def test_known_cards(monkeypatch, name, capability, precision, peak):
+    FakeCard(monkeypatch, name, capability, 40)
+    device = torch.device("cuda")
+    assert pick_precision(device) == precision
+    assert peak_flops(device, precision) == peak
+
+
+def test_an_unknown_card_is_measured(monkeypatch, fast_cpu):
+    FakeCard(monkeypatch, "NVIDIA L40S", (8, 9), 48)
+    assert peak_flops(torch.device("cuda"), "bfloat16") == fast_cpu[torch.bfloat16]
+    FakeCard(monkeypatch, "NVIDIA L4", (8, 9), 24)
+    assert peak_flops(torch.device("cuda"), "float32") == fast_cpu[torch.float32]
+
+
+def test_precision_of_a_cpu_is_measured(fast_cpu):
+    assert pick_precision(torch.device("cpu")) == "bfloat16"
+    fast_cpu[torch.bfloat16] = 1.2e11
+    assert pick_precision(torch.device("cpu")) == "float32"
+    assert pick_precision(torch.device("mps")) == "float32"
+
+
+def test_measured_flops_are_plausible():
+    assert 1e7 < measure_flops(torch.device("cpu"), torch.float32) < 1e15
+
+
+def kept_bytes(model, ids, dtype):
+    """Bytes of what the forward pass keeps, parameters aside."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            logits = model.logits(ids)
+        F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten())
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("make", [GPTConfig, GPTConfig.modern])
+@pytest.mark.parametrize("context", [64, 256, 512])
+def test_memory_is_estimated_within_a_third(precision, make, context):
+    config = make(80, context=context, layers=3, heads=2, width=64)
+    model, ids = GPT(config), torch.zeros(4, context, dtype=torch.int64)
+    counted = kept_bytes(model, ids, getattr(torch, precision))
+    counted += 16 * model.parameter_count()
+    training = TrainConfig(batch_size=4, precision=precision)
+    assert 0.67 < memory_needed(config, training) / counted < 1.5
+
+
+def test_keep_freed_memory_elsewhere(monkeypatch):
+    monkeypatch.setattr(module.platform, "libc_ver", lambda: ("", ""))
+
+    def never(name):
+        raise AssertionError("another C library was touched")
+
+    monkeypatch.setattr(module.ctypes, "CDLL", never)
+    assert keep_freed_memory() is False
+
+
+@pytest.mark.skipif(module.platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_keep_freed_memory_here():
+    program = "from glassgpt.device import keep_freed_memory as k; assert k() is True"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.usefixtures("fast_cpu")
+class TestPlan:
+    def test_defaults_on_a_cpu(self):
+        plan = make_plan(80, device="cpu")
+        assert plan.model == GPTConfig(80, context=128, layers=4, heads=4, width=128)
+        assert plan.training.batch_size == 16
+        assert plan.training.precision == "bfloat16"
+        assert plan.peak_flops == 3e11
+
+    @pytest.mark.parametrize("size", SIZES)
+    def test_sizes(self, size):
+        model = make_plan(80, size, device="cpu").model
+        assert (model.layers, model.heads, model.width) == SIZES[size]
+
+    def test_modern_recipe(self):
+        plan = make_plan(80, recipe="modern", device="cpu")
+        wanted = GPTConfig.modern(80, context=128, layers=4, heads=4, width=128)
+        assert plan.model == wanted
+        assert plan.training.optimizer == "muon"
+        assert plan.training.schedule == "linear"
+        assert plan.training.final_rate == 0
+
+    def test_given_values_win(self):
+        values = {"optimizer": "adamw", "width": 64, "batch_size": 3, "bias": True}
+        plan = make_plan(80, "mini", "modern", "cpu", heads=2, compile=True, **values)
+        assert plan.training.optimizer == "adamw"
+        assert (plan.model.width, plan.model.layers) == (64, 6)
+        assert plan.model.bias is True
+        assert plan.training.batch_size == 3
+        assert plan.training.compile is True
+
+    @pytest.mark.parametrize(
+        ("wrong", "message"),
+        [
+            ({"size": "huge"}, "micro"),
+            ({"size": ""}, "size"),
+            ({"recipe": "llama"}, "modern"),
+            ({"learnig_rate": 1.0}, "learnig_rate"),
+            ({"width": 10}, "width"),
+            ({"steps": 0}, "steps"),
+            ({"precision": "int4"}, "precision"),
+            ({"device": "abacus"}, "abacus"),
+        ],
+    )
+    def test_what_does_not_exist(self, wrong, message):
+        with pytest.raises(ValueError, match=message):
+            make_plan(80, **{"device": "cpu", **wrong})
+
+    def test_only_long_runs_compile(self):
+        assert make_plan(80, device="cpu", steps=10).training.compile is False
+        assert make_plan(80, device="cpu", steps=10**6).training.compile is True
+
+    def test_a_small_card(self, monkeypatch):
+        FakeCard(monkeypatch, "Tesla T4", (7, 5), 15.8)
+        monkeypatch.setattr(module, "pick_device", lambda name: torch.device("cuda"))
+        plan = make_plan(1024)
+        assert (plan.model.layers, plan.model.width) == (6, 384)
+        assert plan.training.precision == "float16"
+        assert plan.peak_flops == DATA_SHEETS["T4"]
+
+    def test_a_batch_is_split_until_it_fits(self, monkeypatch):
+        FakeCard(monkeypatch, "Tesla T4", (7, 5), 15.8)
+        monkeypatch.setattr(module, "pick_device", lambda name: torch.device("cuda"))
+        training = make_plan(50_257, "medium").training
+        assert training.accumulate > 1
+        assert training.accumulate * training.batch_size == 64
+        assert make_plan(50_257, "medium", batch_size=64).training.accumulate == 1
+        with pytest.raises(ValueError, match="smaller size"):
+            make_plan(50_257, "xl")
+
+    def test_a_large_card(self, monkeypatch):
+        FakeCard(monkeypatch, "NVIDIA H100 80GB HBM3", (9, 0), 85)
+        monkeypatch.setattr(module, "pick_device", lambda name: torch.device("cuda"))
+        plan = make_plan(50_257)
+        assert plan.model == GPTConfig(50_257)
+        assert plan.training.precision == "bfloat16"
+        assert memory_needed(plan.model, plan.training) < 85e9
+
+
+def test_cost_of_a_plan():
+    model = GPTConfig(80, context=32, layers=2, heads=2, width=16)
+    training = TrainConfig(steps=10, batch_size=4, accumulate=3)
+    plan = Plan(model, training, torch.device("cpu"), 1e9)
+    assert plan.tokens == 10 * 4 * 3 * 32
+    assert plan.flops == plan.tokens * GPT(model).flops_per_token()
+    assert plan.seconds == pytest.approx(plan.flops / 2e8)
+
+
+def test_description():
+    model = GPTConfig(80, context=32, layers=2, heads=2, width=16)
+    training = TrainConfig(steps=1000, batch_size=4, precision="bfloat16", compile=True)
+    text = Plan(model, training, torch.device("cpu"), 1e9).describe()
+    for part in ("2 layers", "width 16", "1,000 steps", "cpu, bfloat16, compiled"):
+        assert part in text
+    assert text.count("\n") == 2
