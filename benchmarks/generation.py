@@ -1,0 +1,191 @@
+"""Generation with one prompt against transformers, side by side in one run.
+
+    python benchmarks/generation.py
+    python benchmarks/generation.py --rounds 5 --tokens 256 --threads 2
+
+Needs `pip install transformers`. All models have GPT-2's size (124 M) and random
+weights; each continues the same prompt greedily, with its cache. In every round every
+candidate runs once, so that a slow moment of the machine hits all of them. The table
+has medians. "Share of the limit" compares the weights that a token reads with what this
+machine's memory delivered in a plain read in the same run; caches and activations are
+not counted. Peak memory is that of a process that runs this candidate alone, with what
+it needs to load and build the model. Writes benchmarks/generation.md.
+"""
+
+import argparse
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from time import perf_counter
+
+import torch
+
+from glassgpt.generation import generate, lighten
+from glassgpt.gpt import GPT, GPTConfig
+
+PROMPT = [64, 29350, 412, 733, 417, 10580, 318, 257]
+DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+MATRICES = 12 * 12 * 768 * 768 + 50_257 * 768  # numbers that one token reads
+
+
+def make_ours(weights: str, tokens: int) -> Callable[[], int]:
+    """A function that generates with glassgpt and returns the number of tokens."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(50_257)).eval()
+    if weights != "float32":
+        model = lighten(model, weights)
+    return lambda: len(generate(model, PROMPT, tokens, top_k=1)) - len(PROMPT)
+
+
+def make_theirs(weights: str, tokens: int, cache: str | None) -> Callable[[], int]:
+    """The same with `transformers`."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config()).eval().to(getattr(torch, weights))
+    settings = {"do_sample": False, "use_cache": True, "pad_token_id": 0}
+    settings |= {"max_new_tokens": tokens, "min_new_tokens": tokens}
+    if cache:
+        settings["cache_implementation"] = cache
+    ids = torch.tensor([PROMPT])
+    mask = torch.ones_like(ids)
+
+    @torch.inference_mode()
+    def run() -> int:
+        found = model.generate(ids, attention_mask=mask, **settings)
+        return found.shape[1] - len(PROMPT)
+
+    return run
+
+
+def make(name: str, tokens: int) -> Callable[[], int]:
+    """The candidate of this name, such as "glassgpt int8"."""
+    library, weights, *cache = name.split()
+    if library == "glassgpt":
+        return make_ours(weights, tokens)
+    return make_theirs(weights, tokens, cache[0] if cache else None)
+
+
+NAMES = [
+    "transformers float32",
+    "transformers float32 static",
+    "transformers bfloat16",
+    "transformers float16",
+    "glassgpt float32",
+    "glassgpt bfloat16",
+    "glassgpt float16",
+    "glassgpt int8",
+]
+
+
+def read_speed() -> float:
+    """Bytes a second that a plain read of half a gigabyte delivers."""
+    block = torch.ones(1 << 27)
+    times = []
+    for _ in range(7):
+        start = perf_counter()
+        block.sum()
+        times.append(perf_counter() - start)
+    return block.numel() * 4 / statistics.median(times)
+
+
+def peak_memory(name: str, options: argparse.Namespace) -> float:
+    """Peak memory in MB of a process of its own that generates 32 tokens."""
+    command = [sys.executable, __file__, "--alone", name, "--tokens", "32"]
+    command += ["--threads", str(options.threads)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+def processor() -> str:
+    """The name of the processor, where the system tells."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def measure(options: argparse.Namespace) -> tuple[dict[str, list[float]], list[float]]:
+    """Tokens a second of each candidate in each round, and the speed of memory."""
+    candidates = {name: make(name, options.tokens) for name in NAMES}
+    speeds: dict[str, list[float]] = {name: [] for name in NAMES}
+    reads = []
+    for run in candidates.values():
+        run()  # the first call warms up
+    for number in range(options.rounds):
+        reads.append(read_speed())
+        for name, run in candidates.items():
+            start = perf_counter()
+            count = run()
+            speeds[name].append(count / (perf_counter() - start))
+            if count != options.tokens:
+                sys.exit(f"{name} wrote {count} tokens, not {options.tokens}")
+            print(f"round {number} {name}: {speeds[name][-1]:.1f}", file=sys.stderr)
+    return speeds, reads
+
+
+def report(options: argparse.Namespace) -> str:
+    """The table, as Markdown."""
+    speeds, reads = measure(options)
+    median = {name: statistics.median(values) for name, values in speeds.items()}
+    theirs = {name: value for name, value in median.items() if name.startswith("tr")}
+    exact = {
+        name: value for name, value in theirs.items() if "float16" not in name.split()
+    }
+    best, plain = max(theirs.values()), max(exact.values())
+    read = statistics.median(reads)
+    lines = [
+        "# Generation, one prompt, GPT-2's size (124 M)",
+        "",
+        f"Written by `benchmarks/generation.py`. {processor()}, {options.threads} "
+        f"threads, Python {platform.python_version()}, torch {torch.__version__}, "
+        f"transformers {version('transformers')}. {options.tokens} tokens, greedy, "
+        f"medians of {options.rounds} rounds; memory read at {read / 1e9:.1f} GB/s. "
+        '"Without float16" compares with the best of transformers\' float32 and '
+        "bfloat16 rows.",
+        "",
+        "| | tokens/s | slowest to fastest | to transformers' best | without float16 "
+        "| share of the limit | peak memory |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, value in median.items():
+        share = value * MATRICES * DTYPES[name.split()[1]] / read
+        spread = f"{min(speeds[name]):.1f} to {max(speeds[name]):.1f}"
+        lines.append(
+            f"| {name} | {value:.1f} | {spread} | x {value / best:.2f} "
+            f"| x {value / plain:.2f} | {share:.0%} "
+            f"| {peak_memory(name, options):.0f} MB |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Read the command line, measure, print and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--alone", choices=NAMES, help="run one and print its peak MB")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    warnings.filterwarnings("ignore")
+    if options.alone:
+        make(options.alone, options.tokens)()
+        unit = 1e6 if sys.platform == "darwin" else 1e3  # bytes there, kilobytes here
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
+        return
+    table = report(options)
+    print(table)
+    Path(__file__).with_suffix(".md").write_text(table)
+
+
+if __name__ == "__main__":
+    main()

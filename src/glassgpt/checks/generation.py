@@ -1,0 +1,327 @@
+# Written by tools/tangle.py from book/13_generation.ipynb: change it there.
+
+
+"""Checks of sampling, caches, batches and light models that name the mistake."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from glassgpt.gpt import GPT, GPTConfig
+from glassgpt.tokens import BPETokenizer
+
+_FIVE = torch.tensor([0.05, 0.40, 0.15, 0.10, 0.30])
+
+
+def _kept(logits: Tensor) -> list[int]:
+    """The places of a row that are not forbidden."""
+    return [place for place, score in enumerate(logits.tolist()) if score > -math.inf]
+
+
+def check_top_k(keep_top_k: Callable[[Tensor, int], Tensor]) -> None:
+    """Of each row the k highest logits stay as they are, the others become -inf.
+
+    Book: 13_generation.html#the-filters
+    """
+    logits = torch.stack((_FIVE, _FIVE.flip(0))).log()  # (2, 5)
+    found = keep_top_k(logits.clone(), 2)
+    assert found.shape == logits.shape, f"the shape changed to {tuple(found.shape)}"
+    kept = _kept(found[0])
+    assert kept != [0, 3], "the k lowest were kept, not the highest"
+    assert kept != [0, 1], "the first k were kept, not the highest"
+    assert kept == [1, 4], f"top_k=2 kept the places {kept}, not 1 and 4"
+    assert _kept(found[1]) == [0, 3], "each row must be filtered by itself"
+    assert torch.equal(found[0, kept], logits[0, kept]), "logits that stay changed"
+    assert torch.equal(keep_top_k(logits, 9), logits), "top_k above V must keep all"
+
+
+def check_top_p(keep_top_p: Callable[[Tensor, float], Tensor]) -> None:
+    """The likeliest tokens stay until they reach p together, the crossing one too.
+
+    Book: 13_generation.html#the-filters
+    """
+    logits = torch.stack((_FIVE, _FIVE.flip(0))).log() + 3  # (2, 5)
+    found = keep_top_p(logits.clone(), 0.8)
+    assert found.shape == logits.shape, f"the shape changed to {tuple(found.shape)}"
+    kept = _kept(found[0])
+    assert kept != [1, 4], "the token that crosses p was dropped"
+    assert 1 in kept, "the likeliest token was dropped: sort from high to low"
+    assert 0 not in kept, "the least likely token stayed: sort from high to low"
+    assert kept == [1, 2, 4], f"top_p=0.8 kept the places {kept}, not 1, 2 and 4"
+    assert _kept(found[1]) == [0, 2, 3], (
+        "a row in another order is wrong: were the scores put back in their places?"
+    )
+    assert torch.equal(found[0, kept], logits[0, kept]), "logits that stay changed"
+    assert _kept(keep_top_p(logits, 0.1)[0]) == [1], "the likeliest token always stays"
+    assert len(_kept(keep_top_p(logits, 1.0)[0])) == 5, "top_p=1 must keep all"
+
+
+def _shares(sample: Callable[..., Tensor], **settings: Any) -> Tensor:
+    """How often each of five tokens is drawn (5,)."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = sample(_FIVE.log().expand(20_000, 5), generator=generator, **settings)
+    assert drawn.shape == (20_000,), f"ids have shape {tuple(drawn.shape)}, not (B,)"
+    return drawn.bincount(minlength=5) / 20_000
+
+
+def check_sample(sample: Callable[..., Tensor]) -> None:
+    """Tokens come as often as temperature, top-k and top-p in this order allow.
+
+    sample: called as sample(logits, temperature=, top_k=, top_p=, generator=).
+
+    Book: 13_generation.html#the-order-of-the-filters
+    """
+    assert _shares(sample, top_k=1)[1] == 1, "top_k=1 must take the likeliest token"
+    cases = [
+        ({}, _FIVE, "tokens don't come as often as their probability says"),
+        ({"temperature": 0.5}, _FIVE**2, "the temperature must divide the logits"),
+        ({"top_k": 2}, _FIVE * (_FIVE > 0.2), "top_k=2 must leave two tokens"),
+        ({"top_p": 0.8}, _FIVE * (_FIVE > 0.12), "top_p=0.8 must leave three tokens"),
+        (
+            {"temperature": 0.5, "top_p": 0.8},
+            _FIVE**2 * (_FIVE > 0.2),
+            "temperature must come before top-p",
+        ),
+        (
+            {"top_k": 2, "top_p": 0.5},
+            _FIVE * (_FIVE > 0.35),
+            "top-k must come before top-p",
+        ),
+    ]
+    for settings, weights, mistake in cases:
+        gap = (_shares(sample, **settings) - weights / weights.sum()).abs().max()
+        assert gap < 0.02, f"{mistake} (off by {gap:.2f} with {settings})"
+
+
+def _small_gpt(positions: str = "learned", context: int = 8) -> GPT:
+    """A GPT with random weights, large enough to tell tokens apart."""
+    random = torch.Generator().manual_seed(0)
+    model = GPT(GPTConfig(11, context, 2, 2, 8, positions=positions)).double().eval()
+    for parameter in model.parameters():
+        parameter.data.normal_(0.0, 0.4, generator=random)
+    return model
+
+
+@torch.no_grad()
+def check_cache(cache: Callable[[int], Any]) -> None:
+    """Token by token with caches a model returns the logits of all at once.
+
+    cache: called as cache(context), like `KeyValueCache`.
+
+    Book: 13_generation.html#what-stays-the-same
+    """
+    ids = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8, 2, 8, 1, 8]])
+    for positions in ("learned", "sinusoidal", "rotary"):
+        model = _small_gpt(positions)
+        wanted, caches = model(ids), [cache(8) for _ in model.blocks]
+        for start, end in ((0, 3), (3, 4), (4, 7), (7, 8)):
+            found = model(ids[:, start:end], caches)
+            assert caches[0].length == end, (
+                f"after {end} tokens the cache says {caches[0].length}:"
+                " the next token gets a wrong position"
+            )
+            gap = (found - wanted[:, start:end]).abs().max().item()
+            assert gap < 1e-9, (
+                f"with {positions} positions the logits of tokens {start} to {end - 1}"
+                f" differ by {gap:.1e} from a pass without a cache"
+            )
+
+
+@torch.no_grad()
+def _greedy(
+    model: GPT, prompt: Sequence[int], count: int, context: int = 8
+) -> list[int]:
+    """The likeliest tokens, each found by a pass over the whole window."""
+    ids = list(prompt)
+    for _ in range(count):
+        past = max(0, len(ids) - context)
+        start = math.ceil(past / (context // 2)) * (context // 2)
+        ids.append(int(model(torch.tensor([ids[start:]]))[0, -1].argmax()))
+    return ids
+
+
+def check_cached(generate: Callable[..., list]) -> None:
+    """With the cache come the tokens that come without, past the context as well.
+
+    generate: called as generate(model, ids, max_new_tokens, top_k=1).
+
+    Book: 13_generation.html#the-loop
+    """
+    for positions in ("learned", "sinusoidal", "rotary"):
+        model = _small_gpt(positions)
+        for prompt in ([3], [3, 1, 4], [1, 2, 3, 4, 5, 6, 7, 8], [5, 6] * 7):
+            found = generate(model, prompt, 20, top_k=1)
+            wanted = _greedy(model, prompt, 20)
+            assert found[: len(prompt)] == prompt, "the prompt must come first, whole"
+            assert len(found) == len(wanted), (
+                f"{len(found) - len(prompt)} tokens, not 20"
+            )
+            same = [a == b for a, b in zip(found, wanted, strict=True)]
+            assert all(same), (
+                f"{positions} positions, prompt of {len(prompt)}: token"
+                f" {same.index(False)} differs from a pass without a cache:"
+                " are positions and window the same?"
+            )
+
+
+def check_batch(generate: Callable[..., list]) -> None:
+    """Prompts of different length in one batch get the tokens that they get alone.
+
+    generate: called as generate(model, prompts, max_new_tokens, top_k=1).
+
+    Book: 13_generation.html#the-loop
+    """
+    prompts = [[3, 1, 4, 1, 5], [9, 2], [6]]
+    for positions in ("learned", "sinusoidal", "rotary"):
+        model = _small_gpt(positions, context=32)
+        found = generate(model, prompts, 12, top_k=1)
+        assert len(found) == 3, f"{len(found)} rows came back, not 3"
+        for prompt, row in zip(prompts, found, strict=True):
+            wanted = _greedy(model, prompt, 12, context=32)
+            padding = [0] * (5 - len(prompt))
+            seen = _greedy(model, padding + prompt, 12, context=32)[len(padding) :]
+            assert list(row) == wanted or list(row) != seen, (
+                f"the prompt of {len(prompt)} attends to its padding"
+            )
+            assert list(row) == wanted, (
+                f"the prompt of {len(prompt)} gets other tokens in a batch than alone:"
+                " do its positions begin at its first token?"
+            )
+
+
+@torch.no_grad()
+def _parrot(ids: Sequence[int], vocab_size: int) -> GPT:
+    """A GPT that says these ids, whatever it is told: only the position counts."""
+    size = len(ids)
+    config = GPTConfig.modern(
+        vocab_size, context=size, layers=1, heads=1, width=size, positions="learned"
+    )
+    model = GPT(config).eval()
+    model.tokens.weight.zero_()
+    model.positions.weight.copy_(torch.eye(size))
+    for place, token in enumerate(ids[1:]):
+        model.head.weight[token, place] = 100.0
+    return model
+
+
+def check_stream_text(stream_text: Callable[..., Iterator[str]]) -> None:
+    """The pieces join to the text, and no character is cut in two.
+
+    stream_text: called as stream_text(model, tokenizer, prompt, max_new_tokens,
+    top_k=1, stop=...).
+
+    Book: 13_generation.html#text-as-it-comes
+    """
+    tokenizer = BPETokenizer.train("", 257)
+    text = "a café, 一座塔 🗼!"
+    ids = tokenizer.encode(text)
+    model, count = _parrot(ids, 257), len(ids) - 1
+    pieces = list(stream_text(model, tokenizer, "a", count, top_k=1))
+    assert "\ufffd" not in "".join(pieces), "a character was cut in two"
+    assert "".join(pieces) != text, "the prompt came back: yield only what is new"
+    assert "".join(pieces) == text[1:], f"the pieces join to {''.join(pieces)!r}"
+    assert len(pieces) == len(text) - 1, "the text did not come piece by piece"
+    end = ids[text.encode().index(b"!")]
+    short = "".join(stream_text(model, tokenizer, "a", count, top_k=1, stop=[end]))
+    assert short == text[1:-1], "the stop token must end the text and not be shown"
+    cut = "".join(stream_text(model, tokenizer, "a", 5, top_k=1))
+    assert cut == tokenizer.decode(ids[1:6]), "an incomplete character got lost"
+
+
+@torch.no_grad()
+def check_light(lighten: Callable[[GPT, str], Any]) -> None:
+    """Lighter weights change a model's logits little, and the model not at all.
+
+    lighten: called as lighten(model, weights).
+
+    Book: 13_generation.html#lighter-weights
+    """
+    ids = torch.tensor([[3, 1, 4, 1, 5]])
+    for positions in ("learned", "rotary"):
+        model = _small_gpt(positions).float()
+        model.blocks[0].mlp.expand.weight[0] *= 1000
+        model.blocks[0].mlp.projection.weight[:, 0] = 0  # the large row has no effect
+        before = model(ids)
+        for weights, size in (("bfloat16", 2), ("float16", 2), ("int8", 1)):
+            light = lighten(model, weights)
+            layer = light.blocks[0].mlp.expand
+            assert layer.weight.element_size() == size, f"{weights} was not stored"
+            if size == 1:
+                assert layer.weight[1:].any(), (
+                    "one scale for all rows: give each its own"
+                )
+            gap = (
+                (light(ids).log_softmax(-1) - before.log_softmax(-1))
+                .abs()
+                .mean()
+                .item()
+            )
+            assert gap < 0.3, f"{weights} changes log-probabilities by {gap:.2f}"
+            assert torch.equal(model(ids), before), "the model itself was changed"
+    try:
+        lighten(model, "int3")
+    except ValueError:
+        return
+    raise AssertionError("unknown weights were accepted: raise a ValueError")
+
+
+def check_min_p(min_p: Callable[[Tensor, float], Tensor]) -> None:
+    """Tokens stay that have at least a share of the likeliest one's probability.
+
+    Book: 13_generation.html#exercise-1-another-filter
+    """
+    logits = torch.stack((_FIVE, _FIVE.flip(0))).log() + 3
+    found = min_p(logits.clone(), 0.3)  # 0.3 * 0.4 = 0.12
+    kept = _kept(found[0])
+    assert kept != [1, 4], "compare with share times the largest probability, not share"
+    assert kept == [1, 2, 4], f"share=0.3 kept the places {kept}, not 1, 2 and 4"
+    assert _kept(found[1]) == [0, 2, 3], "each row has its own likeliest token"
+    assert torch.equal(found[0, kept], logits[0, kept]), "logits that stay changed"
+    sure = torch.tensor([[10.0, 0.0, -1.0]])
+    assert _kept(min_p(sure, 0.3)[0]) == [0], "where the model is sure, one stays"
+
+
+def check_forbidden(forbidden: Callable[[list[int], int], set[int]]) -> None:
+    """The tokens that would complete a run of n tokens that occurred before.
+
+    Book: 13_generation.html#exercise-2-never-the-same-three-words
+    """
+    ids = [1, 2, 3, 1, 2, 4, 1, 2]
+    found = set(forbidden(ids, 3))
+    assert found != {3}, "only the first earlier run was found"
+    assert found != {4}, "only the last earlier run was found"
+    assert found == {3, 4}, f"after 1 2 3 1 2 4 1 2 these are forbidden: {found}"
+    assert set(forbidden([5, 5, 5], 3)) == {5}, "runs may overlap"
+    assert set(forbidden([1, 2], 3)) == set(), "too short a text forbids nothing"
+    assert set(forbidden([1, 2, 1], 1)) == {1, 2}, "n=1 forbids all that occurred"
+
+
+@torch.no_grad()
+def _total(model: GPT, ids: list[int], start: int) -> float:
+    """The log-probability of the tokens from `start` on."""
+    scores = model(torch.tensor([ids]))[0].log_softmax(-1)
+    return sum(float(scores[t - 1, ids[t]]) for t in range(start, len(ids)))
+
+
+def check_beam_search(beam_search: Callable[..., list[int]]) -> None:
+    """With enough beams it finds the likeliest text; with one it is greedy.
+
+    Book: 13_generation.html#exercise-3-look-ahead
+    """
+    model = _small_gpt()
+    for prompt in ([3], [1, 2], [7, 7, 7], [9, 0], [4]):
+        greedy = _greedy(model, prompt, 3)
+        found = list(beam_search(model, prompt, 3, 1))
+        assert found == greedy, f"one beam from {prompt} gives {found}, not {greedy}"
+        tails = [[a, b, c] for a in range(11) for b in range(11) for c in range(11)]
+        start = len(prompt)
+        best = max(tails, key=lambda tail: _total(model, prompt + tail, start))
+        found = list(beam_search(model, prompt, 3, 121))
+        low = _total(model, prompt + best, start) - _total(model, found, start)
+        assert abs(low) < 1e-9, (
+            f"121 beams from {prompt} end {low:.2f} below the likeliest text: sum the"
+            " log-probabilities, and extend every text that was kept"
+        )

@@ -1,0 +1,361 @@
+# Written by tools/tangle.py from book/13_generation.ipynb: change it there.
+"""Generation: choosing the next token, again and again."""
+
+import codecs
+import copy
+import math
+import operator
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from glassgpt.embeddings import validate_ids
+from glassgpt.gpt import GPT
+from glassgpt.softmax import softmax
+
+
+def _check_settings(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """Raise ValueError for settings that no token could be drawn with."""
+    if not 0 < temperature < math.inf:
+        raise ValueError(
+            f"temperature must be positive and finite, not {temperature}: for the "
+            "likeliest token every time use top_k=1"
+        )
+    if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
+        raise ValueError(f"top_k must be a whole number from 1 up, not {top_k!r}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must lie in (0, 1], not {top_p}")
+
+
+def keep_top_k(logits: Tensor, top_k: int) -> Tensor:
+    """Logits (..., V) where all but the k highest are -inf; ties with the k-th stay.
+
+    Raises ValueError for top_k below 1. Source: Fan, Lewis and Dauphin (2018).
+
+    Book: 13_generation.html#the-filters
+    """
+    _check_settings(1.0, top_k, None)
+    if top_k >= logits.shape[-1]:
+        return logits
+    lowest = logits.topk(top_k, dim=-1).values[..., -1:]
+    return logits.masked_fill(logits < lowest, -math.inf)
+
+
+def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
+    """Logits (..., V) where only the likeliest tokens stay that reach p together.
+
+    The token that crosses p stays, so at least one does. Raises ValueError for top_p
+    outside (0, 1]. Source: Holtzman et al. (2020).
+
+    Book: 13_generation.html#the-filters
+    """
+    _check_settings(1.0, None, top_p)
+    ordered, order = logits.sort(dim=-1, descending=True)
+    weights = softmax(ordered)
+    before = weights.cumsum(dim=-1) - weights
+    before[..., 0] = 0  # exactly: rounding must not forbid them all
+    ordered = ordered.masked_fill(before >= top_p, -math.inf)
+    return torch.empty_like(logits).scatter(-1, order, ordered)
+
+
+def sample(
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw one token id (B,) for each row of logits (B, V).
+
+    Temperature first, then top-k, then top-p; top_k=1 is greedy and draws nothing.
+    generator: the source of randomness, on the device of the logits.
+    Raises ValueError for a temperature that is not positive, top_k below 1, or top_p
+    outside (0, 1].
+
+    Book: 13_generation.html#the-order-of-the-filters
+    """
+    _check_settings(temperature, top_k, top_p)
+    if top_k == 1:
+        return logits.argmax(dim=-1)
+    logits = logits.float()
+    below = logits - logits.amax(dim=-1, keepdim=True)
+    logits = below / max(temperature, torch.finfo(below.dtype).tiny)
+    if top_k is not None:
+        logits = keep_top_k(logits, top_k)
+    if top_p is not None:
+        logits = keep_top_p(logits, top_p)
+    return torch.multinomial(softmax(logits), 1, generator=generator)[:, 0]
+
+
+class KeyValueCache:
+    """The keys and values of one layer, kept for every position seen so far.
+
+    context: for how many positions room is reserved. length: how many are kept.
+    Source: Pope et al. (2023).
+
+    Book: 13_generation.html#what-stays-the-same
+    """
+
+    def __init__(self, context: int):
+        self.context, self.length = context, 0
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store what is new (B, H, T, C / H) and return all of it so far.
+
+        Raises ValueError for more positions than there is room for.
+        """
+        end = self.length + keys.shape[2]
+        if end > self.context:
+            raise ValueError(f"{end} positions don't fit a cache of {self.context}")
+        if self.length == 0:
+            B, H, _, head_width = keys.shape
+            self.keys = keys.new_empty(B, H, self.context, head_width)
+            self.values = torch.empty_like(self.keys)
+        self.keys[:, :, self.length : end] = keys
+        self.values[:, :, self.length : end] = values
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+
+def window_start(length: int, context: int) -> int:
+    """Where the part of `length` tokens begins that a model still sees.
+
+    When the context is full, the window moves on by half a context, so that the cache
+    is rebuilt only once in that many tokens.
+
+    Book: 13_generation.html#past-the-context
+    """
+    half = max(context // 2, 1)
+    return max(0, -(-(length - context) // half) * half)
+
+
+def pad_left(
+    rows: Sequence[Sequence[int]], device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor | None]:
+    """Rows of different length as ids (B, T), and the column where each begins (B,).
+
+    The columns are None where all rows have the same length. Padding has id 0.
+
+    Book: 13_generation.html#several-prompts-at-once
+    """
+    longest = max(len(row) for row in rows)
+    ids = [[0] * (longest - len(row)) + list(row) for row in rows]
+    starts = [longest - len(row) for row in rows]
+    begin = torch.tensor(starts, device=device) if any(starts) else None
+    return torch.tensor(ids, device=device), begin
+
+
+def _check_prompts(
+    prompts: Sequence[Sequence[int]], vocab_size: int
+) -> list[list[int]]:
+    """The prompts as lists; raise ValueError for what no model could continue."""
+    try:
+        rows = [[operator.index(token) for token in prompt] for prompt in prompts]
+    except TypeError:
+        raise ValueError("prompts must be lists of whole numbers, the ids") from None
+    if not rows or not all(rows):
+        raise ValueError("a prompt needs at least one token")
+    for row in rows:
+        validate_ids(torch.tensor(row), vocab_size)
+    return rows
+
+
+@torch.inference_mode()
+def _steps(
+    model: GPT, rows: list[list[int]], count: int, draw: Any, use_cache: bool
+) -> Iterator[list[int]]:
+    """Append `count` tokens to each row, and yield them step by step."""
+    context, device = model.config.context, next(model.parameters()).device
+    caches: list[KeyValueCache] = []
+    starts = None
+    for _ in range(count):
+        if use_cache and caches and caches[0].length < context:
+            ids = torch.tensor([row[-1:] for row in rows], device=device)
+        else:
+            windows = [row[window_start(len(row), context) :] for row in rows]
+            ids, starts = pad_left(windows, device)
+            caches = [KeyValueCache(context) for _ in model.blocks]
+        new = draw(model(ids, caches, starts)[:, -1]).tolist()
+        for row, token in zip(rows, new, strict=True):
+            row.append(token)
+        yield new
+
+
+def stream(
+    model: GPT,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    use_cache: bool = True,
+) -> Iterator[list[int]]:
+    """Continue several prompts and yield the next id of each, step by step.
+
+    Prompts may differ in length; of one longer than the context the model sees the
+    end, see `window_start`. use_cache=False computes every step anew: slow, and the
+    same tokens. The model is put into evaluation mode. Settings as in `sample`.
+    Raises ValueError for an empty prompt, ids out of range, a negative number of
+    tokens, and for what `sample` refuses.
+
+    Book: 13_generation.html#the-loop
+    """
+    _check_settings(temperature, top_k, top_p)
+    rows = _check_prompts(prompts, model.config.vocab_size)
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens can't be negative: {max_new_tokens}")
+    generator = torch.Generator(next(model.parameters()).device)
+    generator.seed() if seed is None else generator.manual_seed(seed)
+    model.eval()
+
+    def draw(logits: Tensor) -> Tensor:
+        return sample(logits, temperature, top_k, top_p, generator)
+
+    return _steps(model, rows, max_new_tokens, draw, use_cache)
+
+
+def generate(
+    model: GPT,
+    ids: Sequence[int] | Sequence[Sequence[int]] | Tensor,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    stop: Sequence[int] = (),
+) -> list:
+    """Continue a prompt, or several; return prompt and continuation as lists of ids.
+
+    ids: one prompt, or a batch of prompts, as lists or tensors. stop: ids that end a
+    row; they are not returned. Without a seed every call differs. A prompt may be
+    longer than the context: the model sees its end. Greedy (top_k=1) rows of a batch
+    are the same as alone; drawn ones share one source of randomness.
+    Raises ValueError as `stream`.
+
+    Book: 13_generation.html#the-loop
+    """
+    prompts = ids.tolist() if isinstance(ids, Tensor) else list(ids)
+    single = not prompts or torch.as_tensor(prompts[0]).dim() == 0
+    prompts = [prompts] if single else prompts
+    training = model.training
+    steps = stream(model, prompts, max_new_tokens, temperature, top_k, top_p, seed)
+    rows = [[int(token) for token in prompt] for prompt in prompts]
+    running = set(range(len(rows)))
+    try:
+        for new in steps:
+            running -= {row for row in running if new[row] in stop}
+            for row in running:
+                rows[row].append(new[row])
+            if not running:
+                break
+    finally:
+        model.train(training)
+    return rows[0] if single else rows
+
+
+def stream_text(
+    model: GPT,
+    tokenizer: Any,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    stop: Sequence[int] = (),
+) -> Iterator[str]:
+    """Continue a text and yield printable pieces of what is new, as they come.
+
+    tokenizer: one of this package. Bytes that are part of a character are held back
+    until it is complete. stop: ids that end the text; they are not returned. Settings
+    and errors as in `stream`; errors come with the first piece.
+
+    Book: 13_generation.html#text-as-it-comes
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    settings = (temperature, top_k, top_p, seed)
+    for (token,) in stream(
+        model, [tokenizer.encode(prompt)], max_new_tokens, *settings
+    ):
+        if token in stop:
+            break
+        if hasattr(tokenizer, "decode_bytes"):
+            piece = decoder.decode(tokenizer.decode_bytes([token]))
+        else:
+            piece = tokenizer.decode([token])
+        if piece:
+            yield piece
+    if rest := decoder.decode(b"", final=True):
+        yield rest
+
+
+def _round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row of x (N, C) as whole numbers from -127 to 127, and its scale (N,)."""
+    scale = x.abs().amax(dim=1).clamp(min=1e-30) / 127  # a row of zeros divides by > 0
+    return (x / scale[:, None]).round().to(torch.int8), scale
+
+
+class LightLinear(nn.Module):
+    """A linear layer with lighter weights, for generation: (..., in) to (..., out).
+
+    weights: "bfloat16", "float16", or "int8", which also rounds each vector that comes
+    in to 8 bits. Source of the scales: Dettmers et al. (2022).
+
+    Book: 13_generation.html#lighter-weights
+    """
+
+    def __init__(self, linear: nn.Linear, weights: str):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        weight, scale = linear.weight.detach(), None
+        if weights == "int8":
+            weight, scale = _round_rows(weight.float())
+        self.register_buffer("weight", weight.to(getattr(torch, weights)))
+        self.register_buffer("scale", scale)
+        bias = None if linear.bias is None else linear.bias.detach().clone()
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, self.in_features)
+        y = self.product(rows) if self.scale is None else self.whole_product(rows)
+        y = y.to(x.dtype) if self.bias is None else self.bias + y
+        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def product(self, rows: Tensor) -> Tensor:
+        """The product (N, out) in 16 bits, or 32 where float16 has no fast kernel."""
+        cpu_half = rows.device.type == "cpu" and self.weight.dtype == torch.float16
+        if cpu_half and len(rows) > 1:
+            return F.linear(rows.float(), self.weight.float())
+        return F.linear(rows.to(self.weight.dtype), self.weight)
+
+    def whole_product(self, rows: Tensor) -> Tensor:
+        """The product (N, out) of whole numbers, times both scales."""
+        rows = rows.float()
+        if rows.device.type != "cpu":  # no such kernel for few rows there
+            return F.linear(rows, self.weight.float()) * self.scale
+        whole, scale = _round_rows(rows)
+        sums = torch._int_mm(whole, self.weight.t())  # (N, out) int32
+        return sums * (scale[:, None] * self.scale)
+
+
+def lighten(model: GPT, weights: str = "int8") -> GPT:
+    """A copy of a model for generation, with lighter weights in its linear layers.
+
+    weights: "bfloat16", "float16" or "int8". The copy can't be trained or saved.
+    Raises ValueError for others.
+
+    Book: 13_generation.html#lighter-weights
+    """
+    if weights not in ("bfloat16", "float16", "int8"):
+        raise ValueError(f"weights must be bfloat16, float16 or int8, not {weights!r}")
+    # deepcopy takes what `memo` has for a layer instead of copying it.
+    memo = {
+        id(layer): LightLinear(layer, weights)
+        for layer in model.modules()
+        if isinstance(layer, nn.Linear)
+    }
+    return copy.deepcopy(model, memo).eval()

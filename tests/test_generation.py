@@ -1,0 +1,436 @@
+"""Generation: filters by property, caches and batches by parity, and bad input."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import glassgpt.checks.generation as checks
+from glassgpt.generation import (
+    KeyValueCache,
+    LightLinear,
+    generate,
+    keep_top_k,
+    keep_top_p,
+    lighten,
+    pad_left,
+    sample,
+    stream,
+    stream_text,
+    window_start,
+)
+from glassgpt.gpt import GPT, GPTConfig
+from glassgpt.tokens import BPETokenizer, CharTokenizer
+
+ROWS = st.lists(
+    st.lists(st.floats(-50, 50, width=32), min_size=6, max_size=6),
+    min_size=1,
+    max_size=3,
+).map(torch.tensor)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return checks._small_gpt()
+
+
+@given(ROWS, st.integers(1, 8))
+def test_top_k_keeps_the_highest(logits, k):
+    kept = keep_top_k(logits, k)
+    for row, found in zip(logits, kept, strict=True):
+        stays = found > -math.inf
+        assert torch.equal(found[stays], row[stays])
+        assert stays.sum() >= min(k, 6)
+        # Only ties with the lowest that stays may exceed k.
+        assert (found > row[stays].min()).sum() < k or k > 6 or stays.all()
+
+
+@given(ROWS, st.floats(0.01, 1.0))
+def test_top_p_keeps_the_smallest_set_that_reaches_p(logits, p):
+    for row, found in zip(logits, keep_top_p(logits, p), strict=True):
+        stays, weights = found > -math.inf, row.softmax(-1)
+        assert torch.equal(found[stays], row[stays])
+        assert weights[stays].sum() >= p - 1e-5
+        assert weights[stays].sum() - weights[stays].min() < p + 1e-5
+        assert stays.all() or weights[stays].min() >= weights[~stays].max()
+
+
+@settings(deadline=None)
+@given(
+    ROWS,
+    st.floats(1e-30, 1e30),
+    st.none() | st.integers(1, 8),
+    st.none() | st.floats(1e-9, 1.0),
+)
+def test_sample_draws_what_the_filters_leave(logits, temperature, k, p):
+    generator = torch.Generator().manual_seed(0)
+    drawn = sample(logits, temperature, k, p, generator)
+    assert drawn.shape == (len(logits),)
+    assert drawn.dtype == torch.int64
+    if k is not None:
+        for row, token in zip(logits, drawn, strict=True):
+            assert keep_top_k(row, k)[token] > -math.inf
+
+
+def test_a_tiny_temperature_is_greedy():
+    logits = torch.tensor([[1.0, 1.1, 0.9]])
+    assert sample(logits, temperature=1e-40).item() == 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"temperature": 0}, "top_k=1"),
+        ({"temperature": 0.0}, "positive"),
+        ({"temperature": -1.0}, "positive"),
+        ({"temperature": math.nan}, "positive"),
+        ({"temperature": math.inf}, "finite"),
+        ({"top_k": 0}, "top_k"),
+        ({"top_k": -3}, "top_k"),
+        ({"top_k": 1.5}, "top_k"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.01}, "top_p"),
+        ({"top_p": math.nan}, "top_p"),
+        ({"top_k": 1, "top_p": 7}, "top_p"),
+    ],
+)
+def test_impossible_settings(model, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        sample(torch.zeros(1, 11), **wrong)
+    with pytest.raises(ValueError, match=message):
+        generate(model, [1], 0, **wrong)
+    with pytest.raises(ValueError, match=message):
+        stream(model, [[1]], 3, **wrong)  # at once, not at the first token
+
+
+@pytest.mark.parametrize(
+    ("ids", "count", "message"),
+    [
+        ([], 3, "at least one token"),
+        ([[1], []], 3, "at least one token"),
+        (torch.zeros(0, dtype=torch.int64), 3, "at least one token"),
+        ([11], 3, "11"),
+        ([-1], 3, "-1"),
+        ([11] + [1] * 20, 3, "11"),  # even where the window doesn't reach
+        ([1.5], 3, "whole numbers"),
+        (torch.tensor([0.5]), 3, "whole numbers"),
+        ([1], -1, "negative"),
+    ],
+)
+def test_impossible_prompts(model, ids, count, message):
+    with pytest.raises(ValueError, match=message):
+        generate(model, ids, count)
+
+
+def test_a_long_prompt_goes_on_from_its_window(model):
+    prompt = [5, 6] * 10
+    with pytest.raises(ValueError, match="context"):
+        model(torch.tensor([prompt]))
+    start = window_start(len(prompt), 8)
+    wanted = model(torch.tensor([prompt[start:]]))[0, -1].argmax().item()
+    assert generate(model, prompt, 1, top_k=1) == [*prompt, wanted]
+
+
+@pytest.mark.parametrize("positions", ["learned", "sinusoidal", "rotary"])
+@pytest.mark.parametrize("length", [1, 3, 7, 8, 9, 17])
+def test_the_cache_changes_nothing(positions, length):
+    model = checks._small_gpt(positions)
+    prompts = [[(3 * i) % 11 for i in range(length)], [4, 2]]
+    for options in ({"top_k": 1}, {"temperature": 0.8, "top_p": 0.9, "seed": 3}):
+        cached = list(stream(model, prompts, 20, **options))
+        assert cached == list(stream(model, prompts, 20, **options, use_cache=False))
+
+
+def test_a_modern_model_with_a_cache():
+    torch.manual_seed(0)
+    config = GPTConfig.modern(13, context=10, layers=2, heads=2, width=8)
+    model = GPT(config).double()
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.4)
+    rows = [[1], [2, 3, 4]]
+    assert list(stream(model, rows, 30, top_k=1)) == list(
+        stream(model, rows, 30, top_k=1, use_cache=False)
+    )
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    st.lists(
+        st.lists(st.integers(0, 10), min_size=1, max_size=12), min_size=1, max_size=4
+    )
+)
+def test_a_row_in_a_batch_is_as_alone(prompts):
+    model = checks._small_gpt()
+    together = generate(model, prompts, 14, top_k=1)
+    assert together == [generate(model, prompt, 14, top_k=1) for prompt in prompts]
+
+
+def test_shapes_in_and_out(model):
+    one = generate(model, [1, 2], 3, top_k=1)
+    assert generate(model, torch.tensor([1, 2]), 3, top_k=1) == one
+    assert generate(model, torch.tensor([[1, 2]]), 3, top_k=1) == [one]
+    assert generate(model, [torch.tensor([1, 2])], 3, top_k=1) == [one]
+    assert generate(model, list(torch.tensor([1, 2])), 3, top_k=1) == one
+    assert generate(model, (1, 2), 3, top_k=1) == one
+    assert all(type(token) is int for token in one)
+
+
+def test_no_new_tokens(model):
+    assert generate(model, [1, 2], 0) == [1, 2]
+    assert generate(model, [[1], [2, 3]], 0) == [[1], [2, 3]]
+
+
+def test_the_prompt_is_not_changed(model):
+    prompt = [[1, 2]]
+    generate(model, prompt, 3)
+    assert prompt == [[1, 2]]
+
+
+def test_seeds(model):
+    texts = [generate(model, [1], 20, seed=seed) for seed in (5, 5, 6)]
+    assert texts[0] == texts[1] != texts[2]
+    state = torch.get_rng_state()
+    generate(model, [1], 5)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_stop():
+    text = [1, 4, 2, 7, 3, 9]
+    parrot = checks._parrot(text, 11)
+    assert generate(parrot, [1], 5, top_k=1) == text
+    assert generate(parrot, [1], 5, top_k=1, stop=[7]) == [1, 4, 2]
+    assert generate(parrot, [1], 5, top_k=1, stop=[4]) == [1]
+    rows = generate(parrot, [[1], [5, 4, 2, 7]], 2, top_k=1, stop=[3])
+    assert rows[1] == [5, 4, 2, 7]
+
+
+def test_one_row_stops_and_the_other_goes_on(model):
+    prompts = [[3, 1, 4], [2]]
+    free = generate(model, prompts, 12, top_k=1)
+    stop = free[0][5]
+    rows = generate(model, prompts, 12, top_k=1, stop=[stop])
+    for prompt, row, whole in zip(prompts, rows, free, strict=True):
+        new = whole[len(prompt) :]
+        end = new.index(stop) if stop in new else len(new)
+        assert row == whole[: len(prompt) + end]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_comes_back_and_dropout_is_off(training):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(11, 8, 2, 2, 8, dropout=0.5)).train(training)
+    texts = {tuple(generate(model, [1], 6, top_k=1)) for _ in range(3)}
+    assert len(texts) == 1
+    assert model.training is training
+    with pytest.raises(ValueError, match="negative"):
+        generate(model, [1], -1)
+    assert model.training is training
+
+
+def test_a_cache_that_is_full():
+    cache = KeyValueCache(2)
+    part = torch.zeros(1, 1, 3, 4)
+    with pytest.raises(ValueError, match="fit a cache of 2"):
+        cache.append(part, part)
+
+
+def test_pad_left():
+    ids, starts = pad_left([[1, 2, 3], [4]])
+    assert ids.tolist() == [[1, 2, 3], [0, 0, 4]]
+    assert starts.tolist() == [0, 2]
+    assert pad_left([[1], [2]])[1] is None
+
+
+@given(st.integers(1, 10_000), st.integers(1, 300))
+def test_the_window_fits_and_moves_by_half(length, context):
+    start = window_start(length, context)
+    assert 0 <= start < length
+    assert length - start <= context
+    assert start % max(context // 2, 1) == 0
+    assert length > context or start == 0
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.text(min_size=1, max_size=6).filter(lambda t: t.isprintable()))
+def test_pieces_join_to_the_text(text):
+    tokenizer = BPETokenizer.train("", 257)
+    ids = tokenizer.encode("!" + text)
+    parrot = checks._parrot(ids, 257)
+    pieces = list(stream_text(parrot, tokenizer, "!", len(ids) - 1, top_k=1))
+    assert "".join(pieces) == text
+    assert all(pieces)
+
+
+def test_stream_text_of_characters():
+    tokenizer = CharTokenizer.train("abcd")
+    parrot = checks._parrot(tokenizer.encode("abdc"), 4)
+    assert list(stream_text(parrot, tokenizer, "a", 3, top_k=1)) == ["b", "d", "c"]
+    with pytest.raises(ValueError, match="at least one token"):
+        next(stream_text(parrot, tokenizer, "", 3))
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "float16", "int8"])
+def test_a_light_layer_is_near_the_heavy_one(weights):
+    torch.manual_seed(0)
+    for bias in (True, False):
+        layer = torch.nn.Linear(33, 17, bias=bias)
+        light = LightLinear(layer, weights)
+        for shape in ((33,), (1, 33), (2, 5, 33)):
+            x = torch.randn(shape)
+            wanted, found = layer(x), light(x)
+            assert found.shape == wanted.shape
+            assert found.dtype == torch.float32
+            assert (found - wanted).abs().max() < 0.05
+    zeros = torch.nn.Linear(4, 3)
+    zeros.weight.data.zero_()
+    assert torch.equal(LightLinear(zeros, weights)(torch.zeros(1, 4))[0], zeros.bias)
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "float16", "int8"])
+def test_a_light_model_generates(weights):
+    model = checks._small_gpt().float()
+    light = lighten(model, weights)
+    assert all(type(layer) is not torch.nn.Linear for layer in light.modules())
+    assert light.head.weight.data_ptr() != model.head.weight.data_ptr()
+    assert len(generate(light, [[1], [2, 3]], 12, top_k=1)[1]) == 14
+
+
+@pytest.mark.parametrize("weights", ["float32", "int4", "", None])
+def test_unknown_weights(model, weights):
+    with pytest.raises(ValueError, match="weights must be"):
+        lighten(model, weights)
+
+
+RIGHT = {
+    "check_top_k": keep_top_k,
+    "check_top_p": keep_top_p,
+    "check_sample": sample,
+    "check_cache": KeyValueCache,
+    "check_cached": generate,
+    "check_batch": generate,
+    "check_stream_text": stream_text,
+    "check_light": lighten,
+}
+
+
+@pytest.mark.parametrize("check", RIGHT)
+def test_checks_pass(check):
+    getattr(checks, check)(RIGHT[check])
+
+
+def drops_the_crossing_token(logits, p):
+    ordered, order = logits.sort(dim=-1, descending=True)
+    ordered[ordered.softmax(-1).cumsum(-1) > p] = -math.inf
+    return torch.empty_like(logits).scatter(-1, order, ordered)
+
+
+def keeps_the_unlikely(logits, p):
+    ordered, order = logits.sort(dim=-1)
+    before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+    ordered[before >= p] = -math.inf
+    return torch.empty_like(logits).scatter(-1, order, ordered)
+
+
+def filters_before_temperature(
+    logits, temperature=1.0, top_k=None, top_p=None, generator=None
+):
+    logits = logits if top_p is None else keep_top_p(logits, top_p)
+    return sample(logits, temperature, top_k, None, generator)
+
+
+def ignores_temperature(logits, temperature=1.0, **options):
+    return sample(logits, 1.0, **options)
+
+
+class NoOffset(KeyValueCache):
+    def append(self, keys, values):
+        self.length = getattr(self, "kept", 0)
+        everything = super().append(keys, values)
+        self.kept, self.length = self.length, 0
+        return everything
+
+
+class OnlyTheNew(KeyValueCache):
+    def append(self, keys, values):
+        self.length += keys.shape[2]
+        return keys, values
+
+
+class ValuesReversed(KeyValueCache):
+    def append(self, keys, values):
+        keys, values = super().append(keys, values)
+        return keys, values.flip(2)
+
+
+@torch.no_grad()
+def generates_without_offset(model, ids, count, top_k):
+    ids, caches = list(ids), [NoOffset(100) for _ in model.blocks]
+    logits = model(torch.tensor([ids[-8:]]), caches)
+    for _ in range(count):
+        ids.append(int(logits[0, -1].argmax()))
+        logits = model(torch.tensor([ids[-1:]]), caches)
+    return ids
+
+
+def attends_to_padding(model, prompts, count, top_k):
+    ids, starts = pad_left(prompts)
+    rows = generate(model, ids, count, top_k=top_k)
+    return [row[start:] for row, start in zip(rows, starts.tolist(), strict=True)]
+
+
+def cuts_characters(model, tokenizer, prompt, count, top_k, stop=()):
+    for (token,) in stream(model, [tokenizer.encode(prompt)], count, top_k=top_k):
+        yield tokenizer.decode([token])
+
+
+def shows_the_stop(model, tokenizer, prompt, count, top_k, stop=()):
+    yield from stream_text(model, tokenizer, prompt, count, top_k=top_k)
+
+
+def one_scale(model, weights):
+    light = lighten(model, weights)
+    for layer in light.modules():
+        if getattr(layer, "scale", None) is not None:
+            real = layer.weight * layer.scale[:, None]
+            layer.scale = real.abs().max() / 127 * torch.ones_like(layer.scale)
+            layer.weight = (real / layer.scale[:, None]).round().to(torch.int8)
+    return light
+
+
+WRONG = [
+    ("check_top_k", lambda x, k: keep_top_k(-x, k), "lowest"),
+    ("check_top_k", lambda x, k: x[..., :k], "shape"),
+    ("check_top_p", drops_the_crossing_token, "crosses p was dropped"),
+    ("check_top_p", keeps_the_unlikely, "sort from high to low"),
+    ("check_sample", filters_before_temperature, "temperature must come before top-p"),
+    ("check_sample", ignores_temperature, "divide the logits"),
+    ("check_cache", NoOffset, "wrong position"),
+    ("check_cache", OnlyTheNew, "without a cache"),
+    ("check_cache", ValuesReversed, "without a cache"),
+    ("check_cached", generates_without_offset, "without a cache"),
+    ("check_batch", attends_to_padding, "attends to its padding"),
+    ("check_stream_text", cuts_characters, "cut in two"),
+    ("check_stream_text", shows_the_stop, "stop token"),
+    ("check_light", one_scale, "one scale for all rows"),
+    ("check_light", lambda model, weights: lighten(model, "int8"), "was not stored"),
+    (
+        "check_min_p",
+        lambda x, s: x.masked_fill(x.softmax(-1) < s, -math.inf),
+        "largest",
+    ),
+    ("check_forbidden", lambda ids, n: {ids[ids.index(ids[-1]) + 1]}, "first earlier"),
+    (
+        "check_beam_search",
+        lambda model, ids, n, beams: generate(model, ids, n, top_k=1),
+        "below the likeliest",
+    ),
+]
+
+
+@pytest.mark.parametrize(("check", "wrong", "message"), WRONG)
+def test_check_names_the_mistake(check, wrong, message):
+    with pytest.raises(AssertionError) as caught:
+        getattr(checks, check)(wrong)
+    assert message in str(caught.value)
