@@ -15,6 +15,12 @@ from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.training import TrainConfig
 
 
+def _on_paper(config: GPTConfig) -> GPT:
+    """A model without memory, to be counted."""
+    with torch.device("meta"):
+        return GPT(config)
+
+
 def memory_needed(model: GPTConfig, training: TrainConfig) -> int:
     """Bytes that training takes at its peak, about: parameters and activations.
 
@@ -25,8 +31,7 @@ def memory_needed(model: GPTConfig, training: TrainConfig) -> int:
 
     Book: 14_full_gpt.html#memory
     """
-    with torch.device("meta"):
-        parameters = GPT(model).parameter_count()
+    parameters = _on_paper(model).parameter_count()
     wide = 2 if training.precision == "float32" else 1
     weights = 2 * model.heads * model.context if model.context <= 256 else 0
     layer = wide * (34 * model.width + weights)
@@ -154,9 +159,7 @@ def fit_batch(model: GPTConfig, training: TrainConfig, memory: float) -> TrainCo
 
 @dataclass
 class Plan:
-    """A model, how to train it, and on what.
-
-    peak_flops: what the device can do in a second.
+    """A model, how to train it, and on what. peak_flops: what it can do a second.
 
     Book: 14_full_gpt.html#the-plan
     """
@@ -175,8 +178,7 @@ class Plan:
     @property
     def flops(self) -> int:
         """FLOPs of the whole run."""
-        with torch.device("meta"):
-            return self.tokens * GPT(self.model).flops_per_token()
+        return self.tokens * _on_paper(self.model).flops_per_token()
 
     @property
     def seconds(self) -> float:
@@ -185,16 +187,14 @@ class Plan:
 
     def describe(self) -> str:
         """The plan in a few lines, for people."""
-        with torch.device("meta"):
-            parameters = GPT(self.model).parameter_count()
         model, training = self.model, self.training
         memory = memory_needed(model, training)
+        parameters = _on_paper(model).parameter_count()
         compiled = ", compiled" if training.compile else ""
         return (
             f"model   {parameters / 1e6:.2f} M parameters: {model.layers} layers, "
             f"{model.heads} heads, width {model.width}, context {model.context}\n"
-            f"run     {training.steps:,} steps of {training.accumulate} x "
-            f"{training.batch_size} crops, {self.tokens / 1e6:.1f} M tokens, "
+            f"run     {training.steps:,} steps, {self.tokens / 1e6:.1f} M tokens, "
             f"{self.flops:.1e} FLOPs\n"
             f"machine {self.device.type}, {training.precision}{compiled}: about "
             f"{memory / 1e9:.1f} GB and {timedelta(seconds=round(self.seconds))} hours"
