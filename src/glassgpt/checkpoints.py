@@ -264,8 +264,12 @@ def load(directory: str | Path) -> tuple[GPT, Any]:
     path = directory / "config.json"
     try:
         config = _config_from_json(json.loads(path.read_text("utf-8")))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} does not describe a GPT: {error!r}") from None
+    except KeyError as error:
+        raise ValueError(
+            f"{path} does not describe a GPT: {error} is missing"
+        ) from None
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} does not describe a GPT: {error}") from None
     tokenizer = load_tokenizer(directory / "tokenizer.json")
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
