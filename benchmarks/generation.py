@@ -72,9 +72,9 @@ def make(name: str, tokens: int) -> Callable[[], int]:
     return make_theirs(weights, tokens, cache[0] if cache else None)
 
 
+STATIC = "transformers float32 static"
 NAMES = [
     "transformers float32",
-    "transformers float32 static",
     "transformers bfloat16",
     "transformers float16",
     "glassgpt float32",
@@ -115,11 +115,12 @@ def processor() -> str:
 
 def measure(options: argparse.Namespace) -> tuple[dict[str, list[float]], list[float]]:
     """Tokens a second of each candidate in each round, and the speed of memory."""
-    candidates = {name: make(name, options.tokens) for name in NAMES}
-    speeds: dict[str, list[float]] = {name: [] for name in NAMES}
+    names = NAMES + [STATIC] * options.static
+    candidates = {name: make(name, options.tokens) for name in names}
+    speeds: dict[str, list[float]] = {name: [] for name in names}
     reads = []
-    for run in candidates.values():
-        run()  # the first call warms up
+    for name in names:
+        make(name, 4)()  # the first call of each kind warms up
     for number in range(options.rounds):
         reads.append(read_speed())
         for name, run in candidates.items():
@@ -173,7 +174,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--alone", choices=NAMES, help="run one and print its peak MB")
+    parser.add_argument(
+        "--static", action="store_true", help="also transformers' static cache"
+    )
+    parser.add_argument(
+        "--alone", choices=[*NAMES, STATIC], help="run one and print its peak MB"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore")
