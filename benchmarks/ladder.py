@@ -63,7 +63,6 @@ def climb(data: TokenData, steps: int, seed: int) -> list[dict[str, object]]:
                 "name": name,
                 "steps": [r["step"] for r in run.records],
                 "losses": [round(r["validation_loss"], 4) for r in run.records],
-                "seconds": round(run.seconds, 1),
             }
         )
         print(
@@ -97,12 +96,10 @@ def main() -> None:
         f"characters of the plays, one seed, {here['date']}, {here['processor']}, "
         f"torch {here['torch']}. Each rung adds to those above it.",
         "",
-        "| added | loss | seconds |",
-        "| --- | ---: | ---: |",
+        "| added | loss |",
+        "| --- | ---: |",
     ]
-    rows += [
-        f"| {r['name']} | {r['losses'][-1]:.3f} | {r['seconds']:.0f} |" for r in rungs
-    ]
+    rows += [f"| {r['name']} | {r['losses'][-1]:.3f} |" for r in rungs]
     write_section("ladder", "\n".join(rows))
 
 
