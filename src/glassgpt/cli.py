@@ -5,7 +5,8 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,36 @@ def tokenized(
     return data
 
 
+@contextmanager
+def removed_on_failure(folder: Path) -> Iterator[None]:
+    """Remove a folder that was not there before, when what follows fails.
+
+    Book: 19_command_line.html#starting-a-run-or-going-on-with-one
+    """
+    existed = folder.exists()
+    try:
+        yield
+    except BaseException:
+        if not existed and folder.exists():
+            shutil.rmtree(folder)
+        raise
+
+
+@contextmanager
+def size_advice() -> Iterator[None]:
+    """Turn PyTorch's refusal of a far too large model into advice, a MemoryError.
+
+    Book: 19_command_line.html#starting-a-run-or-going-on-with-one
+    """
+    try:
+        yield
+    except (RuntimeError, TypeError, OverflowError) as error:
+        raise MemoryError(
+            "such a model does not fit into memory: choose a smaller --size, or less "
+            "of --layers, --width and --context"
+        ) from error
+
+
 def start_run(
     options: argparse.Namespace, values: dict[str, Any]
 ) -> tuple[Plan, TokenData]:
@@ -96,18 +127,19 @@ def start_run(
         tokenizer = load_tokenizer(Path(options.data) / "tokenizer.json")
     else:
         tokenizer = make_tokenizer(options.tokenizer, options.vocab_size, options.data)
-    plan = make_plan(
-        tokenizer.vocab_size, options.size, options.recipe, options.device, **values
-    )
+    with size_advice():
+        plan = make_plan(
+            tokenizer.vocab_size, options.size, options.recipe, options.device, **values
+        )
+        with torch.device("meta"):  # refuse before work what no memory could hold
+            GPT(plan.model)
     place = Path(options.data) if ready else out / "data"
-    data = TokenData.open(place) if ready else tokenized(options.data, tokenizer, place)
-    try:
+    with removed_on_failure(out), removed_on_failure(place):
+        if not ready:
+            tokenized(options.data, tokenizer, place)
+        data = TokenData.open(place)
         for tokens in (data.train, data.validation):
             tokens.crops_per_shard(plan.model.context)
-    except ValueError:
-        if not ready:
-            shutil.rmtree(place)
-        raise
     out.mkdir(parents=True, exist_ok=True)
     content = {
         "data": str(place.resolve()),
@@ -119,14 +151,17 @@ def start_run(
     return plan, data
 
 
-def resume_run(out: Path, values: dict[str, Any]) -> tuple[Plan, TokenData]:
+def resume_run(options: argparse.Namespace) -> tuple[Plan, TokenData]:
     """The plan and the data of a run that goes on.
 
     Book: 19_command_line.html#starting-a-run-or-going-on-with-one
     """
-    if values:
-        given = ", ".join(sorted(values))
-        raise ValueError(f"a resumed run keeps its settings: leave out {given}")
+    out, usual = Path(options.out), vars(make_parser().parse_args(["train"]))
+    free = ("out", "resume", "tensorboard")
+    given = [k for k, v in vars(options).items() if k not in free and usual.get(k) != v]
+    if given:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(given))
+        raise ValueError(f"a resumed run keeps its settings: leave out {names}")
     path = out / "run.json"
     if not path.exists():
         raise FileNotFoundError(f"{out} holds no run to resume: {path.name} is missing")
@@ -172,14 +207,13 @@ def train_command(options: argparse.Namespace) -> None:
     out = Path(options.out)
     names = {field.name for kind in (GPTConfig, TrainConfig) for field in fields(kind)}
     values = {k: v for k, v in vars(options).items() if k in names - {"vocab_size"}}
-    plan, data = (
-        resume_run(out, values) if options.resume else start_run(options, values)
-    )
+    plan, data = resume_run(options) if options.resume else start_run(options, values)
     where = json.loads((out / "run.json").read_text("utf-8"))["data"]
     tokenizer = load_tokenizer(Path(where) / "tokenizer.json")
     print(plan.describe())
     torch.manual_seed(plan.training.seed)
-    model = GPT(plan.model).to(plan.device)
+    with size_advice():
+        model = GPT(plan.model).to(plan.device)
     log = tensorboard(out) if options.tensorboard else None
 
     def on_record(record: dict[str, float]) -> None:

@@ -1,0 +1,347 @@
+"""The command line: a user's mistakes get a sentence, and the rest works end to end."""
+
+import hashlib
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+
+from glassgpt import GPTConfig, TokenData, TrainConfig, load
+from glassgpt.cli import main
+
+SCRIPT = Path(sys.executable).with_name("glassgpt")
+PNG = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\xff\xfe\x00"
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "an", "old", "dog"]
+# A model and a run that take a second.
+TINY = ["--layers", "1", "--heads", "2", "--width", "16", "--context", "16"]
+TINY += ["--steps", "6", "--warmup", "1", "--batch-size", "4", "--evaluate-every", "3"]
+TINY += ["--evaluation-batches", "2", "--checkpoint-every", "3", "--no-compile"]
+TINY += ["--precision", "float32", "--device", "cpu"]
+
+
+def write_text(path, lines=300):
+    """A text of short sentences, the same every time."""
+    draw = random.Random(0)
+    text = "".join(" ".join(draw.choices(WORDS, k=8)) + ".\n" for _ in range(lines))
+    path.write_text(text, "utf-8")
+    return path
+
+
+def hashes(folder):
+    """The SHA-256 of every file below a folder, to see that none changed."""
+    return {
+        path.relative_to(folder): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def run_main(words):
+    """The exit code of `main`, also where the parser leaves by itself."""
+    try:
+        return main([str(word) for word in words])
+    except SystemExit as leaving:
+        return leaving.code
+
+
+def run_script(*words, **options):
+    """The installed script in a process of its own."""
+    words = [str(word) for word in (SCRIPT, *words)]
+    return subprocess.run(words, capture_output=True, text=True, **options)
+
+
+def damage(folder, name, change):
+    path = folder / name
+    path.write_bytes(change(path.read_bytes()))
+
+
+def widen(content):
+    """The same config.json for a model of another width, in both sets of keys."""
+    config = json.loads(content)
+    config["n_embd"] = config["glassgpt"]["width"] = 32
+    return json.dumps(config).encode()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with a text, and a finished run on it in `run`. Tests only read it."""
+    folder = tmp_path_factory.mktemp("made")
+    text = write_text(folder / "my.txt")
+    start = ["train", "--data", text, "--tokenizer", "char", "--out", folder / "run"]
+    assert run_main([*start, *TINY]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stage(made, tmp_path_factory):
+    """Where mistakes are made: wrong files, damaged models. None may change it."""
+    folder = tmp_path_factory.mktemp("stage")
+    shutil.copy(made / "my.txt", folder)
+    shutil.copytree(made / "run", folder / "run")
+    (folder / "empty.txt").write_text("")
+    (folder / "short.txt").write_text("To be, or not to be\n")
+    (folder / "picture.png").write_bytes(PNG)
+    for name in ("cut", "other", "scrambled", "lost", "broken-run", "dataless"):
+        shutil.copytree(made / "run", folder / name)
+    damage(folder / "cut", "model.safetensors", lambda content: content[:1000])
+    damage(folder / "other", "config.json", widen)
+    damage(folder / "scrambled", "tokenizer.json", lambda content: content[:100])
+    (folder / "lost" / "model.safetensors").unlink()
+    damage(folder / "broken-run", "run.json", lambda content: content[:50])
+    content = (folder / "run" / "run.json").read_text()
+    data = json.dumps(str((made / "run" / "data").resolve()))
+    assert data in content
+    gone = content.replace(data, json.dumps(str(folder / "nowhere")))
+    (folder / "dataless" / "run.json").write_text(gone)
+    return folder
+
+
+NEW = ["--tokenizer", "char", "--out", "new", *TINY]
+MY = ["train", "--data", "my.txt", *NEW]
+WRITE = ["generate", "run", "--prompt", "the", "--tokens", "3"]
+
+# What was typed, and words of the sentence that answers.
+MISTAKES = {
+    "no command": ([], "command"),
+    "unknown command": (["trian"], "trian"),
+    "empty text": (["train", "--data", "empty.txt", *NEW], "empty.txt has no text"),
+    "missing text": (["train", "--data", "missing.txt", *NEW], "missing.txt"),
+    "short text": (["train", "--data", "short.txt", *NEW], "too short for a context"),
+    "picture": (["train", "--data", "picture.png", *NEW], "picture.png is not UTF-8"),
+    "picture, bpe": ([*MY, "--data", "picture.png", "--tokenizer", "bpe"], "not UTF-8"),
+    "uneven heads": ([*MY, "--width", "15"], "width 15"),
+    "no layers": ([*MY, "--layers", "0"], "layers"),
+    "no steps": ([*MY, "--steps", "0"], "steps"),
+    "far too wide": ([*MY, "--width", "1000000000"], "does not fit into memory"),
+    "small vocabulary": ([*MY, "--tokenizer", "bpe", "--vocab-size", "5"], "too small"),
+    "number in letters": ([*MY, "--steps", "many"], "many"),
+    "unknown size": ([*MY, "--size", "huge"], "huge"),
+    "unknown option": ([*MY, "--learning-pace", "1"], "--learning-pace"),
+    "unknown device": ([*MY, "--device", "abacus"], "abacus"),
+    "diverging": ([*MY, "--learning-rate", "1e30"], "lower the learning rate"),
+    "missing tokenizer": ([*MY, "--tokenizer", "none.json"], "none.json"),
+    "no tokenizer": ([*MY, "--tokenizer", "my.txt"], "my.txt"),
+    "below a file": ([*MY, "--out", "my.txt/new"], "Not a directory"),
+    "tokens below a file": (
+        ["tokenize", "--data", "my.txt", "--tokenizer", "char", "--out", "my.txt/new"],
+        "Not a directory",
+    ),
+    "tokens of nothing": (
+        ["tokenize", "--data", "empty.txt", "--out", "new"],
+        "no text",
+    ),
+    "tokens over a folder": (
+        ["tokenize", "--data", "my.txt", "--tokenizer", "char", "--out", "run"],
+        "exists already",
+    ),
+    "no workers": (
+        ["tokenize", "--data", "my.txt", "--out", "new", "--workers", "0"],
+        "workers",
+    ),
+    "a run without --resume": ([*MY, "--out", "run"], "add --resume"),
+    "resume with steps": (
+        ["train", "--resume", "--out", "run", "--steps", "9"],
+        "steps",
+    ),
+    "resume with a size": (
+        ["train", "--resume", "--out", "run", "--size", "xl"],
+        "size",
+    ),
+    "resume with a text": (
+        ["train", "--resume", "--out", "run", "--data", "short.txt"],
+        "leave out --data",
+    ),
+    "resume nothing": (["train", "--resume", "--out", "new"], "no run to resume"),
+    "resume a damaged run": (["train", "--resume", "--out", "broken-run"], "damaged"),
+    "resume without data": (["train", "--resume", "--out", "dataless"], "nowhere"),
+    "temperature 0": ([*WRITE, "--temperature", "0"], "temperature"),
+    "negative temperature": ([*WRITE, "--temperature", "-1"], "temperature"),
+    "temperature NaN": ([*WRITE, "--temperature", "nan"], "temperature"),
+    "top-k 0": ([*WRITE, "--top-k", "0"], "top_k"),
+    "top-p 0": ([*WRITE, "--top-p", "0"], "top_p"),
+    "negative length": ([*WRITE, "--tokens", "-5"], "-5"),
+    "empty prompt": ([*WRITE, "--prompt", ""], "at least one token"),
+    "unknown character": ([*WRITE, "--prompt", "\u6f22"], "not in the vocabulary"),
+    "unknown weights": ([*WRITE, "--weights", "int3"], "int3"),
+    "no model": (["generate", "missing"], "missing"),
+    "half a model": (["generate", "lost"], "model.safetensors is missing"),
+    "cut short": (["generate", "cut"], "damaged"),
+    "another size": (["generate", "other"], "does not fit its config.json"),
+    "damaged tokenizer": (["generate", "scrambled"], "tokenizer.json is damaged"),
+    "a file as model": (["generate", "my.txt"], "my.txt"),
+}
+
+# These fail in training, and leave the run that was started.
+LEAVE_A_RUN = ("diverging",)
+
+
+def sentence_in(errors):
+    """The one line that says what is wrong; the parser prints its usage before it."""
+    lines = errors.strip().splitlines()
+    assert sum(line.startswith("glassgpt") for line in lines) == 1, errors
+    assert lines[-1].startswith("glassgpt"), errors
+    return lines[-1]
+
+
+@pytest.mark.filterwarnings("ignore:the text has pairs")
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_gets_a_sentence(stage, monkeypatch, capsys, mistake):
+    words, expected = MISTAKES[mistake]
+    monkeypatch.chdir(stage)
+    shutil.rmtree("new", ignore_errors=True)  # of a mistake that failed its test
+    before = hashes(stage)
+    assert run_main(words) == 2
+    errors = capsys.readouterr().err
+    assert "Traceback" not in errors
+    assert expected in sentence_in(errors)
+    if mistake in LEAVE_A_RUN:
+        shutil.rmtree(stage / "new")
+    assert hashes(stage) == before
+    assert not (stage / "new").exists()
+
+
+@pytest.mark.parametrize("mistake", ["picture", "cut short", "unknown option"])
+def test_a_mistake_in_the_shell(stage, mistake):
+    words, expected = MISTAKES[mistake]
+    before = hashes(stage)
+    done = run_script(*words, cwd=stage)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert expected in sentence_in(done.stderr)
+    assert hashes(stage) == before
+
+
+@pytest.mark.filterwarnings("ignore:the text has pairs")
+@pytest.mark.parametrize("tokenizer", ["char", "bpe"])
+def test_train_writes_a_model(made, tmp_path, tokenizer, capsys):
+    out = tmp_path / "run"
+    words = ["train", "--data", made / "my.txt", "--tokenizer", tokenizer, "--out", out]
+    assert run_main([*words, "--vocab-size", "280", *TINY]) == 0
+    printed = capsys.readouterr().out
+    assert "step 3: validation loss" in printed
+    assert "step 6: validation loss" in printed
+    records = [json.loads(line) for line in (out / "metrics.jsonl").open()]
+    assert [record["step"] for record in records] == [3, 6]
+    model, its_tokenizer = load(out)
+    assert model.config.vocab_size == its_tokenizer.vocab_size
+    assert its_tokenizer.decode(its_tokenizer.encode("the cat")) == "the cat"
+
+
+def test_generate_repeats_with_a_seed(made, capsys):
+    words = ["generate", made / "run", "--prompt", "the cat", "--tokens", "30"]
+    written = []
+    for seed in (1, 1, 2):
+        assert run_main([*words, "--seed", seed]) == 0
+        written.append(capsys.readouterr().out)
+    assert written[0] == written[1] != written[2]
+    assert written[0].startswith("the cat")
+    assert len(written[0]) == len("the cat") + 30 + len("\n")
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
+def test_generate_with_lighter_weights(made, capsys, weights):
+    words = ["generate", made / "run", "--prompt", "the", "--tokens", "20"]
+    assert run_main([*words, "--weights", weights, "--seed", "1"]) == 0
+    assert len(capsys.readouterr().out) == len("the") + 20 + len("\n")
+
+
+def test_tokenize_then_train_on_the_tokens(made, tmp_path, capsys):
+    words = ["tokenize", "--data", made / "my.txt", "--tokenizer", "char"]
+    assert run_main([*words, "--out", tmp_path / "tokens"]) == 0
+    before = hashes(tmp_path / "tokens")
+    assert (
+        run_main(
+            [
+                "train",
+                "--data",
+                tmp_path / "tokens",
+                *NEW[2:],
+                "--out",
+                tmp_path / "run",
+            ]
+        )
+        == 0
+    )
+    assert hashes(tmp_path / "tokens") == before
+    ours = TokenData.open(tmp_path / "tokens")
+    assert ours.fingerprint == TokenData.open(made / "run" / "data").fingerprint
+    mine, theirs = load(tmp_path / "run")[0], load(made / "run")[0]
+    for name, parameter in mine.named_parameters():
+        assert torch.equal(parameter, theirs.get_parameter(name)), name
+
+
+def test_resume_after_ctrl_c_reaches_the_end(made, tmp_path):
+    """Interrupted in the middle, resumed: the same model as without a break."""
+    long = [*TINY, "--steps", "200", "--evaluate-every", "20"]
+    long += ["--checkpoint-every", "200"]
+    words = ["train", "--data", made / "my.txt", "--tokenizer", "char", *long]
+    assert run_main([*words, "--out", tmp_path / "whole"]) == 0
+    command = [str(word) for word in (SCRIPT, *words, "--out", tmp_path / "run")]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        for line in process.stdout:
+            if line.startswith("step 20:"):
+                break
+        process.send_signal(signal.SIGINT)
+        rest = process.stdout.read()
+    assert process.returncode == 0
+    assert "--resume" in rest
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    assert 20 <= int(checkpoint.name.split("-")[1]) < 200
+    done = run_script("train", "--out", tmp_path / "run", "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "step 200: validation loss" in done.stdout
+    assert "glassgpt generate" in done.stdout
+    ours, theirs = load(tmp_path / "run")[0], load(tmp_path / "whole")[0]
+    for name, parameter in ours.named_parameters():
+        assert torch.equal(parameter, theirs.get_parameter(name)), name
+
+
+@pytest.mark.parametrize("command", ["train", "generate", "tokenize"])
+def test_help_lists_every_option(command, capsys):
+    assert run_main([command, "--help"]) == 0
+    shown = capsys.readouterr().out.split()
+    expected = {
+        "train": ["data", "tokenizer", "vocab-size", "out", "resume", "size", "recipe"]
+        + ["device", "tensorboard"]
+        + [field.name for kind in (GPTConfig, TrainConfig) for field in fields(kind)],
+        "generate": ["prompt", "tokens", "temperature", "top-k", "top-p", "seed"]
+        + ["weights", "device"],
+        "tokenize": ["data", "tokenizer", "vocab-size", "out", "workers"],
+    }[command]
+    for name in expected:
+        option = "--" + name.replace("_", "-")
+        assert {option, option + ","} & set(shown), f"{option} is not in the help"
+
+
+def test_tensorboard_gets_every_record(made, tmp_path):
+    events = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator"
+    )
+    out = tmp_path / "run"
+    words = ["train", "--data", made / "my.txt", *NEW[:2], *TINY, "--out", out]
+    assert run_main([*words, "--tensorboard"]) == 0
+    (path,) = out.glob("events.out.tfevents.*")
+    seen = events.EventAccumulator(str(path))
+    seen.Reload()
+    assert [event.step for event in seen.Scalars("validation_loss")] == [3, 6]
+
+
+def test_transformers_reads_a_run(made):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(made / "run")
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(made / "run")
+    ours, our_tokenizer = load(made / "run")
+    ids = our_tokenizer.encode("the old dog")
+    assert their_tokenizer.encode("the old dog") == ids
+    with torch.no_grad():
+        expected = ours(torch.tensor([ids]))
+        torch.testing.assert_close(theirs(torch.tensor([ids])).logits, expected)
