@@ -94,16 +94,21 @@ def nanogpt(data: TokenData, steps: int | None, seconds: float | None) -> Curve:
             cosine = 1e-4 + 0.5 * (1 + math.cos(math.pi * done)) * 9e-4
             group["lr"] = min(cosine, 1e-3 * (step + 1) / 101)
         ids, targets = data.train.random_batch(12, 64, (1, step))
-        model(ids, targets)[1].backward()
+        model(ids, targets.contiguous())[1].backward()  # its loss calls view
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
         spent += perf_counter() - began
         if spent >= mark:
-            curve.append((spent, step, judge(lambda x, y: model(x, y)[1], data, 64)))
+            curve.append(
+                (spent, step, judge(lambda x, y: model(x, y.contiguous())[1], data, 64))
+            )
             mark += 10
-    return [*curve, (spent, step, judge(lambda x, y: model(x, y)[1], data, 64))]
+    return [
+        *curve,
+        (spent, step, judge(lambda x, y: model(x, y.contiguous())[1], data, 64)),
+    ]
 
 
 def read(path: Path) -> TokenData:
