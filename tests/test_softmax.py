@@ -337,6 +337,11 @@ WRONG = [
     (
         "check_masked_softmax",
         lambda x, allowed: x.masked_fill(allowed, -math.inf).softmax(-1),
+        "turn the mask",
+    ),
+    (
+        "check_masked_softmax",
+        lambda x, allowed: (x * allowed).softmax(-1),
         "probability above 0",
     ),
     (
@@ -363,6 +368,23 @@ WRONG = [
         "check_cross_entropy_gradient",
         lambda logits, targets: softmax(logits) / 3,
         "subtract 1 there",
+    ),
+    (
+        "check_cross_entropy_gradient",
+        lambda logits, targets: softmax(logits),
+        "then divide by T",
+    ),
+    (
+        "check_cross_entropy_gradient",
+        lambda logits, targets: (
+            (softmax(logits) - F.one_hot(targets.unique(), 4).sum(0)) / 3
+        ),
+        "one a row",
+    ),
+    (
+        "check_cross_entropy_gradient",
+        lambda logits, targets: (softmax(logits) - F.one_hot(targets, 4)).mean(0),
+        "the shape is (4,)",
     ),
     (
         "check_cross_entropy_gradient",

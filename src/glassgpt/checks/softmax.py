@@ -197,6 +197,7 @@ def check_masked_softmax(masked_softmax: Callable[[Tensor, Tensor], Tensor]) -> 
     x = torch.tensor([[0.0, 1.0, 2.0, 2.5], [2.5, 2.0, 1.0, 0.0]])
     allowed = torch.tensor([[True, True, False, False], [True, True, True, True]])
     result = masked_softmax(x, allowed)
+    assert (result[0, :2] > 0).all(), "an allowed entry got 0: turn the mask with ~"
     assert (result[~allowed] == 0).all(), "a forbidden entry has a probability above 0"
     total = result[0].sum().item()
     assert abs(total - 1) < 1e-6, (
@@ -222,10 +223,15 @@ def check_cross_entropy_gradient(gradient: Callable[[Tensor, Tensor], Tensor]) -
     (wanted,) = torch.autograd.grad(F.cross_entropy(logits, targets), logits)
     logits = logits.detach()
     result, p = gradient(logits.clone(), targets), torch.softmax(logits, -1)
+    assert result.shape == (3, 4), f"the shape is {tuple(result.shape)}, not (3, 4)"
+    every_row = p.clone()
+    every_row[:, targets] -= 1
     mistakes = [
         (-wanted, "the sign is wrong: this is onehot - p"),
         (3 * wanted, "the gradient of the sum: divide by the number of positions"),
         (p / 3, "p alone doesn't know the target: subtract 1 there"),
+        (p, "p alone doesn't know the target: subtract 1 there, then divide by T"),
+        (every_row / 3, "1 was subtracted at every target in every row: one a row"),
     ]
     for value, mistake in mistakes:
         assert not torch.allclose(result, value), mistake
