@@ -16,6 +16,7 @@ def check_causal_mask(causal_mask: Callable[[int], Tensor]) -> None:
     """
     mask = causal_mask(3)
     assert mask.dtype == torch.bool, f"the mask must be bool, not {mask.dtype}"
+    assert mask.shape == (3, 3), f"for 3 words the shape is {tuple(mask.shape)}"
     wanted = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 1, 1]]).bool()
     mistakes = [
         (wanted.T, "row 0 may look at position 2: the mask is upside down"),
@@ -42,16 +43,20 @@ def check_attention(attention: Callable[..., tuple[Tensor, Tensor]]) -> None:
     x = _example()
     raw, values = x @ x.T, x.flip(-1)
     context, weights = attention(x, x, values)
+    columns = weights.sum(-2)
+    assert not torch.allclose(columns, torch.ones_like(columns)), (
+        "softmax over the wrong axis: it runs over the keys"
+    )
     mistakes = [
         (raw.softmax(-1), "the scores were not divided by the root of the width"),
         ((raw / 4).softmax(-1), "divided by the width: divide by its square root"),
-        ((raw / 2).softmax(-2), "softmax over the wrong axis: it runs over the keys"),
     ]
     for table, mistake in mistakes:
         assert not torch.allclose(weights, table), mistake
     tower = torch.tensor([0.043, 0.117, 0.317, 0.523], dtype=torch.float64)
+    found = [round(weight, 3) for weight in weights[3].tolist()]
     assert torch.allclose(weights[3], tower, atol=5e-4), (
-        f"the weights of tower are .043 .117 .317 .523, not {weights[3].tolist()}"
+        f"the weights of tower are .043 .117 .317 .523, not {found}"
     )
     assert not torch.allclose(context, weights @ x), "keys were mixed, not values"
     assert torch.allclose(context, weights @ values), "context is weights @ values"
