@@ -216,6 +216,15 @@ def test_no_line_of_code_ends_in_a_semicolon(path):
             )
 
 
+def is_one_piece(text):
+    """Whether code can't be cut: a single class, or a list of names at a front door."""
+    first, *rest = text.splitlines() or [""]
+    if first.startswith("#| export") and first.endswith("__init__"):
+        return True
+    body = [] if MAGIC.search(text) else ast.parse(text).body
+    return len(body) == 1 and isinstance(body[0], ast.ClassDef)
+
+
 @each_chapter
 def test_cells_are_short(path):
     long = {}
@@ -223,7 +232,7 @@ def test_cells_are_short(path):
         text = source(cell)
         size = len(text.split()) if cell["cell_type"] == "markdown" else 0
         lines = len(text.splitlines()) if cell["cell_type"] == "code" else 0
-        if size > 120 or lines > 40:
+        if size > 120 or (lines > 40 and not is_one_piece(text)):
             long[cell["id"]] = f"{size} words" if size else f"{lines} lines"
     assert long == {}
 
@@ -270,7 +279,7 @@ def exercises(path):
 def test_a_chapter_has_exercises(path):
     titles = [title.split(":")[0] for title in exercises(path)]
     assert titles == [f"Exercise {number}" for number in range(1, len(titles) + 1)]
-    assert len(titles) >= (3 if path.stem[0] != "a" else 0)
+    assert len(titles) >= (2 if path.stem[0] != "a" else 0)
 
 
 @each_chapter

@@ -181,7 +181,7 @@ def test_keep_freed_memory_here():
 class TestPlan:
     def test_defaults_on_a_cpu(self):
         plan = make_plan(80, device="cpu")
-        assert plan.model == GPTConfig(80, context=128, layers=4, heads=4, width=128)
+        assert plan.model == GPTConfig(80, context=64, layers=4, heads=4, width=128)
         assert plan.training.batch_size == 16
         assert plan.training.precision == "bfloat16"
         assert plan.peak_flops == 3e11
@@ -193,7 +193,7 @@ class TestPlan:
 
     def test_modern_recipe(self):
         plan = make_plan(80, recipe="modern", device="cpu")
-        wanted = GPTConfig.modern(80, context=128, layers=4, heads=4, width=128)
+        wanted = GPTConfig.modern(80, context=64, layers=4, heads=4, width=128)
         assert plan.model == wanted
         assert plan.training.optimizer == "muon"
         assert plan.training.schedule == "linear"
