@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -236,9 +237,9 @@ def train_command(options: argparse.Namespace) -> None:
         on_record=on_record,
     )
     if run.stopped:
-        print(f"stopped; go on with: glassgpt train --out {out} --resume")
+        print(f"stopped; go on with: glassgpt train --out {quote(str(out))} --resume")
     else:
-        print(f'write with it: glassgpt generate {out} --prompt "ROMEO:"')
+        print(f"write with it: glassgpt generate {quote(str(out))}")
 
 
 def generate_command(options: argparse.Namespace) -> None:
@@ -280,6 +281,42 @@ def tokenize_command(options: argparse.Namespace) -> None:
     )
 
 
+def _add_train(commands: Any, text: argparse.ArgumentParser) -> None:
+    """The command `train` and its options."""
+    part = commands.add_parser("train", parents=[text], help="train a GPT on a text")
+    part.add_argument("--out", default="runs/shakespeare", help="folder of the run")
+    part.add_argument(
+        "--resume", action="store_true", help="go on with the run in --out"
+    )
+    part.add_argument("--size", choices=SIZES, help="default: what suits this machine")
+    part.add_argument("--recipe", choices=("gpt2", "modern"), default="gpt2")
+    part.add_argument("--device", help="cpu, cuda, ...; default: the best one here")
+    part.add_argument("--tensorboard", action="store_true")
+    more = part.add_argument_group(
+        "any of these overrides what the size and machine suggest"
+    )
+    add_fields(more, GPTConfig, {"vocab_size"})
+    add_fields(more, TrainConfig, set())
+    part.set_defaults(run=train_command)
+
+
+def _add_generate(commands: Any) -> None:
+    """The command `generate` and its options."""
+    part = commands.add_parser("generate", help="write with a trained GPT")
+    part.add_argument("model", help="folder of a run or a saved model")
+    part.add_argument("--prompt", default="\n")
+    part.add_argument("--tokens", type=int, default=200, help="how many to write")
+    part.add_argument("--temperature", type=float, default=0.8)
+    part.add_argument("--top-k", type=int)
+    part.add_argument("--top-p", type=float)
+    part.add_argument("--seed", type=int, help="the same text every time")
+    part.add_argument(
+        "--weights", choices=("float32", "bfloat16", "int8"), default="float32"
+    )
+    part.add_argument("--device")
+    part.set_defaults(run=generate_command)
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The options of all commands.
 
@@ -298,36 +335,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     text.add_argument("--vocab-size", type=int, default=1024, help="of bpe")
 
-    part = commands.add_parser("train", parents=[text], help="train a GPT on a text")
-    part.add_argument("--out", default="runs/shakespeare", help="folder of the run")
-    part.add_argument(
-        "--resume", action="store_true", help="go on with the run in --out"
-    )
-    part.add_argument("--size", choices=SIZES, help="default: what suits this machine")
-    part.add_argument("--recipe", choices=("gpt2", "modern"), default="gpt2")
-    part.add_argument("--device", help="cpu, cuda, ...; default: the best one here")
-    part.add_argument("--tensorboard", action="store_true")
-    more = part.add_argument_group(
-        "any of these overrides what the size and machine suggest"
-    )
-    add_fields(more, GPTConfig, {"vocab_size"})
-    add_fields(more, TrainConfig, set())
-    part.set_defaults(run=train_command)
-
-    part = commands.add_parser("generate", help="write with a trained GPT")
-    part.add_argument("model", help="folder of a run or a saved model")
-    part.add_argument("--prompt", default="\n")
-    part.add_argument("--tokens", type=int, default=200, help="how many to write")
-    part.add_argument("--temperature", type=float, default=0.8)
-    part.add_argument("--top-k", type=int)
-    part.add_argument("--top-p", type=float)
-    part.add_argument("--seed", type=int, help="the same text every time")
-    part.add_argument(
-        "--weights", choices=("float32", "bfloat16", "int8"), default="float32"
-    )
-    part.add_argument("--device")
-    part.set_defaults(run=generate_command)
-
+    _add_train(commands, text)
+    _add_generate(commands)
     part = commands.add_parser(
         "tokenize", parents=[text], help="turn a text into token files"
     )
