@@ -86,7 +86,7 @@ class Embedding(nn.Module):
     On the CPU, outside of compiled code, ids are validated: TypeError unless int64 or
     int32, ValueError for an id out of range. On a GPU call `validate_ids` first.
     Raises ValueError when rows or width isn't positive.
-    Source: Radford et al. (2019).
+    Source: the start of `wte` in `model.py` of OpenAI's gpt-2.
 
     Book: 03_embeddings.html#the-layer
     """
