@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import glassgpt.checks.generation as checks
+from glassgpt.checkpoints import save
 from glassgpt.generation import (
     KeyValueCache,
     LightLinear,
@@ -434,3 +435,13 @@ def test_check_names_the_mistake(check, wrong, message):
     with pytest.raises(AssertionError) as caught:
         getattr(checks, check)(wrong)
     assert message in str(caught.value)
+
+
+def test_a_light_model_is_not_saved_over_a_good_one(tmp_path):
+    model = GPT(GPTConfig(50, context=8, layers=1, heads=1, width=8)).eval()
+    tokenizer = CharTokenizer.train("abc")
+    save(tmp_path, model, tokenizer)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="before you lighten it"):
+        save(tmp_path, lighten(model, "int8"), tokenizer)
+    assert (tmp_path / "model.safetensors").read_bytes() == before

@@ -1,4 +1,4 @@
-"""Copy the served part of MathJax from its Python package into `_vendor/`.
+"""Copy what the page serves, MathJax and the icon, into `_vendor/`.
 
 The page must ask nothing of the network, and no third-party JavaScript is committed. MathJax
 comes with the package `django-static-mathjax`; one file of its code and its fonts are enough.
@@ -31,3 +31,5 @@ def copy_mathjax(target):
 
 if __name__ == "__main__":
     copy_mathjax(ROOT / "_vendor" / "mathjax")
+    # What a browser asks for where a page names no icon, as the redirect at the root.
+    shutil.copy(ROOT / "book" / "_static" / "favicon.svg", ROOT / "_vendor" / "favicon.ico")

@@ -43,8 +43,11 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     tensors = {
         name: value.detach().cpu().contiguous() for name, value in tensors.items()
     }
+    partial.touch()
+    mode = partial.stat().st_mode  # as for any new file; the library hides its own
     try:
         save_file(tensors, partial, metadata={"format": "pt"})
+        partial.chmod(mode)
     except SafetensorError as error:
         raise OSError(f"{path} could not be written: {error}") from error
     with open(partial, "rb") as file:
@@ -179,10 +182,15 @@ def save(directory: str | Path, model: GPT, tokenizer: Any) -> None:
 
     A model with GPT-2's architecture is written so that `transformers` reads the
     directory with AutoModelForCausalLM and AutoTokenizer.
-    Raises OSError where the disk is full or can't be written.
+    Raises OSError where the disk is full or can't be written, ValueError for a model
+    made lighter, whose weights are gone.
 
     Book: 12_training.html#a-model-that-others-can-read
     """
+    with torch.device("meta"):
+        due = dict(GPT(model.config).named_parameters())
+    if due.keys() != dict(model.named_parameters()).keys():
+        raise ValueError("weights are missing: save the model before you lighten it")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(directory / "tokenizer.json")

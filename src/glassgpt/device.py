@@ -2,6 +2,7 @@
 """The machine: its device and precision, and what a training run will cost on it."""
 
 import ctypes
+import os
 import platform
 import re
 import time
@@ -221,6 +222,19 @@ def _gpu_memory(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).total_memory
 
 
+def _refuse_too_much(model: GPTConfig, training: TrainConfig) -> None:
+    """Raise ValueError where a CPU run would not fit the computer's memory."""
+    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):
+        return  # on Windows nothing tells
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    needed = memory_needed(model, training)
+    if needed > memory:
+        raise ValueError(
+            f"training would take about {needed / 1e9:,.0f} GB, this computer has "
+            f"{memory / 1e9:.0f}: lower width, layers, context or batch_size"
+        )
+
+
 def _preset(device: torch.device) -> dict[str, Any]:
     """What suits a device when nothing else is said: size, context, batch, steps."""
     if device.type != "cuda":
@@ -276,6 +290,8 @@ def make_plan(
     if "precision" not in values:
         preset["precision"] = pick_precision(chosen)
     model, training = _configurations(vocab_size, recipe, {**preset, **values})
+    if chosen.type == "cpu":
+        _refuse_too_much(model, training)
     if chosen.type == "cuda" and "batch_size" not in values:
         training = fit_batch(model, training, 0.85 * _gpu_memory(chosen))
     plan = Plan(model, training, chosen, peak_flops(chosen, training.precision))
