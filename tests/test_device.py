@@ -1,5 +1,6 @@
 """Plans: what is chosen for a machine, what is refused, and what a run will cost."""
 
+import os
 import subprocess
 import sys
 
@@ -187,7 +188,8 @@ class TestPlan:
         assert plan.peak_flops == 3e11
 
     @pytest.mark.parametrize("size", SIZES)
-    def test_sizes(self, size):
+    def test_sizes(self, size, monkeypatch):
+        monkeypatch.setattr(os, "sysconf", lambda name: 1 << 20)  # a tebibyte
         model = make_plan(80, size, device="cpu").model
         assert (model.layers, model.heads, model.width) == SIZES[size]
 
