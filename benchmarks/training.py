@@ -9,8 +9,11 @@ Ours is `take_step` of `glassgpt.training`. Every candidate runs in two processe
 with the C library's allocator as it is, and one in which `keep_freed_memory` was called
 first. Each round runs all of them, one after the other, so that a slow moment of the
 machine hits all alike; the tables show medians. Dropout is 0 and the data random ids:
-only the time counts here. `--write` puts the tables into README.md beside this file and
-the numbers into book/runs/speed.json, from which chapter 14 draws.
+only the time counts here. Linear layers have no bias, as nanoGPT's don't by default.
+Peak memory is that of three steps in a process of its own, in the state that a user
+gets: a peer's allocator as it comes, ours keeping memory. `--write` puts the tables
+into README.md beside this file and the numbers into book/runs/speed.json, from which
+chapter 14 draws.
 """
 
 import argparse
@@ -71,7 +74,7 @@ def our_step(size: str, name: str) -> Callable[[], None]:
     sizes, batch_size, _ = SIZES[size]
     recipe, settings = OURS[name]
     make = GPTConfig.modern if recipe == "modern" else GPTConfig
-    model = GPT(make(VOCABULARY, **sizes))
+    model = GPT(make(VOCABULARY, bias=False, **sizes))
     ids = np.random.default_rng(0).integers(VOCABULARY, size=200_000)
     data = TokenData.of(ids[:180_000], ids[180_000:], VOCABULARY)
     trainer = Trainer(model, data, TrainConfig(batch_size=batch_size, **settings))
@@ -152,8 +155,10 @@ def peer_step(size: str, name: str) -> Callable[[], None]:
     return step
 
 
-def serve(pipe, size: str, names: list[str], kept: bool, nanogpt: str | None) -> None:
-    """A process that makes every candidate and times those that it is asked for."""
+def prepare(
+    size: str, names: list[str], kept: bool, nanogpt: str | None
+) -> dict[str, Callable[[], None]]:
+    """A step of each candidate, compiled and ready."""
     if kept and not keep_freed_memory():
         raise SystemExit("this C library can't be told to keep memory")
     if nanogpt:
@@ -168,6 +173,22 @@ def serve(pipe, size: str, names: list[str], kept: bool, nanogpt: str | None) ->
             for _ in range(3):  # compiles, and fills the optimizer's moments
                 steps[name]()
             print(f"{name}: ready in {perf_counter() - began:.0f} s", file=sys.stderr)
+    return steps
+
+
+def memory_of(pipe, size: str, name: str, nanogpt: str | None) -> None:
+    """A process that runs one candidate alone and sends its peak memory in MB."""
+    (step,) = prepare(size, [name], name in OURS, nanogpt).values()
+    Path("/proc/self/clear_refs").write_text("5")  # compiling doesn't count
+    for _ in range(3):
+        step()
+    status = Path("/proc/self/status").read_text()
+    pipe.send(int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024)
+
+
+def serve(pipe, size: str, names: list[str], kept: bool, nanogpt: str | None) -> None:
+    """A process that makes every candidate and times those that it is asked for."""
+    steps = prepare(size, names, kept, nanogpt)
     pipe.send("ready")
     while (order := pipe.recv()) is not None:
         name, count = order
@@ -201,10 +222,17 @@ def measure(
         pipe.send(None)
         process.join()
     tokens = batch_size * sizes["context"]
-    return {
+    result = {
         name: {memory: tokens / statistics.median(s) for memory, s in times.items()}
         for name, times in seconds.items()
     }
+    for name in names:
+        pipe, end = context.Pipe()
+        process = context.Process(target=memory_of, args=(end, size, name, nanogpt))
+        process.start()
+        result[name]["MB"] = pipe.recv()
+        process.join()
+    return result
 
 
 def matrix_flops(dtype: torch.dtype) -> float:
@@ -249,12 +277,13 @@ def table(size: str, result: dict[str, dict[str, float]]) -> str:
         f"**{size}**: {sizes['layers']} layers, {sizes['heads']} heads, width "
         f"{sizes['width']}, context {sizes['context']}, batch {batch_size}",
         "",
-        "| tokens/s | allocator as it comes | memory kept |",
-        "| --- | ---: | ---: |",
+        "| tokens/s | allocator as it comes | memory kept | peak memory |",
+        "| --- | ---: | ---: | ---: |",
     ]
-    for name, speeds in result.items():
-        cells = [f"{v:,.0f} (x {v / base:.2f})" for v in speeds.values()]
-        rows.append(f"| {name} | {' | '.join(cells)} |")
+    for name, numbers in result.items():
+        speeds = [numbers["given back"], numbers["kept"]]
+        cells = [f"{v:,.0f} (x {v / base:.2f})" for v in speeds]
+        rows.append(f"| {name} | {' | '.join(cells)} | {numbers['MB']:,.0f} MB |")
     return "\n".join(rows)
 
 

@@ -15,7 +15,8 @@ def gelu(x: Tensor) -> Tensor:
 
     Book: 08_mlp.html#gelu-a-rounder-bend
     """
-    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    root = math.sqrt(2 / math.pi)
+    return x * torch.sigmoid(2 * root * x * (1 + 0.044715 * x * x))
 
 
 def squared_relu(x: Tensor) -> Tensor:
@@ -56,7 +57,8 @@ class MLP(nn.Module):
             raise ValueError(f"x must be (B, T, {width}), not {tuple(x.shape)}")
         hidden = self.expand(x)  # (B, T, 4 C)
         if self.activation == "gelu":
-            hidden = F.gelu(hidden, approximate="tanh")
+            compiling = torch.compiler.is_compiling()
+            hidden = gelu(hidden) if compiling else F.gelu(hidden, approximate="tanh")
         else:
             hidden = squared_relu(hidden)
         return self.projection(hidden)
