@@ -264,7 +264,7 @@ def machine() -> dict[str, object]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "date": date.today().isoformat(),
-        "command": "python benchmarks/training.py "
+        "command": f"python benchmarks/{Path(sys.argv[0]).name} "
         + " ".join("DIR" if "/" in word else word for word in sys.argv[1:]),
     }
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import fields
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -245,7 +246,7 @@ def test_generate_repeats_with_a_seed(made, capsys):
     assert len(written[0]) == len("the cat") + 30 + len("\n")
 
 
-@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "float16", "int8"])
 def test_generate_with_lighter_weights(made, capsys, weights):
     words = ["generate", made / "run", "--prompt", "the", "--tokens", "20"]
     assert run_main([*words, "--weights", weights, "--seed", "1"]) == 0
@@ -275,6 +276,33 @@ def test_tokenize_then_train_on_the_tokens(made, tmp_path, capsys):
     mine, theirs = load(tmp_path / "run")[0], load(made / "run")[0]
     for name, parameter in mine.named_parameters():
         assert torch.equal(parameter, theirs.get_parameter(name)), name
+
+
+def test_resume_says_where_it_goes_on(made, tmp_path, capsys):
+    shutil.copytree(made / "run", tmp_path / "run")
+    assert run_main(["train", "--resume", "--out", tmp_path / "run"]) == 0
+    assert "going on from checkpoint-00000006" in capsys.readouterr().out
+    for checkpoint in (tmp_path / "run").glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    assert run_main(["train", "--resume", "--out", tmp_path / "run"]) == 0
+    assert "from the start: there is no checkpoint yet" in capsys.readouterr().out
+
+
+def test_a_warning_is_a_sentence_too(made, tmp_path):
+    words = ["tokenize", "--data", made / "my.txt", "--out", tmp_path / "tokens"]
+    done = run_script(*words, "--vocab-size", "5000", cwd=tmp_path)
+    assert done.returncode == 0
+    warned = [line for line in done.stderr.splitlines() if "the text has pairs" in line]
+    assert len(warned) == 1
+    assert warned[0].startswith("glassgpt: ")
+    assert ".py" not in done.stderr
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["--version"])
+    assert left.value.code == 0
+    assert capsys.readouterr().out.strip() == version("glassgpt")
 
 
 def test_resume_after_ctrl_c_reaches_the_end(made, tmp_path):

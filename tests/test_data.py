@@ -297,6 +297,9 @@ def test_large_vocabularies_take_four_bytes(tmp_path, bpe):
         def encode(self, text):
             return [69_999] * len(text)
 
+        def save(self, path):
+            Path(path).write_text("{}")
+
     data = tokenize([TEXT] * 10, Wide(), tmp_path / "out", progress=False)
     assert data.train.shards[0].dtype == np.uint32
     assert set(ids_of(data.train)) == {69_999}
@@ -366,6 +369,7 @@ def test_a_killed_run_leaves_nothing_that_opens_and_the_next_one_cleans_up(tmp_p
     assert data.train.count == 9 * 7
     assert sorted(written(out)) == [
         "header.json",
+        "tokenizer.json",
         "train-00000.bin",
         "validation-00000.bin",
     ]
@@ -479,7 +483,7 @@ def test_a_damaged_header(folder, header):
         TokenData.open(folder)
 
 
-@pytest.mark.parametrize(("key", "value"), [("version", 2), ("dtype", "object")])
+@pytest.mark.parametrize(("key", "value"), [("version", 3), ("dtype", "object")])
 def test_a_header_of_another_version(folder, key, value):
     header = json.loads((folder / "header.json").read_text())
     header[key] = value
@@ -488,6 +492,31 @@ def test_a_header_of_another_version(folder, key, value):
     (folder / "header.json").write_text(json.dumps(header))
     with pytest.raises(ValueError, match="another version of glassgpt"):
         TokenData.open(folder)
+
+
+def test_another_tokenizer_in_the_folder(folder):
+    CharTokenizer.train("abc").save(folder / "tokenizer.json")
+    with pytest.raises(ValueError, match="tokenizer.json did not make these tokens"):
+        TokenData.open(folder)
+
+
+def test_two_writers_of_one_folder(tmp_path, bpe):
+    def texts():
+        yield from [TEXT] * 10
+        with pytest.raises(FileExistsError, match="another process is writing"):
+            tokenize([TEXT] * 20, bpe, tmp_path / "out", progress=False)
+        yield TEXT
+
+    data = tokenize(texts(), bpe, tmp_path / "out", progress=False)
+    assert data.train.characters == 10 * len(TEXT)
+    assert not (tmp_path / "out" / ".lock").exists()
+
+
+def test_a_text_in_place_of_its_path(tmp_path, bpe):
+    with pytest.raises(FileNotFoundError, match="neither a file, nor a folder") as info:
+        tokenize(TEXT * 1000, bpe, tmp_path / "out", progress=False)
+    assert len(str(info.value)) < 200
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_without_header(tmp_path):

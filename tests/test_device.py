@@ -1,8 +1,10 @@
 """Plans: what is chosen for a machine, what is refused, and what a run will cost."""
 
+import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -105,6 +107,7 @@ def test_the_best_device(monkeypatch):
         ("NVIDIA A100-SXM4-40GB", (8, 0), "bfloat16", 312e12),
         ("NVIDIA L4", (8, 9), "bfloat16", 121e12),
         ("NVIDIA H100 80GB HBM3", (9, 0), "bfloat16", 989e12),
+        ("NVIDIA H100 PCIe", (9, 0), "bfloat16", 756e12),
     ],
 )
 def test_known_cards(monkeypatch, name, capability, precision, peak):
@@ -112,6 +115,7 @@ def test_known_cards(monkeypatch, name, capability, precision, peak):
     device = torch.device("cuda")
     assert pick_precision(device) == precision
     assert peak_flops(device, precision) == peak
+    assert peak_flops(device, "tf32") == peak / 2
 
 
 def test_an_unknown_card_is_measured(monkeypatch, fast_cpu):
@@ -159,6 +163,21 @@ def test_memory_is_estimated_within_a_third(precision, make, context):
     counted = kept_bytes(model, ids, getattr(torch, precision))
     counted += 16 * model.parameter_count()
     training = TrainConfig(batch_size=4, precision=precision)
+    assert 0.67 < memory_needed(config, training) / counted < 1.5
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_memory_with_recomputation(precision):
+    config = GPTConfig(80, context=128, layers=12, heads=2, width=64)
+    model, ids = GPT(config), torch.zeros(4, 128, dtype=torch.int64)
+    dtype = getattr(torch, precision)
+    whole = kept_bytes(model, ids, dtype)
+    model.recompute = True
+    little = kept_bytes(model, ids, dtype)
+    one = GPT(replace(config, layers=1))  # what the backward pass makes again, at once
+    counted = little + kept_bytes(one, ids, dtype) + 16 * model.parameter_count()
+    training = TrainConfig(batch_size=4, precision=precision, recompute=True)
+    assert little < whole / 4
     assert 0.67 < memory_needed(config, training) / counted < 1.5
 
 
@@ -248,6 +267,21 @@ class TestPlan:
         assert make_plan(50_257, "medium", batch_size=64).training.accumulate == 1
         with pytest.raises(ValueError, match="smaller size"):
             make_plan(50_257, "xl")
+
+    def test_recomputation_where_one_crop_is_too_much(self, monkeypatch):
+        monkeypatch.setattr(module, "pick_device", lambda name: torch.device("cuda"))
+        FakeCard(monkeypatch, "Tesla T4", (7, 5), 15.8)
+        plan = make_plan(50_257, "large", context=1024)
+        assert (plan.training.batch_size, plan.training.recompute) == (1, True)
+        assert "recomputed" in plan.describe()
+
+    def test_recomputation_on_a_cpu(self, monkeypatch):
+        values = {"device": "cpu", "context": 512, "batch_size": 32}
+        normal = make_plan(80, **values)
+        needed = memory_needed(normal.model, normal.training)
+        monkeypatch.setattr(os, "sysconf", lambda name: math.isqrt(needed) - 1)
+        assert make_plan(80, **values).training.recompute
+        assert not normal.training.recompute
 
     def test_a_large_card(self, monkeypatch):
         FakeCard(monkeypatch, "NVIDIA H100 80GB HBM3", (9, 0), 85)

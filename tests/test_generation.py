@@ -117,12 +117,29 @@ def test_impossible_settings(model, wrong, message):
         ([11] + [1] * 20, 3, "11"),  # even where the window doesn't reach
         ([1.5], 3, "whole numbers"),
         (torch.tensor([0.5]), 3, "whole numbers"),
-        ([1], -1, "negative"),
+        ([1], -1, "from 0 up, not -1"),
+        ([1], "3", "max_new_tokens must be a whole number"),
+        ("a tower", 3, "encode the text"),
+        (["a", "tower"], 3, "encode the text"),
     ],
 )
 def test_impossible_prompts(model, ids, count, message):
     with pytest.raises(ValueError, match=message):
         generate(model, ids, count)
+
+
+@pytest.mark.parametrize("seed", [-1, 1 << 64, 0.5, "1"])
+def test_impossible_seeds(model, seed):
+    with pytest.raises(ValueError, match="seed must be a whole number of 64 bits"):
+        generate(model, [1], 1, seed=seed)
+    assert len(generate(model, [1], 1, seed=(1 << 64) - 1)) == 2
+
+
+def test_only_the_last_position_is_scored(model):
+    rows = []
+    model.head.register_forward_hook(lambda layer, x, y: rows.append(y.shape[:-1]))
+    generate(model, [[1, 2, 3], [4, 5]], 3, top_k=1)
+    assert rows == [(2,)] * 3
 
 
 def test_a_long_prompt_goes_on_from_its_window(model):
@@ -225,7 +242,7 @@ def test_the_mode_comes_back_and_dropout_is_off(training):
     texts = {tuple(generate(model, [1], 6, top_k=1)) for _ in range(3)}
     assert len(texts) == 1
     assert model.training is training
-    with pytest.raises(ValueError, match="negative"):
+    with pytest.raises(ValueError, match="not -1"):
         generate(model, [1], -1)
     assert model.training is training
 

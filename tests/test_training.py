@@ -111,7 +111,8 @@ def test_every_rate_is_a_share(steps, warmup, schedule, final):
     + [("learning_rate", 0.0), ("learning_rate", math.nan), ("clip", math.inf)]
     + [("matrix_learning_rate", -1.0), ("weight_decay", -0.1)]
     + [("weight_decay", math.nan), ("final_rate", 1.1), ("optimizer", "sgd")]
-    + [("schedule", "step"), ("precision", "int8"), ("precision", ["float32"])],
+    + [("schedule", "step"), ("precision", "int8"), ("precision", ["float32"])]
+    + [("learning_rate", "0.1"), ("clip", None), ("seed", 1 << 64)],
 )
 def test_impossible_settings_are_refused(setting, value):
     with pytest.raises(ValueError, match=setting):
@@ -193,6 +194,27 @@ def test_training_leaves_the_callers_random_numbers_alone():
     assert torch.equal(weights(first), weights(second))
     third, _ = run(config=replace(CONFIG, seed=1))
     assert not torch.equal(weights(first), weights(third))
+
+
+def test_recomputing_learns_the_same():
+    plain, _ = run()
+    again, _ = run(config=replace(CONFIG, recompute=True))
+    assert torch.equal(weights(plain), weights(again))
+
+
+def test_tf32_is_on_for_the_run_only():
+    seen = []
+
+    def look(record):
+        seen.append(torch.get_float32_matmul_precision())
+
+    before = torch.get_float32_matmul_precision()
+    plain, _ = run(on_record=look)
+    rounded, _ = run(config=replace(CONFIG, precision="tf32"), on_record=look)
+    assert set(seen[: len(seen) // 2]) == {before} == {"highest"}
+    assert set(seen[len(seen) // 2 :]) == {"high"}
+    assert torch.get_float32_matmul_precision() == before
+    assert (weights(plain) - weights(rounded)).abs().max() < 0.1  # a CPU has no TF32
 
 
 # Resuming.

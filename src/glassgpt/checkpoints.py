@@ -44,7 +44,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         name: value.detach().cpu().contiguous() for name, value in tensors.items()
     }
     partial.touch()
-    mode = partial.stat().st_mode  # as for any new file; the library hides its own
+    mode = partial.stat().st_mode  # the library makes it private
     try:
         save_file(tensors, partial, metadata={"format": "pt"})
         partial.chmod(mode)
@@ -171,7 +171,7 @@ def _config_from_json(content: dict[str, Any]) -> GPTConfig:
     allowed = {**_GPT2_OPTIONS, "n_inner": (None, 4 * content["n_embd"])}
     for name, values in allowed.items():
         if content.get(name, values[0]) not in values:
-            raise ValueError(f"its {name} is {content[name]!r}, which GPT-2 has not")
+            raise ValueError(f"its {name} is {content[name]!r}, not what GPT-2 has")
     keys = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
     tied = content.get("tie_word_embeddings", True)
     return GPTConfig(*(content[key] for key in keys), tied=tied)

@@ -5,9 +5,11 @@ import argparse
 import json
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
+from importlib.metadata import version
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -15,7 +17,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from glassgpt.checkpoints import load, write_file
+from glassgpt.checkpoints import checkpoints_in, load, write_file
 from glassgpt.data import TokenData, read_documents, split_documents, tokenize
 from glassgpt.device import (
     SIZES,
@@ -67,18 +69,6 @@ def make_tokenizer(name: str, vocab_size: int, source: str) -> Tokenizer:
         return CharTokenizer.train("".join(texts))
     learned = (d for split, d in documents if split == "train")
     return BPETokenizer.train((p for d in learned for p in d.pieces()), vocab_size)
-
-
-def tokenized(
-    source: str, tokenizer: Tokenizer, out: Path, workers: int = 1
-) -> TokenData:
-    """Tokenize a source into a folder, together with the tokenizer.
-
-    Book: 19_command_line.html#which-tokenizer
-    """
-    data = tokenize(source, tokenizer, out, workers, progress=sys.stderr.isatty())
-    tokenizer.save(out / "tokenizer.json")
-    return data
 
 
 @contextmanager
@@ -137,7 +127,7 @@ def start_run(
     place = Path(options.data) if ready else out / "data"
     with removed_on_failure(out), removed_on_failure(place):
         if not ready:
-            tokenized(options.data, tokenizer, place)
+            tokenize(options.data, tokenizer, place, progress=sys.stderr.isatty())
         data = TokenData.open(place)
         for tokens in (data.train, data.validation):
             tokens.crops_per_shard(plan.model.context)
@@ -212,6 +202,9 @@ def train_command(options: argparse.Namespace) -> None:
     where = json.loads((out / "run.json").read_text("utf-8"))["data"]
     tokenizer = load_tokenizer(Path(where) / "tokenizer.json")
     print(plan.describe())
+    if options.resume:
+        last = [path.name for path in checkpoints_in(out)][-1:]
+        print("going on from", *(last or ["the start: there is no checkpoint yet"]))
     torch.manual_seed(plan.training.seed)
     with size_advice():
         model = GPT(plan.model).to(plan.device)
@@ -274,7 +267,13 @@ def tokenize_command(options: argparse.Namespace) -> None:
     Book: 19_command_line.html#the-three-commands
     """
     tokenizer = make_tokenizer(options.tokenizer, options.vocab_size, options.data)
-    data = tokenized(options.data, tokenizer, Path(options.out), options.workers)
+    data = tokenize(
+        options.data,
+        tokenizer,
+        options.out,
+        options.workers,
+        progress=sys.stderr.isatty(),
+    )
     print(
         f"{data.train.count:,} tokens to train on, {data.validation.count:,} held out, "
         f"a vocabulary of {data.vocab_size:,}: {options.out}"
@@ -311,7 +310,9 @@ def _add_generate(commands: Any) -> None:
     part.add_argument("--top-p", type=float)
     part.add_argument("--seed", type=int, help="the same text every time")
     part.add_argument(
-        "--weights", choices=("float32", "bfloat16", "int8"), default="float32"
+        "--weights",
+        choices=("float32", "bfloat16", "float16", "int8"),
+        default="float32",
     )
     part.add_argument("--device")
     part.set_defaults(run=generate_command)
@@ -323,6 +324,7 @@ def make_parser() -> argparse.ArgumentParser:
     Book: 19_command_line.html#the-three-commands
     """
     parser = argparse.ArgumentParser("glassgpt", description="Train a GPT, and write.")
+    parser.add_argument("--version", action="version", version=version("glassgpt"))
     commands = parser.add_subparsers(dest="command", required=True)
     text = argparse.ArgumentParser(add_help=False)
     text.add_argument(
@@ -355,11 +357,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Book: 19_command_line.html#mistakes-get-a-sentence
     """
     options = make_parser().parse_args(arguments)
-    try:
-        options.run(options)
-    except MISTAKES as error:
-        print(f"glassgpt: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+
+    def show_warning(message: Warning | str, *_: Any) -> None:
+        print(f"glassgpt: {message}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show_warning
+        try:
+            options.run(options)
+        except MISTAKES as error:
+            print(f"glassgpt: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            return 130
     return 0

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -119,9 +120,9 @@ def read_documents(source: str | Path) -> list[Document]:
     if str(source) == "shakespeare":
         return shakespeare()
     root = Path(source)
-    if not root.exists():
+    if not os.path.exists(root):  # False for a text in place of its path, too
         raise FileNotFoundError(
-            f'{root} is neither a file, nor a folder, nor "shakespeare"'
+            f'{str(root)[:60]} is neither a file, nor a folder, nor "shakespeare"'
         )
     files = [root]
     if root.is_dir():
@@ -364,19 +365,37 @@ def _write_splits(
     }
 
 
-def _fresh_folder(partial: Path) -> None:
-    """Make an empty folder; what a killed run left there is removed."""
-    if partial.exists():
-        shutil.rmtree(partial)
+def _fresh_folder(partial: Path) -> FileLock:
+    """Make an empty folder and lock it; what a killed run left there is removed.
+
+    Raises FileExistsError while another process writes there.
+    """
     try:
-        partial.mkdir(parents=True)
+        partial.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         reason = f"{error.strerror}: choose a folder that you can write to"
         raise OSError(error.errno, reason, str(partial)) from None
+    lock = FileLock(partial / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise FileExistsError(f"another process is writing {partial}") from None
+    for leftover in partial.iterdir():
+        if leftover.name != ".lock":
+            leftover.unlink()
+    return lock
 
 
 def _fingerprint(header: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
+
+
+def _file_hash(path: Path) -> str:
+    """SHA-256 of a file. Raises FileNotFoundError with advice where it is missing."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: copy it again, or tokenize again")
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def tokenize(
@@ -391,8 +410,9 @@ def tokenize(
     source: what `read_documents` takes, or an iterable of texts, of which every tenth
     is held out. Neither has to fit into memory, as long as there is white space in it.
     workers: processes that encode. A document ends in `<|endoftext|>` where the
-    tokenizer has that token. The folder appears when it is complete, not before.
-    Raises FileExistsError where it exists, ValueError for too little or no text.
+    tokenizer has that token. The folder appears when it is complete, not before, and
+    holds tokenizer.json too. Raises FileExistsError where it exists or another process
+    is making it, ValueError for too little or no text.
 
     Book: 11_data.html#tokenizing-once
     """
@@ -402,17 +422,22 @@ def tokenize(
     if directory.exists():
         raise FileExistsError(f"{directory} exists already: choose another folder")
     partial = directory.with_name(f"{directory.name}.partial")
-    _fresh_folder(partial)
+    lock = _fresh_folder(partial)
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     encoder = _Encoder(tokenizer, dtype)
     try:
         encoded = _encode_in_order(_labeled_texts(source), encoder, workers)
-        header = {"version": 1, "dtype": dtype, "vocab_size": tokenizer.vocab_size}
+        header = {"version": 2, "dtype": dtype, "vocab_size": tokenizer.vocab_size}
         header |= _write_splits(encoded, partial, progress)
+        tokenizer.save(partial / "tokenizer.json")
+        header["tokenizer"] = _file_hash(partial / "tokenizer.json")
         header["sha256"] = _fingerprint(header)
         (partial / "header.json").write_text(json.dumps(header, indent=1), "utf-8")
+        lock.release()
+        (partial / ".lock").unlink(missing_ok=True)
         os.replace(partial, directory)
     except BaseException:
+        lock.release()
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return TokenData.open(directory)
@@ -431,7 +456,7 @@ def _read_header(path: Path) -> dict[str, Any]:
         whole = False
     if not whole:
         raise ValueError(f"{path} is damaged: tokenize again")
-    if header["version"] != 1 or header["dtype"] not in ("uint16", "uint32"):
+    if header["version"] != 2 or header["dtype"] not in ("uint16", "uint32"):
         raise ValueError(f"{path} is from another version of glassgpt: tokenize again")
     return header
 
@@ -439,11 +464,7 @@ def _read_header(path: Path) -> dict[str, Any]:
 def _open_shard(folder: Path, shard: dict[str, Any], dtype: str) -> np.ndarray:
     """One shard, mapped read-only, after its hash is compared."""
     path = folder / shard["file"]
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: copy it again, or tokenize again")
-    with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != shard["sha256"]:
+    if _file_hash(path) != shard["sha256"]:
         size, wanted = path.stat().st_size, shard["tokens"] * np.dtype(dtype).itemsize
         reason = f"it has {size} bytes instead of {wanted}"
         if size == wanted:
@@ -497,6 +518,9 @@ class TokenData:
         """
         folder = Path(directory)
         header = _read_header(folder / "header.json")
+        tokenizer = folder / "tokenizer.json"
+        if _file_hash(tokenizer) != header["tokenizer"]:
+            raise ValueError(f"{tokenizer} did not make these tokens: tokenize again")
         parts = []
         for split in (header["train"], header["validation"]):
             opened = [_open_shard(folder, s, header["dtype"]) for s in split["shards"]]

@@ -27,21 +27,26 @@ def memory_needed(model: GPTConfig, training: TrainConfig) -> int:
 
     16 for every parameter: weight, gradient and AdamW's two means. For every token of a
     batch 34 C a layer in 16-bit precision, twice that in 32 bits, and ten a logit.
-    Short contexts count the attention weights, as a CPU keeps them.
+    Short contexts count the attention weights, as a CPU keeps them. With recomputation
+    all of that for one layer, and the 4 C that flow into each.
     Source: Korthikanti et al. (2022), section 4.
 
     Book: 14_full_gpt.html#memory
     """
     parameters = _on_paper(model).parameter_count()
-    wide = 2 if training.precision == "float32" else 1
+    wide = 1 if training.precision in ("bfloat16", "float16") else 2
     weights = 2 * model.heads * model.context if model.context <= 256 else 0
-    layer = wide * (34 * model.width + weights)
+    layers = model.layers * wide * (34 * model.width + weights)
+    if training.recompute:
+        layers = layers // model.layers + model.layers * 4 * model.width
     tokens = training.batch_size * model.context
-    return 16 * parameters + tokens * (model.layers * layer + 10 * model.vocab_size)
+    return 16 * parameters + tokens * (layers + 10 * model.vocab_size)
 
 
 def gpu_precision(capability: tuple[int, int]) -> str:
-    """The fastest precision that a GPU of this compute capability has units for.
+    """The precision in which a GPU of this compute capability multiplies matrices best.
+
+    16 bits where it has tensor cores, units for products of small matrices.
 
     Book: 14_full_gpt.html#which-machine-has-what
     """
@@ -87,7 +92,7 @@ def measure_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def pick_precision(device: torch.device) -> str:
-    """The fastest precision that the device computes in hardware.
+    """The precision that suits a device.
 
     A GPU says it by its compute capability. Of a CPU it is measured, since processors
     with the same list of features differ.
@@ -109,6 +114,7 @@ DATA_SHEETS = {
     "A100": 312e12,
     "L4": 121e12,
     "H100": 989e12,
+    "H100 PCIe": 756e12,
     "H200": 989e12,
 }
 
@@ -119,10 +125,12 @@ def peak_flops(device: torch.device, precision: str) -> float:
     Book: 14_full_gpt.html#how-fast-it-is
     """
     if device.type == "cuda" and precision != "float32":
-        for word in re.split(r"[\s-]", torch.cuda.get_device_name(device)):
-            if word in DATA_SHEETS:
-                return DATA_SHEETS[word]
-    return measure_flops(device, getattr(torch, precision))
+        words = set(re.split(r"[\s-]", torch.cuda.get_device_name(device)))
+        fitting = [name for name in DATA_SHEETS if set(name.split()) <= words]
+        if fitting:  # the longest name says most
+            return DATA_SHEETS[max(fitting, key=len)] / (1 + (precision == "tf32"))
+    name = "float32" if precision == "tf32" else precision
+    return measure_flops(device, getattr(torch, name))
 
 
 def keep_freed_memory() -> bool:
@@ -143,18 +151,21 @@ def keep_freed_memory() -> bool:
 def fit_batch(model: GPTConfig, training: TrainConfig, memory: float) -> TrainConfig:
     """Halve the batch and double `accumulate` until training fits into `memory` bytes.
 
-    Raises ValueError where not even one crop fits.
+    Where one crop doesn't fit, recompute. Raises ValueError where that doesn't fit.
 
     Book: 14_full_gpt.html#when-memory-is-short
     """
     while (needed := memory_needed(model, training)) > memory:
-        if training.batch_size == 1:
+        if training.batch_size > 1:
+            half, twice = training.batch_size // 2, training.accumulate * 2
+            training = replace(training, batch_size=half, accumulate=twice)
+        elif not training.recompute:
+            training = replace(training, recompute=True)
+        else:
             raise ValueError(
                 f"one crop takes about {needed / 1e9:.1f} GB, of which there are "
                 f"{memory / 1e9:.1f}: choose a smaller size or context"
             )
-        half, twice = training.batch_size // 2, training.accumulate * 2
-        training = replace(training, batch_size=half, accumulate=twice)
     return training
 
 
@@ -192,12 +203,13 @@ class Plan:
         memory = memory_needed(model, training)
         parameters = _on_paper(model).parameter_count()
         compiled = ", compiled" if training.compile else ""
+        again = ", activations recomputed" if training.recompute else ""
         return (
             f"model   {parameters / 1e6:.2f} M parameters: {model.layers} layers, "
             f"{model.heads} heads, width {model.width}, context {model.context}\n"
             f"run     {training.steps:,} steps, {self.tokens / 1e6:.1f} M tokens, "
             f"{self.flops:.1e} FLOPs\n"
-            f"machine {self.device.type}, {training.precision}{compiled}: about "
+            f"machine {self.device.type}, {training.precision}{compiled}{again}: about "
             f"{memory / 1e9:.1f} GB and {timedelta(seconds=round(self.seconds))} hours"
         )
 
@@ -222,17 +234,20 @@ def _gpu_memory(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).total_memory
 
 
-def _refuse_too_much(model: GPTConfig, training: TrainConfig) -> None:
-    """Raise ValueError where a CPU run would not fit the computer's memory."""
+def _fit_computer(model: GPTConfig, training: TrainConfig) -> TrainConfig:
+    """Recompute where a CPU run does not fit otherwise. Raises ValueError."""
     if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):
-        return  # on Windows nothing tells
+        return training  # on Windows nothing tells
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if memory_needed(model, training) > memory:
+        training = replace(training, recompute=True)
     needed = memory_needed(model, training)
     if needed > memory:
         raise ValueError(
             f"training would take about {needed / 1e9:,.0f} GB, this computer has "
             f"{memory / 1e9:.0f}: lower width, layers, context or batch_size"
         )
+    return training
 
 
 def _preset(device: torch.device) -> dict[str, Any]:
@@ -291,7 +306,7 @@ def make_plan(
         preset["precision"] = pick_precision(chosen)
     model, training = _configurations(vocab_size, recipe, {**preset, **values})
     if chosen.type == "cpu":
-        _refuse_too_much(model, training)
+        training = _fit_computer(model, training)
     if chosen.type == "cuda" and "batch_size" not in values:
         training = fit_batch(model, training, 0.85 * _gpu_memory(chosen))
     plan = Plan(model, training, chosen, peak_flops(chosen, training.precision))

@@ -6,6 +6,7 @@ import copy
 import math
 import operator
 from collections.abc import Iterator, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -19,15 +20,15 @@ from glassgpt.softmax import softmax
 
 def _check_settings(temperature: float, top_k: int | None, top_p: float | None) -> None:
     """Raise ValueError for settings that no token could be drawn with."""
-    if not 0 < temperature < math.inf:
+    if not isinstance(temperature, Real) or not 0 < temperature < math.inf:
         raise ValueError(
-            f"temperature must be positive and finite, not {temperature}: for the "
+            f"temperature must be positive and finite, not {temperature!r}: for the "
             "likeliest token every time use top_k=1"
         )
-    if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
+    if top_k is not None and (not isinstance(top_k, Integral) or top_k < 1):
         raise ValueError(f"top_k must be a whole number from 1 up, not {top_k!r}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p must lie in (0, 1], not {top_p}")
+    if top_p is not None and (not isinstance(top_p, Real) or not 0 < top_p <= 1):
+        raise ValueError(f"top_p must lie in (0, 1], not {top_p!r}")
 
 
 def keep_top_k(logits: Tensor, top_k: int) -> Tensor:
@@ -53,6 +54,8 @@ def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
     Book: 13_generation.html#the-filters
     """
     _check_settings(1.0, None, top_p)
+    if top_p == 1:
+        return logits
     ordered, order = logits.sort(dim=-1, descending=True)
     weights = softmax(ordered)
     before = weights.cumsum(dim=-1) - weights
@@ -178,7 +181,8 @@ def _steps(
             windows = [row[window_start(len(row), context) :] for row in rows]
             ids, starts = pad_left(windows, device)
             caches = [KeyValueCache(context) for _ in model.blocks]
-        new = draw(model(ids, caches, starts)[:, -1]).tolist()
+        last = model.hidden_states(ids, caches, starts)[:, -1]
+        new = draw(model.head(last)).tolist()
         for row, token in zip(rows, new, strict=True):
             row.append(token)
         yield new
@@ -198,16 +202,20 @@ def stream(
 
     Prompts may differ in length; of one longer than the context the model sees the
     end, see `window_start`. use_cache=False computes every step anew: slow, and the
-    same tokens. The model is put into evaluation mode. Settings as in `sample`.
+    same up to rounding. The model is put into evaluation mode. Settings as in `sample`.
     Raises ValueError for an empty prompt, ids out of range, a negative number of
-    tokens, and for what `sample` refuses.
+    tokens or seed, and for what `sample` refuses.
 
     Book: 13_generation.html#the-loop
     """
     _check_settings(temperature, top_k, top_p)
     rows = _check_prompts(prompts, model.config.vocab_size)
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens can't be negative: {max_new_tokens}")
+    if not isinstance(max_new_tokens, Integral) or max_new_tokens < 0:
+        raise ValueError(
+            f"max_new_tokens must be a whole number from 0 up, not {max_new_tokens!r}"
+        )
+    if seed is not None and not (isinstance(seed, Integral) and 0 <= seed < 1 << 64):
+        raise ValueError(f"seed must be a whole number of 64 bits, not {seed!r}")
     generator = torch.Generator(next(model.parameters()).device)
     generator.seed() if seed is None else generator.manual_seed(seed)
     model.eval()
@@ -233,12 +241,14 @@ def generate(
     ids: one prompt, or a batch of prompts, as lists or tensors. stop: ids that end a
     row; they are not returned. Without a seed every call differs. A prompt may be
     longer than the context: the model sees its end. Greedy (top_k=1) rows of a batch
-    are the same as alone; drawn ones share one source of randomness.
+    are the same as alone, up to rounding; drawn ones share one source of randomness.
     Raises ValueError as `stream`.
 
     Book: 13_generation.html#the-loop
     """
     prompts = ids.tolist() if isinstance(ids, Tensor) else list(ids)
+    if any(isinstance(part, str) for part in prompts):
+        raise ValueError("ids are whole numbers: encode the text, or use stream_text")
     single = not prompts or torch.as_tensor(prompts[0]).dim() == 0
     prompts = [prompts] if single else prompts
     training = model.training
@@ -303,7 +313,8 @@ class LightLinear(nn.Module):
     """A linear layer with lighter weights, for generation: (..., in) to (..., out).
 
     weights: "bfloat16", "float16", or "int8", which also rounds each vector that comes
-    in to 8 bits. Source of the scales: Dettmers et al. (2022).
+    in to 8 bits, and is for the CPU: elsewhere it saves memory only.
+    Source of the scales: Dettmers et al. (2022).
 
     Book: 13_generation.html#lighter-weights
     """

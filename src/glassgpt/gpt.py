@@ -212,6 +212,12 @@ class GPT(nn.Module):
         self, ids: Tensor, caches: list[Any] | None = None, starts: Tensor | None = None
     ) -> Tensor:
         """`forward` without its checks, for code that compiles and knows its ids."""
+        return self.head(self.hidden_states(ids, caches, starts))
+
+    def hidden_states(
+        self, ids: Tensor, caches: list[Any] | None = None, starts: Tensor | None = None
+    ) -> Tensor:
+        """What the head reads, (B, T, C): for who needs the logits of few positions."""
         before = caches[0].length if caches else 0
         columns = torch.arange(before, before + ids.shape[1], device=ids.device)
         places = columns if starts is None else (columns - starts[:, None]).clamp(min=0)
@@ -222,7 +228,7 @@ class GPT(nn.Module):
                 x = checkpoint(block, x, rotary, mask, use_reentrant=False)
             else:
                 x = block(x, rotary, mask, caches[layer] if caches else None)
-        return self.head(self.norm(x))
+        return self.norm(x)
 
     def embed(
         self, ids: Tensor, places: Tensor

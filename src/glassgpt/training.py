@@ -31,10 +31,12 @@ from glassgpt.gpt import GPT
 _LEAST = {"steps": 1, "batch_size": 1, "accumulate": 1, "evaluate_every": 1}
 _LEAST |= {"evaluation_batches": 1, "checkpoint_every": 1, "keep": 1}
 _LEAST |= {"warmup": 0, "seed": 0}
+_NUMBERS = ("learning_rate", "matrix_learning_rate", "final_rate")
+_NUMBERS += ("weight_decay", "clip")
 _CHOICES = {
     "optimizer": ("adamw", "muon"),
     "schedule": ("cosine", "linear", "stable"),
-    "precision": ("float32", "bfloat16", "float16"),
+    "precision": ("float32", "tf32", "bfloat16", "float16"),
 }
 
 
@@ -49,6 +51,8 @@ def _validate(settings: dict[str, Any]) -> None:
         if name in _CHOICES and value not in _CHOICES[name]:
             allowed = ", ".join(_CHOICES[name])
             raise ValueError(f"{name} must be one of {allowed}, not {value!r}")
+        if name in _NUMBERS and not isinstance(value, int | float):
+            raise ValueError(f"{name} must be a number, not {value!r}")
     for name in ("learning_rate", "matrix_learning_rate", "clip"):
         if not 0 < settings[name] < math.inf:
             raise ValueError(f"{name} must be positive, not {settings[name]!r}")
@@ -56,6 +60,8 @@ def _validate(settings: dict[str, Any]) -> None:
         raise ValueError("weight_decay can't be negative or infinite")
     if not 0 <= settings["final_rate"] <= 1:
         raise ValueError("final_rate is a share of the learning rate, from 0 to 1")
+    if settings["seed"] >= 1 << 64:
+        raise ValueError(f"seed must fit into 64 bits, {settings['seed']} doesn't")
 
 
 @dataclass
@@ -66,8 +72,9 @@ class TrainConfig:
     matrix_learning_rate: Muon's. schedule: "cosine", "linear", or "stable" (constant,
     then linear over the last fifth), each after `warmup` steps and down to `final_rate`
     of the learning rate. weight_decay: on matrices only. clip: longest gradient.
-    precision: "float32", "bfloat16" or "float16". Every `evaluate_every` steps it is
-    judged on `evaluation_batches` fixed batches. keep: how many checkpoints stay.
+    precision: "float32", "tf32", "bfloat16" or "float16". recompute: keep less for the
+    backward pass and calculate it again. Every `evaluate_every` steps it is judged on
+    `evaluation_batches` fixed batches. keep: how many checkpoints stay.
     seed: of batches and dropout. Raises ValueError for impossible values.
 
     Book: 12_training.html#settings
@@ -86,6 +93,7 @@ class TrainConfig:
     clip: float = 1.0
     precision: str = "float32"
     compile: bool = False
+    recompute: bool = False
     evaluate_every: int = 250
     evaluation_batches: int = 20
     checkpoint_every: int = 250
@@ -149,7 +157,8 @@ def make_loss(model: GPT, config: TrainConfig) -> Callable[[Tensor, Tensor], Ten
     Book: 12_training.html#the-loss-and-a-fair-judgment
     """
     device = next(model.parameters()).device.type
-    dtype = getattr(torch, config.precision)
+    name = "float32" if config.precision == "tf32" else config.precision
+    dtype = getattr(torch, name)
 
     def loss(ids: Tensor, targets: Tensor) -> Tensor:
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
@@ -249,6 +258,7 @@ class Trainer:
         self.directory, self.tokenizer = directory, tokenizer
         self.peak_flops, self.on_record = peak_flops, on_record
         self.device = next(model.parameters()).device
+        model.recompute = config.recompute
         self.optimizers = make_optimizers(model, config)
         half = config.precision == "float16"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
@@ -568,6 +578,18 @@ def fit(trainer: Trainer, progress: bool = True) -> Run:
     return run
 
 
+@contextmanager
+def _products_in(precision: str) -> Iterator[None]:
+    """Let a GPU round the inputs of float32 products if the precision is "tf32"."""
+    before = torch.get_float32_matmul_precision()
+    if precision == "tf32":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def train(
     model: GPT,
     data: TokenData,
@@ -597,7 +619,12 @@ def train(
     place = Path(directory) if directory is not None else None
     cuda = [p.device for p in model.parameters() if p.device.type == "cuda"][:1]
     # Training has random numbers of its own and leaves the caller's alone.
-    with _locked(place, resume) as last, torch.random.fork_rng(cuda), _memory_advice():
+    with (
+        _locked(place, resume) as last,
+        torch.random.fork_rng(cuda),
+        _memory_advice(),
+        _products_in(config.precision),
+    ):
         torch.manual_seed(config.seed)
         arguments = (place, tokenizer, peak_flops, on_record)
         trainer = Trainer(model, data, config, *arguments)

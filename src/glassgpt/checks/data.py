@@ -143,5 +143,11 @@ def check_epochs(
     assert orders[0] != orders[1], "every epoch has the same order: seed it by epoch"
     again = epoch_batch(ids, 3, 4, 0, 4)[0][:, 0] - 100
     assert again.tolist() == orders[1][:3], "step 4 differs when asked for again"
+    for length, crops in ((49, 12), (48, 11)):  # the last target is an id, too
+        last = [epoch_batch(ids[:length], 1, 4, 0, step) for step in range(crops)]
+        found = sorted(int(inputs[0, 0]) - 100 for inputs, _ in last)
+        assert found == list(range(0, 4 * crops, 4)), (
+            f"{length} ids make {crops} crops of 4 with their targets"
+        )
     other = epoch_batch(ids, 3, 4, 1, 0)[0][:, 0] - 100
     assert other.tolist() != orders[0][:3], "the seed is ignored"

@@ -2,6 +2,7 @@
 """Checks of precisions, batches and costs that name the mistake they find."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from glassgpt.device import memory_needed
 from glassgpt.gpt import GPTConfig
@@ -9,7 +10,7 @@ from glassgpt.training import TrainConfig
 
 
 def check_precision(choose: Callable[[tuple[int, int]], str]) -> None:
-    """Each GPU gets the fastest precision that it has units for.
+    """Each GPU gets the precision that its tensor cores compute, if it has any.
 
     choose: called with a compute capability, such as (7, 5).
 
@@ -51,6 +52,9 @@ def check_fit_batch(
     )
     assert size == 8, f"batch {size} fits, but 8 would too and needs fewer parts"
     assert fitted.steps == 77, "only batch_size and accumulate may change"
+    tight = replace(training, batch_size=1, accumulate=64, recompute=True)
+    found = fit_batch(model, training, memory_needed(model, tight))
+    assert found == tight, "one crop would fit if its blocks were computed again"
     try:
         fit_batch(model, training, 1000)
     except ValueError:

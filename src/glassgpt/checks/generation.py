@@ -49,6 +49,7 @@ def check_top_p(keep_top_p: Callable[[Tensor, float], Tensor]) -> None:
     kept = _kept(found[0])
     assert kept != [1, 4], "the token that crosses p was dropped"
     assert 1 in kept, "the likeliest token was dropped: sort from high to low"
+    assert kept != [0, 1, 2], "the first places stayed: put scores back in their places"
     assert 0 not in kept, "the least likely token stayed: sort from high to low"
     assert kept == [1, 2, 4], f"top_p=0.8 kept the places {kept}, not 1, 2 and 4"
     assert _kept(found[1]) == [0, 2, 3], (
@@ -56,7 +57,10 @@ def check_top_p(keep_top_p: Callable[[Tensor, float], Tensor]) -> None:
     )
     assert torch.equal(found[0, kept], logits[0, kept]), "logits that stay changed"
     assert _kept(keep_top_p(logits, 0.1)[0]) == [1], "the likeliest token always stays"
-    assert len(_kept(keep_top_p(logits, 1.0)[0])) == 5, "top_p=1 must keep all"
+    far = torch.tensor([[100.0, 0.0]])
+    for every in (logits, far):
+        kept = _kept(keep_top_p(every, 1.0)[0])
+        assert len(kept) == every.shape[1], "top_p=1 must keep all, however unlikely"
 
 
 def _shares(sample: Callable[..., Tensor], **settings: Any) -> Tensor:
