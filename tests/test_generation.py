@@ -462,3 +462,13 @@ def test_a_light_model_is_not_saved_over_a_good_one(tmp_path):
     with pytest.raises(ValueError, match="before you lighten it"):
         save(tmp_path, lighten(model, "int8"), tokenizer)
     assert (tmp_path / "model.safetensors").read_bytes() == before
+
+
+def test_light_products_leave_onednn_as_it_was():
+    assert torch.backends.mkldnn.enabled
+    light = lighten(GPT(GPTConfig(11, 8, 1, 1, 8)), "bfloat16")
+    generate(light, [1], 3, top_k=1)
+    assert torch.backends.mkldnn.enabled
+    with pytest.raises(RuntimeError):
+        light.head(torch.zeros(1, 7))
+    assert torch.backends.mkldnn.enabled

@@ -6,6 +6,7 @@ import copy
 import math
 import operator
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any
 
@@ -309,6 +310,17 @@ def _round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x / scale[:, None]).round().to(torch.int8), scale
 
 
+@contextmanager
+def _without_onednn() -> Iterator[None]:
+    """Let PyTorch's own kernels do the products."""
+    before = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before
+
+
 class LightLinear(nn.Module):
     """A linear layer with lighter weights, for generation: (..., in) to (..., out).
 
@@ -338,10 +350,13 @@ class LightLinear(nn.Module):
 
     def product(self, rows: Tensor) -> Tensor:
         """The product (N, out) in 16 bits, or 32 where float16 has no fast kernel."""
-        cpu_half = rows.device.type == "cpu" and self.weight.dtype == torch.float16
-        if cpu_half and len(rows) > 1:
+        on_cpu, dtype = rows.device.type == "cpu", self.weight.dtype
+        if on_cpu and len(rows) == 1:
+            with _without_onednn():
+                return F.linear(rows.to(dtype), self.weight)
+        if on_cpu and dtype == torch.float16:
             return F.linear(rows.float(), self.weight.float())
-        return F.linear(rows.to(self.weight.dtype), self.weight)
+        return F.linear(rows.to(dtype), self.weight)
 
     def whole_product(self, rows: Tensor) -> Tensor:
         """The product (N, out) of whole numbers, times both scales."""
