@@ -46,18 +46,18 @@ SIZES = {
 OURS = {
     "glassgpt GPT-2, eager float32": ("gpt2", {}),
     "glassgpt GPT-2, eager bfloat16": ("gpt2", {"precision": "bfloat16"}),
-    "glassgpt GPT-2, compiled float32": ("gpt2", {"compile": True}),
+    "glassgpt GPT-2, compiled float32": ("gpt2", {"compile": "all"}),
     "glassgpt GPT-2, compiled bfloat16": (
         "gpt2",
-        {"precision": "bfloat16", "compile": True},
+        {"precision": "bfloat16", "compile": "all"},
     ),
     "glassgpt modern, compiled bfloat16, AdamW": (
         "modern",
-        {"precision": "bfloat16", "compile": True},
+        {"precision": "bfloat16", "compile": "all"},
     ),
     "glassgpt modern, compiled bfloat16, Muon": (
         "modern",
-        {"precision": "bfloat16", "compile": True, "optimizer": "muon"},
+        {"precision": "bfloat16", "compile": "all", "optimizer": "muon"},
     ),
 }
 PEERS = {

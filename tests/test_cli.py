@@ -23,7 +23,7 @@ WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "an", "old", "dog"
 # A model and a run that take a second.
 TINY = ["--layers", "1", "--heads", "2", "--width", "16", "--context", "16"]
 TINY += ["--steps", "6", "--warmup", "1", "--batch-size", "4", "--evaluate-every", "3"]
-TINY += ["--evaluation-batches", "2", "--checkpoint-every", "3", "--no-compile"]
+TINY += ["--evaluation-batches", "2", "--checkpoint-every", "3", "--compile", "off"]
 TINY += ["--precision", "float32", "--device", "cpu"]
 
 

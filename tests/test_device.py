@@ -222,12 +222,12 @@ class TestPlan:
 
     def test_given_values_win(self):
         values = {"optimizer": "adamw", "width": 64, "batch_size": 3, "bias": True}
-        plan = make_plan(80, "mini", "modern", "cpu", heads=2, compile=True, **values)
+        plan = make_plan(80, "mini", "modern", "cpu", heads=2, compile="all", **values)
         assert plan.training.optimizer == "adamw"
         assert (plan.model.width, plan.model.layers) == (64, 6)
         assert plan.model.bias is True
         assert plan.training.batch_size == 3
-        assert plan.training.compile is True
+        assert plan.training.compile == "all"
 
     @pytest.mark.parametrize(
         ("wrong", "message"),
@@ -247,8 +247,8 @@ class TestPlan:
             make_plan(80, **{"device": "cpu", **wrong})
 
     def test_only_long_runs_compile(self):
-        assert make_plan(80, device="cpu", steps=10).training.compile is False
-        assert make_plan(80, device="cpu", steps=10**6).training.compile is True
+        for steps, wanted in ((10, "off"), (5000, "blocks"), (10**6, "all")):
+            assert make_plan(80, device="cpu", steps=steps).training.compile == wanted
 
     def test_a_small_card(self, monkeypatch):
         FakeCard(monkeypatch, "Tesla T4", (7, 5), 15.8)
@@ -303,7 +303,9 @@ def test_cost_of_a_plan():
 
 def test_description():
     model = GPTConfig(80, context=32, layers=2, heads=2, width=16)
-    training = TrainConfig(steps=1000, batch_size=4, precision="bfloat16", compile=True)
+    training = TrainConfig(
+        steps=1000, batch_size=4, precision="bfloat16", compile="all"
+    )
     text = Plan(model, training, torch.device("cpu"), 1e9).describe()
     for part in ("2 layers", "width 16", "1,000 steps", "cpu, bfloat16, compiled"):
         assert part in text

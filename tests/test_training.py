@@ -111,7 +111,13 @@ def test_every_rate_is_a_share(steps, warmup, schedule, final):
     + [("learning_rate", 0.0), ("learning_rate", math.nan), ("clip", math.inf)]
     + [("matrix_learning_rate", -1.0), ("weight_decay", -0.1)]
     + [("weight_decay", math.nan), ("final_rate", 1.1), ("optimizer", "sgd")]
-    + [("schedule", "step"), ("precision", "int8"), ("precision", ["float32"])]
+    + [
+        ("compile", True),
+        ("compile", "some"),
+        ("schedule", "step"),
+        ("precision", "int8"),
+        ("precision", ["float32"]),
+    ]
     + [("learning_rate", "0.1"), ("clip", None), ("seed", 1 << 64)],
 )
 def test_impossible_settings_are_refused(setting, value):
@@ -641,7 +647,7 @@ def test_data_that_does_not_fit_is_refused_before_anything_is_written(tmp_path):
 def test_without_a_compiler_it_goes_on(capsys):
     plain, _ = run()
     with patch("torch.compile", side_effect=RuntimeError("no C++ compiler\nat all")):
-        slow, _ = run(config=replace(CONFIG, compile=True))
+        slow, _ = run(config=replace(CONFIG, compile="blocks"))
     assert torch.equal(weights(plain), weights(slow))
     said = capsys.readouterr()
     assert (said.out + said.err).count("no C++ compiler") == 1
@@ -659,7 +665,9 @@ def test_a_compiler_that_fails_at_the_first_call():
         assert [loss(1, 2), loss(3, 4)] == [3, 7]
 
 
-def test_compiled_trains_like_plain():
+@pytest.mark.parametrize("scope", ["blocks", "all"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_compiled_trains_like_plain(scope, recompute):
     config = replace(CONFIG, steps=3, evaluate_every=3)
     shape = replace(SHAPE, dropout=0.0)
     plain, _ = run(gpt(shape), config)
@@ -670,8 +678,10 @@ def test_compiled_trains_like_plain():
         return real(function, backend="aot_eager")
 
     with patch("torch.compile", counting):
-        fast, _ = run(gpt(shape), replace(config, compile=True))
+        changes = {"compile": scope, "recompute": recompute}
+        fast, _ = run(gpt(shape), replace(config, **changes))
     assert len(used) == 1
+    assert "call_block" not in vars(fast)
     torch.testing.assert_close(weights(plain), weights(fast), atol=1e-5, rtol=1e-4)
 
 

@@ -202,14 +202,15 @@ class Plan:
         model, training = self.model, self.training
         memory = memory_needed(model, training)
         parameters = _on_paper(model).parameter_count()
-        compiled = ", compiled" if training.compile else ""
+        compiled = {"off": "", "blocks": ", blocks compiled", "all": ", compiled"}
         again = ", activations recomputed" if training.recompute else ""
         return (
             f"model   {parameters / 1e6:.2f} M parameters: {model.layers} layers, "
             f"{model.heads} heads, width {model.width}, context {model.context}\n"
             f"run     {training.steps:,} steps, {self.tokens / 1e6:.1f} M tokens, "
             f"{self.flops:.1e} FLOPs\n"
-            f"machine {self.device.type}, {training.precision}{compiled}{again}: about "
+            f"machine {self.device.type}, {training.precision}{compiled[training.compile]}"
+            f"{again}: about "
             f"{memory / 1e9:.1f} GB and {timedelta(seconds=round(self.seconds))} hours"
         )
 
@@ -310,7 +311,8 @@ def make_plan(
     if chosen.type == "cuda" and "batch_size" not in values:
         training = fit_batch(model, training, 0.85 * _gpu_memory(chosen))
     plan = Plan(model, training, chosen, peak_flops(chosen, training.precision))
-    if "compile" not in values:
-        # Compiling takes up to half a minute on a CPU: worth it only in a long run.
-        training.compile = chosen.type in ("cpu", "cuda") and plan.seconds > 300
+    if "compile" not in values and chosen.type in ("cpu", "cuda"):
+        # On a CPU the whole model takes half a minute to compile, a block half of it.
+        long, longer = plan.seconds > 60, plan.seconds > 600
+        training.compile = "all" if longer else "blocks" if long else "off"
     return plan

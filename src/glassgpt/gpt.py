@@ -142,6 +142,10 @@ def _may_look(before: int, columns: Tensor, starts: Tensor | None) -> Tensor | N
     return (mask & begun)[:, None]  # (B, 1, T, keys): the same for all heads
 
 
+def _call_block(block: Block, *inputs: Any) -> Tensor:
+    return block(*inputs)
+
+
 class GPT(nn.Module):
     """A GPT. `model(ids)` turns ids (B, T) int64 into logits (B, T, V).
 
@@ -151,6 +155,8 @@ class GPT(nn.Module):
 
     Book: 10_gpt.html#the-class
     """
+
+    call_block = staticmethod(_call_block)
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -225,9 +231,12 @@ class GPT(nn.Module):
         mask = _may_look(before, columns, starts)
         for layer, block in enumerate(self.blocks):
             if self.recompute and self.training and not caches:
-                x = checkpoint(block, x, rotary, mask, use_reentrant=False)
+                x = checkpoint(
+                    self.call_block, block, x, rotary, mask, use_reentrant=False
+                )
             else:
-                x = block(x, rotary, mask, caches[layer] if caches else None)
+                cache = caches[layer] if caches else None
+                x = self.call_block(block, x, rotary, mask, cache)
         return self.norm(x)
 
     def embed(

@@ -37,6 +37,7 @@ _CHOICES = {
     "optimizer": ("adamw", "muon"),
     "schedule": ("cosine", "linear", "stable"),
     "precision": ("float32", "tf32", "bfloat16", "float16"),
+    "compile": ("off", "blocks", "all"),
 }
 
 
@@ -72,7 +73,9 @@ class TrainConfig:
     matrix_learning_rate: Muon's. schedule: "cosine", "linear", or "stable" (constant,
     then linear over the last fifth), each after `warmup` steps and down to `final_rate`
     of the learning rate. weight_decay: on matrices only. clip: longest gradient.
-    precision: "float32", "tf32", "bfloat16" or "float16". recompute: keep less for the
+    precision: "float32", "tf32", "bfloat16" or "float16". compile: "off", "blocks" (one
+    program for all blocks) or "all" (the whole model, faster, but it takes longer to
+    begin). recompute: keep less for the
     backward pass and calculate it again. Every `evaluate_every` steps it is judged on
     `evaluation_batches` fixed batches. keep: how many checkpoints stay.
     seed: of batches and dropout. Raises ValueError for impossible values.
@@ -92,7 +95,7 @@ class TrainConfig:
     weight_decay: float = 0.1
     clip: float = 1.0
     precision: str = "float32"
-    compile: bool = False
+    compile: str = "off"
     recompute: bool = False
     evaluate_every: int = 250
     evaluation_batches: int = 20
@@ -210,30 +213,35 @@ class Run:
         return min((r["validation_loss"] for r in self.records), default=math.inf)
 
 
-def compiled(
-    loss: Callable[[Tensor, Tensor], Tensor],
-) -> Callable[[Tensor, Tensor], Tensor]:
+def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """`torch.compile`, falling back to the plain function where no compiler works.
+
+    Without gradients the plain function is called.
 
     Book: 12_training.html#a-run
     """
     chosen = []
 
-    def first_call(ids: Tensor, targets: Tensor) -> Tensor:
+    def first_call(*inputs: Any) -> Tensor:
         try:
-            fast = torch.compile(loss)
-            result = fast(ids, targets)
+            fast = torch.compile(function)
+            result = fast(*inputs)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a missing compiler raises
             reason = (str(error).strip() or repr(error)).splitlines()[0]
             tqdm.write(f"torch.compile does not work here, going on without: {reason}")
-            chosen.append(loss)
-            return loss(ids, targets)
+            chosen.append(function)
+            return function(*inputs)
         chosen.append(fast)
         return result
 
-    return lambda ids, targets: (chosen or [first_call])[0](ids, targets)
+    def call(*inputs: Any) -> Tensor:
+        if not torch.is_grad_enabled():
+            return function(*inputs)
+        return (chosen or [first_call])[0](*inputs)
+
+    return call
 
 
 class Trainer:
@@ -263,7 +271,9 @@ class Trainer:
         half = config.precision == "float16"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
         loss = make_loss(model, config)
-        self.loss = compiled(loss) if config.compile else loss
+        self.loss = compiled(loss) if config.compile == "all" else loss
+        if config.compile == "blocks":
+            model.call_block = compiled(model.call_block)
         self.run = Run()
         self.losses: list[Tensor] = []
         self.began = self.rate = 0.0
@@ -630,4 +640,7 @@ def train(
         trainer = Trainer(model, data, config, *arguments)
         if last:
             resume_run(trainer, last)
-        return fit(trainer, progress)
+        try:
+            return fit(trainer, progress)
+        finally:
+            vars(model).pop("call_block", None)  # what was compiled is for this run
