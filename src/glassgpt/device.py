@@ -203,14 +203,14 @@ class Plan:
         memory = memory_needed(model, training)
         parameters = _on_paper(model).parameter_count()
         compiled = {"off": "", "blocks": ", blocks compiled", "all": ", compiled"}
+        how = training.precision + compiled[training.compile]
         again = ", activations recomputed" if training.recompute else ""
         return (
             f"model   {parameters / 1e6:.2f} M parameters: {model.layers} layers, "
             f"{model.heads} heads, width {model.width}, context {model.context}\n"
             f"run     {training.steps:,} steps, {self.tokens / 1e6:.1f} M tokens, "
             f"{self.flops:.1e} FLOPs\n"
-            f"machine {self.device.type}, {training.precision}{compiled[training.compile]}"
-            f"{again}: about "
+            f"machine {self.device.type}, {how}{again}: about "
             f"{memory / 1e9:.1f} GB and {timedelta(seconds=round(self.seconds))} hours"
         )
 
@@ -312,7 +312,7 @@ def make_plan(
         training = fit_batch(model, training, 0.85 * _gpu_memory(chosen))
     plan = Plan(model, training, chosen, peak_flops(chosen, training.precision))
     if "compile" not in values and chosen.type in ("cpu", "cuda"):
-        # On a CPU the whole model takes half a minute to compile, a block half of it.
-        long, longer = plan.seconds > 60, plan.seconds > 600
+        # On a CPU the whole model takes half a minute to compile, a block less.
+        long, longer = plan.seconds > 120, plan.seconds > 600
         training.compile = "all" if longer else "blocks" if long else "off"
     return plan
