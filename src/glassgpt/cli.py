@@ -165,6 +165,8 @@ def resume_run(options: argparse.Namespace) -> tuple[Plan, TokenData]:
         device, data = pick_device(content["device"]), TokenData.open(content["data"])
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}): start a new run") from None
+    last = [checkpoint.name for checkpoint in checkpoints_in(out)][-1:]
+    print("going on from", *(last or ["the start: there is no checkpoint yet"]))
     return Plan(model, training, device, peak_flops(device, training.precision)), data
 
 
@@ -202,9 +204,6 @@ def train_command(options: argparse.Namespace) -> None:
     where = json.loads((out / "run.json").read_text("utf-8"))["data"]
     tokenizer = load_tokenizer(Path(where) / "tokenizer.json")
     print(plan.describe())
-    if options.resume:
-        last = [path.name for path in checkpoints_in(out)][-1:]
-        print("going on from", *(last or ["the start: there is no checkpoint yet"]))
     torch.manual_seed(plan.training.seed)
     with size_advice():
         model = GPT(plan.model).to(plan.device)

@@ -408,18 +408,16 @@ def tokenize(
     """Turn a source into files of token ids, once, and open them.
 
     source: what `read_documents` takes, or an iterable of texts, of which every tenth
-    is held out. Neither has to fit into memory, as long as there is white space in it.
-    workers: processes that encode. A document ends in `<|endoftext|>` where the
-    tokenizer has that token. The folder appears when it is complete, not before, and
-    holds tokenizer.json too. Raises FileExistsError where it exists or another process
-    is making it, ValueError for too little or no text.
+    is held out. It need not fit into memory, if it has white space. workers: processes
+    that encode. A document ends in `<|endoftext|>` where the tokenizer has that token.
+    The folder appears when it is complete. Raises FileExistsError where it exists or
+    another process makes it, ValueError for too little text.
 
     Book: 11_data.html#tokenizing-once
     """
-    directory = Path(directory)
     if workers < 1:
         raise ValueError(f"workers must be at least 1, not {workers}")
-    if directory.exists():
+    if (directory := Path(directory)).exists():
         raise FileExistsError(f"{directory} exists already: choose another folder")
     partial = directory.with_name(f"{directory.name}.partial")
     lock = _fresh_folder(partial)

@@ -589,15 +589,16 @@ def fit(trainer: Trainer, progress: bool = True) -> Run:
 
 
 @contextmanager
-def _products_in(precision: str) -> Iterator[None]:
-    """Let a GPU round the inputs of float32 products if the precision is "tf32"."""
+def _switches(model: GPT, config: TrainConfig) -> Iterator[None]:
+    """Let a GPU round products to TF32 if wanted; undo that and what was compiled."""
     before = torch.get_float32_matmul_precision()
-    if precision == "tf32":
+    if config.precision == "tf32":
         torch.set_float32_matmul_precision("high")
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+        vars(model).pop("call_block", None)
 
 
 def train(
@@ -633,14 +634,11 @@ def train(
         _locked(place, resume) as last,
         torch.random.fork_rng(cuda),
         _memory_advice(),
-        _products_in(config.precision),
+        _switches(model, config),
     ):
         torch.manual_seed(config.seed)
         arguments = (place, tokenizer, peak_flops, on_record)
         trainer = Trainer(model, data, config, *arguments)
         if last:
             resume_run(trainer, last)
-        try:
-            return fit(trainer, progress)
-        finally:
-            vars(model).pop("call_block", None)  # what was compiled is for this run
+        return fit(trainer, progress)
