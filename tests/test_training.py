@@ -9,6 +9,7 @@ import sys
 import textwrap
 from dataclasses import replace
 from pathlib import Path
+from shutil import which
 from unittest.mock import patch
 
 import pytest
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.utils import counters
 
 from glassgpt import training
 from glassgpt.checkpoints import checkpoints_in, load, read_checkpoint
@@ -241,6 +243,19 @@ def test_resuming_is_exact(tmp_path, optimizer, precision):
         assert [old[key] for key in same] == [new[key] for key in same]
     moved = (weights(whole) - weights(gpt())).abs().max()
     assert 1e-3 < moved < 1
+
+
+@pytest.mark.skipif(not which("c++"), reason="needs a C++ compiler")
+@pytest.mark.parametrize("scope", ["blocks", "all"])
+def test_resuming_a_compiled_run_is_exact(tmp_path, scope):
+    config = replace(CONFIG, precision="bfloat16", compile=scope)
+    before = counters["stats"]["unique_graphs"]
+    whole, _ = run(config=config)
+    assert counters["stats"]["unique_graphs"] > before
+    with pytest.raises(PowerCut):
+        run(config=config, directory=tmp_path, on_record=cut_at(8))
+    resumed, _ = run(gpt(seed=9), config, directory=tmp_path, resume=True)
+    assert torch.equal(weights(whole), weights(resumed))
 
 
 def test_a_finished_run_resumes_to_itself(tmp_path):

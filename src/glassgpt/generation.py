@@ -6,7 +6,6 @@ import copy
 import math
 import operator
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any
 
@@ -310,17 +309,6 @@ def _round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x / scale[:, None]).round().to(torch.int8), scale
 
 
-@contextmanager
-def _without_onednn() -> Iterator[None]:
-    """Let PyTorch's own kernels do the products."""
-    before = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = False
-    try:
-        yield
-    finally:
-        torch.backends.mkldnn.enabled = before
-
-
 class LightLinear(nn.Module):
     """A linear layer with lighter weights, for generation: (..., in) to (..., out).
 
@@ -339,47 +327,52 @@ class LightLinear(nn.Module):
             weight, scale = _round_rows(weight.float())
         self.register_buffer("weight", weight.to(getattr(torch, weights)))
         self.register_buffer("scale", scale)
-        bias = None if linear.bias is None else linear.bias.detach().clone()
+        bias = None if linear.bias is None else linear.bias.detach()
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, self.in_features)
-        y = self.product(rows) if self.scale is None else self.whole_product(rows)
-        y = y.to(x.dtype) if self.bias is None else self.bias + y
-        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+        y = self.product(x) if self.scale is None else self.whole_product(x)
+        return (y if self.bias is None else self.bias + y).to(x.dtype)
 
-    def product(self, rows: Tensor) -> Tensor:
-        """The product (N, out) in 16 bits, or 32 where float16 has no fast kernel."""
-        on_cpu, dtype = rows.device.type == "cpu", self.weight.dtype
-        if on_cpu and len(rows) == 1:
-            with _without_onednn():
-                return F.linear(rows.to(dtype), self.weight)
+    def product(self, x: Tensor) -> Tensor:
+        """The product in 16 bits, or 32 where float16 has no fast kernel."""
+        on_cpu, dtype = x.device.type == "cpu", self.weight.dtype
+        if on_cpu and x.numel() == self.in_features:
+            before = torch.backends.mkldnn.enabled
+            torch.backends.mkldnn.enabled = False
+            try:
+                return F.linear(x.to(dtype), self.weight)
+            finally:
+                torch.backends.mkldnn.enabled = before
         if on_cpu and dtype == torch.float16:
-            return F.linear(rows.float(), self.weight.float())
-        return F.linear(rows.to(dtype), self.weight)
+            return F.linear(x.float(), self.weight.float())
+        return F.linear(x.to(dtype), self.weight)
 
-    def whole_product(self, rows: Tensor) -> Tensor:
-        """The product (N, out) of whole numbers, times both scales."""
-        rows = rows.float()
-        if rows.device.type != "cpu":  # no such kernel for few rows there
-            return F.linear(rows, self.weight.float()) * self.scale
-        whole, scale = _round_rows(rows)
-        sums = torch._int_mm(whole, self.weight.t())  # (N, out) int32
-        return sums * (scale[:, None] * self.scale)
+    def whole_product(self, x: Tensor) -> Tensor:
+        """The product of whole numbers, times both scales."""
+        rows = x.reshape(-1, self.in_features).float()
+        if x.device.type != "cpu":  # no such kernel for few rows there
+            products = F.linear(rows, self.weight.float()) * self.scale
+        else:
+            whole, scale = _round_rows(rows)
+            sums = torch._int_mm(whole, self.weight.t())  # (N, out) int32
+            products = sums * (scale[:, None] * self.scale)
+        return products.view(*x.shape[:-1], self.out_features)
 
 
 def lighten(model: GPT, weights: str = "int8") -> GPT:
-    """A copy of a model for generation, with lighter weights in its linear layers.
+    """A model for generation, with lighter weights in its linear layers.
 
-    weights: "bfloat16", "float16" or "int8". The copy can't be trained or saved.
-    Raises ValueError for others.
+    weights: "bfloat16", "float16" or "int8"; raises ValueError for others. It can't be
+    trained or saved. Tables, norms and biases it shares with the model it comes from.
 
     Book: 13_generation.html#lighter-weights
     """
     if weights not in ("bfloat16", "float16", "int8"):
         raise ValueError(f"weights must be bfloat16, float16 or int8, not {weights!r}")
-    # deepcopy takes what `memo` has for a layer instead of copying it.
-    memo = {
+    # deepcopy takes what `memo` has for an object instead of copying it.
+    memo = {id(parameter): parameter for parameter in model.parameters()}
+    memo |= {
         id(layer): LightLinear(layer, weights)
         for layer in model.modules()
         if isinstance(layer, nn.Linear)
