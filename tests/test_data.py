@@ -645,7 +645,7 @@ def test_a_batch_touches_a_small_part_of_a_mapped_file(tmp_path):
 # Wrong versions. Each check must notice, and say which mistake it was.
 
 
-def crops(length, ends, shift=0):
+def crops(length, ends):
     """A random_batch with the given mistakes; `ends` gets (N, T)."""
 
     def batch(ids, batch_size, context, seed):
@@ -658,9 +658,20 @@ def crops(length, ends, shift=0):
                 for s in draws
             ]
         )
-        if not length:
-            return rows, rows - shift
-        return rows[:, :-1], rows[:, 1:]
+        return (rows[:, :-1], rows[:, 1:]) if length else (rows, rows)
+
+    return batch
+
+
+def moved(by):
+    """A random_batch whose targets are the inputs moved on by so many places."""
+
+    def batch(ids, batch_size, context, seed):
+        random = np.random.default_rng(seed)
+        starts = random.integers(1, len(ids) - context - 2, size=(batch_size, 1))
+        places = starts + np.arange(context)
+        parts = ids[places], ids[places + by]
+        return [torch.tensor(part.astype(np.int64)) for part in parts]
 
     return batch
 
@@ -717,15 +728,84 @@ def drawn(ids, batch_size, context, seed, step):
 
 
 def in_order(ids, batch_size, context, seed, step):
-    starts = 4 * (np.arange(batch_size) + batch_size * (step % 4))
+    batches = (len(ids) - 1) // context // batch_size
+    starts = context * (np.arange(batch_size) + batch_size * (step % batches))
     rows = torch.tensor(ids[starts[:, None] + np.arange(context + 1)].astype(np.int64))
     return rows[:, :-1], rows[:, 1:]
 
 
+def epochs(order_of):
+    """Epochs of crops in the order that `order_of` gives."""
+
+    def batch(ids, size, context, seed, step):
+        count = (len(ids) - 1) // context
+        epoch, part = divmod(step, count // size)
+        chosen = order_of(count, seed, epoch, size)[part * size : (part + 1) * size]
+        places = np.asarray(chosen)[:, None] * context + np.arange(context + 1)
+        rows = torch.tensor(ids[places].astype(np.int64))
+        return rows[:, :-1], rows[:, 1:]
+
+    return batch
+
+
+def the_same_order(count, seed, epoch, size):
+    return np.random.default_rng(seed).permutation(count)
+
+
+def the_last_left_out(count, seed, epoch, size):
+    return np.random.default_rng((seed, epoch)).permutation(count // size * size)
+
+
+def shuffled_in_batches(count, seed, epoch, size):
+    random = np.random.default_rng((seed, epoch))
+    order = np.arange(count)
+    for start in range(0, count, size):
+        random.shuffle(order[start : start + size])
+    return order
+
+
+def leftovers_carried_over(ids, size, context, seed, step):
+    count = (len(ids) - 1) // context
+    places = range(step * size, (step + 1) * size)
+    orders = [
+        np.random.default_rng((seed, place // count)).permutation(count)
+        for place in places
+    ]
+    chosen = [order[place % count] for order, place in zip(orders, places, strict=True)]
+    starts = np.array(chosen)[:, None] * context
+    rows = torch.tensor(ids[starts + np.arange(context + 1)].astype(np.int64))
+    return rows[:, :-1], rows[:, 1:]
+
+
+def mostly_the_last(ids, size, context, seed):
+    starts = np.random.default_rng(seed).integers(len(ids), size=(size, 1))
+    starts = np.minimum(starts, len(ids) - context - 1)
+    rows = torch.tensor(ids[starts + np.arange(context + 1)].astype(np.int64))
+    return rows[:, :-1], rows[:, 1:]
+
+
+def overwriting(ids, size, context, seed):
+    batch = package_batch(ids.copy(), size, context, seed)
+    ids[:] = 0
+    return batch
+
+
 WRONG = [
+    ("check_batches", of_all(lambda x, y: (x, x + 1)), "the next id of the text"),
+    ("check_batches", mostly_the_last, "not equally likely"),
+    ("check_batches", overwriting, "the ids themselves were changed"),
+    ("check_batches", of_all(lambda x, y: (x,)), "return two tensors"),
+    ("check_epochs", epochs(the_last_left_out), "left out in every epoch"),
+    ("check_epochs", epochs(shuffled_in_batches), "put all crops into a new order"),
+    ("check_epochs", leftovers_carried_over, "drop the crops that are left over"),
+    (
+        "check_epochs",
+        lambda *arguments: [part.float() for part in package_epoch(*arguments)],
+        "not torch.int64",
+    ),
     ("check_batches", crops(0, lambda n, t: n - t), "move them on by one"),
-    ("check_batches", crops(0, lambda n, t: n - t, shift=1), "the wrong way"),
-    ("check_batches", crops(0, lambda n, t: n - t, shift=-2), "not the inputs moved"),
+    ("check_batches", moved(-1), "the wrong way"),
+    ("check_batches", moved(2), "not the inputs moved"),
     ("check_batches", crops(1, lambda n, t: n - t - 1), "off by one at the end"),
     ("check_batches", crops(1, lambda n, t: n - t + 1), "run past the end"),
     ("check_batches", crops(1, lambda n, t: n // 2), r"crops that start at [6, 7]"),
@@ -754,10 +834,10 @@ WRONG = [
     ("check_split", lambda ds: [("test", d) for d in ds], "'test' is neither"),
     ("check_epochs", drawn, "permute, don't draw"),
     ("check_epochs", in_order, "in the order of the text"),
-    ("check_epochs", epoch_order(lambda seed, step: (seed, step % 4)), "same order"),
+    ("check_epochs", epochs(the_same_order), "same order"),
     ("check_epochs", epoch_order(lambda seed, step: (0, step)), "the seed is ignored"),
     ("check_nats_per_character", lambda n, t, c: n * c / t, "longer tokens"),
-    ("check_nats_per_character", lambda n, t, c: n, "1.2 each, not 3.000"),
+    ("check_nats_per_character", lambda n, t, c: n, "don't cost 3.000 nats each"),
 ]
 
 

@@ -71,6 +71,17 @@ def test_checks_pass():
         (check_days, lambda N, t, p, u: 6 * N * t / p / 86_400, "missing"),
         (check_days, lambda N, t, p, u: 6 * N * t / (u * p), "seconds"),
         (check_scale, lambda scale, streak, finite: (scale, streak + 1), "halves"),
+        (check_days, lambda N, t, p, u: 120 * N * N / (u * p) / 86_400, "days, not"),
+        (
+            check_scale,
+            lambda scale, streak, finite: (
+                (scale * 2, 0)
+                if streak == 1999
+                else ((scale, streak + 1) if finite else (scale / 2, 0))
+            ),
+            "infinite at the 2,000th step",
+        ),
+        (check_rounding, lambda x: float(round(x)), "1.7 became 2.0"),
         (check_rounding, lambda x: float(int(x)), "257.5"),
         (check_rounding, lambda x: x, "spacing"),
     ],

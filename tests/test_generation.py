@@ -418,7 +418,50 @@ def one_scale(model, weights):
     return light
 
 
+def beams_capped(model, ids, length, beams):
+    return checks._beams(model, ids, length, min(beams, 2))[0][1]
+
+
+def beams_at_first_only(model, ids, length, beams):
+    first = checks._beams(model, ids, 1, beams)
+    return max(checks._beams(model, text, length - 1, 1)[0] for _, text in first)[1]
+
+
+def beam_that_appends(model, ids, length, beams):
+    ids += checks._beams(model, list(ids), length, beams)[0][1][len(ids) :]
+    return ids
+
+
+def forbidden_in_any_order(ids, n):
+    start = sorted(ids[len(ids) - n + 1 :])
+    runs = (ids[place : place + n] for place in range(len(ids) - n + 1))
+    return {run[-1] for run in runs if sorted(run[:-1]) == start}
+
+
+def min_p_of_batch(logits, share):
+    p = logits.softmax(-1)
+    return logits.masked_fill(p < share * p.max(), -math.inf)
+
+
+def min_p_without_ties(logits, share):
+    p = logits.softmax(-1)
+    return logits.masked_fill(p <= share * p.amax(-1, keepdim=True), -math.inf)
+
+
+def min_p_in_place(logits, share):
+    p = logits.softmax(-1)
+    return logits.masked_fill_(p < share * p.amax(-1, keepdim=True), -math.inf)
+
+
 WRONG = [
+    ("check_beam_search", beams_capped, "3 beams from"),
+    ("check_beam_search", beams_at_first_only, "extend every text that was kept"),
+    ("check_beam_search", beam_that_appends, "copy it"),
+    ("check_beam_search", lambda m, ids, n, b: beams_capped(m, ids, 3, b), "not 5"),
+    ("check_forbidden", forbidden_in_any_order, "not the start"),
+    ("check_min_p", min_p_of_batch, "each row has its own"),
+    ("check_min_p", min_p_without_ties, "mind ties"),
+    ("check_min_p", min_p_in_place, "were changed"),
     ("check_top_k", lambda x, k: keep_top_k(-x, k), "lowest"),
     ("check_top_k", lambda x, k: x[..., :k], "shape"),
     ("check_top_p", drops_the_crossing_token, "crosses p was dropped"),
@@ -443,7 +486,7 @@ WRONG = [
     (
         "check_beam_search",
         lambda model, ids, n, beams: generate(model, ids, n, top_k=1),
-        "below the likeliest",
+        "2 beams from",
     ),
 ]
 

@@ -273,6 +273,28 @@ def test_grade_and_catch_say_what_they_found(capsys):
         grade(check, lambda: 1 / 0)
 
 
+class Shelf:
+    def lay(self, number):
+        return [][number]
+
+
+def test_grade_tells_an_error_of_the_attempt_from_one_of_the_check(capsys):
+    def check_sum(attempt):
+        """A sum."""
+        assert attempt(1) + 1 == 2
+
+    def unsupported(number):
+        raise NotImplementedError("no such kernel")
+
+    grade(check_sum, lambda number: None)
+    printed = capsys.readouterr().out
+    assert printed.startswith("Not yet: what came back is of no use (TypeError: ")
+    with pytest.raises(NotImplementedError, match="no such kernel"):
+        grade(check_sum, unsupported)
+    with pytest.raises(IndexError):
+        grade(lambda kind: kind().lay(1), Shelf)
+
+
 # Text and bytes survive.
 
 

@@ -782,8 +782,48 @@ def scaled(model, parts, factor):
 
 
 def clip(gradients, longest):
-    length = torch.cat(gradients).norm()
+    length = torch.cat([gradient.flatten() for gradient in gradients]).norm()
     return [gradient * (longest / length).clamp(max=1) for gradient in gradients]
+
+
+def clip_asking(gradients, longest):
+    length = torch.cat([gradient.flatten() for gradient in gradients]).norm()
+    return gradients if length <= longest else clip(gradients, longest)
+
+
+def clip_in_place(gradients, longest):
+    for old, new in zip(gradients, clip(gradients, longest), strict=True):
+        old.copy_(new)
+    return gradients
+
+
+def all_at_once(model, parts):
+    x, y = (torch.cat(columns) for columns in zip(*parts, strict=True))
+    F.cross_entropy(model(x), y).backward()
+
+
+def targets_overwritten(model, parts):
+    for _, y in parts:
+        y[y == -100] = 0
+    right_sum(model, parts)
+
+
+def weights_moved(model, parts):
+    right_sum(model, parts)
+    with torch.no_grad():
+        model.weight -= 0.1 * model.weight.grad
+
+
+def fall(shape):
+    """A "stable" schedule that falls in another shape."""
+
+    def rate(step, config):
+        if config.schedule != "stable" or step < config.warmup:
+            return rate_at(step, config)
+        done = (step - config.warmup) / (config.steps - config.warmup)
+        return config.final_rate + (1 - config.final_rate) * shape(done)
+
+    return rate
 
 
 def test_right_versions_pass():
@@ -865,8 +905,38 @@ WRONG = [
     ),
     (
         "check_clipping",
-        lambda gradients, longest: [g / torch.cat(gradients).norm() for g in gradients],
+        lambda gradients, longest: [
+            g * longest / torch.cat([part.flatten() for part in gradients]).norm()
+            for g in gradients
+        ],
         "a short gradient was made longer",
+    ),
+    ("check_clipping", clip_asking, "Python asked for a number"),
+    ("check_clipping", clip_in_place, "were changed"),
+    ("check_clipping", lambda g, longest: clip(g, longest)[::-1], "the order"),
+    ("check_accumulation", all_at_once, "more rows at once"),
+    ("check_accumulation", weights_moved, "the weights moved"),
+    ("check_accumulation", lambda model, parts: None, "no gradient is left"),
+    ("check_accumulation", lambda m, parts: scaled(m, parts, 2), "over all targets"),
+    ("check_uneven_accumulation", targets_overwritten, "parts themselves"),
+    ("check_schedule", fall(lambda done: min(1, 4 * (1 - done))), "at step 86"),
+    ("check_schedule", fall(lambda done: 1 - 0.95 * (done > 0.95)), "at step 86"),
+    (
+        "check_schedule",
+        lambda step, c: rate_at(step, replace(c, final_rate=0.1)),
+        "final_rate is 0.3",
+    ),
+    (
+        "check_schedule",
+        lambda step, c: (
+            ((step + 1) / c.warmup) ** 2 if step < c.warmup else rate_at(step, c)
+        ),
+        "not 0.5",
+    ),
+    (
+        "check_schedule",
+        lambda step, c: step / c.warmup * 0 + rate_at(step, c),
+        "divided by 0",
     ),
     ("check_clipping", lambda gradients, longest: gradients, "its length is 5.025"),
 ]

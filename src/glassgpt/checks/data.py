@@ -41,36 +41,59 @@ def check_split(
         assert names, f"there is no document for {side}"
 
 
-def _draw(random_batch: Callable, ids: np.ndarray, seed: int) -> tuple[Tensor, Tensor]:
-    """One batch of 64 crops of 4 ids, with shapes and types compared."""
+def _text(length: int) -> np.ndarray:
+    """Ids of which each tells its place, its root, and no two are neighbors."""
+    return (np.arange(length) ** 2 + 100).astype(np.uint16)
+
+
+def _draw(
+    random_batch: Callable, ids: np.ndarray, seed: int, size: int = 64, context: int = 4
+) -> tuple[Tensor, Tensor]:
+    """One batch of crops, with shapes and types compared."""
+    given = ids.copy()
     try:
-        inputs, targets = random_batch(ids, 64, 4, seed)
+        batch = random_batch(given, size, context, seed)
     except NotImplementedError:
         raise
     except (IndexError, RuntimeError, ValueError) as error:
+        if "broadcast" in str(error):
+            raise
         raise AssertionError(
-            f"crops of 4 from {len(ids)} ids: {error}. Do they run past the end?"
+            f"crops of {context} from {len(ids)} ids: {error}. "
+            "Do they run past the end?"
         ) from error
-    for name, part in (("inputs", inputs), ("targets", targets)):
-        shape = tuple(part.shape)
-        assert shape == (64, 4), f"{name} have shape {shape}, not (B, T) = (64, 4)"
+    assert (given == ids).all(), "the ids themselves were changed"
+    assert len(batch) == 2, "return two tensors, the inputs and the targets"
+    for name, part in zip(("inputs", "targets"), batch, strict=True):
+        found, due = tuple(part.shape), (size, context)
+        assert found == due, f"{name} have shape {found}, not (B, T) = {due}"
         assert part.dtype == torch.int64, f"{name} are {part.dtype}, not torch.int64"
-    return inputs, targets
+    return batch
 
 
-def _check_shift(inputs: Tensor, targets: Tensor) -> None:
-    """Rows of consecutive ids, and the same rows one further."""
+def _starts(ids: np.ndarray, inputs: Tensor, targets: Tensor) -> Tensor:
+    """Where the rows begin (B,), after comparing inputs and targets with the text."""
     assert not torch.equal(targets, inputs), (
         "the targets equal the inputs: move them on by one"
     )
-    assert not torch.equal(targets, inputs - 1), (
+    assert not torch.equal(targets, inputs + 1), (
+        "one was added to every id: a target is the next id of the text"
+    )
+    text = torch.tensor(ids.tolist())
+    known = text == inputs[:, :1]  # (B, N)
+    assert known.any(dim=1).all(), "a row begins with an id that is not in the text"
+    starts = known.int().argmax(dim=1)
+    places = starts[:, None] + torch.arange(inputs.shape[1])  # (B, T)
+    run = text[places.clamp(max=len(text) - 1)]
+    assert torch.equal(inputs, run), "a row of inputs is not a run of the text"
+    assert not torch.equal(targets, text[places - 1]), (
         "the targets come before the inputs: moved by one the wrong way"
     )
-    runs = inputs[:, :1] + torch.arange(inputs.shape[1])
-    assert torch.equal(inputs, runs), "a row of inputs is not a run of the text"
-    assert torch.equal(targets, inputs + 1), (
+    assert places.max() + 1 < len(text), "a row has no next id for its last target"
+    assert torch.equal(targets, text[places + 1]), (
         "the targets are not the inputs moved on by one"
     )
+    return starts
 
 
 def check_batches(
@@ -83,21 +106,25 @@ def check_batches(
 
     Book: 11_data.html#the-check-of-a-batch
     """
-    ids = np.arange(100, 112, dtype=np.uint16)
+    ids = _text(12)  # 8 crops of 4
     batches = [_draw(random_batch, ids, seed) for seed in range(20)]
-    for inputs, targets in batches:
-        _check_shift(inputs, targets)
+    starts = torch.cat([_starts(ids, *batch) for batch in batches])
     first = batches[0][0]
     assert torch.equal(first, _draw(random_batch, ids, 0)[0]), (
         "the same seed gave another batch: a run could not resume"
     )
     assert not torch.equal(first, batches[1][0]), "the seed is ignored"
-    starts = {int(start) - 100 for inputs, _ in batches for start in inputs[:, 0]}
-    missing = sorted(set(range(8)) - starts)
+    counts = torch.bincount(starts, minlength=8)
+    missing = (counts == 0).nonzero().flatten().tolist()
     assert missing != [7], (
         "the last crop never comes: N ids have N - T crops, off by one at the end"
     )
     assert not missing, f"crops that start at {missing} never come"
+    assert counts.max() < 220, (  # 160 each, give or take 12
+        f"not equally likely: of 1,280 draws start {int(counts.argmax())} has "
+        f"{int(counts.max())}, start {int(counts.argmin())} has {int(counts.min())}"
+    )
+    _starts(_text(30), *_draw(random_batch, _text(30), 0, size=5, context=7))
 
 
 def check_nats_per_character(
@@ -107,14 +134,46 @@ def check_nats_per_character(
 
     Book: 11_data.html#exercise-1-one-scale-for-all
     """
-    result = nats_per_character(3.0, 100, 250)
-    assert abs(result - 7.5) > 1e-9, (
-        "multiplied by characters per token: longer tokens must cost less a character"
-    )
-    assert abs(result - 1.2) < 1e-9, (
-        f"100 tokens of 3 nats are 300 nats; for 250 characters that is 1.2 each, "
-        f"not {result:.3f}"
-    )
+    for loss, tokens, characters in ((3.0, 100, 250), (2.0, 300, 400)):
+        result = nats_per_character(loss, tokens, characters)
+        assert abs(result - loss * characters / tokens) > 1e-9, (
+            "multiplied by characters per token: longer tokens must cost less each"
+        )
+        assert abs(result - loss * tokens / characters) < 1e-9, (
+            f"{tokens} tokens of {loss} nats make {characters} characters: "
+            f"they don't cost {result:.3f} nats each"
+        )
+
+
+def _epoch(
+    epoch_batch: Callable, length: int, size: int, seed: int, steps: Sequence[int]
+) -> list[int]:
+    """Where the crops of 4 begin that come in these steps."""
+    ids, starts = _text(length), []
+    for step in steps:
+        batch = _draw(
+            lambda *arguments, step=step: epoch_batch(*arguments, step),
+            ids,
+            seed,
+            size,
+        )
+        starts += _starts(ids, *batch).tolist()
+    assert not any(start % 4 for start in starts), "the crops overlap"
+    return starts
+
+
+def _check_left_out(epoch_batch: Callable) -> None:
+    """Of 12 crops in batches of 5, two are left out, now these and now those."""
+    epochs = []
+    for epoch in range(4):
+        steps = (2 * epoch, 2 * epoch + 1)
+        found = frozenset(_epoch(epoch_batch, 50, 5, 0, steps))
+        assert len(found) == 10, (
+            "two batches of 5 have a crop twice: drop the crops that are left over, "
+            "and begin the next epoch with a new order"
+        )
+        epochs.append(found)
+    assert len(set(epochs)) > 1, "the same crops are left out in every epoch"
 
 
 def check_epochs(
@@ -126,28 +185,25 @@ def check_epochs(
 
     Book: 11_data.html#exercise-3-everything-once-then-again
     """
-    ids, orders = np.arange(100, 150, dtype=np.uint16), []  # 12 crops of 4, 4 batches
-    for epoch in range(3):
-        order = []
-        for step in range(4 * epoch, 4 * epoch + 4):
-            inputs, targets = epoch_batch(ids, 3, 4, 0, step)
-            assert tuple(inputs.shape) == (3, 4), f"step {step} is not of shape (3, 4)"
-            _check_shift(inputs, targets)
-            order += (inputs[:, 0] - 100).tolist()
-        twice = sorted({start for start in order if order.count(start) > 1})
-        assert not twice, f"crops {twice} come twice in an epoch: permute, don't draw"
-        whole = sorted(order) == list(range(0, 48, 4))
-        assert whole, "the crops overlap, or some are missing"
-        orders.append(order)
+    late = _epoch(epoch_batch, 50, 3, 0, [5])  # asked for before all others
+    for length, crops in ((49, 12), (48, 11)):  # the last target is an id, too
+        found = _epoch(epoch_batch, length, 1, 0, range(crops))
+        assert len(set(found)) == crops, (
+            f"{length} ids make {crops} crops of 4 with their targets, and in {crops} "
+            f"steps came only {len(set(found))}: permute, don't draw"
+        )
+    orders = [
+        _epoch(epoch_batch, 50, 3, 0, range(4 * epoch, 4 * epoch + 4))
+        for epoch in range(3)
+    ]
+    for order in orders:
+        assert len(set(order)) == 12, "in an epoch of 4 batches some crop came twice"
     assert orders[0] != sorted(orders[0]), "the crops come in the order of the text"
     assert orders[0] != orders[1], "every epoch has the same order: seed it by epoch"
-    again = epoch_batch(ids, 3, 4, 0, 4)[0][:, 0] - 100
-    assert again.tolist() == orders[1][:3], "step 4 differs when asked for again"
-    for length, crops in ((49, 12), (48, 11)):  # the last target is an id, too
-        last = [epoch_batch(ids[:length], 1, 4, 0, step) for step in range(crops)]
-        found = sorted(int(inputs[0, 0]) - 100 for inputs, _ in last)
-        assert found == list(range(0, 4 * crops, 4)), (
-            f"{length} ids make {crops} crops of 4 with their targets"
-        )
-    other = epoch_batch(ids, 3, 4, 1, 0)[0][:, 0] - 100
-    assert other.tolist() != orders[0][:3], "the seed is ignored"
+    assert len({frozenset(order[:3]) for order in orders}) > 1, (
+        "a batch has the same crops in every epoch: put all crops into a new order"
+    )
+    assert late == orders[1][3:6], "step 5 differs when it is asked for first"
+    _check_left_out(epoch_batch)
+    other = _epoch(epoch_batch, 50, 3, 1, [0])
+    assert other != orders[0][:3], "the seed is ignored"

@@ -63,25 +63,26 @@ def check_fit_batch(
 
 
 def check_days(days: Callable[[float, float, float, float], float]) -> None:
-    """6 N FLOPs a token, at the share of the peak that is really used, in days.
+    """The days that training takes on a card of which a share is used.
 
     days: called as days(N, tokens, peak, utilization).
 
     Book: 14_full_gpt.html#exercise-1-days-on-a-card
     """
-    N, tokens, peak, utilization = 1e9, 2e10, 1e15, 0.25
-    wanted = 6 * N * tokens / (utilization * peak) / 86_400
-    found = days(N, tokens, peak, utilization)
-    mistakes = [
-        (wanted / 3, "2 N is the forward pass alone: backward costs twice that on top"),
-        (wanted * utilization, "the utilization is missing"),
-        (wanted * utilization**2, "divide by the utilization: less use, more days"),
-        (wanted * 24, "these are hours"),
-        (wanted * 86_400, "these are seconds"),
-    ]
-    for value, mistake in mistakes:
-        assert abs(found / value - 1) > 1e-6, mistake
-    assert abs(found / wanted - 1) < 1e-6, f"{found:.3f} days, not {wanted:.3f}"
+    cases = ((1e9, 2e10, 1e15, 0.25), (3e8, 1e9, 2e14, 0.4))
+    for N, tokens, peak, utilization in cases:
+        wanted = 6 * N * tokens / (utilization * peak) / 86_400
+        found = days(N, tokens, peak, utilization)
+        mistakes = [
+            (wanted / 3, "2 N is the forward pass: backward costs twice that on top"),
+            (wanted * utilization, "the utilization is missing"),
+            (wanted * utilization**2, "divide by the utilization: less use, more days"),
+            (wanted * 24, "these are hours"),
+            (wanted * 86_400, "these are seconds"),
+        ]
+        for value, mistake in mistakes:
+            assert abs(found / value - 1) > 1e-6, mistake
+        assert abs(found / wanted - 1) < 1e-6, f"{found:.3f} days, not {wanted:.3f}"
 
 
 def check_scale(update: Callable[[float, int, bool], tuple[float, int]]) -> None:
@@ -97,6 +98,10 @@ def check_scale(update: Callable[[float, int, bool], tuple[float, int]]) -> None
     scale, streak = update(1024.0, 5, False)
     assert scale == 512, f"an infinite gradient halves 1024 to 512, not {scale:.0f}"
     assert streak == 0, "an infinite gradient ends the streak"
+    halved = tuple(update(4096.0, 1999, False))
+    assert halved == (2048, 0), f"infinite at the 2,000th step: {halved}, not (2048, 0)"
+    doubled = tuple(update(4096.0, 1999, True))
+    assert doubled == (8192, 0), f"the 2,000th good step: {doubled}, not (8192, 0)"
     scale, streak = 1024.0, 0
     for step in range(1, 4001):
         scale, streak = update(scale, streak, True)
@@ -116,6 +121,8 @@ def check_rounding(to_bfloat16: Callable[[float], float]) -> None:
         (1.0, 1.0, "1 is a bfloat16"),
         (257.5, 258.0, "between 256 and 512 the spacing is 2, so round to the nearest"),
         (1.001, 1.0, "between 1 and 2 the spacing is 1/128"),
+        (1.7, 1.703125, "between 1 and 2 the spacing is 1/128"),
+        (100.3, 100.5, "between 64 and 128 the spacing is a half"),
         (257.0, 256.0, "a tie between 256 and 258: the last bit of 256 is 0"),
         (259.0, 260.0, "a tie between 258 and 260: the last bit of 260 is 0"),
         (3.999, 4.0, "rounding may reach the next power of two"),

@@ -277,15 +277,27 @@ def check_min_p(min_p: Callable[[Tensor, float], Tensor]) -> None:
 
     Book: 13_generation.html#exercise-1-another-filter
     """
-    logits = torch.stack((_FIVE, _FIVE.flip(0))).log() + 3
-    found = min_p(logits.clone(), 0.3)  # 0.3 * 0.4 = 0.12
+    even = torch.tensor([0.24, 0.20, 0.20, 0.20, 0.16])
+    logits = torch.stack((_FIVE, even)).log() + 3
+    given = logits.clone()
+    found = min_p(given, 0.3)
+    assert torch.equal(given, logits), "the logits given were changed: return new ones"
     kept = _kept(found[0])
     assert kept != [1, 4], "compare with share times the largest probability, not share"
     assert kept == [1, 2, 4], f"share=0.3 kept the places {kept}, not 1, 2 and 4"
-    assert _kept(found[1]) == [0, 2, 3], "each row has its own likeliest token"
     assert torch.equal(found[0, kept], logits[0, kept]), "logits that stay changed"
-    sure = torch.tensor([[10.0, 0.0, -1.0]])
-    assert _kept(min_p(sure, 0.3)[0]) == [0], "where the model is sure, one stays"
+    kept = _kept(min_p(logits, 0.7)[1])
+    assert kept == [0, 1, 2, 3], (
+        f"share=0.7 kept the places {kept} of the second row, not 0 to 3: "
+        "each row has its own likeliest token"
+    )
+    deep = min_p(logits.expand(2, 2, 5).clone(), 0.3)
+    assert torch.equal(deep[1], found), "more axes in front changed the result"
+    high = min_p(torch.tensor([[1000.0, 1000.0, 990.0]]), 1.0)
+    assert _kept(high[0]) == [0, 1], (
+        "of the logits 1000, 1000 and 990 with share=1 the first two stay: mind ties, "
+        "and numbers too large for exp"
+    )
 
 
 def check_forbidden(forbidden: Callable[[list[int], int], set[int]]) -> None:
@@ -295,37 +307,50 @@ def check_forbidden(forbidden: Callable[[list[int], int], set[int]]) -> None:
     """
     ids = [1, 2, 3, 1, 2, 4, 1, 2]
     found = set(forbidden(ids, 3))
+    assert ids == [1, 2, 3, 1, 2, 4, 1, 2], "the ids given were changed"
     assert found != {3}, "only the first earlier run was found"
     assert found != {4}, "only the last earlier run was found"
     assert found == {3, 4}, f"after 1 2 3 1 2 4 1 2 these are forbidden: {found}"
     assert set(forbidden([5, 5, 5], 3)) == {5}, "runs may overlap"
     assert set(forbidden([1, 2], 3)) == set(), "too short a text forbids nothing"
     assert set(forbidden([1, 2, 1], 1)) == {1, 2}, "n=1 forbids all that occurred"
+    assert set(forbidden([1, 2, 1, 3, 1], 2)) == {2, 3}, "n=2: one token is the start"
+    assert set(forbidden([2, 1, 5, 1, 2], 3)) == set(), "2 1 is not the start 1 2"
 
 
 @torch.no_grad()
-def _total(model: GPT, ids: list[int], start: int) -> float:
-    """The log-probability of the tokens from `start` on."""
-    scores = model(torch.tensor([ids]))[0].log_softmax(-1)
-    return sum(float(scores[t - 1, ids[t]]) for t in range(start, len(ids)))
+def _beams(
+    model: GPT, ids: list[int], length: int, beams: int
+) -> list[tuple[float, list[int]]]:
+    """The likeliest texts after `length` steps of beam search, with their sums."""
+    texts = [(0.0, ids)]
+    for _ in range(length):
+        longer = []
+        for total, text in texts:
+            scores = model(torch.tensor([text]))[0, -1].log_softmax(-1).tolist()
+            longer += [(total + score, [*text, n]) for n, score in enumerate(scores)]
+        texts = sorted(longer, reverse=True)[:beams]
+    return texts
 
 
 def check_beam_search(beam_search: Callable[..., list[int]]) -> None:
-    """With enough beams it finds the likeliest text; with one it is greedy.
+    """It keeps the likeliest texts at each step; with one beam it is greedy.
 
     Book: 13_generation.html#exercise-3-look-ahead
     """
     model = _small_gpt()
-    for prompt in ([3], [1, 2], [7, 7, 7], [9, 0], [4]):
-        greedy = _greedy(model, prompt, 3)
-        found = list(beam_search(model, prompt, 3, 1))
-        assert found == greedy, f"one beam from {prompt} gives {found}, not {greedy}"
-        tails = [[a, b, c] for a in range(11) for b in range(11) for c in range(11)]
-        start = len(prompt)
-        best = max(tails, key=lambda tail: _total(model, prompt + tail, start))
-        found = list(beam_search(model, prompt, 3, 121))
-        low = _total(model, prompt + best, start) - _total(model, found, start)
-        assert abs(low) < 1e-9, (
-            f"121 beams from {prompt} end {low:.2f} below the likeliest text: sum the"
-            " log-probabilities, and extend every text that was kept"
-        )
+    for prompt in ([3], [1, 2], [9, 0], [8], [4]):
+        for length, beams in ((3, 1), (3, 2), (3, 3), (5, 2), (2, 11), (3, 121)):
+            given = list(prompt)
+            found = list(beam_search(model, given, length, beams))
+            assert given == prompt, "the prompt given was changed: copy it"
+            new = len(found) - len(prompt)
+            assert new == length, f"{new} tokens are new, not {length}"
+            best = _beams(model, prompt, length, beams)[0][1]
+            assert beams > 1 or found == best, (
+                f"one beam from {prompt} gives {found}, not {best}: it is greedy"
+            )
+            assert found == best, (
+                f"{beams} beams from {prompt} give {found}, not {best}: extend every "
+                "text that was kept, and keep those with the largest sums"
+            )

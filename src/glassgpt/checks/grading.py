@@ -2,24 +2,38 @@
 """Run a check on an attempt, and say in words what it found."""
 
 from collections.abc import Callable
+from traceback import extract_tb
 from typing import Any
+
+
+def _arose_in(attempt: Any, error: Exception) -> bool:
+    """Whether an error came out of the attempt, and not of the check alone."""
+    own = {getattr(attempt, "__name__", ""), *getattr(attempt, "__dict__", {})}
+    return any(frame.name in own for frame in extract_tb(error.__traceback__))
 
 
 def grade(check: Callable[[Any], None], attempt: Any) -> None:
     """Run a check on a reader's attempt and print what it found.
 
     Prints `Correct`, `Not yet` with the mistake that the check names, or `Still to do`
-    while the attempt raises NotImplementedError.
+    while the attempt raises a bare NotImplementedError. Other errors of the attempt
+    come through.
 
     Book: 02_tokens.html#how-this-book-checks-itself
     """
     goal = (check.__doc__ or check.__name__).splitlines()[0]
     try:
         check(attempt)
-    except NotImplementedError:
-        print(f"Still to do: {goal}")
     except AssertionError as mistake:
         print(f"Not yet: {mistake}")
+    except Exception as error:
+        if type(error) is NotImplementedError and not error.args:
+            print(f"Still to do: {goal}")
+        elif _arose_in(attempt, error):
+            raise
+        else:
+            reason = f"{type(error).__name__}: {error}"
+            print(f"Not yet: what came back is of no use ({reason}). Does it return?")
     else:
         print(f"Correct: {goal}")
 
