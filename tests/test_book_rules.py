@@ -288,6 +288,12 @@ def test_every_exercise_is_graded_and_has_a_hint_and_a_solution(path):
         code = [cell for cell in cells if cell["cell_type"] == "code"]
         stubs = [cell for cell in code if "raise NotImplementedError" in source(cell)]
         assert stubs, f"{title}: a stub"
+        for cell in cells[: cells.index(stubs[0])]:
+            if source(cell).startswith("#| export"):  # its check, which tells too much
+                assert "hide-input" in tags(cell), f"{title}: the check is open"
+                assert cell["metadata"]["jupyter"]["source_hidden"], (
+                    f"{title}: as above"
+                )
         names = definitions(source(stubs[0]))
         attempt = re.compile(rf"grade\(.*\b({'|'.join(names)})\b", re.DOTALL)
         graded = [cell for cell in code if attempt.search(source(cell))]

@@ -35,7 +35,7 @@ def hide_markers(app, docname, source):
         if cell["cell_type"] != "code":
             continue
         code, metadata = "".join(cell["source"]), cell["metadata"]
-        tags = metadata.setdefault("tags", [])
+        tags, folded = metadata.setdefault("tags", []), None
         if mark := MARK.match(code):
             kind, name = mark.groups()
             cell["source"] = code[mark.end() :]
@@ -43,19 +43,21 @@ def hide_markers(app, docname, source):
                 default = name
                 tags.append("remove-cell")
             else:
+                folded = "check" if "hide-input" in tags else None
                 tags += ["export", f"enters-{name or default}"]
         elif title := TITLE.match(code):
             cell["source"] = code[title.end() :]
-            label = title[1].lower()
+            folded = title[1].lower()
+        if folded:
             metadata["mystnb"] = {
-                "code_prompt_show": f"Show the {label}",
-                "code_prompt_hide": f"Hide the {label}",
+                "code_prompt_show": f"Show the {folded}",
+                "code_prompt_hide": f"Hide the {folded}",
             }
     source[0] = json.dumps(notebook)
 
 
-def label_exports(app, doctree):
-    """Put a linked label on each exported cell."""
+def label_exports(app, doctree, docname):
+    """Put a linked label on each exported cell, above what is folded."""
     repository = app.config.html_theme_options["repository_url"]
     branch = app.config.html_theme_options["repository_branch"]
     for cell in list(doctree.findall(nodes.container)):
@@ -157,7 +159,7 @@ def setup(app):
     app.connect("config-inited", share_address)
     app.connect("env-get-outdated", reread_names)
     app.connect("source-read", hide_markers)
-    app.connect("doctree-read", label_exports)
+    app.connect("doctree-resolved", label_exports)
     # After Sphinx has collected the titles, so that the number stays out of the contents.
     app.connect("doctree-read", number_title, priority=900)
     app.connect("html-page-context", drop_repeated_scripts, priority=900)
