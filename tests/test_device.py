@@ -95,6 +95,18 @@ def test_rounding_check_agrees_with_torch():
     check_rounding(lambda x: torch.tensor(x).bfloat16().item())
 
 
+def test_the_learning_rate_falls_with_the_width():
+    def rate(**values):
+        plan = make_plan(80, device="cpu", precision="float32", **values)
+        return plan.training.learning_rate
+
+    assert rate(optimizer="adamw") == pytest.approx(0.4 / 128)
+    assert rate(optimizer="adamw", size="mini") == pytest.approx(0.4 / 384)
+    assert rate(optimizer="adamw", width=64) == pytest.approx(0.4 / 64)
+    assert rate() == pytest.approx(0.8 / 128)  # Muon, since the run is short
+    assert rate(learning_rate=0.005) == 0.005
+
+
 @pytest.mark.parametrize("name", ["abacus", "cuda:99", "meta", ""])
 def test_a_device_that_is_not_here(name):
     with pytest.raises(ValueError, match="device"):

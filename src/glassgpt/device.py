@@ -306,6 +306,9 @@ def make_plan(
     if "precision" not in values:
         preset["precision"] = pick_precision(chosen)
     model, training = _configurations(vocab_size, recipe, {**preset, **values})
+    if "learning_rate" not in values:
+        share = 0.8 if training.optimizer == "muon" else 0.4
+        training.learning_rate = share / model.width
     if chosen.type == "cpu":
         training = _fit_computer(model, training)
     if chosen.type == "cuda" and "batch_size" not in values:

@@ -142,6 +142,7 @@ def make_optimizers(
     optimizers: list[torch.optim.Optimizer] = []
     if config.optimizer == "muon":
         rates = {"lr": config.matrix_learning_rate, "weight_decay": decay}
+        rates |= {"momentum": 0.9, "ns_steps": 4}
         optimizers.append(torch.optim.Muon(matrices, **rates))
         groups = [(tables + vectors, 0.0)]
     else:
