@@ -305,10 +305,9 @@ def make_plan(
     preset |= _MUON if recipe == "modern" else {}
     if "precision" not in values:
         preset["precision"] = pick_precision(chosen)
-    model, training = _configurations(vocab_size, recipe, {**preset, **values})
-    if "learning_rate" not in values:
-        share = 0.8 if training.optimizer == "muon" else 0.4
-        training.learning_rate = share / model.width
+    model, training = _configurations(vocab_size, recipe, preset | values)
+    usual = (0.8 if training.optimizer == "muon" else 0.4) / model.width
+    training.learning_rate = values.get("learning_rate", usual)
     if chosen.type == "cpu":
         training = _fit_computer(model, training)
     if chosen.type == "cuda" and "batch_size" not in values:
