@@ -524,6 +524,27 @@ def test_a_folder_without_header(tmp_path):
         TokenData.open(tmp_path)
 
 
+class Deadly(CharTokenizer):
+    """Kills the process in which it encodes."""
+
+    def encode(self, text, allow_special=False):
+        os._exit(9)
+
+
+def test_a_killed_worker_gets_a_sentence(tmp_path):
+    (tmp_path / "my.txt").write_text("abc\n" * 50)
+    with pytest.raises(ChildProcessError, match="use fewer workers"):
+        tokenize(tmp_path / "my.txt", Deadly("abc\n"), tmp_path / "out", workers=2)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_is_no_text_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="no regular file"):
+        read_documents(tmp_path / "pipe")
+
+
 # Batches.
 
 

@@ -498,6 +498,18 @@ def test_check_names_the_mistake(check, wrong, message):
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("k", [1, None])
+def test_scores_that_are_no_numbers(bad, k):
+    with pytest.raises(ValueError, match="weights damaged"):
+        sample(torch.full((1, 3), bad), top_k=k)
+
+
+def test_stop_is_a_list(model):
+    with pytest.raises(ValueError, match="list of ids"):
+        generate(model, [1], 2, stop=5)
+
+
 def test_a_light_model_is_not_saved_over_a_good_one(tmp_path):
     model = GPT(GPTConfig(50, context=8, layers=1, heads=1, width=8)).eval()
     tokenizer = CharTokenizer.train("abc")

@@ -2,8 +2,10 @@
 
 import json
 import pickle
+import random
 import re
 import threading
+from collections import Counter
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -271,6 +273,16 @@ def test_grade_and_catch_say_what_they_found(capsys):
         catch(check, lambda: 1)
     with pytest.raises(ZeroDivisionError):
         grade(check, lambda: 1 / 0)
+
+
+def test_a_word_as_long_as_a_text_is_learned_from_in_pieces():
+    draw = random.Random(0)
+    word = "".join(draw.choices("acgt", k=30_000))
+    pieces = Counter(word[start : start + 1000] for start in range(0, 30_000, 1000))
+    assert learn_merges({word: 2}, 60) == learn_merges(
+        {piece: 2 * times for piece, times in pieces.items()}, 60
+    )
+    assert len(BPETokenizer.train(word + " " * 50_000, 300).encode(word)) < 15_000
 
 
 class Shelf:

@@ -663,6 +663,15 @@ def test_data_that_does_not_fit_is_refused_before_anything_is_written(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_things_that_do_not_belong_together():
+    with pytest.raises(ValueError, match="not the one that made them"):
+        run(tokenizer=CharTokenizer("abc"))
+    with pytest.raises(TypeError, match="take what `tokenize` returns"):
+        run(data="my-tokens")
+    with pytest.raises(TypeError, match="the training of a plan"):
+        run(config={"steps": 3})
+
+
 def test_without_a_compiler_it_goes_on(capsys):
     plain, _ = run()
     with patch("torch.compile", side_effect=RuntimeError("no C++ compiler\nat all")):

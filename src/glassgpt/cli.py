@@ -3,11 +3,12 @@
 
 import argparse
 import json
+import os
 import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -71,17 +72,37 @@ def make_tokenizer(name: str, vocab_size: int, source: str) -> Tokenizer:
     return BPETokenizer.train((p for d in learned for p in d.pieces()), vocab_size)
 
 
-@contextmanager
-def removed_on_failure(folder: Path) -> Iterator[None]:
-    """Remove a folder that was not there before, when what follows fails.
+def refuse_occupied(out: Path) -> None:
+    """Raise FileExistsError for a folder that holds a run or a model.
 
     Book: 19_command_line.html#starting-a-run-or-going-on-with-one
     """
-    existed = folder.exists()
+    if checkpoints_in(out):
+        raise FileExistsError(
+            f"{out} holds a run: add --resume, or choose another --out"
+        )
+    if (out / "model.safetensors").exists():
+        raise FileExistsError(f"{out} holds a model: choose another --out")
+    if (out / "run.json").exists():
+        raise FileExistsError(
+            f"{out} holds a run without a checkpoint: add --resume to begin it again, "
+            "delete the folder, or choose another --out"
+        )
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[None]:
+    """Make a folder if there is none, and remove it again when what follows fails.
+
+    Book: 19_command_line.html#starting-a-run-or-going-on-with-one
+    """
+    made = not folder.exists()
+    if made:
+        folder.mkdir(parents=True)
     try:
         yield
     except BaseException:
-        if not existed and folder.exists():
+        if made:
             shutil.rmtree(folder)
         raise
 
@@ -101,6 +122,36 @@ def size_advice() -> Iterator[None]:
         ) from error
 
 
+def _plan(vocab_size: int, options: argparse.Namespace, values: dict) -> Plan:
+    """What the options ask for, refused before any work if no memory could hold it."""
+    with size_advice():
+        given = (options.size, options.recipe, options.device)
+        plan = make_plan(vocab_size, *given, **values)
+        with torch.device("meta"):
+            GPT(plan.model)
+    return plan
+
+
+def _tokens(options: argparse.Namespace) -> Path | None:
+    """The folder of --data if it is tokenized already. Raises ValueError."""
+    if not (Path(options.data) / "header.json").exists():
+        return None
+    if (options.tokenizer, options.vocab_size) != ("bpe", 1024):
+        raise ValueError(
+            f"{options.data} is tokenized: leave out --tokenizer and --vocab-size"
+        )
+    return Path(options.data)
+
+
+def _check_lengths(data: TokenData, context: int) -> None:
+    """Raise ValueError for a text in which no crop finds room."""
+    for name, tokens in (("trains", data.train), ("is held out", data.validation)):
+        try:
+            tokens.crops_per_shard(context)
+        except ValueError as error:
+            raise ValueError(f"of the part that {name}: {error}") from None
+
+
 def start_run(
     options: argparse.Namespace, values: dict[str, Any]
 ) -> tuple[Plan, TokenData]:
@@ -108,37 +159,35 @@ def start_run(
 
     Book: 19_command_line.html#starting-a-run-or-going-on-with-one
     """
-    out = Path(options.out)
-    if (out / "run.json").exists():
-        raise FileExistsError(
-            f"{out} holds a run: add --resume, or choose another --out"
-        )
-    ready = (Path(options.data) / "header.json").exists()
-    if ready:
-        tokenizer = load_tokenizer(Path(options.data) / "tokenizer.json")
-    else:
-        tokenizer = make_tokenizer(options.tokenizer, options.vocab_size, options.data)
-    with size_advice():
-        plan = make_plan(
-            tokenizer.vocab_size, options.size, options.recipe, options.device, **values
-        )
-        with torch.device("meta"):  # refuse before work what no memory could hold
-            GPT(plan.model)
-    place = Path(options.data) if ready else out / "data"
-    with removed_on_failure(out), removed_on_failure(place):
-        if not ready:
-            tokenize(options.data, tokenizer, place, progress=sys.stderr.isatty())
-        data = TokenData.open(place)
-        for tokens in (data.train, data.validation):
-            tokens.crops_per_shard(plan.model.context)
-    out.mkdir(parents=True, exist_ok=True)
-    content = {
-        "data": str(place.resolve()),
-        "device": plan.device.type,
-        "model": asdict(plan.model),
-        "training": asdict(plan.training),
-    }
-    write_file(out / "run.json", json.dumps(content, indent=1).encode())
+    out, place = Path(options.out), _tokens(options)
+    refuse_occupied(out)
+    _plan(max(options.vocab_size, 1), options, values)
+    with new_folder(out):
+        if place:
+            tokenizer = load_tokenizer(place / "tokenizer.json")
+            plan = _plan(tokenizer.vocab_size, options, values)
+            data = TokenData.open(place)
+            _check_lengths(data, plan.model.context)
+        else:
+            tokenizer = make_tokenizer(
+                options.tokenizer, options.vocab_size, options.data
+            )
+            plan = _plan(tokenizer.vocab_size, options, values)
+            shown = sys.stderr.isatty()
+            tokenize(options.data, tokenizer, out / "data", progress=shown)
+            try:
+                data = TokenData.open(out / "data")
+                _check_lengths(data, plan.model.context)
+            except BaseException:
+                shutil.rmtree(out / "data")
+                raise
+        content = {
+            "data": str(place.resolve()) if place else "data",
+            "device": plan.device.type,
+            "model": asdict(plan.model),
+            "training": asdict(plan.training),
+        }
+        write_file(out / "run.json", json.dumps(content, indent=1).encode())
     return plan, data
 
 
@@ -148,23 +197,29 @@ def resume_run(options: argparse.Namespace) -> tuple[Plan, TokenData]:
     Book: 19_command_line.html#starting-a-run-or-going-on-with-one
     """
     out, usual = Path(options.out), vars(make_parser().parse_args(["train"]))
-    free = ("out", "resume", "tensorboard")
-    given = [k for k, v in vars(options).items() if k not in free and usual.get(k) != v]
-    if given:
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(given))
-        raise ValueError(f"a resumed run keeps its settings: leave out {names}")
     path = out / "run.json"
     if not path.exists():
-        raise FileNotFoundError(f"{out} holds no run to resume: {path.name} is missing")
+        raise FileNotFoundError(
+            f"{out} holds no run to resume: {path.name}, which `glassgpt train` "
+            "writes, is missing"
+        )
     try:
         content = json.loads(path.read_text("utf-8"))
+        known = {**content["model"], **content["training"], "device": content["device"]}
         model, training = (
             GPTConfig(**content["model"]),
             TrainConfig(**content["training"]),
         )
-        device, data = pick_device(content["device"]), TokenData.open(content["data"])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        device = pick_device(content["device"])
+        data = TokenData.open(out / content["data"])
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}): start a new run") from None
+    free = ("out", "resume", "tensorboard")
+    given = {k: v for k, v in vars(options).items() if k not in free}
+    other = [k for k, v in given.items() if v not in (usual.get(k), known.get(k))]
+    if other:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(other))
+        raise ValueError(f"a resumed run keeps its settings: leave out {names}")
     last = [checkpoint.name for checkpoint in checkpoints_in(out)][-1:]
     print("going on from", *(last or ["the start: there is no checkpoint yet"]))
     return Plan(model, training, device, peak_flops(device, training.precision)), data
@@ -191,19 +246,24 @@ def tensorboard(out: Path) -> Callable[[dict[str, float]], None]:
     return write
 
 
-def train_command(options: argparse.Namespace) -> None:
-    """Tokenize, plan, train, and say where the model is.
+def train_command(options: argparse.Namespace) -> int:
+    """Tokenize, plan, train, and say where the model is. Returns the exit code.
 
     Book: 19_command_line.html#the-three-commands
     """
     keep_freed_memory()
+    options.out = options.out or str(Path("runs", Path(options.data).stem))
     out = Path(options.out)
     names = {field.name for kind in (GPTConfig, TrainConfig) for field in fields(kind)}
     values = {k: v for k, v in vars(options).items() if k in names - {"vocab_size"}}
     plan, data = resume_run(options) if options.resume else start_run(options, values)
     where = json.loads((out / "run.json").read_text("utf-8"))["data"]
-    tokenizer = load_tokenizer(Path(where) / "tokenizer.json")
+    tokenizer = load_tokenizer(out / where / "tokenizer.json")
     print(plan.describe())
+    print(
+        f"data    {data.train.count:,} tokens to train on, {data.validation.count:,} "
+        "held out"
+    )
     torch.manual_seed(plan.training.seed)
     with size_advice():
         model = GPT(plan.model).to(plan.device)
@@ -230,12 +290,21 @@ def train_command(options: argparse.Namespace) -> None:
     )
     if run.stopped:
         print(f"stopped; go on with: glassgpt train --out {quote(str(out))} --resume")
-    else:
-        print(f"write with it: glassgpt generate {quote(str(out))}")
+        return 130
+    print(f"write with it: glassgpt generate {quote(str(out))}")
+    return 0
 
 
-def generate_command(options: argparse.Namespace) -> None:
-    """Write on from a prompt, piece by piece.
+def _first_prompt(tokenizer: Tokenizer) -> str:
+    """A prompt for who gave none."""
+    with suppress(ValueError):
+        tokenizer.encode("\n")
+        return "\n"
+    return tokenizer.decode([0])
+
+
+def generate_command(options: argparse.Namespace) -> int:
+    """Write on from a prompt, piece by piece. Returns the exit code.
 
     Book: 19_command_line.html#the-three-commands
     """
@@ -244,27 +313,35 @@ def generate_command(options: argparse.Namespace) -> None:
     model = model.to(device)
     if options.weights != "float32":
         model = lighten(model, options.weights)
-    print(options.prompt, end="", flush=True)
-    for piece in stream_text(
+    prompt = _first_prompt(tokenizer) if options.prompt is None else options.prompt
+    pieces = stream_text(
         model,
         tokenizer,
-        options.prompt,
+        prompt,
         options.tokens,
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
         seed=options.seed,
         stop=tuple(tokenizer.special_tokens.values()),
-    ):
+    )
+    first = next(pieces, "")  # raises what the settings deserve, before the prompt
+    print(prompt + first, end="", flush=True)
+    for piece in pieces:
         print(piece, end="", flush=True)
     print()
+    return 0
 
 
-def tokenize_command(options: argparse.Namespace) -> None:
-    """Write token files that `glassgpt train --data` takes.
+def tokenize_command(options: argparse.Namespace) -> int:
+    """Write token files that `glassgpt train --data` takes. Returns the exit code.
 
     Book: 19_command_line.html#the-three-commands
     """
+    if (Path(options.data) / "header.json").exists():
+        raise ValueError(f"{options.data} is tokenized already: train on it")
+    if Path(options.out).exists():
+        raise FileExistsError(f"{options.out} exists already: choose another --out")
     tokenizer = make_tokenizer(options.tokenizer, options.vocab_size, options.data)
     data = tokenize(
         options.data,
@@ -277,12 +354,13 @@ def tokenize_command(options: argparse.Namespace) -> None:
         f"{data.train.count:,} tokens to train on, {data.validation.count:,} held out, "
         f"a vocabulary of {data.vocab_size:,}: {options.out}"
     )
+    return 0
 
 
 def _add_train(commands: Any, text: argparse.ArgumentParser) -> None:
     """The command `train` and its options."""
     part = commands.add_parser("train", parents=[text], help="train a GPT on a text")
-    part.add_argument("--out", default="runs/shakespeare", help="folder of the run")
+    part.add_argument("--out", help="folder of the run; default: runs/ and --data")
     part.add_argument(
         "--resume", action="store_true", help="go on with the run in --out"
     )
@@ -302,11 +380,11 @@ def _add_generate(commands: Any) -> None:
     """The command `generate` and its options."""
     part = commands.add_parser("generate", help="write with a trained GPT")
     part.add_argument("model", help="folder of a run or a saved model")
-    part.add_argument("--prompt", default="\n")
-    part.add_argument("--tokens", type=int, default=200, help="how many to write")
-    part.add_argument("--temperature", type=float, default=0.8)
-    part.add_argument("--top-k", type=int)
-    part.add_argument("--top-p", type=float)
+    part.add_argument("--prompt", help="default: a new line")
+    part.add_argument("--tokens", type=int, default=200, help="at most; default: 200")
+    part.add_argument("--temperature", type=float, default=0.8, help="default: 0.8")
+    part.add_argument("--top-k", type=int, help="draw from the k likeliest; 1: greedy")
+    part.add_argument("--top-p", type=float, help="draw from a share p")
     part.add_argument("--seed", type=int, help="the same text every time")
     part.add_argument(
         "--weights",
@@ -329,7 +407,7 @@ def make_parser() -> argparse.ArgumentParser:
     text.add_argument(
         "--data",
         default="shakespeare",
-        help="a text file, a folder, tokenized data, or shakespeare",
+        help="a text file, a folder of them, shakespeare; train: also a tokenized one",
     )
     text.add_argument(
         "--tokenizer", default="bpe", help="bpe, char, gpt2, or a tokenizer.json"
@@ -363,10 +441,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = show_warning
         try:
-            options.run(options)
+            return options.run(options)
+        except BrokenPipeError:  # whoever read the output has gone, as `head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
         except MISTAKES as error:
             print(f"glassgpt: {error}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             return 130
-    return 0

@@ -13,6 +13,7 @@ import shutil
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -129,6 +130,8 @@ def read_documents(source: str | Path) -> list[Document]:
         inside = sorted(path.relative_to(root) for path in root.rglob("*"))
         shown = [p for p in inside if not any(part[0] == "." for part in p.parts)]
         files = [root / path for path in shown if (root / path).is_file()]
+    elif not root.is_file():
+        raise ValueError(f"{root} is no regular file: save its text to one first")
     documents = [Document(p.name, path=p, end=p.stat().st_size) for p in files]
     documents = [document for document in documents if document.end]
     if not documents:
@@ -298,10 +301,16 @@ def _encode_in_order(
     with ProcessPoolExecutor(workers, spawn, _start_worker, (encoder,)) as pool:
         start = islice(texts, 2 * workers)
         waiting = deque(pool.submit(_encode_here, labeled) for labeled in start)
-        while waiting:
-            yield waiting.popleft().result()
-            more = islice(texts, 1)
-            waiting.extend(pool.submit(_encode_here, labeled) for labeled in more)
+        try:
+            while waiting:
+                yield waiting.popleft().result()
+                more = islice(texts, 1)
+                waiting.extend(pool.submit(_encode_here, labeled) for labeled in more)
+        except BrokenProcessPool:
+            raise ChildProcessError(
+                "a process that tokenizes was killed, perhaps for lack of memory: "
+                "use fewer workers"
+            ) from None
 
 
 class _ShardWriter:

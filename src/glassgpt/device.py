@@ -201,6 +201,7 @@ class Plan:
         """The plan in a few lines, for people."""
         model, training = self.model, self.training
         memory = memory_needed(model, training)
+        duration = timedelta(seconds=round(self.seconds))
         parameters = _on_paper(model).parameter_count()
         compiled = {"off": "", "blocks": ", blocks compiled", "all": ", compiled"}
         how = training.precision + compiled[training.compile]
@@ -210,8 +211,10 @@ class Plan:
             f"{model.heads} heads, width {model.width}, context {model.context}\n"
             f"run     {training.steps:,} steps, {self.tokens / 1e6:.1f} M tokens, "
             f"{self.flops:.1e} FLOPs\n"
+            f"recipe  {training.optimizer}, rate {training.learning_rate:.2g}, "
+            f"batches of {training.batch_size * training.accumulate}\n"
             f"machine {self.device.type}, {how}{again}: about "
-            f"{memory / 1e9:.1f} GB and {timedelta(seconds=round(self.seconds))} hours"
+            f"{memory / 1e9:.2f} GB of tensors, {duration}"
         )
 
 
@@ -277,6 +280,15 @@ def _configurations(
     return model, TrainConfig(**{k: v for k, v in values.items() if k in train_fields})
 
 
+def _suit(
+    training: TrainConfig, model: GPTConfig, given: dict[str, Any]
+) -> TrainConfig:
+    """The learning rate by the width and the warm-up by the steps, unless given."""
+    rate = (0.8 if training.optimizer == "muon" else 0.4) / model.width
+    usual = {"learning_rate": rate, "warmup": min(50, training.steps // 10)}
+    return replace(training, **{k: v for k, v in usual.items() if k not in given})
+
+
 def make_plan(
     vocab_size: int,
     size: str | None = None,
@@ -286,9 +298,9 @@ def make_plan(
 ) -> Plan:
     """Choose everything for a run on this machine; any value can be given instead.
 
-    size: one of `SIZES`. recipe: "gpt2", or "modern" for `GPTConfig.modern` and Muon.
-    values: fields of GPTConfig and TrainConfig. On a GPU a batch that wasn't given is
-    split until it fits the memory.
+    size: one of `SIZES`. recipe: "gpt2", or "modern" for `GPTConfig.modern` and Muon,
+    which short runs without a GPU use in any case. values: fields of GPTConfig and
+    TrainConfig. On a GPU a batch that wasn't given is split until it fits the memory.
     Raises ValueError for names and values that don't exist.
 
     Book: 14_full_gpt.html#the-plan
@@ -306,8 +318,7 @@ def make_plan(
     if "precision" not in values:
         preset["precision"] = pick_precision(chosen)
     model, training = _configurations(vocab_size, recipe, preset | values)
-    usual = (0.8 if training.optimizer == "muon" else 0.4) / model.width
-    training.learning_rate = values.get("learning_rate", usual)
+    training = _suit(training, model, values)
     if chosen.type == "cpu":
         training = _fit_computer(model, training)
     if chosen.type == "cuda" and "batch_size" not in values:

@@ -75,17 +75,19 @@ def sample(
 
     Temperature first, then top-k, then top-p; top_k=1 is greedy and draws nothing.
     generator: the source of randomness, on the device of the logits.
-    Raises ValueError for a temperature that is not positive, top_k below 1, or top_p
-    outside (0, 1].
+    Raises ValueError for a temperature that is not positive, top_k below 1, top_p
+    outside (0, 1], or rows whose highest logit is not finite.
 
     Book: 13_generation.html#the-order-of-the-filters
     """
     _check_settings(temperature, top_k, top_p)
-    if top_k == 1:
-        return logits.argmax(dim=-1)
     logits = logits.float()
-    below = logits - logits.amax(dim=-1, keepdim=True)
-    logits = below / max(temperature, torch.finfo(below.dtype).tiny)
+    highest, likeliest = logits.max(dim=-1, keepdim=True)
+    if not highest.isfinite().all():
+        raise ValueError("the scores are not numbers: are the model's weights damaged?")
+    if top_k == 1:
+        return likeliest[:, 0]
+    logits = (logits - highest) / max(temperature, torch.finfo(logits.dtype).tiny)
     if top_k is not None:
         logits = keep_top_k(logits, top_k)
     if top_p is not None:
@@ -246,6 +248,8 @@ def generate(
 
     Book: 13_generation.html#the-loop
     """
+    if isinstance(stop, int):
+        raise ValueError("stop is a list of ids: write [stop] for a single one")
     prompts = ids.tolist() if isinstance(ids, Tensor) else list(ids)
     if any(isinstance(part, str) for part in prompts):
         raise ValueError("ids are whole numbers: encode the text, or use stream_text")
@@ -305,8 +309,9 @@ def stream_text(
 
 def _round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Each row of x (N, C) as whole numbers from -127 to 127, and its scale (N,)."""
-    scale = x.abs().amax(dim=1).clamp(min=1e-30) / 127  # a row of zeros divides by > 0
-    return (x / scale[:, None]).round().to(torch.int8), scale
+    largest = torch.linalg.vector_norm(x, torch.inf, dim=1)
+    scale = largest.clamp(min=1e-30) / 127  # a row of zeros divides by > 0
+    return (x / scale[:, None]).round_().to(torch.int8), scale
 
 
 class LightLinear(nn.Module):
@@ -323,8 +328,9 @@ class LightLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         weight, scale = linear.weight.detach(), None
-        if weights == "int8":
-            weight, scale = _round_rows(weight.float())
+        if weights == "int8":  # in pieces, so that no large copy is made on the way
+            pieces = [_round_rows(part.float()) for part in weight.split(4096)]
+            weight, scale = (torch.cat(parts) for parts in zip(*pieces, strict=True))
         self.register_buffer("weight", weight.to(getattr(torch, weights)))
         self.register_buffer("scale", scale)
         bias = None if linear.bias is None else linear.bias.detach()

@@ -247,12 +247,19 @@ def merge_pair(ids: Sequence[int], pair: tuple[int, int], new: int) -> list[int]
     return merged
 
 
+LONGEST = 1000  # bytes of a word that are learned from as one
+
+
 class _Words:
     """Words as ids, how often each occurs, and where each pair of ids is found."""
 
     def __init__(self, counts: Mapping[str, int]) -> None:
-        self.words = [byte_ids(word) for word in counts]
-        self.times = list(counts.values())
+        self.words, self.times = [], []
+        for word, times in counts.items():
+            ids = byte_ids(word)
+            for start in range(0, len(ids), LONGEST):
+                self.words.append(ids[start : start + LONGEST])
+                self.times.append(times)
         self.pairs = defaultdict(int)
         self.places = defaultdict(list)
         for place, word in enumerate(self.words):
@@ -264,7 +271,7 @@ class _Words:
         """Merge a pair in all words that have it. Returns the pairs born by this."""
         pairs, places, born = self.pairs, self.places, set()
         left, right = best
-        for place in places.pop(best):
+        for place in dict.fromkeys(places.pop(best)):  # each word once, in order
             word, times, at = self.words[place], self.times[place], 0
             while at < len(word) - 1:
                 if word[at] == left and word[at + 1] == right:

@@ -336,7 +336,7 @@ def read_losses(trainer: Trainer) -> dict[str, str]:
         if not math.isfinite(value):
             raise FloatingPointError(
                 f"the loss or its gradient at step {step} is not finite: lower the "
-                "learning rate. The last checkpoint is from before"
+                "learning rate. A checkpoint, if there is one, is from before"
             )
     batch = config.batch_size * config.accumulate * trainer.model.config.context
     trainer.rate = len(values) * batch / seconds
@@ -492,25 +492,32 @@ def resume_run(trainer: Trainer, path: Path) -> None:
 
 
 @contextmanager
-def polite_interrupt() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C into an event that is set; the second one interrupts.
+def polite_interrupt() -> Iterator[list[int]]:
+    """Note the first Ctrl-C or SIGTERM in a list; the second one interrupts.
 
     Book: 12_training.html#leaving-politely
     """
-    stop = threading.Event()
+    caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield stop  # Python lets only the main thread handle signals.
+        yield caught  # Python lets only the main thread handle signals.
         return
 
-    def on_signal(number: int, frame: Any) -> None:
-        stop.set()
-        signal.signal(signal.SIGINT, before)
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
-    before = signal.signal(signal.SIGINT, on_signal)
+    def on_signal(number: int, frame: Any) -> None:
+        restore()
+        caught.append(number)
+
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in signals}
+    for number in signals:
+        signal.signal(number, on_signal)
     try:
-        yield stop
+        yield caught
     finally:
-        signal.signal(signal.SIGINT, before)
+        restore()
 
 
 @contextmanager
@@ -546,14 +553,24 @@ def _locked(directory: Path | None, resume: bool) -> Iterator[Path | None]:
     with lock:
         found = checkpoints_in(directory)
         if not resume and (found or (directory / "model.safetensors").exists()):
-            raise FileExistsError(
-                f"{directory} holds a run: resume it, or use another directory"
-            )
+            what = "a run: resume it, or" if found else "a model:"
+            raise FileExistsError(f"{directory} holds {what} use another directory")
         yield found[-1] if found else None
 
 
-def _check_data(model: GPT, data: TokenData) -> None:
-    """Raise ValueError for data that a model can't learn from."""
+def _check_data(
+    model: GPT, data: TokenData, config: TrainConfig, tokenizer: Any
+) -> None:
+    """Raise TypeError or ValueError for what can't be trained together."""
+    if not isinstance(data, TokenData):
+        raise TypeError("data must be a TokenData: take what `tokenize` returns")
+    if not isinstance(config, TrainConfig):
+        raise TypeError("config must be a TrainConfig, such as the training of a plan")
+    if tokenizer is not None and tokenizer.vocab_size != data.vocab_size:
+        raise ValueError(
+            f"the data has {data.vocab_size} token ids and the tokenizer "
+            f"{tokenizer.vocab_size}: it is not the one that made them"
+        )
     if data.vocab_size > model.config.vocab_size:
         raise ValueError(
             f"the data has {data.vocab_size} token ids, the model only knows "
@@ -564,18 +581,18 @@ def _check_data(model: GPT, data: TokenData) -> None:
 
 
 def fit(trainer: Trainer, progress: bool = True) -> Run:
-    """Step until the end or Ctrl-C; evaluate and save on the way.
+    """Step until the end, Ctrl-C or SIGTERM; evaluate and save on the way.
 
     Book: 12_training.html#the-loop
     """
     config, run = trainer.config, trainer.run
     bar = tqdm(total=config.steps, initial=run.step, disable=not progress, unit="step")
     trainer.model.train()
-    with bar, polite_interrupt() as stop:
+    with bar, polite_interrupt() as caught:
         while run.step < config.steps and not run.stopped:
             take_step(trainer)
             bar.update()
-            run.stopped = stop.is_set() and run.step < config.steps
+            run.stopped = bool(caught) and run.step < config.steps
             last = run.stopped or run.step == config.steps
             evaluating = last or run.step % config.evaluate_every == 0
             saving = last or run.step % config.checkpoint_every == 0
@@ -620,14 +637,15 @@ def train(
     same numbers as a run that never stopped. peak_flops: what the machine can do a
     second, to show the share that is used (MFU). on_record: called with each new
     record.
-    Ctrl-C finishes the step, saves a checkpoint and returns.
-    Raises ValueError for data that doesn't fit the model, FileExistsError for a
-    directory in use or with a run that isn't resumed, FloatingPointError when the loss
-    is no longer a number, MemoryError, and OSError where the disk is full.
+    Ctrl-C, or SIGTERM, finishes the step, saves a checkpoint and returns.
+    Raises TypeError for the wrong kinds of things, ValueError for data that doesn't fit
+    the model, FileExistsError for a directory in use or with a run that isn't resumed,
+    FloatingPointError when the loss is no longer a number, MemoryError, and OSError
+    where the disk is full.
 
     Book: 12_training.html#the-loop
     """
-    _check_data(model, data)
+    _check_data(model, data, config, tokenizer)
     place = Path(directory) if directory is not None else None
     cuda = [p.device for p in model.parameters() if p.device.type == "cuda"][:1]
     # Training has random numbers of its own and leaves the caller's alone.
