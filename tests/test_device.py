@@ -332,4 +332,4 @@ def test_description():
     text = Plan(model, training, torch.device("cpu"), 1e9).describe()
     for part in ("2 layers", "width 16", "1,000 steps", "cpu, bfloat16, compiled"):
         assert part in text
-    assert text.count("\n") == 2
+    assert text.count("\n") == 3

@@ -290,7 +290,7 @@ def test_a_run_is_not_overwritten(tmp_path):
 
 def test_a_model_is_not_overwritten(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"precious")
-    with pytest.raises(FileExistsError, match="resume it, or use another"):
+    with pytest.raises(FileExistsError, match="holds a model: use another"):
         run(directory=tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == b"precious"
 

@@ -122,11 +122,17 @@ def size_advice() -> Iterator[None]:
         ) from error
 
 
-def _plan(vocab_size: int, options: argparse.Namespace, values: dict) -> Plan:
+def _values(options: argparse.Namespace) -> dict[str, Any]:
+    """The fields of the two configurations that were given."""
+    names = {field.name for kind in (GPTConfig, TrainConfig) for field in fields(kind)}
+    return {k: v for k, v in vars(options).items() if k in names - {"vocab_size"}}
+
+
+def _plan(vocab_size: int, options: argparse.Namespace) -> Plan:
     """What the options ask for, refused before any work if no memory could hold it."""
     with size_advice():
         given = (options.size, options.recipe, options.device)
-        plan = make_plan(vocab_size, *given, **values)
+        plan = make_plan(vocab_size, *given, **_values(options))
         with torch.device("meta"):
             GPT(plan.model)
     return plan
@@ -152,27 +158,25 @@ def _check_lengths(data: TokenData, context: int) -> None:
             raise ValueError(f"of the part that {name}: {error}") from None
 
 
-def start_run(
-    options: argparse.Namespace, values: dict[str, Any]
-) -> tuple[Plan, TokenData]:
+def start_run(options: argparse.Namespace) -> tuple[Plan, TokenData]:
     """Tokenize for a new run and plan it; leaves nothing behind when it fails.
 
     Book: 19_command_line.html#starting-a-run-or-going-on-with-one
     """
     out, place = Path(options.out), _tokens(options)
     refuse_occupied(out)
-    _plan(max(options.vocab_size, 1), options, values)
+    _plan(max(options.vocab_size, 1), options)
     with new_folder(out):
         if place:
             tokenizer = load_tokenizer(place / "tokenizer.json")
-            plan = _plan(tokenizer.vocab_size, options, values)
+            plan = _plan(tokenizer.vocab_size, options)
             data = TokenData.open(place)
             _check_lengths(data, plan.model.context)
         else:
             tokenizer = make_tokenizer(
                 options.tokenizer, options.vocab_size, options.data
             )
-            plan = _plan(tokenizer.vocab_size, options, values)
+            plan = _plan(tokenizer.vocab_size, options)
             shown = sys.stderr.isatty()
             tokenize(options.data, tokenizer, out / "data", progress=shown)
             try:
@@ -246,6 +250,12 @@ def tensorboard(out: Path) -> Callable[[dict[str, float]], None]:
     return write
 
 
+def _describe(plan: Plan, data: TokenData) -> None:
+    """Print what is going to happen."""
+    print(plan.describe())
+    print(f"data    {data.train.count:,} tokens, {data.validation.count:,} held out")
+
+
 def train_command(options: argparse.Namespace) -> int:
     """Tokenize, plan, train, and say where the model is. Returns the exit code.
 
@@ -254,16 +264,11 @@ def train_command(options: argparse.Namespace) -> int:
     keep_freed_memory()
     options.out = options.out or str(Path("runs", Path(options.data).stem))
     out = Path(options.out)
-    names = {field.name for kind in (GPTConfig, TrainConfig) for field in fields(kind)}
-    values = {k: v for k, v in vars(options).items() if k in names - {"vocab_size"}}
-    plan, data = resume_run(options) if options.resume else start_run(options, values)
+    start = resume_run if options.resume else start_run
+    plan, data = start(options)
     where = json.loads((out / "run.json").read_text("utf-8"))["data"]
     tokenizer = load_tokenizer(out / where / "tokenizer.json")
-    print(plan.describe())
-    print(
-        f"data    {data.train.count:,} tokens to train on, {data.validation.count:,} "
-        "held out"
-    )
+    _describe(plan, data)
     torch.manual_seed(plan.training.seed)
     with size_advice():
         model = GPT(plan.model).to(plan.device)

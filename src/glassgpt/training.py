@@ -635,8 +635,7 @@ def train(
     directory: where checkpoints, metrics.jsonl and, with a tokenizer, the best model
     go; without one nothing is written. resume: go on from its last checkpoint, to the
     same numbers as a run that never stopped. peak_flops: what the machine can do a
-    second, to show the share that is used (MFU). on_record: called with each new
-    record.
+    second, to show the share used (MFU). on_record: called with each new record.
     Ctrl-C, or SIGTERM, finishes the step, saves a checkpoint and returns.
     Raises TypeError for the wrong kinds of things, ValueError for data that doesn't fit
     the model, FileExistsError for a directory in use or with a run that isn't resumed,
