@@ -85,6 +85,7 @@ def ours(data: TokenData, seconds: float, compile: str) -> Curve:
         batch_size=16,
         optimizer="muon",
         learning_rate=0.8 / 128,  # that of a plan
+        warmup=min(50, int(seconds)),
         schedule="linear",
         final_rate=0.0,
         precision="bfloat16",
