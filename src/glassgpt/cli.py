@@ -85,8 +85,8 @@ def refuse_occupied(out: Path) -> None:
         raise FileExistsError(f"{out} holds a model: choose another --out")
     if (out / "run.json").exists():
         raise FileExistsError(
-            f"{out} holds a run without a checkpoint: add --resume to begin it again, "
-            "delete the folder, or choose another --out"
+            f"{out} holds a run that has no checkpoint yet: let it go on, begin it "
+            "again with --resume, or, if it failed, delete the folder"
         )
 
 
@@ -142,20 +142,12 @@ def _tokens(options: argparse.Namespace) -> Path | None:
     """The folder of --data if it is tokenized already. Raises ValueError."""
     if not (Path(options.data) / "header.json").exists():
         return None
-    if (options.tokenizer, options.vocab_size) != ("bpe", 1024):
+    usual = make_parser().parse_args(["train"])
+    if (options.tokenizer, options.vocab_size) != (usual.tokenizer, usual.vocab_size):
         raise ValueError(
             f"{options.data} is tokenized: leave out --tokenizer and --vocab-size"
         )
     return Path(options.data)
-
-
-def _check_lengths(data: TokenData, context: int) -> None:
-    """Raise ValueError for a text in which no crop finds room."""
-    for name, tokens in (("trains", data.train), ("is held out", data.validation)):
-        try:
-            tokens.crops_per_shard(context)
-        except ValueError as error:
-            raise ValueError(f"of the part that {name}: {error}") from None
 
 
 def start_run(options: argparse.Namespace) -> tuple[Plan, TokenData]:
@@ -171,7 +163,7 @@ def start_run(options: argparse.Namespace) -> tuple[Plan, TokenData]:
             tokenizer = load_tokenizer(place / "tokenizer.json")
             plan = _plan(tokenizer.vocab_size, options)
             data = TokenData.open(place)
-            _check_lengths(data, plan.model.context)
+            data.check_context(plan.model.context)
         else:
             tokenizer = make_tokenizer(
                 options.tokenizer, options.vocab_size, options.data
@@ -181,7 +173,7 @@ def start_run(options: argparse.Namespace) -> tuple[Plan, TokenData]:
             tokenize(options.data, tokenizer, out / "data", progress=shown)
             try:
                 data = TokenData.open(out / "data")
-                _check_lengths(data, plan.model.context)
+                data.check_context(plan.model.context)
             except BaseException:
                 shutil.rmtree(out / "data")
                 raise
@@ -345,7 +337,7 @@ def tokenize_command(options: argparse.Namespace) -> int:
     """
     if (Path(options.data) / "header.json").exists():
         raise ValueError(f"{options.data} is tokenized already: train on it")
-    if Path(options.out).exists():
+    if Path(options.out).exists():  # `tokenize` asks too, but after the learning
         raise FileExistsError(f"{options.out} exists already: choose another --out")
     tokenizer = make_tokenizer(options.tokenizer, options.vocab_size, options.data)
     data = tokenize(

@@ -517,6 +517,14 @@ class TokenData:
         parts = [Tokens([ids], len(ids)) for ids in arrays]
         return cls(*parts, vocab_size, _fingerprint(lists))
 
+    def check_context(self, context: int) -> None:
+        """Raise ValueError where either part is too short for a context."""
+        for name, part in (("train on", self.train), ("hold out", self.validation)):
+            try:
+                part.crops_per_shard(context)
+            except ValueError as error:
+                raise ValueError(f"in the part to {name}, {error}") from None
+
     @classmethod
     def open(cls, directory: str | Path) -> "TokenData":
         """Open what `tokenize` wrote, compare every file with its hash, and map it.

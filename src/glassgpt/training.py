@@ -576,8 +576,7 @@ def _check_data(
             f"the data has {data.vocab_size} token ids, the model only knows "
             f"{model.config.vocab_size}"
         )
-    for tokens in (data.train, data.validation):
-        tokens.crops_per_shard(model.config.context)
+    data.check_context(model.config.context)
 
 
 def fit(trainer: Trainer, progress: bool = True) -> Run:
