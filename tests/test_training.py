@@ -245,7 +245,10 @@ def test_resuming_is_exact(tmp_path, optimizer, precision):
     assert 1e-3 < moved < 1
 
 
-@pytest.mark.skipif(not which("c++"), reason="needs a C++ compiler")
+needs_compiler = pytest.mark.skipif(not which("c++"), reason="needs a C++ compiler")
+
+
+@needs_compiler
 @pytest.mark.parametrize("scope", ["blocks", "all"])
 def test_resuming_a_compiled_run_is_exact(tmp_path, scope):
     config = replace(CONFIG, precision="bfloat16", compile=scope)
@@ -548,8 +551,8 @@ def test_ctrl_c_in_an_evaluation_still_saves(tmp_path):
 def spoiled(spoil, at):
     """make_loss, with the loss of call number `at` changed by `spoil`."""
 
-    def make(model, config):
-        loss, calls = make_loss(model, config), []
+    def make(model, config, prepare=None):
+        loss, calls = make_loss(model, config, prepare), []
 
         def call(ids, targets):
             calls.append(1)
@@ -693,6 +696,41 @@ def test_a_compiler_that_fails_at_the_first_call():
     with patch("torch.compile", broken):
         loss = compiled(lambda a, b: a + b)
         assert [loss(1, 2), loss(3, 4)] == [3, 7]
+
+
+@needs_compiler
+@pytest.mark.parametrize("scope", ["blocks", "all"])
+def test_a_compiled_program_can_be_stored_for_the_next_run(scope):
+    torch.compiler.reset()  # nothing from another test in memory
+    before = counters["aot_autograd"].copy()
+    run(config=replace(CONFIG, steps=1, precision="bfloat16", compile=scope))
+    since = counters["aot_autograd"] - before
+    assert since["total"] == 1
+    assert since["autograd_cache_bypass"] == 0
+
+
+def kept_bytes(function, *inputs):
+    """What a call keeps for its backward pass, each storage counted once."""
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        function(*inputs)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@needs_compiler
+def test_compiled_runs_compute_again_what_is_cheap():
+    model = gpt(GPTConfig(11, context=64, layers=2, heads=2, width=32))
+    ids = torch.zeros(8, 64, dtype=torch.int64)
+    keeping = make_loss(model, CONFIG, torch.compile)
+    thrifty = make_loss(model, CONFIG, compiled)
+    ours = kept_bytes(thrifty, ids, ids)
+    torch.compiler.reset()
+    assert ours < 0.8 * kept_bytes(keeping, ids, ids)
 
 
 @pytest.mark.parametrize("scope", ["blocks", "all"])

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
+from torch._functorch import config as functorch
 from tqdm.auto import tqdm
 
 from glassgpt.checkpoints import (
@@ -155,8 +156,12 @@ def make_optimizers(
     return optimizers
 
 
-def make_loss(model: GPT, config: TrainConfig) -> Callable[[Tensor, Tensor], Tensor]:
+def make_loss(
+    model: GPT, config: TrainConfig, prepare: Callable[..., Any] | None = None
+) -> Callable[[Tensor, Tensor], Tensor]:
     """The mean cross-entropy of a batch, in nats a token, at the chosen precision.
+
+    prepare: what to do with the function first, such as compiling it.
 
     Book: 12_training.html#the-loss-and-a-fair-judgment
     """
@@ -164,10 +169,16 @@ def make_loss(model: GPT, config: TrainConfig) -> Callable[[Tensor, Tensor], Ten
     name = "float32" if config.precision == "tf32" else config.precision
     dtype = getattr(torch, name)
 
+    def plain(ids: Tensor, targets: Tensor) -> Tensor:
+        logits = model.logits(ids)
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    chosen = prepare(plain) if prepare else plain
+
+    # Outside: PyTorch stores no compiled program that switches autocast on itself.
     def loss(ids: Tensor, targets: Tensor) -> Tensor:
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-            logits = model.logits(ids)
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+            return chosen(ids, targets)
 
     return loss
 
@@ -226,7 +237,8 @@ def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def first_call(*inputs: Any) -> Tensor:
         try:
             fast = torch.compile(function)
-            result = fast(*inputs)
+            with functorch.patch(activation_memory_budget=0.9):
+                result = fast(*inputs)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a missing compiler raises
@@ -271,8 +283,8 @@ class Trainer:
         self.optimizers = make_optimizers(model, config)
         half = config.precision == "float16"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
-        loss = make_loss(model, config)
-        self.loss = compiled(loss) if config.compile == "all" else loss
+        whole = compiled if config.compile == "all" else None
+        self.loss = make_loss(model, config, whole)
         if config.compile == "blocks":
             model.call_block = compiled(model.call_block)
         self.run = Run()
