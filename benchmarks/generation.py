@@ -8,7 +8,9 @@ weights; each continues the same prompt greedily, with its cache. In every round
 candidate runs once, so that a slow moment of the machine hits all of them. The table
 has medians. "Share of the limit" compares the weights that a token reads with what this
 machine's memory delivered in a plain read in the same run; caches and activations are
-not counted. Peak memory is that of a process that runs this candidate alone, with what
+not counted. "Share of the products" compares a token's time with that of its matrix
+products alone, one PyTorch call after the other: the rest is Python and small
+operations. Peak memory is that of a process that runs this candidate alone, with what
 it needs to load and build the model. Writes benchmarks/generation.md.
 """
 
@@ -95,6 +97,24 @@ def read_speed() -> float:
     return block.numel() * 4 / statistics.median(times)
 
 
+@torch.inference_mode()
+def products(weights: str, rounds: int) -> float:
+    """Median seconds that all matrix products of one token take, and nothing else."""
+    dtype = getattr(torch, weights)
+    sizes = [(2304, 768), (768, 768), (3072, 768), (768, 3072)] * 12 + [(50_257, 768)]
+    layers = [torch.ones(size, dtype=dtype) for size in sizes]
+    rows = {width: torch.ones(1, width, dtype=dtype) for width in (768, 3072)}
+    multiply = torch._int_mm if weights == "int8" else torch.mm
+    times = []
+    with torch.backends.mkldnn.flags(enabled=weights == "int8"):
+        for _ in range(rounds):
+            start = perf_counter()
+            for layer in layers:
+                multiply(rows[layer.shape[1]], layer.t())
+            times.append(perf_counter() - start)
+    return statistics.median(times)
+
+
 def peak_memory(name: str, options: argparse.Namespace) -> float:
     """Peak memory in MB of a process of its own that generates 32 tokens."""
     command = [sys.executable, __file__, "--alone", name, "--tokens", "32"]
@@ -113,16 +133,23 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def measure(options: argparse.Namespace) -> tuple[dict[str, list[float]], list[float]]:
-    """Tokens a second of each candidate in each round, and the speed of memory."""
+def measure(
+    options: argparse.Namespace,
+) -> tuple[dict[str, list[float]], list[float], dict[str, list[float]]]:
+    """Tokens a second of each candidate in each round, and two limits.
+
+    The speed of memory, and the seconds that a token's products take.
+    """
     names = NAMES + [STATIC] * options.static
     candidates = {name: make(name, options.tokens) for name in names}
     speeds: dict[str, list[float]] = {name: [] for name in names}
-    reads = []
+    reads, alone = [], {weights: [] for weights in DTYPES}
     for name in names:
         make(name, 4)()  # the first call of each kind warms up
     for number in range(options.rounds):
         reads.append(read_speed())
+        for weights, seconds in alone.items():
+            seconds.append(products(weights, 20))
         for name, run in candidates.items():
             start = perf_counter()
             count = run()
@@ -130,12 +157,12 @@ def measure(options: argparse.Namespace) -> tuple[dict[str, list[float]], list[f
             if count != options.tokens:
                 sys.exit(f"{name} wrote {count} tokens, not {options.tokens}")
             print(f"round {number} {name}: {speeds[name][-1]:.1f}", file=sys.stderr)
-    return speeds, reads
+    return speeds, reads, alone
 
 
 def report(options: argparse.Namespace) -> str:
     """The table, as Markdown."""
-    speeds, reads = measure(options)
+    speeds, reads, alone = measure(options)
     median = {name: statistics.median(values) for name, values in speeds.items()}
     theirs = {name: value for name, value in median.items() if name.startswith("tr")}
     exact = {
@@ -154,15 +181,18 @@ def report(options: argparse.Namespace) -> str:
         "bfloat16 rows.",
         "",
         "| | tokens/s | slowest to fastest | to transformers' best | without float16 "
-        "| share of the limit | peak memory |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| share of the limit | share of the products | peak memory |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, value in median.items():
-        share = value * MATRICES * DTYPES[name.split()[1]] / read
+        library, weights = name.split()[:2]
+        share = value * MATRICES * DTYPES[weights] / read
+        ours = library == "glassgpt"  # transformers' products are other calls
+        of_products = f"{value * statistics.median(alone[weights]):.0%}" if ours else ""
         spread = f"{min(speeds[name]):.1f} to {max(speeds[name]):.1f}"
         lines.append(
             f"| {name} | {value:.1f} | {spread} | x {value / best:.2f} "
-            f"| x {value / plain:.2f} | {share:.0%} "
+            f"| x {value / plain:.2f} | {share:.0%} | {of_products} "
             f"| {peak_memory(name, options):.0f} MB |"
         )
     return "\n".join(lines) + "\n"

@@ -1,5 +1,6 @@
 """The command line: a user's mistakes get a sentence, and the rest works end to end."""
 
+import argparse
 import hashlib
 import json
 import random
@@ -14,9 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from glassgpt import GPT, GPTConfig, TokenData, TrainConfig, load
+from glassgpt import GPT, GPTConfig, TokenData, TrainConfig, gpt, load, training
 from glassgpt.checkpoints import save
-from glassgpt.cli import main
+from glassgpt.cli import HELP, main, make_parser
 from glassgpt.tokens import CharTokenizer
 
 SCRIPT = Path(sys.executable).with_name("glassgpt")
@@ -417,6 +418,25 @@ def test_help_lists_every_option(command, capsys):
     for name in expected:
         option = "--" + name.replace("_", "-")
         assert {option, option + ","} & set(shown), f"{option} is not in the help"
+
+
+def test_help_explains_every_option():
+    (commands,) = (
+        action
+        for action in make_parser()._actions
+        if isinstance(action, argparse._SubParsersAction)
+    )
+    for part in commands.choices.values():
+        assert [action.dest for action in part._actions if not action.help] == []
+    names = {field.name for kind in (GPTConfig, TrainConfig) for field in fields(kind)}
+    assert HELP.keys() == names - {"vocab_size"}
+
+
+@pytest.mark.parametrize("choices", [gpt._CHOICES, training._CHOICES])
+def test_help_names_every_choice(choices):
+    for name, values in choices.items():
+        words = HELP[name].replace(",", "").split()
+        assert all(value in words for value in values if isinstance(value, str)), name
 
 
 def test_tensorboard_gets_every_record(made, tmp_path):

@@ -194,6 +194,18 @@ class Wide(Embedding):
         nn.init.normal_(self.weight)
 
 
+def nearest_to(of_b, of_a, of_c):
+    """An analogy with these factors, and the three inputs left out."""
+
+    def analogy(a, b, c, table):
+        wanted = of_b * table[b] + of_a * table[a] + of_c * table[c]
+        likeness = cosine_similarity(wanted, table)
+        likeness[[a, b, c]] = -2
+        return likeness.argmax()
+
+    return analogy
+
+
 @pytest.mark.parametrize(
     ("check", "wrong", "message"),
     [
@@ -218,7 +230,11 @@ class Wide(Embedding):
         (checks.check_lookup, lambda table, ids: table[ids.flatten()], "ids"),
         (checks.check_lookup, lambda table, ids: table[ids] * 0, "wrong rows"),
         (checks.check_analogy, lambda a, b, c, table: b, "inputs"),
-        (checks.check_analogy, lambda a, b, c, table: 4, "sign"),
+        (checks.check_analogy, nearest_to(1, -1, -1), "sign of c"),
+        (checks.check_analogy, nearest_to(1, 1, 1), "wrong or missing"),
+        (checks.check_analogy, nearest_to(-1, 1, 1), "wrong or missing"),
+        (checks.check_analogy, nearest_to(0, 0, 1), "wrong or missing"),
+        (checks.check_analogy, nearest_to(1, 0, 1), "wrong or missing"),
         (checks.check_embedding_gradient,
          lambda ids, g, rows: torch.zeros(rows, 1).index_put((ids,), g), "twice"),
         (checks.check_embedding_gradient, lambda ids, g, rows: g, "shape"),

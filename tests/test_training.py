@@ -594,9 +594,11 @@ def test_an_evaluation_that_is_no_number_stops_the_run(tmp_path):
     assert not (tmp_path / "model.safetensors").exists()
 
 
-def test_float16_skips_a_step_whose_gradient_overflows():
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_float16_skips_a_step_whose_gradient_overflows(optimizer):
     model = gpt()
-    trainer = Trainer(model, DATA, replace(CONFIG, precision="float16"))
+    config = replace(CONFIG, precision="float16", optimizer=optimizer)
+    trainer = Trainer(model, DATA, config)
     trainer.loss = spoiled(nan_gradient, at=1)(model, trainer.config)
     before, scale = weights(model), trainer.scaler.get_scale()
     take_step(trainer)
@@ -613,6 +615,9 @@ def test_no_memory_says_what_to_lower():
     for failure in (
         lambda trainer: torch.empty(1 << 55, dtype=torch.uint8),
         lambda trainer: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA is full")),
+        lambda trainer: (_ for _ in ()).throw(
+            RuntimeError("MPS backend out of memory")
+        ),
     ):
         with (
             patch.object(training, "take_step", failure),
@@ -684,6 +689,23 @@ def test_without_a_compiler_it_goes_on(capsys):
     assert torch.equal(weights(plain), weights(slow))
     said = capsys.readouterr()
     assert (said.out + said.err).count("no C++ compiler") == 1
+
+
+def test_programs_are_stored_by_their_precision():
+    tags = []
+
+    def telling(function):
+        def call(*arguments):
+            tags.append(torch.compiler.config.cache_key_tag)
+            return function(*arguments)
+
+        return call
+
+    with patch("torch.compile", telling):
+        for dtype in (torch.bfloat16, torch.float16):
+            with torch.autocast("cpu", dtype):
+                compiled(torch.add)(1, 2)
+    assert len(set(tags)) == 2
 
 
 def test_a_compiler_that_fails_at_the_first_call():

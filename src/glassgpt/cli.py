@@ -33,6 +33,44 @@ from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.tokens import BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer
 from glassgpt.training import TrainConfig, train
 
+HELP = {
+    "context": "longest text it sees, in tokens",
+    "layers": "number of blocks",
+    "heads": "in each block; divides the width",
+    "width": "numbers in the vector of a token",
+    "dropout": "share that is dropped in training",
+    "positions": "learned, sinusoidal or rotary",
+    "norm": "layer or rms",
+    "activation": "gelu or squared_relu",
+    "normalize_qk": "normalize queries and keys",
+    "bias": "in linear layers and norms",
+    "tied": "the head shares the token table",
+    "zero_projections": "projections start at zero",
+}
+
+
+HELP |= {
+    "steps": "of the optimizer",
+    "batch_size": "texts in a batch",
+    "accumulate": "batches in a step",
+    "optimizer": "adamw, or muon for the matrices",
+    "learning_rate": "the highest, of AdamW",
+    "matrix_learning_rate": "the highest, of Muon",
+    "schedule": "cosine, linear or stable",
+    "warmup": "steps in which the rate rises",
+    "final_rate": "share of the rate that is left at the end",
+    "weight_decay": "of matrices",
+    "clip": "longest gradient",
+    "precision": "float32, tf32, bfloat16 or float16",
+    "compile": "off, blocks or all",
+    "recompute": "less memory, more time",
+    "evaluate_every": "so many steps",
+    "evaluation_batches": "of held-out text, each time",
+    "checkpoint_every": "so many steps",
+    "keep": "how many checkpoints stay",
+    "seed": "of weights, batches and dropout",
+}
+
 
 def add_fields(parser: argparse.ArgumentParser, kind: type, without: set[str]) -> None:
     """An option for every field of a dataclass, absent from the result unless given.
@@ -43,6 +81,7 @@ def add_fields(parser: argparse.ArgumentParser, kind: type, without: set[str]) -
         if field.name in without:
             continue
         settings: dict[str, Any] = {"default": argparse.SUPPRESS}
+        settings["help"] = HELP[field.name]
         if field.type is bool:
             settings["action"] = argparse.BooleanOptionalAction
         else:
@@ -362,9 +401,16 @@ def _add_train(commands: Any, text: argparse.ArgumentParser) -> None:
         "--resume", action="store_true", help="go on with the run in --out"
     )
     part.add_argument("--size", choices=SIZES, help="default: what suits this machine")
-    part.add_argument("--recipe", choices=("gpt2", "modern"), default="gpt2")
+    part.add_argument(
+        "--recipe",
+        choices=("gpt2", "modern"),
+        default="gpt2",
+        help="default: gpt2, which other programs can read",
+    )
     part.add_argument("--device", help="cpu, cuda, ...; default: the best one here")
-    part.add_argument("--tensorboard", action="store_true")
+    part.add_argument(
+        "--tensorboard", action="store_true", help="write its curves into --out, too"
+    )
     more = part.add_argument_group(
         "any of these overrides what the size and machine suggest"
     )
@@ -387,8 +433,9 @@ def _add_generate(commands: Any) -> None:
         "--weights",
         choices=("float32", "bfloat16", "float16", "int8"),
         default="float32",
+        help="lighter ones are faster where the model is large",
     )
-    part.add_argument("--device")
+    part.add_argument("--device", help="cpu, cuda, ...; default: the best one here")
     part.set_defaults(run=generate_command)
 
 

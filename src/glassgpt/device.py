@@ -81,7 +81,7 @@ def measure_flops(device: torch.device, dtype: torch.dtype) -> float:
 
     Book: 14_full_gpt.html#how-fast-it-is
     """
-    size = 4096 if device.type == "cuda" else 1024
+    size = 1024 if device.type == "cpu" else 4096
     a, b = torch.ones(2, size, size, dtype=dtype, device=device)
     seconds = []
     for _ in range(6):
@@ -261,7 +261,8 @@ def _preset(device: torch.device) -> dict[str, Any]:
         return {**short, **_MUON}
     if _gpu_memory(device) < 30e9:
         return {"size": "mini", "context": 256, "batch_size": 64, "steps": 5000}
-    return {"size": "small", "context": 1024, "batch_size": 32, "steps": 5000}
+    large = {"size": "small", "context": 1024, "batch_size": 32, "steps": 5000}
+    return {**large, "checkpoint_every": 1000}  # each is 1.5 GB
 
 
 def _configurations(

@@ -26,7 +26,8 @@ def squared_relu(x: Tensor) -> Tensor:
 
     Book: 08_mlp.html#squared-relu
     """
-    return F.relu(x).square()
+    positive = F.relu(x)
+    return positive * positive  # autocast on a GPU would take `square` to 32 bits
 
 
 class MLP(nn.Module):

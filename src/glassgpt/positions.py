@@ -53,8 +53,8 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     x: (..., T, D); cos, sin: (T, D / 2), rows of `rotary_tables` for the T positions of
     x, or with further axes that broadcast. Column i is paired with column i + D / 2, as
-    in Llama. Returns the shape and dtype of x. Raises ValueError when the shapes don't
-    fit. Source: Su et al. (2021), section 3.4.
+    in the Llama of `transformers`. Returns the shape and dtype of x. Raises ValueError
+    when the shapes don't fit. Source: Su et al. (2021), section 3.4.
 
     Book: 04_positions.html#rotary-positions
     """

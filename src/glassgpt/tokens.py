@@ -486,9 +486,10 @@ class BPETokenizer(_BytePairs):
     ) -> Self:
         """Learn a vocabulary of `vocab_size` ids from a text, or from several.
 
-        The merges are those of `tokenizers` with a byte-level `BpeTrainer`. Warns if
-        the text has too few pairs; the result is then smaller. Raises ValueError if
-        there is no room for 256 bytes and the special tokens.
+        The merges are those of `tokenizers` with a byte-level `BpeTrainer`, unless a
+        word has more than a thousand bytes. Warns if the text has too few pairs; the
+        result is then smaller. Raises ValueError if there is no room for 256 bytes and
+        the special tokens.
         """
         names = list(special_tokens)
         return cls(_train_merges(text, vocab_size, len(names)), names)

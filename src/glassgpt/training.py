@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch._functorch import config as functorch
+from torch.compiler import config as compiler
 from tqdm.auto import tqdm
 
 from glassgpt.checkpoints import (
@@ -235,9 +236,15 @@ def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     chosen = []
 
     def first_call(*inputs: Any) -> Tensor:
+        budget = 1.0 if torch.cuda.is_available() else 0.9
+        # PyTorch before 2.13 stores a program without the precision it was made for.
+        types = [str(torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")]
         try:
             fast = torch.compile(function)
-            with functorch.patch(activation_memory_budget=0.9):
+            with (
+                functorch.patch(activation_memory_budget=budget),
+                compiler.patch(cache_key_tag=" ".join(types)),
+            ):
                 result = fast(*inputs)
         except torch.OutOfMemoryError:
             raise
@@ -300,9 +307,10 @@ def next_batch(trainer: Trainer, part: int = 0) -> list[Tensor]:
     config, context = trainer.config, trainer.model.config.context
     seed = (config.seed, trainer.run.step, part)
     batch = trainer.data.train.random_batch(config.batch_size, context, seed)
-    if trainer.device.type == "cuda":  # copied while the GPU still computes
-        batch = [ids.pin_memory() for ids in batch]
-    return [ids.to(trainer.device, non_blocking=True) for ids in batch]
+    cuda = trainer.device.type == "cuda"
+    if cuda:  # copied while the GPU still computes, which takes one whole block
+        batch = [ids.contiguous().pin_memory() for ids in batch]
+    return [ids.to(trainer.device, non_blocking=cuda) for ids in batch]
 
 
 def take_step(trainer: Trainer) -> None:
@@ -324,8 +332,11 @@ def take_step(trainer: Trainer) -> None:
             group["lr"] = group["full_rate"] * share
         scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(trainer.model.parameters(), config.clip)
+    # The scaler judges each optimizer by itself, but a bad gradient must stop both.
+    sound = not scaler.is_enabled() or bool(norm.isfinite())
     for optimizer in trainer.optimizers:
-        scaler.step(optimizer)
+        if sound:
+            scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
     scaler.update()
     # The scaler skips a step with such a gradient; nothing else does.
@@ -538,8 +549,9 @@ def _memory_advice() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        signs = ("allocate memory", "out of memory", "ALLOC_FAILED", "Invalid buffer")
         no_memory = isinstance(error, torch.OutOfMemoryError)
-        if not no_memory and "allocate memory" not in str(error):
+        if not no_memory and not any(sign in str(error) for sign in signs):
             raise
         raise MemoryError(
             "training does not fit into memory: lower batch_size (and raise accumulate "

@@ -190,7 +190,7 @@ def check_previous_word(make: Callable[[int], tuple[Tensor, Tensor]]) -> None:
     weights = scores.masked_fill(hidden, -math.inf).softmax(-1)
     for row in (5, 4, 3, 2, 1):
         most, weight = int(weights[row].argmax()), weights[row, row - 1].item()
-        assert most != row, f"row {row} looks at itself: queries must differ from keys"
+        assert most != row, f"row {row} looks at itself: it must ask for the key before"
         assert most == row - 1, f"row {row} looks at position {most}, not at {row - 1}"
         assert weight > 0.99, (
             f"row {row} looks at position {row - 1} with weight {weight:.2f} only:"

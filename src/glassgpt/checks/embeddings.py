@@ -170,11 +170,12 @@ def check_analogy(analogy: Callable[[int, int, int, Tensor], int]) -> None:
 
     Book: 03_embeddings.html#exercise-2-analogies-without-the-inputs
     """
-    rows = [[1.0, 0.0], [1.0, 1.0], [5.0, 0.2], [4.0, 2.0], [-5.0, 9.0]]
+    rows = [[1.0, 0.0], [1.0, 1.0], [5.0, 0.2], [4.0, 2.0], [-5.0, 9.0], [5.0, -0.3]]
     table = torch.tensor(rows)
     got = int(analogy(0, 1, 2, table))
     assert got not in (0, 1, 2), f"row {got} is one of the inputs: leave them out"
-    assert got != 4, "row 4 is where the sign of a or c is wrong: take b - a + c"
+    assert got != 4, "row 4 is where the sign of c is wrong: take b - a + c"
+    assert got != 5, "row 5 is where a or b is wrong or missing: take b - a + c"
     assert got == 3, f"row {got} is not most like b - a + c"
 
 
