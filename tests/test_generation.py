@@ -1,5 +1,6 @@
 """Generation: filters by property, caches and batches by parity, and bad input."""
 
+import copy
 import math
 
 import pytest
@@ -520,6 +521,43 @@ def test_a_light_model_is_not_saved_over_a_good_one(tmp_path):
     with pytest.raises(ValueError, match="before you lighten it"):
         save(tmp_path, lighten(model, "int8"), tokenizer)
     assert (tmp_path / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "float16", "int8"])
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {},
+        {"bias": False, "positions": "sinusoidal"},
+        {"activation": "squared_relu", "norm": "rms"},
+        {"positions": "rotary", "normalize_qk": True},
+    ],
+)
+def test_the_short_way_is_the_long_way(weights, choices):
+    torch.manual_seed(0)
+    light = lighten(GPT(GPTConfig(11, 8, 2, 2, 8, **choices)), weights)
+    found = []
+    for short in (True, False):
+        if not short:
+            del light.call_block
+        caches = [KeyValueCache(8) for _ in light.blocks]
+        with torch.inference_mode():
+            light(torch.tensor([[1, 2]]), caches)
+            found.append([light(torch.tensor([[n]]), caches) for n in (3, 4, 5)])
+    for short, long in zip(*found, strict=True):
+        assert torch.equal(short, long)
+
+
+def test_single_tokens_take_the_short_way_and_copies_the_long_one():
+    light = lighten(GPT(GPTConfig(11, 8, 1, 1, 8)), "bfloat16")
+    long = []
+    copied = copy.deepcopy(light)
+    for model in (light, copied):
+        model.blocks[0].register_forward_hook(lambda *_: long.append(1))
+    light_ids = generate(light, [1, 2], 4, top_k=1)
+    assert len(long) == 1  # the prompt
+    assert generate(copied, [1, 2], 4, top_k=1) == light_ids
+    assert len(long) == 5
 
 
 def test_light_products_leave_onednn_as_it_was():
