@@ -246,6 +246,11 @@ def matrix_flops(dtype: torch.dtype) -> float:
     return 2 * 2048 * 384 * 1536 / min(times)
 
 
+def anonymous(word: str) -> str:
+    """A word of the command line, without the paths of this machine."""
+    return ("FILE" if Path(word).is_file() else "DIR") if "/" in word else word
+
+
 def machine() -> dict[str, object]:
     """What the numbers were measured on."""
     lines = (
@@ -265,7 +270,7 @@ def machine() -> dict[str, object]:
         "torch": torch.__version__,
         "date": date.today().isoformat(),
         "command": f"python benchmarks/{Path(sys.argv[0]).name} "
-        + " ".join("DIR" if "/" in word else word for word in sys.argv[1:]),
+        + " ".join(map(anonymous, sys.argv[1:])),
     }
 
 
