@@ -316,6 +316,15 @@ def test_a_saved_model_is_never_trained_over(made, tmp_path, capsys):
     assert hashes(kept) == before
 
 
+def test_tokens_are_never_trained_over(made, tmp_path, capsys):
+    shutil.copytree(made / "run" / "data", tmp_path / "tokens")
+    before = hashes(tmp_path / "tokens")
+    words = ["train", "--data", made / "my.txt", "--tokenizer", "char", *TINY]
+    assert run_main([*words, "--out", tmp_path / "tokens"]) == 2
+    assert "holds tokens: choose another --out" in capsys.readouterr().err
+    assert hashes(tmp_path / "tokens") == before
+
+
 def test_the_folder_of_a_run_is_named_after_its_text(made, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ["train", "--data", made / "my.txt", "--tokenizer", "char", *TINY]

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import glassgpt.checks.generation as checks
 from glassgpt.checkpoints import save
+from glassgpt.data import TokenData
 from glassgpt.generation import (
     KeyValueCache,
     LightLinear,
@@ -25,6 +26,7 @@ from glassgpt.generation import (
 )
 from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.tokens import BPETokenizer, CharTokenizer
+from glassgpt.training import TrainConfig, train
 
 ROWS = st.lists(
     st.lists(
@@ -558,6 +560,15 @@ def test_single_tokens_take_the_short_way_and_copies_the_long_one():
     assert len(long) == 1  # the prompt
     assert generate(copied, [1, 2], 4, top_k=1) == light_ids
     assert len(long) == 5
+
+
+def test_a_light_model_is_neither_trained_nor_made_lighter():
+    light = lighten(GPT(GPTConfig(11, 4, 1, 1, 8)), "int8")
+    data = TokenData.of([1, 2, 3] * 9, [1, 2, 3] * 9, 11)
+    with pytest.raises(ValueError, match="train the one it comes from"):
+        train(light, data, TrainConfig(steps=1))
+    with pytest.raises(ValueError, match="is light already"):
+        lighten(light, "bfloat16")
 
 
 def test_light_products_leave_onednn_as_it_was():

@@ -122,6 +122,8 @@ def refuse_occupied(out: Path) -> None:
         )
     if (out / "model.safetensors").exists():
         raise FileExistsError(f"{out} holds a model: choose another --out")
+    if (out / "header.json").exists():
+        raise FileExistsError(f"{out} holds tokens: choose another --out")
     if (out / "run.json").exists():
         raise FileExistsError(
             f"{out} holds a run that has no checkpoint yet: let it go on, begin it "

@@ -420,6 +420,8 @@ def lighten(model: GPT, weights: str = "int8") -> GPT:
     """
     if weights not in ("bfloat16", "float16", "int8"):
         raise ValueError(f"weights must be bfloat16, float16 or int8, not {weights!r}")
+    if not any(isinstance(layer, nn.Linear) for layer in model.modules()):
+        raise ValueError("this model is light already: lighten the one it comes from")
     # deepcopy takes what `memo` has for an object instead of copying it.
     memo = {id(parameter): parameter for parameter in model.parameters()}
     memo |= {

@@ -590,6 +590,10 @@ def _check_data(
         raise TypeError("data must be a TokenData: take what `tokenize` returns")
     if not isinstance(config, TrainConfig):
         raise TypeError("config must be a TrainConfig, such as the training of a plan")
+    if not any(parameter.dim() > 1 for parameter in model.blocks.parameters()):
+        raise ValueError(
+            "a model made lighter can't be trained: train the one it comes from"
+        )
     if tokenizer is not None and tokenizer.vocab_size != data.vocab_size:
         raise ValueError(
             f"the data has {data.vocab_size} token ids and the tokenizer "
