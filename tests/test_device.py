@@ -221,6 +221,33 @@ def test_keep_freed_memory_here():
     assert done.stdout == b"True\n", done.stderr
 
 
+KEPT = """
+import torch
+from pathlib import Path
+from glassgpt.device import keep_freed_memory
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4 // 1024
+
+keep_freed_memory()
+weight = torch.zeros(2, requires_grad=True)
+optimizer = torch.optim.SGD([weight])
+for _ in range(2):
+    block = torch.ones(50_000_000)  # 200 MB
+    del block
+    before = resident()
+    weight.sum().backward()
+    optimizer.step()
+    print(before - resident() > 150)
+"""
+
+
+@pytest.mark.skipif(module.platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_memory_goes_back_once_after_the_first_step():
+    done = subprocess.run([sys.executable, "-c", KEPT], capture_output=True, text=True)
+    assert done.stdout == "True\nFalse\n", done.stderr
+
+
 @pytest.mark.usefixtures("fast_cpu")
 class TestPlan:
     def test_defaults_on_a_cpu(self):

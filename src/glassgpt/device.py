@@ -8,9 +8,11 @@ import re
 import time
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
+from functools import cache, partial
 from typing import Any
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.training import TrainConfig
@@ -137,7 +139,8 @@ def keep_freed_memory() -> bool:
     """Stop glibc from giving memory back after every step; True where that is possible.
 
     Call it before the first tensor. A training step frees its activations and asks for
-    the same again: without this, the kernel clears every page of them each time.
+    the same again: without this, the kernel clears every page of them each time. After
+    the first step what is free goes back once, for the start has left much behind.
 
     Book: 14_full_gpt.html#memory-that-isn-t-given-back
     """
@@ -145,7 +148,12 @@ def keep_freed_memory() -> bool:
         return False
     libc = ctypes.CDLL(None)
     trim_threshold, mmap_max = -1, -4  # names of the options in malloc.h
-    return bool(libc.mallopt(mmap_max, 0) and libc.mallopt(trim_threshold, -1))
+    if not (libc.mallopt(mmap_max, 0) and libc.mallopt(trim_threshold, -1)):
+        return False
+    # Once: what building and compiling the model left behind is not needed again.
+    trim = cache(partial(libc.malloc_trim, 0))
+    register_optimizer_step_post_hook(lambda *_: trim())
+    return True
 
 
 def fit_batch(model: GPTConfig, training: TrainConfig, memory: float) -> TrainConfig:

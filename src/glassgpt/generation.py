@@ -318,6 +318,32 @@ def _round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x / scale[:, None]).round_().to(torch.int8), scale
 
 
+def _whole_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """x (..., in) times int8 weights (out, in) whose rows have these scales (out,)."""
+    rows = x.reshape(-1, weight.shape[1]).float()
+    if x.is_cpu:
+        whole, own_scale = _round_rows(rows)
+        sums = torch._int_mm(whole, weight.t())  # (N, out) int32
+        products = sums * (own_scale[:, None] * scale)
+    else:  # no such kernel for few rows there
+        products = F.linear(rows, weight.float()) * scale
+    return products.view(*x.shape[:-1], weight.shape[0])
+
+
+def _narrow_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x (..., in) times a weight (out, in) of 16 bits, in what is fastest for it."""
+    if x.is_cpu and x.numel() == weight.shape[1]:
+        before = torch.backends.mkldnn.enabled
+        torch.backends.mkldnn.enabled = False
+        try:
+            return F.linear(x.to(weight.dtype), weight)
+        finally:
+            torch.backends.mkldnn.enabled = before
+    if x.is_cpu and weight.dtype == torch.float16:
+        return F.linear(x.float(), weight.float())
+    return F.linear(x.to(weight.dtype), weight)
+
+
 class LightLinear(nn.Module):
     """A linear layer with lighter weights, for generation: (..., in) to (..., out).
 
@@ -341,33 +367,10 @@ class LightLinear(nn.Module):
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.product(x) if self.scale is None else self.whole_product(x)
-        return (y if self.bias is None else self.bias + y).to(x.dtype)
-
-    def product(self, x: Tensor) -> Tensor:
-        """The product in 16 bits, or 32 where float16 has no fast kernel."""
-        on_cpu, dtype = x.device.type == "cpu", self.weight.dtype
-        if on_cpu and x.numel() == self.in_features:
-            before = torch.backends.mkldnn.enabled
-            torch.backends.mkldnn.enabled = False
-            try:
-                return F.linear(x.to(dtype), self.weight)
-            finally:
-                torch.backends.mkldnn.enabled = before
-        if on_cpu and dtype == torch.float16:
-            return F.linear(x.float(), self.weight.float())
-        return F.linear(x.to(dtype), self.weight)
-
-    def whole_product(self, x: Tensor) -> Tensor:
-        """The product of whole numbers, times both scales."""
-        rows = x.reshape(-1, self.in_features).float()
-        if x.device.type != "cpu":  # no such kernel for few rows there
-            products = F.linear(rows, self.weight.float()) * self.scale
-        else:
-            whole, scale = _round_rows(rows)
-            sums = torch._int_mm(whole, self.weight.t())  # (N, out) int32
-            products = sums * (scale[:, None] * self.scale)
-        return products.view(*x.shape[:-1], self.out_features)
+        weight, scale, bias = self.weight, self.scale, self.bias
+        whole = scale is not None
+        y = _whole_product(x, weight, scale) if whole else _narrow_product(x, weight)
+        return (y if bias is None else bias + y).to(x.dtype)
 
 
 def _short_way(block: Block) -> Callable[..., Tensor]:
