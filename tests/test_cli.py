@@ -17,7 +17,7 @@ import torch
 
 from glassgpt import GPT, GPTConfig, TokenData, TrainConfig, gpt, load, training
 from glassgpt.checkpoints import save
-from glassgpt.cli import HELP, main, make_parser
+from glassgpt.cli import HELP, main, make_parser, size_advice
 from glassgpt.tokens import CharTokenizer
 
 SCRIPT = Path(sys.executable).with_name("glassgpt")
@@ -92,6 +92,8 @@ def stage(made, tmp_path_factory):
     (folder / "empty.txt").write_text("")
     (folder / "short.txt").write_text("To be, or not to be\n")
     (folder / "picture.png").write_bytes(PNG)
+    (folder / "notes").mkdir()
+    (folder / "notes" / "mine.txt").write_text("mine\n")
     for name in ("cut", "other", "scrambled", "lost", "broken-run", "dataless"):
         shutil.copytree(made / "run", folder / name)
     damage(folder / "cut", "model.safetensors", lambda content: content[:1000])
@@ -132,6 +134,10 @@ MISTAKES = {
     "missing tokenizer": ([*MY, "--tokenizer", "none.json"], "none.json"),
     "no tokenizer": ([*MY, "--tokenizer", "my.txt"], "my.txt"),
     "below a file": ([*MY, "--out", "my.txt/new"], "Not a directory"),
+    "into a file": ([*MY, "--out", "my.txt"], "my.txt is a file"),
+    "among other files": ([*MY, "--out", "notes"], "notes is not empty, mine.txt"),
+    "no name of a text": ([*MY, "--data", ""], "an empty name is neither"),
+    "a size of characters": ([*MY, "--vocab-size", "300"], "--tokenizer bpe only"),
     "tokens below a file": (
         ["tokenize", "--data", "my.txt", "--tokenizer", "char", "--out", "my.txt/new"],
         "Not a directory",
@@ -169,7 +175,8 @@ MISTAKES = {
     "temperature NaN": ([*WRITE, "--temperature", "nan"], "temperature"),
     "top-k 0": ([*WRITE, "--top-k", "0"], "top_k"),
     "top-p 0": ([*WRITE, "--top-p", "0"], "top_p"),
-    "negative length": ([*WRITE, "--tokens", "-5"], "-5"),
+    "negative length": ([*WRITE, "--tokens", "-5"], "--tokens: '-5' is no whole"),
+    "negative seed": ([*WRITE, "--seed", "-1"], "--seed: '-1' is no whole number"),
     "empty prompt": ([*WRITE, "--prompt", ""], "at least one token"),
     "unknown character": ([*WRITE, "--prompt", "\u6f22"], "not in the vocabulary"),
     "unknown weights": ([*WRITE, "--weights", "int3"], "int3"),
@@ -193,7 +200,7 @@ def sentence_in(errors):
     return lines[-1]
 
 
-@pytest.mark.filterwarnings("ignore:the text has pairs")
+@pytest.mark.filterwarnings("ignore:the text has too few pairs")
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_gets_a_sentence(stage, monkeypatch, capsys, mistake):
     words, expected = MISTAKES[mistake]
@@ -221,12 +228,13 @@ def test_a_mistake_in_the_shell(stage, mistake):
     assert hashes(stage) == before
 
 
-@pytest.mark.filterwarnings("ignore:the text has pairs")
+@pytest.mark.filterwarnings("ignore:the text has too few pairs")
 @pytest.mark.parametrize("tokenizer", ["char", "bpe"])
 def test_train_writes_a_model(made, tmp_path, tokenizer, capsys):
     out = tmp_path / "run"
     words = ["train", "--data", made / "my.txt", "--tokenizer", tokenizer, "--out", out]
-    assert run_main([*words, "--vocab-size", "280", *TINY]) == 0
+    words += ["--vocab-size", "280"] if tokenizer == "bpe" else []
+    assert run_main([*words, *TINY]) == 0
     printed = capsys.readouterr().out
     assert "step 3: validation loss" in printed
     assert "step 6: validation loss" in printed
@@ -283,7 +291,9 @@ def test_tokenize_then_train_on_the_tokens(made, tmp_path, capsys):
 def test_resume_says_where_it_goes_on(made, tmp_path, capsys):
     shutil.copytree(made / "run", tmp_path / "run")
     assert run_main(["train", "--resume", "--out", tmp_path / "run"]) == 0
-    assert "going on from checkpoint-00000006" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "going on from checkpoint-00000006" in printed
+    assert "all 6 steps are done" in printed
     for checkpoint in (tmp_path / "run").glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     assert run_main(["train", "--resume", "--out", tmp_path / "run"]) == 0
@@ -311,7 +321,7 @@ def test_a_saved_model_is_never_trained_over(made, tmp_path, capsys):
     before = hashes(kept)
     words = ["train", "--data", made / "my.txt", "--tokenizer", "char", *TINY]
     assert run_main([*words, "--out", kept]) == 2
-    assert "holds a model: choose another --out" in capsys.readouterr().err
+    assert "is not empty, config.json is in it" in capsys.readouterr().err
     assert run_main(["train", "--out", kept, "--resume"]) == 2
     assert hashes(kept) == before
 
@@ -321,7 +331,7 @@ def test_tokens_are_never_trained_over(made, tmp_path, capsys):
     before = hashes(tmp_path / "tokens")
     words = ["train", "--data", made / "my.txt", "--tokenizer", "char", *TINY]
     assert run_main([*words, "--out", tmp_path / "tokens"]) == 2
-    assert "holds tokens: choose another --out" in capsys.readouterr().err
+    assert "is not empty, header.json is in it" in capsys.readouterr().err
     assert hashes(tmp_path / "tokens") == before
 
 
@@ -370,10 +380,24 @@ def test_a_warning_is_a_sentence_too(made, tmp_path):
     words = ["tokenize", "--data", made / "my.txt", "--out", tmp_path / "tokens"]
     done = run_script(*words, "--vocab-size", "5000", cwd=tmp_path)
     assert done.returncode == 0
-    warned = [line for line in done.stderr.splitlines() if "the text has pairs" in line]
+    warned = [line for line in done.stderr.splitlines() if "too few pairs" in line]
     assert len(warned) == 1
     assert warned[0].startswith("glassgpt: ")
     assert ".py" not in done.stderr
+
+
+def test_as_a_module(made):
+    command = [sys.executable, "-m", "glassgpt", "generate", made / "missing"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "missing" in sentence_in(done.stderr)
+
+
+def test_only_sizes_are_taken_for_sizes():
+    with pytest.raises(MemoryError, match="--size"), size_advice():
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+    with pytest.raises(torch.AcceleratorError), size_advice():
+        raise torch.AcceleratorError("CUDA error: no kernel image is available")
 
 
 def test_version(capsys):
@@ -468,6 +492,7 @@ def test_transformers_reads_a_run(made):
     ours, our_tokenizer = load(made / "run")
     ids = our_tokenizer.encode("the old dog")
     assert their_tokenizer.encode("the old dog") == ids
+    assert their_tokenizer.model_max_length == ours.config.context
     with torch.no_grad():
         expected = ours(torch.tensor([ids]))
         torch.testing.assert_close(theirs(torch.tensor([ids])).logits, expected)

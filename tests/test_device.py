@@ -109,8 +109,9 @@ def test_the_learning_rate_falls_with_the_width():
 
 @pytest.mark.parametrize("name", ["abacus", "cuda:99", "meta", ""])
 def test_a_device_that_is_not_here(name):
-    with pytest.raises(ValueError, match="device"):
+    with pytest.raises(ValueError, match="device") as refused:
         pick_device(name)
+    assert len(str(refused.value)) < 120
 
 
 def test_the_best_device(monkeypatch):
@@ -361,3 +362,10 @@ def test_description():
     for part in ("2 layers", "width 16", "1,000 steps", "cpu, bfloat16, compiled"):
         assert part in text
     assert text.count("\n") == 3
+
+
+def test_description_names_both_rates():
+    model = GPTConfig(80, context=32, layers=2, heads=2, width=16)
+    training = TrainConfig(optimizer="muon", matrix_learning_rate=0.03)
+    text = Plan(model, training, torch.device("cpu"), 1e9).describe()
+    assert "muon, rate 0.03, AdamW beside it rate 0.003" in text

@@ -447,3 +447,22 @@ def test_wrong_contributions_are_named(wrong, message):
     with pytest.raises(AssertionError) as caught:
         checks.check_contributions(wrong, MultiHeadAttention)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "T", "short"),
+    [
+        (torch.bfloat16, 256, True),
+        (torch.bfloat16, 257, False),
+        (torch.float32, 8, False),
+        (torch.float64, 8, True),
+    ],
+)
+def test_which_kernel_a_cpu_takes(monkeypatch, dtype, T, short):
+    taken = []
+    monkeypatch.setattr(
+        "glassgpt.heads.short_attention",
+        lambda q, k, v: taken.append(q.dtype) or fused_attention(q, k, v),
+    )
+    MultiHeadAttention(8, 2).to(dtype)(torch.zeros(1, T, 8, dtype=dtype))
+    assert bool(taken) == short

@@ -198,6 +198,7 @@ def save(directory: str | Path, model: GPT, tokenizer: Any) -> None:
     end = tokenizer.special_tokens.get(special)
     kind: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     kind["clean_up_tokenization_spaces"] = False
+    kind["model_max_length"] = model.config.context
     if end is not None:
         kind |= {"bos_token": special, "eos_token": special}
     write_file(directory / "tokenizer_config.json", json.dumps(kind, indent=1).encode())

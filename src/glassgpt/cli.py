@@ -50,7 +50,7 @@ HELP = {
 
 
 HELP |= {
-    "steps": "of the optimizer",
+    "steps": "how often the optimizer moves the weights",
     "batch_size": "texts in a batch",
     "accumulate": "batches in a step",
     "optimizer": "adamw, or muon for the matrices",
@@ -60,13 +60,13 @@ HELP |= {
     "warmup": "steps in which the rate rises",
     "final_rate": "share of the rate that is left at the end",
     "weight_decay": "of matrices",
-    "clip": "longest gradient",
+    "clip": "a longer gradient is cut to this length",
     "precision": "float32, tf32, bfloat16 or float16",
-    "compile": "off, blocks or all",
+    "compile": "off, blocks or all, for faster steps",
     "recompute": "less memory, more time",
-    "evaluate_every": "so many steps",
-    "evaluation_batches": "of held-out text, each time",
-    "checkpoint_every": "so many steps",
+    "evaluate_every": "steps from one look at the held-out text to the next",
+    "evaluation_batches": "of held-out text, at each look",
+    "checkpoint_every": "steps from one checkpoint to the next",
     "keep": "how many checkpoints stay",
     "seed": "of weights, batches and dropout",
 }
@@ -92,13 +92,19 @@ def add_fields(parser: argparse.ArgumentParser, kind: type, without: set[str]) -
         parser.add_argument(f"--{field.name.replace('_', '-')}", **settings)
 
 
-def make_tokenizer(name: str, vocab_size: int, source: str) -> Tokenizer:
+VOCABULARY = 1024  # of byte pairs, where nobody chooses
+
+
+def make_tokenizer(name: str, vocab_size: int | None, source: str) -> Tokenizer:
     """The tokenizer called "char", "bpe" or "gpt2", or the one saved at a path.
 
-    The first two learn from the part of the source that is trained on.
+    The first two learn from the part of the source that is trained on. Raises
+    ValueError for a vocab_size where the tokenizer decides it by itself.
 
     Book: 19_command_line.html#which-tokenizer
     """
+    if name != "bpe" and vocab_size is not None:
+        raise ValueError("--vocab-size goes with --tokenizer bpe only: leave it out")
     if name == "gpt2":
         return BPETokenizer.gpt2()
     if name not in ("char", "bpe"):
@@ -108,26 +114,29 @@ def make_tokenizer(name: str, vocab_size: int, source: str) -> Tokenizer:
         texts = [piece for _, document in documents for piece in document.pieces()]
         return CharTokenizer.train("".join(texts))
     learned = (d for split, d in documents if split == "train")
-    return BPETokenizer.train((p for d in learned for p in d.pieces()), vocab_size)
+    pieces = (piece for document in learned for piece in document.pieces())
+    return BPETokenizer.train(pieces, VOCABULARY if vocab_size is None else vocab_size)
 
 
 def refuse_occupied(out: Path) -> None:
-    """Raise FileExistsError for a folder that holds a run or a model.
+    """Raise FileExistsError for anything but a new folder or an empty one.
 
     Book: 19_command_line.html#starting-a-run-or-going-on-with-one
     """
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} is a file: choose another --out")
     if checkpoints_in(out):
         raise FileExistsError(
             f"{out} holds a run: add --resume, or choose another --out"
         )
-    if (out / "model.safetensors").exists():
-        raise FileExistsError(f"{out} holds a model: choose another --out")
-    if (out / "header.json").exists():
-        raise FileExistsError(f"{out} holds tokens: choose another --out")
     if (out / "run.json").exists():
         raise FileExistsError(
             f"{out} holds a run that has no checkpoint yet: let it go on, begin it "
             "again with --resume, or, if it failed, delete the folder"
+        )
+    if names := sorted(path.name for path in out.glob("[!.]*")):
+        raise FileExistsError(
+            f"{out} is not empty, {names[0]} is in it: choose another --out"
         )
 
 
@@ -156,6 +165,8 @@ def size_advice() -> Iterator[None]:
     """
     try:
         yield
+    except torch.AcceleratorError:  # of a driver or a kernel, about no size
+        raise
     except (RuntimeError, TypeError, OverflowError) as error:
         raise MemoryError(
             "such a model does not fit into memory: choose a smaller --size, or less "
@@ -183,8 +194,8 @@ def _tokens(options: argparse.Namespace) -> Path | None:
     """The folder of --data if it is tokenized already. Raises ValueError."""
     if not (Path(options.data) / "header.json").exists():
         return None
-    usual = make_parser().parse_args(["train"])
-    if (options.tokenizer, options.vocab_size) != (usual.tokenizer, usual.vocab_size):
+    usual = make_parser().parse_args(["train"]).tokenizer
+    if options.tokenizer != usual or options.vocab_size is not None:
         raise ValueError(
             f"{options.data} is tokenized: leave out --tokenizer and --vocab-size"
         )
@@ -198,7 +209,7 @@ def start_run(options: argparse.Namespace) -> tuple[Plan, TokenData]:
     """
     out, place = Path(options.out), _tokens(options)
     refuse_occupied(out)
-    _plan(max(options.vocab_size, 1), options)
+    _plan(max(options.vocab_size or VOCABULARY, 1), options)
     with new_folder(out):
         if place:
             tokenizer = load_tokenizer(place / "tokenizer.json")
@@ -259,6 +270,8 @@ def resume_run(options: argparse.Namespace) -> tuple[Plan, TokenData]:
         raise ValueError(f"a resumed run keeps its settings: leave out {names}")
     last = [checkpoint.name for checkpoint in checkpoints_in(out)][-1:]
     print("going on from", *(last or ["the start: there is no checkpoint yet"]))
+    if last and int(last[0].split("-")[1]) == training.steps:
+        print(f"that is its end: all {training.steps} steps are done")
     return Plan(model, training, device, peak_flops(device, training.precision)), data
 
 
@@ -421,16 +434,27 @@ def _add_train(commands: Any, text: argparse.ArgumentParser) -> None:
     part.set_defaults(run=train_command)
 
 
+def _count(text: str) -> int:
+    """A whole number from 0 up, or the parser's own kind of error."""
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 up")
+    return int(text)
+
+
 def _add_generate(commands: Any) -> None:
     """The command `generate` and its options."""
     part = commands.add_parser("generate", help="write with a trained GPT")
     part.add_argument("model", help="folder of a run or a saved model")
     part.add_argument("--prompt", help="default: a new line")
-    part.add_argument("--tokens", type=int, default=200, help="at most; default: 200")
+    part.add_argument(
+        "--tokens", type=_count, default=200, help="at most; default: 200"
+    )
     part.add_argument("--temperature", type=float, default=0.8, help="default: 0.8")
     part.add_argument("--top-k", type=int, help="draw from the k likeliest; 1: greedy")
-    part.add_argument("--top-p", type=float, help="draw from a share p")
-    part.add_argument("--seed", type=int, help="the same text every time")
+    part.add_argument(
+        "--top-p", type=float, help="draw from the likeliest whose shares reach p"
+    )
+    part.add_argument("--seed", type=_count, help="the same text every time")
     part.add_argument(
         "--weights",
         choices=("float32", "bfloat16", "float16", "int8"),
@@ -453,12 +477,15 @@ def make_parser() -> argparse.ArgumentParser:
     text.add_argument(
         "--data",
         default="shakespeare",
-        help="a text file, a folder of them, shakespeare; train: also a tokenized one",
+        help="a text file, a folder of them, or shakespeare, the default; train: also "
+        "a tokenized one",
     )
     text.add_argument(
-        "--tokenizer", default="bpe", help="bpe, char, gpt2, or a tokenizer.json"
+        "--tokenizer",
+        default="bpe",
+        help="bpe, char, gpt2, or a tokenizer.json; default: bpe",
     )
-    text.add_argument("--vocab-size", type=int, default=1024, help="of bpe")
+    text.add_argument("--vocab-size", type=int, help=f"of bpe; default: {VOCABULARY}")
 
     _add_train(commands, text)
     _add_generate(commands)
@@ -466,7 +493,7 @@ def make_parser() -> argparse.ArgumentParser:
         "tokenize", parents=[text], help="turn a text into token files"
     )
     part.add_argument("--out", required=True, help="new folder for them")
-    part.add_argument("--workers", type=int, default=1, help="processes")
+    part.add_argument("--workers", type=int, default=1, help="processes; default: 1")
     part.set_defaults(run=tokenize_command)
     return parser
 

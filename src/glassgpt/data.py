@@ -121,9 +121,10 @@ def read_documents(source: str | Path) -> list[Document]:
     if str(source) == "shakespeare":
         return shakespeare()
     root = Path(source)
-    if not os.path.exists(root):  # False for a text in place of its path, too
+    if not os.path.exists(source):  # nor "", nor a text in place of its path
+        name = str(source)[:60] or "an empty name"
         raise FileNotFoundError(
-            f'{str(root)[:60]} is neither a file, nor a folder, nor "shakespeare"'
+            f'{name} is neither a file, nor a folder, nor "shakespeare"'
         )
     files = [root]
     if root.is_dir():

@@ -29,15 +29,17 @@ def memory_needed(model: GPTConfig, training: TrainConfig) -> int:
 
     16 for every parameter: weight, gradient and AdamW's two means. For every token of a
     batch 34 C a layer in 16-bit precision, twice that in 32 bits, and ten a logit.
-    Short contexts count the attention weights, as a CPU keeps them. With recomputation
-    all of that for one layer, and the 4 C that flow into each.
+    Short contexts count the attention weights where a CPU keeps them, which is in 16
+    bits or compiled. With recomputation all of that for one layer, and the 4 C that
+    flow into each.
     Source: Korthikanti et al. (2022), section 4.
 
     Book: 14_full_gpt.html#memory
     """
     parameters = _on_paper(model).parameter_count()
     wide = 1 if training.precision in ("bfloat16", "float16") else 2
-    weights = 2 * model.heads * model.context if model.context <= 256 else 0
+    kept = model.context <= 256 and (wide == 1 or training.compile != "off")
+    weights = 2 * model.heads * model.context if kept else 0
     layers = model.layers * wide * (34 * model.width + weights)
     if training.recompute:
         layers = layers // model.layers + model.layers * 4 * model.width
@@ -68,6 +70,10 @@ def pick_device(name: str | None = None) -> torch.device:
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"no device is called {name!r}: cpu, cuda or mps?") from None
     try:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -213,13 +219,16 @@ class Plan:
         parameters = _on_paper(model).parameter_count()
         compiled = {"off": "", "blocks": ", blocks compiled", "all": ", compiled"}
         how = training.precision + compiled[training.compile]
+        rates = f"rate {training.learning_rate:.2g}"
+        if training.optimizer == "muon":
+            rates = f"rate {training.matrix_learning_rate:.2g}, AdamW beside it {rates}"
         again = ", activations recomputed" if training.recompute else ""
         return (
             f"model   {parameters / 1e6:.2f} M parameters: {model.layers} layers, "
             f"{model.heads} heads, width {model.width}, context {model.context}\n"
             f"run     {training.steps:,} steps, {self.tokens / 1e6:.1f} M tokens, "
             f"{self.flops:.1e} FLOPs\n"
-            f"recipe  {training.optimizer}, rate {training.learning_rate:.2g}, "
+            f"recipe  {training.optimizer}, {rates}, "
             f"batches of {training.batch_size * training.accumulate}\n"
             f"machine {self.device.type}, {how}{again}: about "
             f"{memory / 1e9:.2f} GB of tensors, {duration}"

@@ -462,7 +462,10 @@ def _train_merges(
     merges = learn_merges(count_words(text), number)
     if len(merges) < number:
         size = vocab_size - number + len(merges)
-        message = f"the text has pairs for a vocabulary of {size}, not {vocab_size}"
+        message = (
+            f"the text has too few pairs for a vocabulary of {vocab_size}: this one "
+            f"has {size} and works as well"
+        )
         warnings.warn(message, stacklevel=3)
     return merges
 
