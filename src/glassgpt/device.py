@@ -145,7 +145,7 @@ def keep_freed_memory() -> bool:
     """Stop glibc from giving memory back after every step; True where that is possible.
 
     Call it before the first tensor. A training step frees its activations and asks for
-    the same again: without this, the kernel clears every page of them each time. After
+    the same again: without this, the system clears every page of them each time. After
     the first step what is free goes back once, for the start has left much behind.
 
     Book: 14_full_gpt.html#memory-that-isn-t-given-back

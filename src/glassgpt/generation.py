@@ -138,7 +138,7 @@ def window_start(length: int, context: int) -> int:
     Book: 13_generation.html#past-the-context
     """
     half = max(context // 2, 1)
-    return max(0, -(-(length - context) // half) * half)
+    return max(0, math.ceil((length - context) / half)) * half
 
 
 def pad_left(

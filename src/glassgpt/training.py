@@ -77,10 +77,10 @@ class TrainConfig:
     of the learning rate. weight_decay: on matrices only. clip: longest gradient.
     precision: "float32", "tf32", "bfloat16" or "float16". compile: "off", "blocks" (one
     program for all blocks) or "all" (the whole model, faster, but it takes longer to
-    begin). recompute: keep less for the
-    backward pass and calculate it again. Every `evaluate_every` steps it is judged on
-    `evaluation_batches` fixed batches. keep: how many checkpoints stay.
-    seed: of batches and dropout. Raises ValueError for impossible values.
+    begin). recompute: keep less for the backward pass and calculate it again. Every
+    `evaluate_every` steps it is judged on `evaluation_batches` fixed batches. keep: how
+    many checkpoints stay. seed: of batches and dropout. Raises ValueError for
+    impossible values.
 
     Book: 12_training.html#settings
     """

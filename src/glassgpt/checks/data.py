@@ -42,7 +42,7 @@ def check_split(
 
 
 def _text(length: int) -> np.ndarray:
-    """Ids of which each tells its place, its root, and no two are neighbors."""
+    """Ids that tell their places: 100 plus the square of each."""
     return (np.arange(length) ** 2 + 100).astype(np.uint16)
 
 
@@ -120,9 +120,13 @@ def check_batches(
         "the last crop never comes: N ids have N - T crops, off by one at the end"
     )
     assert not missing, f"crops that start at {missing} never come"
-    assert counts.max() < 220, (  # 160 each, give or take 12
+    assert 105 < counts.min() <= counts.max() < 220, (  # 160 each, give or take 12
         f"not equally likely: of 1,280 draws start {int(counts.argmax())} has "
         f"{int(counts.max())}, start {int(counts.argmin())} has {int(counts.min())}"
+    )
+    gaps = starts.view(20, 64).diff(dim=1) % 8
+    assert (gaps != gaps[:, :1]).any(), (
+        "the crops of a batch lie at equal distances: draw each start by itself"
     )
     _starts(_text(30), *_draw(random_batch, _text(30), 0, size=5, context=7))
 
@@ -158,7 +162,9 @@ def _epoch(
             size,
         )
         starts += _starts(ids, *batch).tolist()
-    assert not any(start % 4 for start in starts), "the crops overlap"
+    assert not any(start % 4 for start in starts), (
+        "a crop begins at no multiple of the context: cut the text from its first id on"
+    )
     return starts
 
 
@@ -205,5 +211,8 @@ def check_epochs(
     )
     assert late == orders[1][3:6], "step 5 differs when it is asked for first"
     _check_left_out(epoch_batch)
-    other = _epoch(epoch_batch, 50, 3, 1, [0])
-    assert other != orders[0][:3], "the seed is ignored"
+    other = _epoch(epoch_batch, 50, 3, 1, range(4))
+    assert other != orders[0], "the seed is ignored"
+    assert other != orders[1], (
+        "seed 1 begins with the second epoch of seed 0: use (seed, epoch)"
+    )

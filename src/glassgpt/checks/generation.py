@@ -111,7 +111,7 @@ def _small_gpt(positions: str = "learned", context: int = 8) -> GPT:
 
 @torch.no_grad()
 def check_cache(cache: Callable[[int], Any]) -> None:
-    """Token by token with caches a model returns the logits of all at once.
+    """Piece by piece with caches a model returns the logits of all at once.
 
     cache: called as cache(context), like `KeyValueCache`.
 
@@ -312,6 +312,9 @@ def check_forbidden(forbidden: Callable[[list[int], int], set[int]]) -> None:
     assert found != {4}, "only the last earlier run was found"
     assert found == {3, 4}, f"after 1 2 3 1 2 4 1 2 these are forbidden: {found}"
     assert set(forbidden([5, 5, 5], 3)) == {5}, "runs may overlap"
+    assert set(forbidden([1, 1, 1, 2, 1, 1], 3)) == {1, 2}, "runs may overlap"
+    four = forbidden([1, 2, 3, 4, 9, 2, 3, 5, 1, 2, 3], 4)
+    assert set(four) == {4}, "n=4: three tokens are the start"
     assert set(forbidden([1, 2], 3)) == set(), "too short a text forbids nothing"
     assert set(forbidden([1, 2, 1], 1)) == {1, 2}, "n=1 forbids all that occurred"
     assert set(forbidden([1, 2, 1, 3, 1], 2)) == {2, 3}, "n=2: one token is the start"
@@ -339,7 +342,7 @@ def check_beam_search(beam_search: Callable[..., list[int]]) -> None:
     Book: 13_generation.html#exercise-3-look-ahead
     """
     model = _small_gpt()
-    for prompt in ([3], [1, 2], [9, 0], [8], [4]):
+    for prompt in ([3], [1, 2], [9, 0], [8], [4], [0]):
         for length, beams in ((3, 1), (3, 2), (3, 3), (5, 2), (2, 11), (3, 121)):
             given = list(prompt)
             found = list(beam_search(model, given, length, beams))

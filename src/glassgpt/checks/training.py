@@ -35,7 +35,7 @@ def check_adamw(adamw: Callable[..., Tensor]) -> None:
     gradients = [torch.tensor([1.0, -0.1, 10.0]).double() * k for k in (1, 3, -1, 2)]
     cases = [
         (1, 0.0, "the first step is wrong: are the means divided by 1 - beta^t?"),
-        (4, 0.0, "later steps are wrong: are the means kept, and t counted from 1?"),
+        (4, 0.0, "later steps are wrong: are the means kept, and does t grow?"),
         (4, 0.5, "decay must shrink the weight itself, not be added to the gradient"),
     ]
     for count, decay, mistake in cases:
@@ -61,7 +61,10 @@ def _check_edges(rate_at: Callable[[int, TrainConfig], float]) -> None:
     assert abs(first - 1) < 1e-9, "without warm-up the first rate must be 1"
     assert 0.9 < last <= 1 + 1e-9, "a run may be all warm-up"
     long = TrainConfig(steps=100, warmup=20, final_rate=0.3)
-    half, end = rate_at(9, long), rate_at(99, long)
+    quarter, half, end = (rate_at(step, long) for step in (4, 9, 99))
+    assert abs(quarter - 0.25) < 0.04, (
+        f"after a quarter of the warm-up the rate is {quarter:.2f}, not 0.25"
+    )
     assert abs(half - 0.5) < 0.04, (
         f"in the middle of a warm-up of 20 steps the rate is {half:.2f}, not 0.5"
     )
@@ -238,7 +241,8 @@ def check_clipping(clip: Callable[[list[Tensor], float], list[Tensor]]) -> None:
         clip([part.to("meta") for part in long], 1.0)
     except (RuntimeError, NotImplementedError):
         raise AssertionError(
-            "Python asked for a number, by .item(), float() or an if: use tensors"
+            "Python asked for a number, by .item(), float() or an if, or a tensor was "
+            "made on another device: use the tensors given"
         ) from None
 
 
