@@ -805,6 +805,24 @@ def mostly_the_last(ids, size, context, seed):
     return rows[:, :-1], rows[:, 1:]
 
 
+def rows_from(ids, context, starts):
+    rows = torch.tensor(ids[starts[:, None] + np.arange(context + 1)].astype(np.int64))
+    return rows[:, :-1], rows[:, 1:]
+
+
+def rounded(ids, size, context, seed):
+    share = np.random.default_rng(seed).random(size)
+    return rows_from(
+        ids, context, np.round(share * (len(ids) - context - 1)).astype(int)
+    )
+
+
+def in_a_row(ids, size, context, seed):
+    count = len(ids) - context
+    first = np.random.default_rng(seed).integers(count)
+    return rows_from(ids, context, (first + np.arange(size)) % count)
+
+
 def overwriting(ids, size, context, seed):
     batch = package_batch(ids.copy(), size, context, seed)
     ids[:] = 0
@@ -814,6 +832,8 @@ def overwriting(ids, size, context, seed):
 WRONG = [
     ("check_batches", of_all(lambda x, y: (x, x + 1)), "the next id of the text"),
     ("check_batches", mostly_the_last, "not equally likely"),
+    ("check_batches", rounded, "not equally likely"),
+    ("check_batches", in_a_row, "equal distances"),
     ("check_batches", overwriting, "the ids themselves were changed"),
     ("check_batches", of_all(lambda x, y: (x,)), "return two tensors"),
     ("check_epochs", epochs(the_last_left_out), "left out in every epoch"),
@@ -856,6 +876,11 @@ WRONG = [
     ("check_epochs", drawn, "permute, don't draw"),
     ("check_epochs", in_order, "in the order of the text"),
     ("check_epochs", epochs(the_same_order), "same order"),
+    (
+        "check_epochs",
+        epochs(lambda n, seed, epoch, size: the_same_order(n, seed + epoch, 0, size)),
+        "the second epoch of seed 0",
+    ),
     ("check_epochs", epoch_order(lambda seed, step: (0, step)), "the seed is ignored"),
     ("check_nats_per_character", lambda n, t, c: n * c / t, "longer tokens"),
     ("check_nats_per_character", lambda n, t, c: n, "don't cost 3.000 nats each"),

@@ -437,6 +437,23 @@ def beam_that_appends(model, ids, length, beams):
     return ids
 
 
+def forbidden(ids, n):
+    start = tuple(ids[len(ids) - n + 1 :])
+    runs = (tuple(ids[place : place + n]) for place in range(len(ids) - n + 1))
+    return {run[-1] for run in runs if run[:-1] == start}
+
+
+def forbidden_after_a_jump(ids, n):
+    found, place, start = set(), 0, ids[len(ids) - n + 1 :]
+    while place + n <= len(ids):
+        if ids[place : place + n - 1] == start:
+            found.add(ids[place + n - 1])
+            place += n - 1
+        else:
+            place += 1
+    return found
+
+
 def forbidden_in_any_order(ids, n):
     start = sorted(ids[len(ids) - n + 1 :])
     runs = (ids[place : place + n] for place in range(len(ids) - n + 1))
@@ -464,6 +481,13 @@ WRONG = [
     ("check_beam_search", beam_that_appends, "copy it"),
     ("check_beam_search", lambda m, ids, n, b: beams_capped(m, ids, 3, b), "not 5"),
     ("check_forbidden", forbidden_in_any_order, "not the start"),
+    ("check_forbidden", forbidden_after_a_jump, "runs may overlap"),
+    ("check_forbidden", lambda ids, n: forbidden(ids, min(n, 3)), "n=4"),
+    (
+        "check_beam_search",
+        lambda m, ids, n, b: checks._beams(m, ids, n, min(b, 3))[0][1],
+        "beams from [0]",
+    ),
     ("check_min_p", min_p_of_batch, "each row has its own"),
     ("check_min_p", min_p_without_ties, "mind ties"),
     ("check_min_p", min_p_in_place, "were changed"),

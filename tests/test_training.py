@@ -1007,6 +1007,15 @@ WRONG = [
     ),
     (
         "check_schedule",
+        lambda step, c: (
+            (1 - math.cos(math.pi * (step + 1) / c.warmup)) / 2
+            if step < c.warmup
+            else rate_at(step, c)
+        ),
+        "not 0.25",
+    ),
+    (
+        "check_schedule",
         lambda step, c: step / c.warmup * 0 + rate_at(step, c),
         "divided by 0",
     ),

@@ -62,11 +62,11 @@ def _check_edges(rate_at: Callable[[int, TrainConfig], float]) -> None:
     assert 0.9 < last <= 1 + 1e-9, "a run may be all warm-up"
     long = TrainConfig(steps=100, warmup=20, final_rate=0.3)
     quarter, half, end = (rate_at(step, long) for step in (4, 9, 99))
-    assert abs(quarter - 0.25) < 0.04, (
-        f"after a quarter of the warm-up the rate is {quarter:.2f}, not 0.25"
-    )
     assert abs(half - 0.5) < 0.04, (
         f"in the middle of a warm-up of 20 steps the rate is {half:.2f}, not 0.5"
+    )
+    assert abs(quarter - 0.25) < 0.04, (
+        f"after a quarter of the warm-up the rate is {quarter:.2f}, not 0.25"
     )
     assert 0.3 <= end < 0.31, f"final_rate is 0.3, and the last rate {end:.2f}"
 
