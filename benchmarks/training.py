@@ -33,11 +33,6 @@ from time import perf_counter
 import numpy as np
 import torch
 
-from glassgpt.data import TokenData
-from glassgpt.device import keep_freed_memory
-from glassgpt.gpt import GPT, GPTConfig
-from glassgpt.training import TrainConfig, Trainer, take_step
-
 VOCABULARY = 65
 SIZES = {
     "small": ({"layers": 4, "heads": 4, "width": 128, "context": 64}, 12, 30),
@@ -70,7 +65,11 @@ ROOT = Path(__file__).resolve().parent
 
 
 def our_step(size: str, name: str) -> Callable[[], None]:
-    """One step of glassgpt."""
+    """One step of glassgpt, imported here: a peer's memory is counted without it."""
+    from glassgpt.data import TokenData
+    from glassgpt.gpt import GPT, GPTConfig
+    from glassgpt.training import TrainConfig, Trainer, take_step
+
     sizes, batch_size, _ = SIZES[size]
     recipe, settings = OURS[name]
     make = GPTConfig.modern if recipe == "modern" else GPTConfig
@@ -159,8 +158,11 @@ def prepare(
     size: str, names: list[str], kept: bool, nanogpt: str | None
 ) -> dict[str, Callable[[], None]]:
     """A step of each candidate, compiled and ready."""
-    if kept and not keep_freed_memory():
-        raise SystemExit("this C library can't be told to keep memory")
+    if kept:
+        from glassgpt.device import keep_freed_memory
+
+        if not keep_freed_memory():
+            raise SystemExit("this C library can't be told to keep memory")
     if nanogpt:
         sys.path.insert(0, nanogpt)
     torch.manual_seed(0)
