@@ -5,7 +5,16 @@ import sys
 
 import pytest
 
-HEAVY = ["matplotlib", "IPython", "transformers", "tokenizers", "torch._dynamo"]
+import glassgpt
+
+HEAVY = [
+    "matplotlib",
+    "IPython",
+    "transformers",
+    "tokenizers",
+    "torch._dynamo",
+    "glassgpt.checks",
+]
 
 
 def modules_after(statement):
@@ -28,3 +37,13 @@ def test_import_leaves_out(loaded, heavy):
 
 def test_the_measurement_sees_a_heavy_import():
     assert "matplotlib" in modules_after("import matplotlib")
+
+
+def test_checks_come_when_they_are_asked_for():
+    statement = "import glassgpt\nglassgpt.checks.check_softmax"
+    assert "glassgpt.checks.softmax" in modules_after(statement)
+
+
+def test_a_name_that_does_not_exist_is_named():
+    with pytest.raises(AttributeError, match="glassgpt.*has no attribute 'chekcs'"):
+        glassgpt.chekcs  # noqa: B018

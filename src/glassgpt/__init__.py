@@ -5,7 +5,9 @@ Every line of this package comes from a chapter of the book of the same name, an
 docstring ends in the page and section that explain it.
 """
 
-from glassgpt import checks
+from importlib import import_module
+from types import ModuleType
+
 from glassgpt.attention import attention, causal_mask
 from glassgpt.block import Block, LayerNorm, RMSNorm
 from glassgpt.checkpoints import load, save
@@ -22,7 +24,6 @@ from glassgpt.tokens import BPETokenizer, CharTokenizer, load_tokenizer
 from glassgpt.training import Run, TrainConfig, evaluate, train
 
 __all__ = [
-    "checks",
     "attention",
     "causal_mask",
     "Block",
@@ -64,3 +65,10 @@ __all__ = [
     "evaluate",
     "train",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """The module `checks`, imported when it is first asked for."""
+    if name == "checks":
+        return import_module("glassgpt.checks")
+    raise AttributeError(f"module 'glassgpt' has no attribute {name!r}")

@@ -11,12 +11,11 @@ import re
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from importlib.util import find_spec
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, Self
-
-import regex
 
 
 def _check_text(text: str) -> None:
@@ -63,8 +62,8 @@ def _split_special(text: str, names: Iterable[str]) -> list[str]:
     longest_first = sorted(names, key=len, reverse=True)
     if not longest_first:
         return [text]
-    pattern = "|".join(map(regex.escape, longest_first))
-    return regex.split(f"({pattern})", text)
+    pattern = "|".join(map(re.escape, longest_first))
+    return re.split(f"({pattern})", text)
 
 
 class Tokenizer:
@@ -163,14 +162,19 @@ def byte_ids(text: str) -> list[int]:
     return list(text.encode("utf-8", "surrogateescape").translate(_ID_OF_BYTE))
 
 
-_WORD = regex.compile(
-    r"'(?:[sdmt]|ll|ve|re)"
-    r"| ?\p{L}++"
-    r"| ?\p{N}++"
-    r"| ?[^\s\p{L}\p{N}]++"
-    r"|\s+(?!\S)"
-    r"|\s+"
-)
+@cache
+def _word_pattern() -> Any:
+    """GPT-2's pattern, compiled when the first text comes."""
+    import regex  # here: until a text comes, nobody waits for it
+
+    return regex.compile(
+        r"'(?:[sdmt]|ll|ve|re)"
+        r"| ?\p{L}++"
+        r"| ?\p{N}++"
+        r"| ?[^\s\p{L}\p{N}]++"
+        r"|\s+(?!\S)"
+        r"|\s+"
+    )
 
 
 def split_words(text: str) -> list[str]:
@@ -181,7 +185,7 @@ def split_words(text: str) -> list[str]:
 
     Book: 02_tokens.html#words
     """
-    return _WORD.findall(text)
+    return _word_pattern().findall(text)
 
 
 _SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch._functorch import config as functorch
 from torch.compiler import config as compiler
@@ -27,7 +26,7 @@ from glassgpt.checkpoints import (
     write_checkpoint,
     write_file,
 )
-from glassgpt.data import TokenData, Tokens
+from glassgpt.data import TokenData, Tokens, lock_folder
 from glassgpt.gpt import GPT
 
 _LEAST = {"steps": 1, "batch_size": 1, "accumulate": 1, "evaluate_every": 1}
@@ -569,12 +568,7 @@ def _locked(directory: Path | None, resume: bool) -> Iterator[Path | None]:
         yield None
         return
     directory.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(directory / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise FileExistsError(f"another run is training into {directory}") from None
-    with lock:
+    with lock_folder(directory, f"another run is training into {directory}"):
         found = checkpoints_in(directory)
         if not resume and (found or (directory / "model.safetensors").exists()):
             what = "a run: resume it, or" if found else "a model:"
