@@ -9,11 +9,11 @@ of karpathy/nanoGPT; neither it nor the file is part of this repository.
 nanoGPT trains as its README says for a CPU (4 layers, width 128, context 64, batch 12,
 eager float32): on the first text once for the 2,000 steps that it names, and on both
 for `--seconds`, over which its learning rate falls. Ours is the modern recipe with Muon
-in bfloat16, 4 layers, width 128, context 128, batch 16: for a sixth of the time that
-nanoGPT took for its 2,000 steps, on their text, and on both texts for `--short` seconds
-and for `--seconds`. The short runs don't compile, the long one compiles the whole
-model; the clock starts before the compiler does. Evaluations don't count on either
-clock, and both use the same text.
+in the precision that suits the processor, 4 layers, width 128, context 128, batch 16:
+for a sixth of the time that nanoGPT took for its 2,000 steps, on their text, and on
+both texts for `--short` seconds and for `--seconds`. The short runs don't compile, the
+long one compiles the whole model; the clock starts before the compiler does.
+Evaluations don't count on either clock, and both use the same text.
 `--write` puts a table into README.md beside this file and the curves into
 book/runs/time_to_loss.json, from which chapter 14 draws.
 """
@@ -34,7 +34,7 @@ import torch
 from training import machine, write_section
 
 from glassgpt.data import TokenData, read_documents, split_documents
-from glassgpt.device import keep_freed_memory
+from glassgpt.device import keep_freed_memory, pick_precision
 from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.tokens import CharTokenizer
 from glassgpt.training import TrainConfig, Trainer, make_loss, take_step
@@ -88,7 +88,7 @@ def ours(data: TokenData, seconds: float, compile: str) -> Curve:
         warmup=min(50, int(seconds)),
         schedule="linear",
         final_rate=0.0,
-        precision="bfloat16",
+        precision=pick_precision(torch.device("cpu")),
         compile=compile,
     )
     trainer, first = Trainer(model, data, config), []

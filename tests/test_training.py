@@ -27,6 +27,7 @@ from glassgpt.data import TokenData
 from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.tokens import CharTokenizer
 from glassgpt.training import (
+    Muon,
     TrainConfig,
     Trainer,
     compiled,
@@ -1034,3 +1035,71 @@ def test_check_names_the_mistake(check, wrong, message):
     with pytest.raises(AssertionError) as caught:
         getattr(checks, check)(wrong)
     assert message in str(caught.value)
+
+
+MUON_SHAPES = ((12, 4), (4, 16), (4, 4), (12, 4), (4, 16))
+
+
+def muon_steps(optimizer, steps=4, idle=(), **settings):
+    """Matrices after some steps; those in `idle` never have a gradient."""
+    generator = torch.Generator().manual_seed(3)
+    matrices = [
+        torch.nn.Parameter(torch.randn(shape, generator=generator))
+        for shape in MUON_SHAPES
+    ]
+    made = optimizer(matrices, lr=0.1, weight_decay=0.2, momentum=0.9, **settings)
+    for _ in range(steps):
+        for place, matrix in enumerate(matrices):
+            gradient = torch.randn(matrix.shape, generator=generator)
+            matrix.grad = None if place in idle else gradient
+        made.step()
+    return [matrix.detach() for matrix in matrices], made
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("ns_steps", [1, 4])
+def test_muon_is_torchs_in_any_precision(dtype, ns_steps):
+    ours, _ = muon_steps(Muon, dtype=dtype, ns_steps=ns_steps)
+    theirs, _ = muon_steps(torch.optim.Muon, ns_steps=ns_steps)
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.dtype == torch.float32
+        assert torch.allclose(one, other, atol=0.03)
+
+
+def test_muon_leaves_out_what_has_no_gradient():
+    ours, made = muon_steps(Muon, idle=(1, 2))
+    theirs, _ = muon_steps(torch.optim.Muon, idle=(1, 2))
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.allclose(one, other, atol=0.03)
+    assert len(made.state) == 3
+
+
+def test_muon_goes_on_from_its_state():
+    _, made = muon_steps(Muon, dtype=torch.float32)
+    kept, shapes = made.state_dict(), [torch.zeros(s) for s in MUON_SHAPES]
+    other = Muon(map(torch.nn.Parameter, shapes), dtype=torch.float32, lr=0.1)
+    other.load_state_dict(kept)
+    groups = (made.param_groups[0]["params"], other.param_groups[0]["params"])
+    pairs = zip(*groups, strict=True)
+    for one, two in pairs:
+        same = (made.state[one], other.state[two])
+        assert torch.equal(*(state["momentum_buffer"] for state in same))
+    assert other.param_groups[0]["momentum"] == 0.9
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [("float32", "float32"), ("tf32", "float32"), ("bfloat16", "bfloat16")]
+    + [("float16", "float16")],
+)
+def test_muon_multiplies_in_the_precision_of_the_run(precision, dtype):
+    """Bfloat16 where a processor emulates it makes a step many times slower."""
+    config = TrainConfig(optimizer="muon", precision=precision)
+    assert make_optimizers(gpt(), config)[0].dtype == getattr(torch, dtype)
+
+
+def test_muon_takes_a_gradient_of_zero():
+    matrix = torch.nn.Parameter(torch.ones(3, 2))
+    matrix.grad = torch.zeros(3, 2)
+    Muon([matrix], lr=0.1, weight_decay=0.5).step()
+    assert torch.allclose(matrix, torch.full((3, 2), 0.95))

@@ -102,6 +102,33 @@ def check_schedule(rate_at: Callable[[int, TrainConfig], float]) -> None:
     _check_edges(rate_at)
 
 
+def check_orthogonalize(
+    orthogonalize: Callable[[Tensor, int, torch.dtype], Tensor],
+) -> None:
+    """Singular values come near 1 for each matrix by itself, and directions stay.
+
+    Book: 12_training.html#singular-values-without-computing-them
+    """
+    torch.manual_seed(0)
+    for rows, columns in ((4, 8), (8, 4), (6, 6)):
+        count = min(rows, columns)
+        left = torch.linalg.qr(torch.randn(rows, count))[0]
+        right = torch.linalg.qr(torch.randn(columns, count))[0]
+        x = left @ torch.linspace(0.2, 1, count).diag() @ right.T
+        pair = orthogonalize(torch.stack([1000 * x, 0.001 * x]), 5, torch.float32)
+        assert pair.shape == (2, rows, columns), f"the shape became {pair.shape}"
+        for name, found in zip(("large", "small"), pair, strict=True):
+            inner = left.T @ found @ right
+            values, rest = inner.diagonal(), inner - inner.diagonal().diag()
+            assert ((values > 0.5) & (values < 1.4)).all(), (
+                f"the singular values of a {name} matrix are now "
+                f"{values.min():.2g} to {values.max():.2g}: scale each one by itself"
+            )
+            assert rest.abs().max() < 0.01, "the directions of a matrix changed"
+    zeros = orthogonalize(torch.zeros(1, 3, 3), 5, torch.float32)
+    assert not zeros.any(), "a gradient of zero should move nothing"
+
+
 def _gradient(step: Callable[[nn.Module, list], None], parts: list) -> Tensor:
     """What `step` leaves in the gradient of a small linear model."""
     torch.manual_seed(0)
