@@ -66,6 +66,7 @@ def test_the_names_that_others_rely_on():
     promised += " LayerNorm Block GPTConfig GPT BPETokenizer generate train TrainConfig"
     promised += " save load"
     assert set(promised.split()) <= set(glassgpt.__all__)
+    assert glassgpt.checks.check_softmax  # not in __all__: it comes when asked for
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ from glassgpt.training import (
     make_loss,
     make_optimizers,
     next_batch,
+    orthogonalize,
     rate_at,
     resume_run,
     take_step,
@@ -1021,6 +1022,28 @@ WRONG = [
         "divided by 0",
     ),
     ("check_clipping", lambda gradients, longest: gradients, "its length is 5.025"),
+    (
+        "check_orthogonalize",
+        lambda x, rounds, dtype: orthogonalize(x / x.norm(), 0, dtype) * x.norm(),
+        "singular values of a large",
+    ),
+    (
+        "check_orthogonalize",
+        lambda x, rounds, dtype: orthogonalize(x, rounds, dtype).flip(1),
+        "a large matrix",
+    ),
+    (
+        "check_orthogonalize",
+        lambda x, rounds, dtype: orthogonalize(x.mT, rounds, dtype),
+        "the shape became",
+    ),
+    (
+        "check_orthogonalize",
+        lambda x, rounds, dtype: (
+            torch.stack([orthogonalize(x, rounds, dtype)[0]] * 2) + (x[1:] == 0).all()
+        ),
+        "gradient of zero",
+    ),
 ]
 
 
@@ -1064,6 +1087,25 @@ def test_muon_is_torchs_in_any_precision(dtype, ns_steps):
     for one, other in zip(ours, theirs, strict=True):
         assert one.dtype == torch.float32
         assert torch.allclose(one, other, atol=0.03)
+
+
+def test_muon_multiplies_in_its_own_precision():
+    exact, _ = muon_steps(Muon, dtype=torch.float64)
+    for dtype, error in ((torch.float32, 1e-5), (torch.bfloat16, 0.03)):
+        found, _ = muon_steps(Muon, dtype=dtype)
+        pairs = zip(found, exact, strict=True)
+        worst = max((one - other).abs().max() for one, other in pairs)
+        assert error / 100 < worst < error
+
+
+def test_muon_refuses_what_it_does_not_do():
+    matrix = torch.nn.Parameter(torch.ones(3, 2))
+    with pytest.raises(TypeError, match="nesterov"):
+        Muon([matrix], nesterov=False)
+    with pytest.raises(TypeError, match="argument"):
+        Muon([matrix]).step(lambda: 0.0)
+    with pytest.raises(ValueError, match="2D"):
+        Muon([torch.nn.Parameter(torch.ones(3))])
 
 
 def test_muon_leaves_out_what_has_no_gradient():

@@ -159,8 +159,8 @@ def orthogonalize(
 class Muon(torch.optim.Muon):
     """PyTorch's Muon, which multiplies the matrices of one shape together.
 
-    dtype: in which to multiply; PyTorch's is always bfloat16. settings: as there, but
-    `nesterov` and `adjust_lr_fn` keep their defaults.
+    dtype: in which to multiply; PyTorch's is always bfloat16. The others are as there,
+    and ValueError too, for rates below 0 and for what is no matrix.
     Source: Jordan et al. (2024).
 
     Book: 12_training.html#singular-values-without-computing-them
@@ -169,14 +169,17 @@ class Muon(torch.optim.Muon):
     def __init__(
         self,
         params: Iterable[nn.Parameter],
+        lr: float = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        ns_steps: int = 5,
         dtype: torch.dtype = torch.bfloat16,
-        **settings: Any,
     ):
-        super().__init__(params, **settings)
+        super().__init__(params, lr, weight_decay, momentum, ns_steps=ns_steps)
         self.dtype = dtype
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self) -> None:
         """Move every matrix that has a gradient."""
         for group in self.param_groups:
             shapes = defaultdict(list)
