@@ -1079,6 +1079,29 @@ def muon_steps(optimizer, steps=4, idle=(), **settings):
     return [matrix.detach() for matrix in matrices], made
 
 
+@pytest.mark.parametrize("rounds", [0, 1, 2, 3, 4, 5])
+@pytest.mark.parametrize("shape", [(3, 7), (7, 3), (5, 5)])
+def test_two_rounds_at_a_time_are_single_rounds(shape, rounds):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0)).double()
+    x = matrix / matrix.norm()
+    for _ in range(rounds):
+        square = x @ x.mT
+        x = 3.4445 * x - 4.7750 * square @ x + 2.0315 * square @ square @ x
+    assert torch.allclose(orthogonalize([matrix], rounds, torch.float64)[0], x)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_does_not_grow(dtype):
+    """It would, were all five rounds done on X X^T before X is multiplied."""
+    torch.manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(n, 64))[0] for n in (64, 256))
+    matrix = (left * torch.logspace(0, -3, 64)) @ right.T
+    exact = orthogonalize([matrix], 5, torch.float64)[0]
+    found = orthogonalize([matrix], 5, dtype)[0].double()
+    assert (found - exact).norm() < 0.1 * exact.norm()
+    assert torch.linalg.matrix_norm(found, 2) < 1.3
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("ns_steps", [1, 4])
 def test_muon_is_torchs_in_any_precision(dtype, ns_steps):

@@ -501,7 +501,7 @@ def _checked_ids(ids: Sequence[int], vocab_size: int) -> np.ndarray:
             f"ids from {array.min()} to {array.max()} don't fit a vocabulary of "
             f"{vocab_size}"
         )
-    return array
+    return array.astype(np.min_scalar_type(vocab_size - 1))
 
 
 @dataclass
@@ -527,9 +527,10 @@ class TokenData:
         Raises ValueError for an id that is negative or not below vocab_size.
         """
         arrays = [_checked_ids(ids, vocab_size) for ids in (train, validation)]
-        lists = {"ids": [ids.tolist() for ids in arrays], "vocab_size": vocab_size}
+        hashes = [hashlib.sha256(ids).hexdigest() for ids in arrays]
         parts = [Tokens([ids], len(ids)) for ids in arrays]
-        return cls(*parts, vocab_size, _fingerprint(lists))
+        made_of = {"ids": hashes, "vocab_size": vocab_size}
+        return cls(*parts, vocab_size, _fingerprint(made_of))
 
     def check_context(self, context: int) -> None:
         """Raise ValueError where either part is too short for a context."""
