@@ -35,8 +35,9 @@ def softmax(x: Tensor, dim: int = -1, temperature: float = 1.0) -> Tensor:
     below = _below_peak(x, dim)
     # A temperature too small for the dtype would round to 0, and 0 / 0 is nan.
     powers = (below / max(temperature, torch.finfo(below.dtype).tiny)).exp()
-    # The peak contributes 1, so the clamp only acts where every score is -inf.
-    return (powers / powers.sum(dim, keepdim=True).clamp(min=1)).to(x.dtype)
+    # The peak adds 1, so the clamp only acts where every score is -inf. Not min=1: at
+    # the limit itself newer versions of PyTorch let no gradient through.
+    return (powers / powers.sum(dim, keepdim=True).clamp(min=0.5)).to(x.dtype)
 
 
 def log_softmax(x: Tensor, dim: int = -1) -> Tensor:
@@ -49,7 +50,7 @@ def log_softmax(x: Tensor, dim: int = -1) -> Tensor:
     Book: 05_softmax.html#logarithms-of-probabilities
     """
     below = _below_peak(x, dim)
-    log_sum_exp = below.exp().sum(dim, keepdim=True).clamp(min=1).log()
+    log_sum_exp = below.exp().sum(dim, keepdim=True).clamp(min=0.5).log()
     return (below - log_sum_exp).to(x.dtype)
 
 
