@@ -1030,7 +1030,7 @@ WRONG = [
     (
         "check_orthogonalize",
         lambda x, rounds, dtype: orthogonalize(x, rounds, dtype).flip(1),
-        "a large matrix",
+        "the directions",
     ),
     (
         "check_orthogonalize",
