@@ -111,7 +111,7 @@ def test_the_learning_rate_falls_with_the_width():
 def test_a_device_that_is_not_here(name):
     with pytest.raises(ValueError, match="device") as refused:
         pick_device(name)
-    assert len(str(refused.value).splitlines()) == 1
+    assert len(str(refused.value)) < 120
 
 
 def test_the_best_device(monkeypatch):

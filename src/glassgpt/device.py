@@ -77,7 +77,7 @@ def pick_device(name: str | None = None) -> torch.device:
     try:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0].split(". ")[0]
         raise ValueError(f"there is no device {name!r} here: {reason}") from None
     if device.type == "meta":
         raise ValueError("the device meta computes nothing: choose cpu or cuda")

@@ -167,9 +167,8 @@ def orthogonalize(
 class Muon(torch.optim.Muon):
     """PyTorch's Muon, which multiplies the matrices of one shape together.
 
-    dtype: in which to multiply; PyTorch's is always bfloat16. The other arguments mean
-    what they mean there. Raises ValueError for a rate below 0 and for a parameter that
-    isn't a matrix.
+    dtype: in which to multiply; PyTorch's is always bfloat16. Otherwise as there.
+    Raises ValueError for a rate below 0 or a parameter that isn't a matrix.
     Source: Jordan et al. (2024).
 
     Book: 12_training.html#the-step-of-muon
