@@ -641,12 +641,30 @@ def test_data_in_memory():
     assert data.validation.characters == 1
     prints = {
         TokenData.of(*arguments).fingerprint
-        for arguments in (([0, 1], [2], 3), ([0], [1, 2], 3), ([0, 1], [2], 4))
+        for arguments in (
+            ([0, 1], [2], 3),
+            ([0], [1, 2], 3),
+            ([0, 1], [2], 4),
+            ([0, 1], [1], 3),
+            ([1, 1], [2], 3),
+        )
     }
-    assert len(prints) == 3
+    assert len(prints) == 5
     for bad in ([3], [-1]):
         with pytest.raises(ValueError, match="don't fit a vocabulary of 3"):
             TokenData.of([0], bad, 3)
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "size"), [(256, 1), (257, 2), (1 << 16, 2), ((1 << 16) + 1, 4)]
+)
+def test_data_in_memory_is_small_and_whole(vocab_size, size):
+    ids = [0, vocab_size - 1, 1, vocab_size - 2]
+    data = TokenData.of(np.array(ids), ids, vocab_size)
+    assert ids_of(data.train) == ids
+    assert [shard.itemsize for shard in data.train.shards] == [size]
+    inputs, targets = data.train.random_batch(1, 3, 0)
+    assert (inputs.tolist(), targets.tolist()) == ([ids[:3]], [ids[1:]])
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux")
