@@ -52,6 +52,18 @@ def test_softmax_is_finite_for_any_finite_scores_and_temperature(scores, tempera
     assert probabilities.sum().item() == pytest.approx(1, abs=1e-5)
 
 
+def test_one_score_alone_has_no_gradient(monkeypatch):
+    """Nor may it get one where a clamp lets none through at its own limit (2.15)."""
+
+    def strict(x, min):
+        return torch.where(x > min, x, torch.full_like(x, min))
+
+    monkeypatch.setattr(torch.Tensor, "clamp", strict)
+    for function in (softmax, log_softmax):
+        x = torch.tensor([2.0], requires_grad=True)
+        assert torch.autograd.grad(function(x).sum(), x)[0] == 0
+
+
 @given(shapes, seeds)
 @settings(deadline=None)
 def test_gradients_equal_torch(shape, seed):

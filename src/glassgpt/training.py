@@ -219,7 +219,7 @@ def make_optimizers(
 ) -> list[torch.optim.Optimizer]:
     """AdamW for everything, or Muon for the blocks' matrices and AdamW for the rest.
 
-    Weight decay falls on matrices, and without Muon on the tables of the embedding too.
+    Weight decay falls on the blocks' matrices, and without Muon on all others too.
     Source: Loshchilov and Hutter (2019), Jordan et al. (2024).
 
     Book: 12_training.html#the-step-of-muon

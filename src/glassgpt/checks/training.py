@@ -120,7 +120,7 @@ def check_orthogonalize(
         for name, found in zip(("large", "small"), pair, strict=True):
             inner = left.T @ found @ right
             values, rest = inner.diagonal(), inner - inner.diagonal().diag()
-            turned = rest.abs().max() > 0.01 * values.abs().max()
+            turned = rest.abs().max() > 0.005 * values.abs().max()
             assert not turned, "the directions of a matrix changed"
             assert ((values > 0.5) & (values < 1.4)).all(), (
                 f"the singular values of a {name} matrix are now {values.min():.2g} to "
