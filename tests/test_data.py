@@ -114,7 +114,7 @@ def test_missing_plays_are_explained(monkeypatch):
 # Documents and splits.
 
 
-@given(st.text(st.characters(codec="utf-8")), st.integers(1, 5))
+@given(st.text(st.characters(codec="utf-8", min_codepoint=1)), st.integers(1, 5))
 @settings(deadline=None)
 def test_pieces_join_to_the_file_whatever_their_size(text, size):
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
@@ -135,7 +135,16 @@ def test_an_emoji_across_the_border_of_a_piece(tmp_path, before):
     assert "".join(document.pieces()) == text
 
 
-@pytest.mark.parametrize("bad", [b"\xff\xfea\x00", b"caf\xe9 ", b"tower \xf0\x9f\x97"])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        b"\xff\xfea\x00",
+        b"caf\xe9 ",
+        b"tower \xf0\x9f\x97",
+        "a tower".encode("utf-16-le"),
+        np.arange(60, dtype=np.uint16).tobytes(),
+    ],
+)
 def test_a_file_that_is_not_text_is_named(tmp_path, bad, bpe):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "good.txt").write_text(TEXT * 9)
@@ -201,10 +210,21 @@ def test_a_single_file_is_cut_between_characters(text):
         parts = ["".join(train.pieces()), "".join(validation.pieces())]
     assert (one, two) == ("train", "validation")
     assert "".join(parts) == text
-    after = text.encode()[len(text.encode()) * 9 // 10 : -1]
-    if b"\n" in after:
+    after = text.encode()[len(text.encode()) * 9 // 10 :]
+    if b"\n" in after[: len(after) // 2]:
         assert parts[0].endswith("\n")
         assert parts[1]
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_late_line_end_leaves_enough_to_hold_out(tmp_path, in_memory):
+    text = "x" * 10_000 + "\ny\n"
+    (tmp_path / "text").write_text(text)
+    documents = read_documents(tmp_path / "text")
+    if in_memory:
+        documents = [Document("text", text)]
+    _, (_, validation) = split_documents(documents)
+    assert 900 < len("".join(validation.pieces())) < 1100
 
 
 def test_a_single_text_in_memory_is_cut_after_a_line():
@@ -265,6 +285,56 @@ def test_texts_from_an_iterator(tmp_path, bpe):
     decoded = bpe.decode(ids_of(data.validation)).split("<|endoftext|>")
     assert decoded == ["tower 9", "tower 19", ""]
     assert data.train.characters == sum(map(len, texts)) - len("tower 9tower 19")
+
+
+@pytest.mark.parametrize(
+    ("count", "held_out"), [(1, []), (2, [1]), (9, [8]), (10, [9]), (25, [9, 19])]
+)
+def test_texts_are_split_like_files(tmp_path, count, held_out):
+    texts = [f"{i} a tower\n" * 20 for i in range(count)]
+    (tmp_path / "in").mkdir()
+    for i, text in enumerate(texts):
+        (tmp_path / "in" / f"{i:02d}.txt").write_text(text)
+    tokenizer = CharTokenizer.train(texts)
+    one, two = (
+        tokenize(source, tokenizer, tmp_path / f"out{i}", progress=False)
+        for i, source in enumerate((iter(texts), tmp_path / "in"))
+    )
+    assert ids_of(one.train) == ids_of(two.train)
+    assert ids_of(one.validation) == ids_of(two.validation)
+    if held_out:
+        expected = "".join(texts[i] for i in held_out)
+        assert tokenizer.decode(ids_of(one.validation)) == expected
+
+
+def test_the_folder_of_another_program_is_left_alone(tmp_path, bpe):
+    mine = tmp_path / "out.partial" / "mine.txt"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    (mine.parent / "train-00000.bin").write_bytes(b"old")
+    for _ in range(2):  # the lock is free again after the first
+        with pytest.raises(FileExistsError, match=r"mine\.txt is in the way"):
+            tokenize([TEXT] * 20, bpe, tmp_path / "out", progress=False)
+    assert mine.read_text() == "mine"
+    assert (mine.parent / "train-00000.bin").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows renames no folder with open files")
+def test_the_folder_is_locked_until_it_has_its_name(tmp_path, bpe, monkeypatch):
+    refused, replace_folder = [], os.replace
+
+    def slow(old, new):
+        if Path(new) == tmp_path / "out":
+            with pytest.raises(FileExistsError, match="another process is writing"):
+                module._fresh_folder(Path(old))
+            refused.append(new)
+        replace_folder(old, new)
+
+    monkeypatch.setattr(module.os, "replace", slow)
+    data = tokenize([TEXT] * 20, bpe, tmp_path / "out", progress=False)
+    assert refused
+    assert data.train.characters == 18 * len(TEXT)
+    assert not (tmp_path / "out" / ".lock").exists()
 
 
 def test_a_text_that_is_no_string(tmp_path, bpe):
@@ -536,6 +606,22 @@ def test_a_killed_worker_gets_a_sentence(tmp_path):
     with pytest.raises(ChildProcessError, match="use fewer workers"):
         tokenize(tmp_path / "my.txt", Deadly("abc\n"), tmp_path / "out", workers=2)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_script_without_a_guard_gets_a_sentence(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from glassgpt.data import tokenize\n"
+        "from glassgpt.tokens import CharTokenizer\n"
+        "tokenize(['ab'] * 20, CharTokenizer('ab'), 'out', workers=2)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, script], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert 'the line `if __name__ == "__main__":` for workers' in last
+    assert not list(tmp_path.glob("out*"))
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
@@ -847,7 +933,77 @@ def overwriting(ids, size, context, seed):
     return batch
 
 
+def narrow(ids, size, context, seed):
+    return package_batch(ids.astype(np.int16), size, context, seed)
+
+
+def started(starts_of):
+    """A random_batch whose starts are made of (random, crops, B)."""
+
+    def batch(ids, size, context, seed):
+        random = np.random.default_rng(seed)
+        return rows_from(ids, context, starts_of(random, len(ids) - context, size))
+
+    return batch
+
+
+def salted(n, seed, epoch, size):
+    return np.random.default_rng(10 * seed + epoch).permutation(n)
+
+
+def kin(change):
+    """Epochs that differ from the first by `change(order, epoch)`."""
+    return epochs(
+        lambda n, seed, epoch, size: change(the_same_order(n, seed, 0, 0), epoch)
+    )
+
+
+def in_tens(documents):
+    tens = len(documents) // 10 * 10
+    return split_documents(documents[:tens]) if tens else split_documents(documents)
+
+
 WRONG = [
+    ("check_batches", narrow, "begins with -25"),
+    ("check_batches", started(lambda r, n, b: r.choice(n, b, False)), "all differ"),
+    (
+        "check_batches",
+        started(lambda r, n, b: np.resize(r.permutation(n), b)),
+        "come once each before",
+    ),
+    (
+        "check_batches",
+        started(lambda r, n, b: np.sort(r.integers(n, size=b))),
+        "in the order of the text",
+    ),
+    (
+        "check_batches",
+        started(lambda r, n, b: np.repeat(r.integers(n, size=b), 2)[:b]),
+        "come in pairs",
+    ),
+    (
+        "check_batches",
+        lambda ids, b, t, seed: package_batch(ids, b, t, seed % 20),
+        "seeds 0 and 20",
+    ),
+    ("check_epochs", epochs(salted), "epoch 10 of seed 0"),
+    ("check_epochs", kin(np.roll), "moved on or reversed"),
+    ("check_epochs", kin(lambda o, e: o[:: 1 - 2 * (e % 2)]), "repeats an earlier"),
+    ("check_epochs", kin(lambda o, e: np.roll(o[::-1], e) if e else o), "reversed"),
+    (
+        "check_epochs",
+        epochs(lambda n, seed, e, s: the_last_left_out(n, seed, e % 2, 1)),
+        "epoch 2 repeats",
+    ),
+    (
+        "check_split",
+        lambda ds: [
+            ("validation" if i % 10 == 9 else "train", d) for i, d in enumerate(ds)
+        ],
+        "of 5 documents there is none for validation",
+    ),
+    ("check_split", in_tens, "play 20 is on neither side"),
+    ("check_nats_per_character", lambda n, t, c: round(n * t / c, 1), "nats each"),
     ("check_batches", of_all(lambda x, y: (x, x + 1)), "the next id of the text"),
     ("check_batches", mostly_the_last, "not equally likely"),
     ("check_batches", rounded, "not equally likely"),
@@ -888,7 +1044,7 @@ WRONG = [
     (
         "check_split",
         lambda ds: [("train", d) for d in ds],
-        "no document for validation",
+        "none for validation",
     ),
     ("check_split", lambda ds: [("test", d) for d in ds], "'test' is neither"),
     ("check_epochs", drawn, "permute, don't draw"),
@@ -897,7 +1053,7 @@ WRONG = [
     (
         "check_epochs",
         epochs(lambda n, seed, epoch, size: the_same_order(n, seed + epoch, 0, size)),
-        "the second epoch of seed 0",
+        "epoch 1 of seed 0",
     ),
     ("check_epochs", epoch_order(lambda seed, step: (0, step)), "the seed is ignored"),
     ("check_nats_per_character", lambda n, t, c: n * c / t, "longer tokens"),

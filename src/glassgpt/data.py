@@ -39,9 +39,11 @@ def clean_play(markdown: str) -> str:
 
     Book: 11_data.html#cleaning
     """
+    # Slips of the files, and three spellings of one sign.
     text = html.unescape(markdown).replace("\u2014", "--")
     text = text.replace("sha$l", "shall").replace("_Burthen _\\[", "_Burthen ")
-    text = re.sub(r"& [cC](?![a-z])", "&c", text)
+    text = re.sub(r"& [cC](?![A-Za-z])", "&c", text)
+    # Line ends, headings, speakers.
     text = re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)
     text = re.sub(r"^#+ +", "", text, flags=re.MULTILINE)
     text = re.sub(r"^\*\*(.+?):?\*\*$", r"\1:", text, flags=re.MULTILINE)
@@ -68,7 +70,8 @@ class Document:
     def pieces(self) -> Iterator[str]:
         """The text in order, a file's in pieces of at most PIECE bytes.
 
-        Line ends stay as they are. Raises ValueError where a file isn't UTF-8.
+        Line ends stay as they are. Raises ValueError where a file isn't UTF-8 or has a
+        null byte.
         """
         if self.path is None:
             yield self.text
@@ -81,12 +84,18 @@ class Document:
                 if not block:
                     raise ValueError(f"{self.path} became shorter while it was read")
                 try:
-                    yield decoder.decode(block, final=file.tell() == self.end)
+                    text = decoder.decode(block, final=file.tell() == self.end)
                 except UnicodeDecodeError as error:
-                    raise ValueError(
-                        f"{self.path} is not UTF-8 text ({error.reason} near byte "
-                        f"{place + error.start}): convert it, or take it away"
-                    ) from None
+                    raise self._no_text(error.reason, place + error.start) from None
+                if (null := block.find(0)) >= 0:
+                    raise self._no_text("null byte", place + null)
+                yield text
+
+    def _no_text(self, reason: str, place: int) -> ValueError:
+        return ValueError(
+            f"{self.path} is not UTF-8 text ({reason} near byte {place}): "
+            "convert it, or take it away"
+        )
 
 
 def shakespeare() -> list[Document]:
@@ -120,7 +129,7 @@ def read_documents(source: str | Path) -> list[Document]:
     if str(source) == "shakespeare":
         return shakespeare()
     root = Path(source)
-    if not os.path.exists(source):  # nor "", nor a text in place of its path
+    if not os.path.exists(source):  # Path("") would be "."
         name = str(source)[:60] or "an empty name"
         raise FileNotFoundError(
             f'{name} is neither a file, nor a folder, nor "shakespeare"'
@@ -144,7 +153,8 @@ def _cut(document: Document) -> tuple[Document, Document]:
     if document.path is None:
         text = document.text
         cut = len(text) * 9 // 10
-        cut = text.find("\n", cut, -1) + 1 or cut
+        late = (cut + len(text)) // 2  # a line that ends after this is cut
+        cut = text.find("\n", cut, late) + 1 or cut
         return replace(document, text=text[:cut]), replace(document, text=text[cut:])
     cut = document.start + (document.end - document.start) * 9 // 10
     with open(document.path, "rb") as file:
@@ -152,8 +162,8 @@ def _cut(document: Document) -> tuple[Document, Document]:
         block = file.read(min(PIECE, document.end - cut))
     inner = [i for i, byte in enumerate(block[:4]) if byte & 0xC0 != 0x80]
     character = inner[0] if inner else len(block)
-    # A line end that is the last byte of the file would leave nothing to hold out.
-    cut += block.find(b"\n", 0, document.end - cut - 1) + 1 or character
+    late = (document.end - cut) // 2
+    cut += block.find(b"\n", 0, late) + 1 or character
     return replace(document, end=cut), replace(document, start=cut)
 
 
@@ -259,10 +269,19 @@ def _labeled_texts(
 
 
 def _numbered(texts: Iterable[str]) -> Iterator[tuple[str, Document]]:
+    """Each text with its split, as `split_documents` does it for a folder."""
+    documents = _named(texts)
+    if first := list(islice(documents, 10)):
+        yield from split_documents(first)
+    for i, document in enumerate(documents, 10):
+        yield "validation" if i % 10 == 9 else "train", document
+
+
+def _named(texts: Iterable[str]) -> Iterator[Document]:
     for i, text in enumerate(texts):
         if not isinstance(text, str):
             raise ValueError(f"text {i} is not a str but {type(text).__name__}")
-        yield "validation" if i % 10 == 9 else "train", Document(f"text {i}", text)
+        yield Document(f"text {i}", text)
 
 
 class _Encoder:
@@ -296,7 +315,6 @@ def _encode_in_order(
     if workers == 1:
         yield from map(encoder, texts)
         return
-    # A forked process could inherit a lock that PyTorch holds; a spawned one can't.
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, spawn, _start_worker, (encoder,)) as pool:
         start = islice(texts, 2 * workers)
@@ -308,8 +326,9 @@ def _encode_in_order(
                 waiting.extend(pool.submit(_encode_here, labeled) for labeled in more)
         except BrokenProcessPool:
             raise ChildProcessError(
-                "a process that tokenizes was killed, perhaps for lack of memory: "
-                "use fewer workers"
+                "a process that tokenizes ended before its work: for lack of memory "
+                "(use fewer workers), or because it could not start (a script needs "
+                'the line `if __name__ == "__main__":` for workers)'
             ) from None
 
 
@@ -366,7 +385,7 @@ def _write_splits(
         if not writer.shards:
             raise ValueError(
                 f"too little text: none is left for {split}. Of several texts every "
-                "tenth is held out, of a single file the last tenth"
+                "tenth is held out, of a single one the last tenth"
             )
     return {
         split: {"characters": writer.characters, "shards": writer.shards}
@@ -395,7 +414,7 @@ def lock_folder(folder: Path, taken: str) -> Any:
 def _fresh_folder(partial: Path) -> Any:
     """Make an empty folder and lock it; what a killed run left there is removed.
 
-    Raises FileExistsError while another process writes there.
+    Raises FileExistsError while another process writes there, and for other files.
     """
     try:
         partial.mkdir(parents=True, exist_ok=True)
@@ -403,10 +422,24 @@ def _fresh_folder(partial: Path) -> Any:
         reason = f"{error.strerror}: choose a folder that you can write to"
         raise OSError(error.errno, reason, str(partial)) from None
     lock = lock_folder(partial, f"another process is writing {partial}")
-    for leftover in partial.iterdir():
-        if leftover.name != ".lock":
-            leftover.unlink()
+    ours = re.compile(r"(train|validation)-\d{5}\.bin|\.?(header|tokenizer)\.json.*")
+    leftovers = [path for path in partial.iterdir() if path.name != ".lock"]
+    for path in leftovers:
+        if not ours.fullmatch(path.name):
+            lock.release()
+            raise FileExistsError(f"{path} is in the way: move it elsewhere")
+    for path in leftovers:
+        path.unlink()
     return lock
+
+
+def _give_name(partial: Path, directory: Path, lock: Any) -> None:
+    """Rename a complete folder, and take its lock away."""
+    if os.name == "nt":  # Windows renames no folder while a file in it is open
+        lock.release()
+    os.replace(partial, directory)
+    lock.release()
+    (directory / ".lock").unlink(missing_ok=True)
 
 
 def _fingerprint(header: dict[str, Any]) -> str:
@@ -431,8 +464,9 @@ def tokenize(
     """Turn a source into files of token ids, once, and open them.
 
     source: what `read_documents` takes, or an iterable of texts, of which every tenth
-    is held out. It need not fit into memory, if it has white space. workers: processes
-    that encode. A document ends in `<|endoftext|>` where the tokenizer has that token.
+    is held out (of fewer the last, of a single one the end). It need not fit into
+    memory, if it has white space. workers: processes that encode. A document ends in
+    `<|endoftext|>` where the tokenizer has that token.
     The folder appears when it is complete. Raises FileExistsError where it exists or
     another process makes it, ValueError for too little text.
 
@@ -454,9 +488,7 @@ def tokenize(
         header["tokenizer"] = _file_hash(partial / "tokenizer.json")
         header["sha256"] = _fingerprint(header)
         (partial / "header.json").write_text(json.dumps(header, indent=1), "utf-8")
-        lock.release()
-        (partial / ".lock").unlink(missing_ok=True)
-        os.replace(partial, directory)
+        _give_name(partial, directory, lock)
     except BaseException:
         lock.release()
         shutil.rmtree(partial, ignore_errors=True)

@@ -19,8 +19,14 @@ def check_split(
 
     Book: 11_data.html#the-split
     """
-    lines = [[f"Play {play}, line {i}\n" for i in range(20)] for play in range(20)]
-    plays = [Document(f"play {i}", "".join(text)) for i, text in enumerate(lines)]
+    for count in (20, 5, 25):
+        lines = [[f"Play {k}, line {i}\n" for i in range(20)] for k in range(count)]
+        plays = [Document(f"play {k}", "".join(text)) for k, text in enumerate(lines)]
+        _check_parts(split, plays)
+
+
+def _check_parts(split: Callable, plays: Sequence[Document]) -> None:
+    """Every play comes back whole, on one side, and neither side is empty."""
     parts = split(plays)
     assert parts == split(plays), (
         "a second call splits differently: choose by name or number, not by chance"
@@ -38,12 +44,12 @@ def check_split(
         assert texts, f"{play.name} is on neither side"
         assert texts == [play.text], f"{play.name} is not whole, or occurs twice"
     for side, names in sides.items():
-        assert names, f"there is no document for {side}"
+        assert names, f"of {len(plays)} documents there is none for {side}"
 
 
 def _text(length: int) -> np.ndarray:
-    """Ids that tell their places: 100 plus the square of each."""
-    return (np.arange(length) ** 2 + 100).astype(np.uint16)
+    """Ids that tell their places: 40,000 plus the square of each."""
+    return (np.arange(length) ** 2 + 40_000).astype(np.uint16)
 
 
 def _draw(
@@ -60,7 +66,7 @@ def _draw(
             raise
         raise AssertionError(
             f"crops of {context} from {len(ids)} ids: {error}. "
-            "Do they run past the end?"
+            "Do they run past the end, or must they all differ?"
         ) from error
     assert (given == ids).all(), "the ids themselves were changed"
     assert len(batch) == 2, "return two tensors, the inputs and the targets"
@@ -81,7 +87,10 @@ def _starts(ids: np.ndarray, inputs: Tensor, targets: Tensor) -> Tensor:
     )
     text = torch.tensor(ids.tolist())
     known = text == inputs[:, :1]  # (B, N)
-    assert known.any(dim=1).all(), "a row begins with an id that is not in the text"
+    assert known.any(dim=1).all(), (
+        f"a row begins with {int(inputs[~known.any(dim=1), 0][0])}, which is no id of "
+        f"the text, where they go from {int(text.min())} to {int(text.max())}"
+    )
     starts = known.int().argmax(dim=1)
     places = starts[:, None] + torch.arange(inputs.shape[1])  # (B, T)
     run = text[places.clamp(max=len(text) - 1)]
@@ -94,6 +103,22 @@ def _starts(ids: np.ndarray, inputs: Tensor, targets: Tensor) -> Tensor:
         "the targets are not the inputs moved on by one"
     )
     return starts
+
+
+def _check_chance(starts: Tensor) -> None:
+    """Whether the starts of each batch (batches, B), of 8, look drawn one by one."""
+    gaps = starts.diff(dim=1) % 8
+    faults = [
+        ((gaps == gaps[:, :1]).all(), "lie at equal distances"),
+        ((starts.diff(dim=1) >= 0).all(), "come in the order of the text"),
+        ((starts[:, ::2] == starts[:, 1::2]).all(), "come in pairs"),
+        (
+            all(row[:8].unique().numel() == 8 for row in starts),
+            "come once each before one comes again",
+        ),
+    ]
+    for found, fault in faults:
+        assert not found, f"the crops of a batch {fault}: draw each start by itself"
 
 
 def check_batches(
@@ -124,10 +149,10 @@ def check_batches(
         f"not equally likely: of 1,280 draws start {int(counts.argmax())} has "
         f"{int(counts.max())}, start {int(counts.argmin())} has {int(counts.min())}"
     )
-    gaps = starts.view(20, 64).diff(dim=1) % 8
-    assert (gaps != gaps[:, :1]).any(), (
-        "the crops of a batch lie at equal distances: draw each start by itself"
+    assert not torch.equal(first, _draw(random_batch, ids, 20)[0]), (
+        "seeds 0 and 20 give the same batch: every seed is its own"
     )
+    _check_chance(starts.view(20, 64))
     _starts(_text(30), *_draw(random_batch, _text(30), 0, size=5, context=7))
 
 
@@ -138,7 +163,7 @@ def check_nats_per_character(
 
     Book: 11_data.html#exercise-1-one-scale-for-all
     """
-    for loss, tokens, characters in ((3.0, 100, 250), (2.0, 300, 400)):
+    for loss, tokens, characters in ((3.0, 100, 250), (2.0, 300, 400), (2.7, 197, 451)):
         result = nats_per_character(loss, tokens, characters)
         assert abs(result - loss * characters / tokens) > 1e-9, (
             "multiplied by characters per token: longer tokens must cost less each"
@@ -182,6 +207,19 @@ def _check_left_out(epoch_batch: Callable) -> None:
     assert len(set(epochs)) > 1, "the same crops are left out in every epoch"
 
 
+def _check_no_kin(orders: Sequence[list[int]]) -> None:
+    """No epoch is another one turned round or moved on."""
+    turned = [
+        way[place:] + way[:place]
+        for way in (orders[0], orders[0][::-1])
+        for place in range(len(way))
+    ]
+    for order in orders[1:]:
+        assert order not in turned, (
+            "an epoch is the first one, moved on or reversed: draw a new order"
+        )
+
+
 def check_epochs(
     epoch_batch: Callable[[np.ndarray, int, int, int, int], tuple[Tensor, Tensor]],
 ) -> None:
@@ -200,12 +238,15 @@ def check_epochs(
         )
     orders = [
         _epoch(epoch_batch, 50, 3, 0, range(4 * epoch, 4 * epoch + 4))
-        for epoch in range(3)
+        for epoch in range(12)
     ]
     for order in orders:
         assert len(set(order)) == 12, "in an epoch of 4 batches some crop came twice"
     assert orders[0] != sorted(orders[0]), "the crops come in the order of the text"
     assert orders[0] != orders[1], "every epoch has the same order: seed it by epoch"
+    for epoch, order in enumerate(orders):
+        assert order not in orders[:epoch], f"epoch {epoch} repeats an earlier order"
+    _check_no_kin(orders)
     assert len({frozenset(order[:3]) for order in orders}) > 1, (
         "a batch has the same crops in every epoch: put all crops into a new order"
     )
@@ -213,6 +254,6 @@ def check_epochs(
     _check_left_out(epoch_batch)
     other = _epoch(epoch_batch, 50, 3, 1, range(4))
     assert other != orders[0], "the seed is ignored"
-    assert other != orders[1], (
-        "seed 1 begins with the second epoch of seed 0: use (seed, epoch)"
+    assert other not in orders, (
+        f"seed 1 begins with epoch {orders.index(other)} of seed 0: use (seed, epoch)"
     )
