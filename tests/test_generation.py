@@ -475,18 +475,179 @@ def min_p_in_place(logits, share):
     return logits.masked_fill_(p < share * p.amax(-1, keepdim=True), -math.inf)
 
 
+def top_k_in_place(logits, k):
+    lowest = logits.topk(min(k, logits.shape[-1])).values[..., -1:]
+    return logits.masked_fill_(logits < lowest, -math.inf)
+
+
+def top_k_without_ties(logits, k):
+    places = logits.topk(min(k, logits.shape[-1])).indices
+    kept = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, places, True)
+    return logits.masked_fill(~kept, -math.inf)
+
+
+def top_p_with(compare, exp=False, dim=-1):
+    """A top-p whose comparison, exponential or axis can be wrong."""
+
+    def top_p(logits, p):
+        ordered, order = logits.sort(dim=dim, descending=True)
+        weights = ordered.softmax(dim)
+        if exp:
+            weights = ordered.exp() / ordered.exp().sum(dim, keepdim=True)
+        forbidden = compare(weights.cumsum(dim) - weights, p) & (p < 1)
+        ordered = ordered.masked_fill(forbidden, -math.inf)
+        return torch.empty_like(logits).scatter(dim, order, ordered)
+
+    return top_p
+
+
+def rows_of_the_first(logits, generator=None, **options):
+    return sample(logits[:1].expand_as(logits), generator=generator, **options)
+
+
+def without_generator(logits, generator=None, **options):
+    return sample(logits, **options)
+
+
+def seeded_anew(logits, generator=None, **options):
+    dice = torch.Generator().manual_seed(0)
+    return sample(logits, generator=dice, **options)
+
+
+class Overflows(KeyValueCache):
+    """Drops the oldest position when it is full."""
+
+    def append(self, keys, values):
+        if self.length + keys.shape[2] > self.context:
+            self.keys, self.values = self.keys.roll(-1, 2), self.values.roll(-1, 2)
+            self.length -= keys.shape[2]
+        return super().append(keys, values)
+
+
+def sorted_by_length(model, prompts, count, top_k):
+    return generate(model, sorted(prompts, key=len)[::-1], count, top_k=top_k)
+
+
+def one_window_for_all(model, prompts, count, top_k):
+    rows = [list(prompt) for prompt in prompts]
+    for _ in range(count):
+        start = window_start(max(map(len, rows)), model.config.context)
+        longest = max(map(len, rows))
+        windows = [row[max(0, len(row) - longest + start) :] for row in rows]
+        new = [generate(model, row, 1, top_k=top_k)[-1] for row in windows]
+        for row, token in zip(rows, new, strict=True):
+            row.append(token)
+    return rows
+
+
+def moves_too_early(model, ids, count, top_k):
+    ids = list(ids)
+    for _ in range(count):
+        start = window_start(len(ids) + 1, 8)
+        with torch.no_grad():
+            ids.append(int(model(torch.tensor([ids[start:]]))[0, -1].argmax()))
+    return ids
+
+
+def all_at_the_end(model, tokenizer, prompt, count, **options):
+    yield from list(stream_text(model, tokenizer, prompt, count, **options))
+
+
+def ignoring(name):
+    def write(model, tokenizer, prompt, count, **options):
+        options.pop(name, None)
+        return stream_text(model, tokenizer, prompt, count, **options)
+
+    return write
+
+
+def changed_layers(change):
+    """`lighten` with something done to its int8 layers."""
+
+    def worse(model, weights):
+        light = lighten(model, weights)
+        for name, layer in model.named_modules():
+            if isinstance(layer, torch.nn.Linear) and weights == "int8":
+                change(name, light.get_submodule(name), layer)
+        return light
+
+    return worse
+
+
+def five_bits(name, light, linear):
+    light.scale = linear.weight.detach().abs().amax(1) / 15
+    light.weight = (linear.weight / light.scale[:, None]).round().to(torch.int8)
+
+
+def truncated(name, light, linear):
+    light.weight = (linear.weight / light.scale[:, None]).trunc().to(torch.int8)
+    largest = linear.weight.abs().argmax(1, keepdim=True)
+    sign = (127 * linear.weight.gather(1, largest).sign()).to(torch.int8)
+    light.weight.scatter_(1, largest, sign)
+
+
+def head_left_out(name, light, linear):
+    if name == "head":
+        light.weight = linear.weight.detach()
+
+
+def text_forbidden(ids, n):
+    text, start = " ".join(map(str, ids)), " ".join(map(str, ids[len(ids) - n + 1 :]))
+    found, place = set(), text.find(start + " ")
+    while len(ids) >= n > 1 and place >= 0:
+        found.add(int(text[place + len(start) + 1 :].split()[0]))
+        place = text.find(start + " ", place + 1)
+    return set(ids) if n == 1 else found
+
+
 WRONG = [
+    ("check_top_k", top_k_in_place, "were changed"),
+    ("check_top_k", top_k_without_ties, "ties with the k-th stay"),
+    (
+        "check_top_k",
+        lambda x, k: x if k > 5 else keep_top_k(x, 2),
+        "top_k=1 kept 2 tokens",
+    ),
+    (
+        "check_top_k",
+        lambda x, k: x.masked_fill(
+            x < x.topk(min(k, x.shape[1]), dim=1).values[:, -1:], -math.inf
+        ),
+        "more axes",
+    ),
+    ("check_top_p", top_p_with(torch.gt), "no more are needed"),
+    ("check_top_p", top_p_with(torch.ge, exp=True), "too large for exp"),
+    ("check_top_p", top_p_with(torch.ge, dim=1), "more axes"),
+    ("check_sample", rows_of_the_first, "every row has its own logits"),
+    ("check_sample", without_generator, "draw from the generator"),
+    ("check_sample", seeded_anew, "seed them once"),
+    ("check_cache", Overflows, "a full cache took"),
+    ("check_batch", sorted_by_length, "come back in its place"),
+    ("check_batch", one_window_for_all, "is its window its own"),
+    ("check_cached", moves_too_early, "positions and window"),
+    ("check_stream_text", all_at_the_end, "yield each as it comes"),
+    ("check_stream_text", ignoring("seed"), "the seed must decide"),
+    ("check_stream_text", ignoring("top_p"), "top_p is ignored"),
+    ("check_stream_text", ignoring("temperature"), "temperature is ignored"),
+    ("check_light", changed_layers(five_bits), "int8 goes to 127"),
+    ("check_light", changed_layers(truncated), "round to the nearest"),
+    ("check_light", changed_layers(head_left_out), "int8 was not stored"),
+    ("check_forbidden", text_forbidden, "21 2 is not the start"),
     ("check_beam_search", beams_capped, "3 beams from"),
     ("check_beam_search", beams_at_first_only, "extend every text that was kept"),
     ("check_beam_search", beam_that_appends, "copy it"),
-    ("check_beam_search", lambda m, ids, n, b: beams_capped(m, ids, 3, b), "not 5"),
+    (
+        "check_beam_search",
+        lambda m, ids, n, b: checks._beams(m, ids, 3, b)[0][1],
+        "not 5",
+    ),
     ("check_forbidden", forbidden_in_any_order, "not the start"),
     ("check_forbidden", forbidden_after_a_jump, "runs may overlap"),
     ("check_forbidden", lambda ids, n: forbidden(ids, min(n, 3)), "n=4"),
     (
         "check_beam_search",
-        lambda m, ids, n, b: checks._beams(m, ids, n, min(b, 3))[0][1],
-        "beams from [0]",
+        lambda m, ids, n, b: checks._beams(m, ids, n, min(b, 7))[0][1],
+        "8 beams from [6]",
     ),
     ("check_min_p", min_p_of_batch, "each row has its own"),
     ("check_min_p", min_p_without_ties, "mind ties"),
@@ -501,7 +662,7 @@ WRONG = [
     ("check_cache", OnlyTheNew, "without a cache"),
     ("check_cache", ValuesReversed, "without a cache"),
     ("check_cached", generates_without_offset, "without a cache"),
-    ("check_batch", attends_to_padding, "attends to its padding"),
+    ("check_batch", attends_to_padding, "takes its padding for words"),
     ("check_stream_text", cuts_characters, "cut in two"),
     ("check_stream_text", shows_the_stop, "stop token"),
     ("check_light", one_scale, "one scale for all rows"),
@@ -515,7 +676,7 @@ WRONG = [
     (
         "check_beam_search",
         lambda model, ids, n, beams: generate(model, ids, n, top_k=1),
-        "2 beams from",
+        "3 beams from",
     ),
 ]
 
@@ -534,7 +695,23 @@ def test_scores_that_are_no_numbers(bad, k):
         sample(torch.full((1, 3), bad), top_k=k)
 
 
+def test_a_tiny_top_p_keeps_the_likeliest():
+    assert sample(torch.tensor([[1.0, 3.0, 2.0]]), top_p=1e-46).tolist() == [1]
+
+
+def test_a_cache_refuses_another_shape():
+    cache = KeyValueCache(8)
+    two = torch.zeros(2, 2, 3, 4)
+    cache.append(two, two)
+    for other in (two[:1], two[:, :1], two[..., :1]):
+        with pytest.raises(ValueError, match=r"after others of \(2, 2, 3, 4\)"):
+            cache.append(other, other)
+    assert cache.length == 3
+
+
 def test_stop_is_a_list(model):
+    with pytest.raises(ValueError, match="list of ids"):
+        next(stream_text(model, CharTokenizer("abcdefghijk"), "a", 2, stop=5))
     with pytest.raises(ValueError, match="list of ids"):
         generate(model, [1], 2, stop=5)
 

@@ -62,9 +62,9 @@ def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
         return logits
     ordered, order = logits.sort(dim=-1, descending=True)
     weights = softmax(ordered)
-    before = weights.cumsum(dim=-1) - weights
-    before[..., 0] = 0  # exactly: rounding must not forbid them all
-    ordered = ordered.masked_fill(before >= top_p, -math.inf)
+    forbidden = weights.cumsum(dim=-1) - weights >= top_p
+    forbidden[..., 0] = False  # the smallest p is 0 once it is rounded
+    ordered = ordered.masked_fill(forbidden, -math.inf)
     return torch.empty_like(logits).scatter(-1, order, ordered)
 
 
@@ -114,15 +114,19 @@ class KeyValueCache:
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store what is new (B, H, T, C / H) and return all of it so far.
 
-        Raises ValueError for more positions than there is room for.
+        Raises ValueError for more positions than there is room for, and for keys of
+        another shape than the earlier ones.
         """
-        end = self.length + keys.shape[2]
+        B, H, new, head_width = keys.shape
+        end = self.length + new
         if end > self.context:
             raise ValueError(f"{end} positions don't fit a cache of {self.context}")
         if self.length == 0:
-            B, H, _, head_width = keys.shape
             self.keys = keys.new_empty(B, H, self.context, head_width)
             self.values = torch.empty_like(self.keys)
+        elif self.keys.shape != (B, H, self.context, head_width):
+            due = tuple(self.keys[:, :, end - new : end].shape)
+            raise ValueError(f"keys {tuple(keys.shape)} after others of {due}")
         self.keys[:, :, self.length : end] = keys
         self.values[:, :, self.length : end] = values
         self.length = end
@@ -232,6 +236,11 @@ def stream(
     return _steps(model, rows, max_new_tokens, draw, use_cache)
 
 
+def _check_stop(stop: Sequence[int]) -> None:
+    if isinstance(stop, int):
+        raise ValueError("stop is a list of ids: write [stop] for a single one")
+
+
 def generate(
     model: GPT,
     ids: Sequence[int] | Sequence[Sequence[int]] | Tensor,
@@ -252,8 +261,7 @@ def generate(
 
     Book: 13_generation.html#the-loop
     """
-    if isinstance(stop, int):
-        raise ValueError("stop is a list of ids: write [stop] for a single one")
+    _check_stop(stop)
     prompts = ids.tolist() if isinstance(ids, Tensor) else list(ids)
     if any(isinstance(part, str) for part in prompts):
         raise ValueError("ids are whole numbers: encode the text, or use stream_text")
@@ -294,6 +302,7 @@ def stream_text(
 
     Book: 13_generation.html#text-as-it-comes
     """
+    _check_stop(stop)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     settings = (temperature, top_k, top_p, seed)
     for (token,) in stream(
@@ -325,7 +334,7 @@ def _whole_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
         whole, own_scale = _round_rows(rows)
         sums = torch._int_mm(whole, weight.t())  # (N, out) int32
         products = sums * (own_scale[:, None] * scale)
-    else:  # no such kernel for few rows there
+    else:
         products = F.linear(rows, weight.float()) * scale
     return products.view(*x.shape[:-1], weight.shape[0])
 
@@ -391,7 +400,7 @@ def _short_way(block: Block) -> Callable[..., Tensor]:
             queries, keys = (apply_rotary(part, *rotary) for part in (queries, keys))
         keys, values = cache.append(keys, values)
         context = F.scaled_dot_product_attention(queries, keys, values)
-        x = x + attention_out(context.view(1, 1, -1))
+        x = x + attention_out(context.reshape(1, 1, -1))
         return x + mlp_out(bend(expand(mlp_norm(x))))
 
     return step
@@ -415,9 +424,10 @@ def _light_call(blocks: Sequence[Block]) -> Callable[..., Tensor]:
 def lighten(model: GPT, weights: str = "int8") -> GPT:
     """A model for generation, with lighter weights in its linear layers.
 
-    weights: "bfloat16", "float16" or "int8"; raises ValueError for others. It can't be
-    trained or saved. Tables, norms and biases it shares with the model it comes from.
-    For a single token it calls no hooks of what is inside its blocks.
+    weights: "bfloat16", "float16" or "int8"; raises ValueError for others. Tables,
+    norms and biases it shares with the model it comes from, so `train` and `save`
+    refuse it: train that one, and lighten again. For a single token it calls no hooks
+    of what is inside its blocks.
 
     Book: 13_generation.html#lighter-weights
     """

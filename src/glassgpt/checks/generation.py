@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from glassgpt.gpt import GPT, GPTConfig
-from glassgpt.tokens import BPETokenizer
+from glassgpt.tokens import BPETokenizer, CharTokenizer
 
 _FIVE = torch.tensor([0.05, 0.40, 0.15, 0.10, 0.30])
 
@@ -27,7 +27,9 @@ def check_top_k(keep_top_k: Callable[[Tensor, int], Tensor]) -> None:
     Book: 13_generation.html#the-filters
     """
     logits = torch.stack((_FIVE, _FIVE.flip(0))).log()  # (2, 5)
-    found = keep_top_k(logits.clone(), 2)
+    given = logits.clone()
+    found = keep_top_k(given, 2)
+    assert torch.equal(given, logits), "the logits given were changed: return new ones"
     assert found.shape == logits.shape, f"the shape changed to {tuple(found.shape)}"
     kept = _kept(found[0])
     assert kept != [0, 3], "the k lowest were kept, not the highest"
@@ -36,6 +38,13 @@ def check_top_k(keep_top_k: Callable[[Tensor, int], Tensor]) -> None:
     assert _kept(found[1]) == [0, 3], "each row must be filtered by itself"
     assert torch.equal(found[0, kept], logits[0, kept]), "logits that stay changed"
     assert torch.equal(keep_top_k(logits, 9), logits), "top_k above V must keep all"
+    for k in (1, 3):
+        kept = _kept(keep_top_k(logits, k)[0])
+        assert len(kept) == k, f"top_k={k} kept {len(kept)} tokens"
+    tied = _kept(keep_top_k(torch.tensor([[1.0, 0.0, 1.0, 1.0]]), 2)[0])
+    assert tied == [0, 2, 3], f"ties with the k-th stay: {tied} of 1, 0, 1, 1 for k=2"
+    deep = keep_top_k(logits.expand(2, 2, 5), 2)
+    assert torch.equal(deep[1], found), "more axes in front changed the result"
 
 
 def check_top_p(keep_top_p: Callable[[Tensor, float], Tensor]) -> None:
@@ -44,7 +53,9 @@ def check_top_p(keep_top_p: Callable[[Tensor, float], Tensor]) -> None:
     Book: 13_generation.html#the-filters
     """
     logits = torch.stack((_FIVE, _FIVE.flip(0))).log() + 3  # (2, 5)
-    found = keep_top_p(logits.clone(), 0.8)
+    given = logits.clone()
+    found = keep_top_p(given, 0.8)
+    assert torch.equal(given, logits), "the logits given were changed: return new ones"
     assert found.shape == logits.shape, f"the shape changed to {tuple(found.shape)}"
     kept = _kept(found[0])
     assert kept != [1, 4], "the token that crosses p was dropped"
@@ -57,10 +68,19 @@ def check_top_p(keep_top_p: Callable[[Tensor, float], Tensor]) -> None:
     )
     assert torch.equal(found[0, kept], logits[0, kept]), "logits that stay changed"
     assert _kept(keep_top_p(logits, 0.1)[0]) == [1], "the likeliest token always stays"
-    far = torch.tensor([[100.0, 0.0]])
-    for every in (logits, far):
-        kept = _kept(keep_top_p(every, 1.0)[0])
-        assert len(kept) == every.shape[1], "top_p=1 must keep all, however unlikely"
+    _check_top_p_edges(keep_top_p)
+    deep = keep_top_p(logits[:, None], 0.8)  # (2, 1, 5)
+    assert torch.equal(deep[:, 0], found), "more axes in front changed the result"
+
+
+def _check_top_p_edges(keep_top_p: Callable[[Tensor, float], Tensor]) -> None:
+    for row in ([2.0, 1.0, 0.0], [100.0, 0.0]):
+        kept = _kept(keep_top_p(torch.tensor([row]), 1.0)[0])
+        assert len(kept) == len(row), "top_p=1 must keep all, however unlikely"
+    half = torch.tensor([[0.5, 0.25, 0.25]]).log()
+    assert _kept(keep_top_p(half, 0.5)[0]) == [0], "p is reached: no more are needed"
+    high = torch.tensor([[1000.0, 999.0, 0.0]])
+    assert _kept(keep_top_p(high, 0.9)[0]) == [0, 1], "logits too large for exp"
 
 
 def _shares(sample: Callable[..., Tensor], **settings: Any) -> Tensor:
@@ -98,14 +118,32 @@ def check_sample(sample: Callable[..., Tensor]) -> None:
     for settings, weights, mistake in cases:
         gap = (_shares(sample, **settings) - weights / weights.sum()).abs().max()
         assert gap < 0.02, f"{mistake} (off by {gap:.2f} with {settings})"
+    _check_rows_and_dice(sample)
 
 
-def _small_gpt(positions: str = "learned", context: int = 8) -> GPT:
+def _check_rows_and_dice(sample: Callable[..., Tensor]) -> None:
+    """Each row is drawn by its own logits, by the generator and nothing else."""
+    rows = torch.stack((_FIVE, _FIVE.flip(0))).log().repeat(500, 1)  # (1000, 5)
+    dice = torch.Generator().manual_seed(0)
+    one, two = sample(rows, generator=dice), sample(rows, generator=dice)
+    high = (one[::2] == 1).sum(), (one[1::2] == 3).sum()
+    assert min(high) > 150, "every row has its own logits: some drew by another's"
+    assert one[:200].unique().numel() > 1, "all rows get one draw"
+    assert not torch.equal(one, two), "two draws in a row are the same: seed them once"
+    again = sample(rows, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(one, again), "draw from the generator, and only from it"
+
+
+def _small_gpt(
+    positions: str = "learned", context: int = 8, spread: float = 0.7
+) -> GPT:
     """A GPT with random weights, large enough to tell tokens apart."""
     random = torch.Generator().manual_seed(0)
-    model = GPT(GPTConfig(11, context, 2, 2, 8, positions=positions)).double().eval()
+    config = GPTConfig(11, context, 2, 2, 16, positions=positions, tied=False)
+    model = GPT(config).double().eval()
     for parameter in model.parameters():
-        parameter.data.normal_(0.0, 0.4, generator=random)
+        if parameter.dim() > 1:
+            parameter.data.normal_(0.0, spread, generator=random)
     return model
 
 
@@ -132,6 +170,12 @@ def check_cache(cache: Callable[[int], Any]) -> None:
                 f"with {positions} positions the logits of tokens {start} to {end - 1}"
                 f" differ by {gap:.1e} from a pass without a cache"
             )
+    full = caches[0]
+    try:
+        full.append(torch.zeros(2, 2, 1, 8).double(), torch.zeros(2, 2, 1, 8).double())
+    except ValueError:
+        return
+    raise AssertionError("a full cache took one position more: raise a ValueError")
 
 
 @torch.no_grad()
@@ -178,22 +222,24 @@ def check_batch(generate: Callable[..., list]) -> None:
 
     Book: 13_generation.html#the-loop
     """
-    prompts = [[3, 1, 4, 1, 5], [9, 2], [6]]
+    prompts = [[9, 2], [3, 1, 4, 1, 5], [6]]
     for positions in ("learned", "sinusoidal", "rotary"):
-        model = _small_gpt(positions, context=32)
-        found = generate(model, prompts, 12, top_k=1)
-        assert len(found) == 3, f"{len(found)} rows came back, not 3"
-        for prompt, row in zip(prompts, found, strict=True):
-            wanted = _greedy(model, prompt, 12, context=32)
-            padding = [0] * (5 - len(prompt))
-            seen = _greedy(model, padding + prompt, 12, context=32)[len(padding) :]
-            assert list(row) == wanted or list(row) != seen, (
-                f"the prompt of {len(prompt)} attends to its padding"
-            )
-            assert list(row) == wanted, (
-                f"the prompt of {len(prompt)} gets other tokens in a batch than alone:"
-                " do its positions begin at its first token?"
-            )
+        for context in (32, 8):  # with 8 the window moves on, for each row by itself
+            model = _small_gpt(positions, context)
+            found = generate(model, prompts, 12, top_k=1)
+            assert len(found) == 3, f"{len(found)} rows came back, not 3"
+            for prompt, row in zip(prompts, found, strict=True):
+                wanted = _greedy(model, prompt, 12, context)
+                padding = [0] * (5 - len(prompt))
+                seen = _greedy(model, padding + prompt, 12, context)[len(padding) :]
+                assert list(row) == wanted or list(row) != seen, (
+                    f"the prompt of {len(prompt)} takes its padding for words"
+                )
+                assert list(row) == wanted, (
+                    f"the prompt of {len(prompt)} gets other tokens in a batch than "
+                    "alone: is its padding hidden, do its positions begin at its first "
+                    "token, is its window its own, and does it come back in its place?"
+                )
 
 
 @torch.no_grad()
@@ -212,10 +258,10 @@ def _parrot(ids: Sequence[int], vocab_size: int) -> GPT:
 
 
 def check_stream_text(stream_text: Callable[..., Iterator[str]]) -> None:
-    """The pieces join to the text, and no character is cut in two.
+    """The pieces join to the text, come at once, and no character is cut in two.
 
     stream_text: called as stream_text(model, tokenizer, prompt, max_new_tokens,
-    top_k=1, stop=...).
+    top_k=..., top_p=..., seed=..., stop=...).
 
     Book: 13_generation.html#text-as-it-comes
     """
@@ -233,37 +279,81 @@ def check_stream_text(stream_text: Callable[..., Iterator[str]]) -> None:
     assert short == text[1:-1], "the stop token must end the text and not be shown"
     cut = "".join(stream_text(model, tokenizer, "a", 5, top_k=1))
     assert cut == tokenizer.decode(ids[1:6]), "an incomplete character got lost"
+    _check_at_once(stream_text, model, tokenizer, count)
+    _check_settings_arrive(stream_text)
+
+
+def _check_at_once(
+    stream_text: Callable, model: GPT, tokenizer: BPETokenizer, count: int
+) -> None:
+    """The first piece comes after a pass of the model or two, not after all."""
+    passes: list[int] = []
+    hook = model.blocks[0].register_forward_hook(lambda *_: passes.append(1))
+    try:
+        next(iter(stream_text(model, tokenizer, "a", count, top_k=1)))
+    finally:
+        hook.remove()
+    assert len(passes) <= 2, (
+        f"the first piece came after {len(passes)} tokens: yield each as it comes"
+    )
+
+
+def _check_settings_arrive(stream_text: Callable[..., Iterator[str]]) -> None:
+    """The settings count, and a tokenizer of characters will do."""
+    tokenizer, model = CharTokenizer("abcdefghijk"), _small_gpt()
+
+    def write(**settings: Any) -> str:
+        return "".join(stream_text(model, tokenizer, "da", 12, **settings))
+
+    assert write(seed=1) == write(seed=1) != write(seed=2), "the seed must decide"
+    greedy = write(top_k=1)
+    assert write(top_p=1e-6, seed=1) == greedy, "top_p is ignored"
+    assert write(temperature=1e-6, seed=1) == greedy, "the temperature is ignored"
+
+
+def _check_layer(light: Any, linear: torch.nn.Linear, weights: str) -> None:
+    """One layer with light weights against the one that it came from."""
+    if weights != "int8":
+        dtype = getattr(torch, weights)
+        assert light.weight.dtype == dtype, f"{weights} was not stored"
+        rounded = torch.equal(light.weight, linear.weight.to(dtype))
+        assert rounded, f"the weights are not the nearest numbers in {weights}"
+        return
+    assert light.weight.dtype == torch.int8, f"{weights} was not stored"
+    assert light.scale.unique().numel() > 1, "one scale for all rows: give each its own"
+    assert (light.weight.abs().amax(dim=1) == 127).all(), (
+        "int8 goes to 127: the largest of each row should be there"
+    )
+    off = (light.weight * light.scale[:, None] - linear.weight).abs()
+    assert (off <= 0.501 * light.scale[:, None]).all(), (
+        "a weight is off by more than half a scale: round to the nearest"
+    )
 
 
 @torch.no_grad()
 def check_light(lighten: Callable[[GPT, str], Any]) -> None:
     """Lighter weights change a model's logits little, and the model not at all.
 
-    lighten: called as lighten(model, weights).
+    lighten: called as lighten(model, weights); each linear layer of what it returns has
+    a weight (out, in), and for int8 a scale (out,).
 
     Book: 13_generation.html#lighter-weights
     """
     ids = torch.tensor([[3, 1, 4, 1, 5]])
+    model = _small_gpt().float()
+    model.blocks[0].mlp.expand.weight[0] *= 1000
+    for weights in ("bfloat16", "float16", "int8"):
+        light = lighten(model, weights)
+        for name, layer in model.named_modules():
+            if isinstance(layer, torch.nn.Linear):
+                _check_layer(light.get_submodule(name), layer, weights)
     for positions in ("learned", "rotary"):
         model = _small_gpt(positions).float()
-        model.blocks[0].mlp.expand.weight[0] *= 1000
-        model.blocks[0].mlp.projection.weight[:, 0] = 0  # the large row has no effect
         before = model(ids)
-        for weights, size in (("bfloat16", 2), ("float16", 2), ("int8", 1)):
-            light = lighten(model, weights)
-            layer = light.blocks[0].mlp.expand
-            assert layer.weight.element_size() == size, f"{weights} was not stored"
-            if size == 1:
-                assert layer.weight[1:].any(), (
-                    "one scale for all rows: give each its own"
-                )
-            gap = (
-                (light(ids).log_softmax(-1) - before.log_softmax(-1))
-                .abs()
-                .mean()
-                .item()
-            )
-            assert gap < 0.3, f"{weights} changes log-probabilities by {gap:.2f}"
+        for weights, most in (("bfloat16", 0.1), ("float16", 0.01), ("int8", 0.3)):
+            changes = lighten(model, weights)(ids).log_softmax(-1)
+            gap = (changes - before.log_softmax(-1)).abs().mean().item()
+            assert gap < most, f"{weights} changes log-probabilities by {gap:.3f}"
             assert torch.equal(model(ids), before), "the model itself was changed"
     try:
         lighten(model, "int3")
@@ -319,6 +409,7 @@ def check_forbidden(forbidden: Callable[[list[int], int], set[int]]) -> None:
     assert set(forbidden([1, 2, 1], 1)) == {1, 2}, "n=1 forbids all that occurred"
     assert set(forbidden([1, 2, 1, 3, 1], 2)) == {2, 3}, "n=2: one token is the start"
     assert set(forbidden([2, 1, 5, 1, 2], 3)) == set(), "2 1 is not the start 1 2"
+    assert set(forbidden([21, 2, 3, 1, 2], 3)) == set(), "21 2 is not the start 1 2"
 
 
 @torch.no_grad()
@@ -341,9 +432,9 @@ def check_beam_search(beam_search: Callable[..., list[int]]) -> None:
 
     Book: 13_generation.html#exercise-3-look-ahead
     """
-    model = _small_gpt()
-    for prompt in ([3], [1, 2], [9, 0], [8], [4], [0]):
-        for length, beams in ((3, 1), (3, 2), (3, 3), (5, 2), (2, 11), (3, 121)):
+    model = _small_gpt(spread=0.25)
+    for prompt in ([1, 2], [9, 0], [0], [7], [6]):
+        for length, beams in ((3, 1), (3, 3), (5, 3), (5, 6), (5, 8), (3, 121)):
             given = list(prompt)
             found = list(beam_search(model, given, length, beams))
             assert given == prompt, "the prompt given was changed: copy it"
