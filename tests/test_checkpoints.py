@@ -233,12 +233,52 @@ def test_a_config_made_to_attack_is_refused(tmp_path, change, message):
     save(tmp_path, random_gpt(), tokenizer_of())
     content = json.loads((tmp_path / "config.json").read_text())
     content["glassgpt"] |= change
+    content["model_type"] = "glassgpt"  # for a GPT-2 its own keys decide
     (tmp_path / "config.json").write_text(json.dumps(content))
     with (
         patch.object(checkpoints, "load_file", side_effect=AssertionError("was read")),
         pytest.raises(ValueError, match=message),
     ):
         load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vocab_size": 10**12}, "should be"),
+        ({"n_positions": 10**12}, "should be"),
+        ({"n_layer": 10**12}, "3 layers where 1000000000000 are due"),
+        ({"n_embd": 4 * 10**9}, "no model can have these sizes"),
+        ({"n_embd": "48"}, "width must be a whole number"),
+        ({"n_head": 5}, "into 5 heads"),
+        ({"glassgpt": {"dropout": "a lot"}}, "does not describe a GPT"),
+        ({"glassgpt": {"no": 1}}, "dropout"),
+        ({"glassgpt": [1]}, "does not describe a GPT"),
+    ],
+)
+def test_a_gpt2_config_made_to_attack_is_refused(tmp_path, change, message):
+    save(tmp_path, random_gpt(), tokenizer_of())
+    content = json.loads((tmp_path / "config.json").read_text()) | change
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with (
+        patch.object(checkpoints, "load_file", side_effect=AssertionError("was read")),
+        pytest.raises(ValueError, match=message),
+    ):
+        load(tmp_path)
+
+
+def test_a_model_that_transformers_enlarged(tmp_path):
+    model = random_gpt()
+    save(tmp_path, model, tokenizer_of())
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    theirs.resize_token_embeddings(model.config.vocab_size + 5)
+    theirs.save_pretrained(tmp_path)
+    larger, _ = load(tmp_path)
+    assert larger.config.vocab_size == model.config.vocab_size + 5
+    assert larger.config.dropout == model.config.dropout
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        assert torch.allclose(larger(ids), theirs(ids).logits, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -372,17 +412,48 @@ def test_every_byte_of_a_checkpoint_counts(three, name):
         read_checkpoint(three[-1])
 
 
-def test_a_checkpoint_with_one_file_more_or_without_one_before(three):
-    (three[-1] / "more.safetensors").write_bytes(b"")
+def test_a_file_that_is_not_in_the_list_is_not_opened(three):
+    tensors, state = read_checkpoint(three[-1])
+    (three[-1] / "more.safetensors").write_bytes(b"no safetensors")
+    (three[-1] / ".DS_Store").write_bytes(b"a Mac was here")
+    again, state_again = read_checkpoint(three[-1])
+    assert again.keys() == tensors.keys()
+    assert state_again == state
+
+
+@pytest.mark.parametrize("hashes", ["[]", "{}", "7", '{"../x": "0"}', '[["a"]]'])
+def test_a_strange_list_of_hashes(three, hashes):
+    (three[-1] / "hashes.json").write_text(hashes)
+    with pytest.raises(ValueError, match="is damaged"):
+        read_checkpoint(three[-1])
+
+
+def test_without_one_before_the_advice_is_to_start_anew(three):
+    (three[-1] / "state.json").write_text("{}")
     shutil.rmtree(three[0])
     with pytest.raises(ValueError, match="start anew"):
         read_checkpoint(three[-1])
 
 
+def test_only_the_names_of_checkpoints_are_checkpoints(three, tmp_path):
+    place = three[0].parent
+    others = ["checkpoint-best", "checkpoint-00000001.bak", "checkpoint-1"]
+    for name in others:
+        shutil.copytree(three[0], place / name)
+    note = place / "checkpoint-00000001-notes.txt"
+    note.write_text("mine")
+    assert checkpoints_in(place) == three
+    write_checkpoint(place, 99, {"model": {"a": torch.ones(2)}}, {}, keep=1)
+    assert [path.name for path in checkpoints_in(place)] == ["checkpoint-00000099"]
+    assert all((place / name).is_dir() for name in others)
+    assert note.read_text() == "mine"
+
+
 def test_a_pickle_with_the_right_hash_is_not_run(three, monkeypatch):
     monkeypatch.setenv("BOMB", str(three[-1] / "bomb"))
     (three[-1] / "model.safetensors").write_bytes(pickle.dumps(Bomb()))
-    hashes = checkpoints._hashes(three[-1])
+    names = json.loads((three[-1] / "hashes.json").read_text())
+    hashes = checkpoints._hashes(three[-1], names)
     (three[-1] / "hashes.json").write_text(json.dumps(hashes))
     with pytest.raises(ValueError, match="damaged"):
         read_checkpoint(three[-1])

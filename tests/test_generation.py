@@ -3,6 +3,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -709,11 +710,19 @@ def test_a_cache_refuses_another_shape():
     assert cache.length == 3
 
 
-def test_stop_is_a_list(model):
+@pytest.mark.parametrize("stop", [5, np.int64(5), None, ["a"], "a"])
+def test_stop_is_a_list(model, stop):
     with pytest.raises(ValueError, match="list of ids"):
-        next(stream_text(model, CharTokenizer("abcdefghijk"), "a", 2, stop=5))
+        next(stream_text(model, CharTokenizer("abcdefghijk"), "a", 2, stop=stop))
     with pytest.raises(ValueError, match="list of ids"):
-        generate(model, [1], 2, stop=5)
+        generate(model, [1], 2, stop=stop)
+
+
+def test_whole_numbers_of_numpy_will_do(model):
+    ids = generate(model, [1], 9, seed=3)
+    assert generate(model, np.array([1]), np.int64(9), seed=np.int64(3)) == ids
+    until = ids[: 1 + ids[1:].index(ids[5])]
+    assert generate(model, [1], 9, seed=3, stop=np.array(ids[5:6])) == until
 
 
 def test_a_light_model_is_not_saved_over_a_good_one(tmp_path):

@@ -12,16 +12,19 @@ from pathlib import Path
 from shutil import which
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from filelock import FileLock
+from functorch.compile import make_boxed_compiler
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 
 from glassgpt import training
-from glassgpt.checkpoints import checkpoints_in, load, read_checkpoint
+from glassgpt.checkpoints import checkpoints_in, load, read_checkpoint, save
 from glassgpt.checks import training as checks
 from glassgpt.data import TokenData
 from glassgpt.gpt import GPT, GPTConfig
@@ -333,7 +336,8 @@ def forge(path, file, change):
     training.write_checkpoint.__globals__["write_tensors"](
         path / f"{file}.safetensors", change(tensors)
     )
-    hashes = training.write_checkpoint.__globals__["_hashes"](path)
+    names = json.loads((path / "hashes.json").read_text())
+    hashes = training.write_checkpoint.__globals__["_hashes"](path, names)
     (path / "hashes.json").write_text(json.dumps(hashes))
 
 
@@ -362,7 +366,8 @@ def test_a_strange_state_is_refused(tmp_path, state):
     run(directory=tmp_path)
     path = checkpoints_in(tmp_path)[-1]
     (path / "state.json").write_text(json.dumps(state))
-    hashes = training.write_checkpoint.__globals__["_hashes"](path)
+    names = json.loads((path / "hashes.json").read_text())
+    hashes = training.write_checkpoint.__globals__["_hashes"](path, names)
     (path / "hashes.json").write_text(json.dumps(hashes))
     with pytest.raises(ValueError, match="not a checkpoint of a run"):
         run(directory=tmp_path, resume=True)
@@ -610,6 +615,158 @@ def test_float16_skips_a_step_whose_gradient_overflows(optimizer):
     assert not torch.equal(weights(model), before)
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"recompute": "false"}, {"learning_rate": True}, {"steps": True}]
+)
+def test_kinds_of_settings(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        TrainConfig(**wrong)
+
+
+def test_settings_from_numpy_are_the_same():
+    found = TrainConfig(steps=np.int64(5), clip=np.float32(2), seed=np.uint8(3))
+    assert found == TrainConfig(steps=5, clip=2.0, seed=3)
+    assert json.dumps(vars(found))
+
+
+def test_a_saved_model_is_not_trained_over_by_resuming(tmp_path):
+    save(tmp_path, gpt(), TOKENIZER)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    with pytest.raises(FileExistsError, match="holds a model"):
+        run(directory=tmp_path, tokenizer=TOKENIZER, resume=True)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+
+
+def test_a_run_without_a_checkpoint_yet_begins_again(tmp_path):
+    config = replace(CONFIG, checkpoint_every=100)
+    whole, _ = run(config=config)
+    with pytest.raises(PowerCut):
+        run(config=config, directory=tmp_path, tokenizer=TOKENIZER, on_record=cut_at(4))
+    assert (tmp_path / "model.safetensors").exists()
+    model, _ = run(config=config, directory=tmp_path, resume=True)
+    assert torch.equal(weights(whole), weights(model))
+
+
+def test_float16_that_never_steps_is_told():
+    config = replace(CONFIG, steps=200, precision="float16", evaluate_every=200)
+    model = gpt()
+
+    def hopeless(model, config, prepare=None):
+        right = make_loss(model, config, prepare)
+
+        def loss(ids, targets):
+            value = right(ids, targets)
+            if torch.is_grad_enabled():
+                value.register_hook(lambda gradient: gradient * math.inf)
+            return value
+
+        return loss
+
+    with (
+        patch.object(training, "make_loss", hopeless),
+        pytest.raises(FloatingPointError, match="overflow in float16 however"),
+    ):
+        run(model, config)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_checkpoint_from_before_the_first_sound_step_resumes(tmp_path, optimizer):
+    config = replace(CONFIG, precision="float16", optimizer=optimizer)
+    whole = Trainer(gpt(), DATA, config, tmp_path)
+    whole.loss = spoiled(nan_gradient, at=1)(whole.model, config)
+    take_step(whole)
+    training.save_run(whole)
+    tensors, _ = read_checkpoint(checkpoints_in(tmp_path)[-1])
+    assert optimizer == "adamw" or not tensors["optimizer"]
+    other = Trainer(gpt(seed=1), DATA, config, tmp_path)
+    resume_run(other, checkpoints_in(tmp_path)[-1])
+    dice = torch.get_rng_state()
+    for trainer in (whole, other):
+        torch.set_rng_state(dice)
+        take_step(trainer)
+    assert torch.equal(weights(whole.model), weights(other.model))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("frozen", ["tokens.weight", "blocks.0.mlp.expand.weight"])
+def test_a_run_with_frozen_parameters_resumes(tmp_path, optimizer, frozen):
+    def partly(seed):
+        model = gpt(seed=seed)
+        model.get_parameter(frozen).requires_grad_(False)
+        return model
+
+    config = replace(CONFIG, optimizer=optimizer)
+    whole, _ = run(partly(0), config)
+    with pytest.raises(PowerCut):
+        run(partly(0), config, directory=tmp_path, on_record=cut_at(8))
+    model = partly(0)
+    run(model, config, directory=tmp_path, resume=True)
+    assert torch.equal(weights(whole), weights(model))
+
+
+def test_a_frozen_model_is_refused():
+    with pytest.raises(ValueError, match="no parameter has requires_grad"):
+        run(gpt().requires_grad_(False))
+
+
+def test_a_program_that_uses_the_newer_precision_switch():
+    code = """
+        import torch
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        from test_training import CONFIG, run
+        print(run(config=CONFIG)[1].step)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+    )
+    assert done.stdout.strip() == "12", done.stderr
+
+
+# What `on_record` does.
+
+
+def test_a_checkpoint_is_written_before_on_record_is_called(tmp_path):
+    config = replace(CONFIG, evaluate_every=5)
+    with pytest.raises(PowerCut):
+        run(config=config, directory=tmp_path, on_record=cut_at(5))
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["checkpoint-00000005"]
+
+
+def test_sampling_on_the_way_leaves_dropout_on():
+    plain, _ = run()
+    model = gpt()
+    run(model, on_record=lambda record: model.eval())
+    assert torch.equal(weights(plain), weights(model))
+
+
+def test_a_stop_leaves_no_trace_in_the_run_that_goes_on(tmp_path):
+    _, whole = run(directory=tmp_path / "whole", tokenizer=TOKENIZER)
+    calls, take = [], training.take_step
+
+    def stopping(trainer):
+        take(trainer)
+        calls.append(1)
+        if len(calls) == 6:  # neither evaluated nor saved
+            signal.raise_signal(signal.SIGINT)
+
+    place = tmp_path / "cut"
+    with patch.object(training, "take_step", stopping):
+        _, half = run(directory=place, tokenizer=TOKENIZER)
+    assert [line["step"] for line in half.records] == [4, 6]
+    _, rest = run(directory=place, tokenizer=TOKENIZER, resume=True)
+    timeless = [
+        [{k: v for k, v in line.items() if "second" not in k} for line in run.records]
+        for run in (whole, rest)
+    ]
+    assert timeless[0] == timeless[1]
+    assert (place / "model.safetensors").read_bytes() == (
+        tmp_path / "whole" / "model.safetensors"
+    ).read_bytes()
+
+
 # Machines that are too small, too full, or lack a compiler.
 
 
@@ -720,6 +877,41 @@ def test_a_compiler_that_fails_at_the_first_call():
     with patch("torch.compile", broken):
         loss = compiled(lambda a, b: a + b)
         assert [loss(1, 2), loss(3, 4)] == [3, 7]
+
+
+def backward_is_broken(graph, example_inputs):
+    raise RuntimeError("no backward program")
+
+
+def test_a_compiler_that_fails_at_the_backward_program(capsys):
+    backend = aot_autograd(
+        fw_compiler=make_boxed_compiler(lambda graph, inputs: graph),
+        bw_compiler=backward_is_broken,
+    )
+    real = torch.compile
+    x = torch.ones(3, requires_grad=True)
+    with patch("torch.compile", lambda function: real(function, backend=backend)):
+        compiled(torch.exp)(x).sum().backward()
+    assert torch.allclose(x.grad, x.exp())
+    said = capsys.readouterr()
+    assert "no backward program" in said.out + said.err
+
+
+def test_a_ninth_model_is_compiled_too():
+    torch.compiler.reset()
+    graphs, real = [], torch.compile
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def use(layer):
+        return lambda x: layer(x)
+
+    with patch("torch.compile", lambda function: real(function, backend=backend)):
+        for width in range(1, 12):
+            compiled(use(torch.nn.Linear(2, width)))(torch.ones(1, 2))
+    assert len(graphs) == 11
 
 
 @needs_compiler

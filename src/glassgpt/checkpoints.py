@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -163,9 +164,9 @@ _GPT2_OPTIONS = {
 
 def _config_from_json(content: dict[str, Any]) -> GPTConfig:
     """The inverse, also for a GPT-2 written by `transformers`."""
-    if "glassgpt" in content:
-        return GPTConfig(**content["glassgpt"])
-    kind = content.get("model_type")
+    kind, ours = content.get("model_type"), content.get("glassgpt")
+    if ours and kind == "glassgpt":
+        return GPTConfig(**ours)
     if kind != "gpt2":
         raise ValueError(f"its model_type is {kind!r}, not a GPT-2")
     allowed = {**_GPT2_OPTIONS, "n_inner": (None, 4 * content["n_embd"])}
@@ -173,8 +174,10 @@ def _config_from_json(content: dict[str, Any]) -> GPTConfig:
         if content.get(name, values[0]) not in values:
             raise ValueError(f"its {name} is {content[name]!r}, not what GPT-2 has")
     keys = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
-    tied = content.get("tie_word_embeddings", True)
-    return GPTConfig(*(content[key] for key in keys), tied=tied)
+    rest = {"tied": content.get("tie_word_embeddings", True)}
+    if ours:  # what `transformers` has no single key for
+        rest["dropout"] = ours["dropout"]
+    return GPTConfig(*(content[key] for key in keys), **rest)
 
 
 def save(directory: str | Path, model: GPT, tokenizer: Any) -> None:
@@ -293,16 +296,21 @@ def checkpoints_in(directory: Path) -> list[Path]:
 
     Book: 12_training.html#a-run-that-can-go-on
     """
-    return sorted(p for p in directory.glob("checkpoint-*") if p.suffix != ".partial")
+    return _named(directory, r"checkpoint-\d{8,}")
 
 
-def _hashes(folder: Path) -> dict[str, str]:
-    """The SHA-256 of each file in a folder, but for the list of hashes itself."""
+def _named(directory: Path, pattern: str) -> list[Path]:
+    """The folders in a directory whose whole name fits a pattern, sorted."""
+    folders = directory.glob("checkpoint-*/")
+    return sorted(path for path in folders if re.fullmatch(pattern, path.name))
+
+
+def _hashes(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """The SHA-256 of files in a folder, by name."""
     hashes = {}
-    for path in sorted(folder.iterdir()):
-        if path.name != "hashes.json":
-            with open(path, "rb") as file:
-                hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    for name in names:
+        with open(folder / Path(name).name, "rb") as file:
+            hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
     return hashes
 
 
@@ -322,14 +330,15 @@ def write_checkpoint(
     """
     final = directory / f"checkpoint-{step:08d}"
     partial = final.with_suffix(".partial")
-    for leftover in directory.glob("checkpoint-*.partial"):
+    for leftover in _named(directory, r"checkpoint-\d{8,}\.partial"):
         shutil.rmtree(leftover)
     partial.mkdir(parents=True)
     try:
         for name, content in tensors.items():
             write_tensors(partial / f"{name}.safetensors", content)
         write_file(partial / "state.json", json.dumps(state).encode())
-        write_file(partial / "hashes.json", json.dumps(_hashes(partial)).encode())
+        hashes = _hashes(partial, sorted(path.name for path in partial.iterdir()))
+        write_file(partial / "hashes.json", json.dumps(hashes).encode())
         os.replace(partial, final)
     except OSError:
         shutil.rmtree(partial, ignore_errors=True)
@@ -346,12 +355,14 @@ def read_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str,
     Book: 12_training.html#a-run-that-can-go-on
     """
     try:
-        if json.loads((path / "hashes.json").read_text("utf-8")) != _hashes(path):
+        hashes = dict(json.loads((path / "hashes.json").read_text("utf-8")))
+        if "state.json" not in hashes or hashes != _hashes(path, hashes):
             raise ValueError("its files don't match their hashes")
         state = json.loads((path / "state.json").read_text("utf-8"))
-        files = sorted(path.glob("*.safetensors"))
-        return {file.stem: load_file(file) for file in files}, state
-    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+        files = [path / Path(name).name for name in hashes]
+        tensors = {f.stem: load_file(f) for f in files if f.suffix == ".safetensors"}
+        return tensors, state
+    except (OSError, ValueError, TypeError, RecursionError, SafetensorError) as error:
         before = [p for p in checkpoints_in(path.parent) if p < path]
         advice = "start anew"
         if before:

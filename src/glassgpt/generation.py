@@ -227,7 +227,7 @@ def stream(
     if seed is not None and not (isinstance(seed, Integral) and 0 <= seed < 1 << 64):
         raise ValueError(f"seed must be a whole number of 64 bits, not {seed!r}")
     generator = torch.Generator(next(model.parameters()).device)
-    generator.seed() if seed is None else generator.manual_seed(seed)
+    generator.seed() if seed is None else generator.manual_seed(int(seed))
     model.eval()
 
     def draw(logits: Tensor) -> Tensor:
@@ -236,9 +236,13 @@ def stream(
     return _steps(model, rows, max_new_tokens, draw, use_cache)
 
 
-def _check_stop(stop: Sequence[int]) -> None:
-    if isinstance(stop, int):
-        raise ValueError("stop is a list of ids: write [stop] for a single one")
+def _stop_ids(stop: Sequence[int]) -> set[int]:
+    try:
+        return {operator.index(token) for token in stop}
+    except TypeError:
+        raise ValueError(
+            f"stop must be a list of ids, such as [5], not {stop!r}"
+        ) from None
 
 
 def generate(
@@ -261,7 +265,7 @@ def generate(
 
     Book: 13_generation.html#the-loop
     """
-    _check_stop(stop)
+    ends = _stop_ids(stop)
     prompts = ids.tolist() if isinstance(ids, Tensor) else list(ids)
     if any(isinstance(part, str) for part in prompts):
         raise ValueError("ids are whole numbers: encode the text, or use stream_text")
@@ -273,7 +277,7 @@ def generate(
     running = set(range(len(rows)))
     try:
         for new in steps:
-            running -= {row for row in running if new[row] in stop}
+            running -= {row for row in running if new[row] in ends}
             for row in running:
                 rows[row].append(new[row])
             if not running:
@@ -302,13 +306,13 @@ def stream_text(
 
     Book: 13_generation.html#text-as-it-comes
     """
-    _check_stop(stop)
+    ends = _stop_ids(stop)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     settings = (temperature, top_k, top_p, seed)
     for (token,) in stream(
         model, [tokenizer.encode(prompt)], max_new_tokens, *settings
     ):
-        if token in stop:
+        if token in ends:
             break
         if hasattr(tokenizer, "decode_bytes"):
             piece = decoder.decode(tokenizer.decode_bytes([token]))

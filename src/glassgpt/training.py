@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -54,11 +55,15 @@ def _validate(settings: dict[str, Any]) -> None:
         if name in _CHOICES and value not in _CHOICES[name]:
             allowed = ", ".join(_CHOICES[name])
             raise ValueError(f"{name} must be one of {allowed}, not {value!r}")
-        if name in _NUMBERS and not isinstance(value, int | float):
+        if name in _NUMBERS and type(value) not in (int, float):
             raise ValueError(f"{name} must be a number, not {value!r}")
+    if type(settings["recompute"]) is not bool:
+        raise ValueError("recompute must be True or False")
     for name in ("learning_rate", "matrix_learning_rate", "clip"):
         if not 0 < settings[name] < math.inf:
-            raise ValueError(f"{name} must be positive, not {settings[name]!r}")
+            raise ValueError(
+                f"{name} must be positive and finite, not {settings[name]!r}"
+            )
     if not 0 <= settings["weight_decay"] < math.inf:
         raise ValueError("weight_decay can't be negative or infinite")
     if not 0 <= settings["final_rate"] <= 1:
@@ -106,6 +111,9 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():  # NumPy's numbers become Python's
+            if isinstance(value, np.generic):
+                setattr(self, name, value.item())
         _validate(asdict(self))
 
     @property
@@ -323,20 +331,23 @@ def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     chosen = []
 
     def first_call(*inputs: Any) -> Tensor:
-        budget = 1.0 if torch.cuda.is_available() else 0.9
+        choices: dict[str, Any] = {"force_non_lazy_backward_lowering": True}
+        choices["activation_memory_budget"] = 1.0 if torch.cuda.is_available() else 0.9
+        known = {k: v for k, v in choices.items() if hasattr(functorch, k)}
         # PyTorch before 2.13 stores a program without the precision it was made for.
         types = [str(torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")]
         try:
             fast = torch.compile(function)
             with (
-                functorch.patch(activation_memory_budget=budget),
+                functorch.patch(known),
+                torch._dynamo.config.patch(recompile_limit=256),
                 compiler.patch(cache_key_tag=" ".join(types)),
             ):
                 result = fast(*inputs)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a missing compiler raises
-            reason = (str(error).strip() or repr(error)).splitlines()[0]
+            reason = " ".join((str(error).strip() or repr(error)).splitlines()[:2])
             tqdm.write(f"torch.compile does not work here, going on without: {reason}")
             chosen.append(function)
             return function(*inputs)
@@ -420,7 +431,8 @@ def take_step(trainer: Trainer) -> None:
         scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(trainer.model.parameters(), config.clip)
     # The scaler judges each optimizer by itself, but a bad gradient must stop both.
-    sound = not scaler.is_enabled() or bool(norm.isfinite())
+    alone = not scaler.is_enabled() or len(trainer.optimizers) == 1
+    sound = alone or bool(norm.isfinite())  # waits for the device
     for optimizer in trainer.optimizers:
         if sound:
             scaler.step(optimizer)
@@ -434,7 +446,7 @@ def take_step(trainer: Trainer) -> None:
 def read_losses(trainer: Trainer) -> dict[str, str]:
     """Wait for the device and return what the progress bar shows.
 
-    Raises FloatingPointError when a loss is not a number.
+    Raises FloatingPointError when a loss is not a number, or no gradient ever is.
 
     Book: 12_training.html#a-run
     """
@@ -448,6 +460,11 @@ def read_losses(trainer: Trainer) -> dict[str, str]:
                 f"the loss or its gradient at step {step} is not finite: lower the "
                 "learning rate. A checkpoint, if there is one, is from before"
             )
+    if trainer.scaler.is_enabled() and trainer.scaler.get_scale() < 1e-3:
+        raise FloatingPointError(
+            f"up to step {run.step} the gradients overflow in float16 however they are "
+            "scaled: lower the learning rate, or take another precision"
+        )
     batch = config.batch_size * config.accumulate * trainer.model.config.context
     trainer.rate = len(values) * batch / seconds
     run.seconds += seconds
@@ -488,8 +505,6 @@ def record(trainer: Trainer) -> None:
         write_file(trainer.directory / "metrics.jsonl", lines.encode())
         if better and trainer.tokenizer:
             save(trainer.directory, trainer.model, trainer.tokenizer)
-    if trainer.on_record:
-        trainer.on_record(line)
 
 
 _MOMENTS = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "Muon": ("momentum_buffer",)}
@@ -568,7 +583,11 @@ def _read_run(trainer: Trainer, path: Path) -> tuple[dict, dict, Run]:
                     "resume with the same text and settings, or use another directory"
                 )
         for kind, due in _shapes_due(trainer).items():
-            if {name: tuple(t.shape) for name, t in tensors[kind].items()} != due:
+            found = {name: tuple(t.shape) for name, t in tensors[kind].items()}
+            if kind == "optimizer":  # a parameter without a step has no moments
+                moved = {name.rsplit(".", 1)[0] for name in found}
+                due = {n: s for n, s in due.items() if n.rsplit(".", 1)[0] in moved}
+            if found != due:
                 raise ValueError(f"its {kind}.safetensors has other tensors or shapes")
         return tensors, state, run
     except (KeyError, TypeError, AttributeError) as error:
@@ -658,9 +677,13 @@ def _locked(directory: Path | None, resume: bool) -> Iterator[Path | None]:
     directory.mkdir(parents=True, exist_ok=True)
     with lock_folder(directory, f"another run is training into {directory}"):
         found = checkpoints_in(directory)
-        if not resume and (found or (directory / "model.safetensors").exists()):
-            what = "a run: resume it, or" if found else "a model:"
-            raise FileExistsError(f"{directory} holds {what} use another directory")
+        begun = found or (resume and (directory / "metrics.jsonl").exists())
+        if not begun and (directory / "model.safetensors").exists():
+            raise FileExistsError(f"{directory} holds a model: use another directory")
+        if found and not resume:
+            raise FileExistsError(
+                f"{directory} holds a run: resume it, or use another directory"
+            )
         yield found[-1] if found else None
 
 
@@ -676,6 +699,8 @@ def _check_data(
         raise ValueError(
             "a model made lighter can't be trained: train the one it comes from"
         )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("nothing can be learned: no parameter has requires_grad")
     if tokenizer is not None and tokenizer.vocab_size != data.vocab_size:
         raise ValueError(
             f"the data has {data.vocab_size} token ids and the tokenizer "
@@ -702,29 +727,36 @@ def fit(trainer: Trainer, progress: bool = True) -> Run:
             take_step(trainer)
             bar.update()
             run.stopped = bool(caught) and run.step < config.steps
-            last = run.stopped or run.step == config.steps
-            evaluating = last or run.step % config.evaluate_every == 0
-            saving = last or run.step % config.checkpoint_every == 0
+            last = run.step == config.steps
+            due = last or run.step % config.evaluate_every == 0
+            saving = last or run.stopped or run.step % config.checkpoint_every == 0
             # Reading a loss waits for the device: only every tenth step.
-            if evaluating or saving or len(trainer.losses) == 10:
+            if due or saving or len(trainer.losses) == 10:
                 bar.set_postfix(read_losses(trainer))
-            if evaluating:
+            if due:
                 record(trainer)
             if saving and trainer.directory:
                 save_run(trainer)
+            if run.stopped and not due:
+                record(trainer)
+            if (due or run.stopped) and trainer.on_record:
+                trainer.on_record(run.records[-1])
+                trainer.model.train()  # generating had switched dropout off
     return run
 
 
 @contextmanager
 def _switches(model: GPT, config: TrainConfig) -> Iterator[None]:
     """Let a GPU round products to TF32 if wanted; undo that and what was compiled."""
-    before = torch.get_float32_matmul_precision()
-    if config.precision == "tf32":
+    tf32, before = config.precision == "tf32", "highest"
+    if tf32:  # only then: asking fails where a program uses PyTorch's newer switch
+        before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("high")
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        if tf32:
+            torch.set_float32_matmul_precision(before)
         vars(model).pop("call_block", None)
 
 
@@ -742,9 +774,10 @@ def train(
     """Train a model in place and return what happened.
 
     directory: where checkpoints, metrics.jsonl and, with a tokenizer, the best model
-    go; without one nothing is written. resume: go on from its last checkpoint, to the
-    same numbers as a run that never stopped. peak_flops: what the machine can do a
-    second, to show the share used (MFU). on_record: called with each new record.
+    go; without one nothing is written. resume: go on from its last checkpoint, or begin
+    where there is none, to the same numbers as a run that never stopped (on a GPU up to
+    rounding). peak_flops: what the machine can do a second, for the share used (MFU).
+    on_record: called with each new record, once what is due is saved.
     Ctrl-C, or SIGTERM, finishes the step, saves a checkpoint and returns.
     Raises TypeError for the wrong kinds of things, ValueError for data that doesn't fit
     the model, FileExistsError for a directory in use or with a run that isn't resumed,
@@ -764,8 +797,7 @@ def train(
         _switches(model, config),
     ):
         torch.manual_seed(config.seed)
-        arguments = (place, tokenizer, peak_flops, on_record)
-        trainer = Trainer(model, data, config, *arguments)
+        trainer = Trainer(model, data, config, place, tokenizer, peak_flops, on_record)
         if last:
             resume_run(trainer, last)
         return fit(trainer, progress)
