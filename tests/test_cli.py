@@ -3,11 +3,13 @@
 import argparse
 import hashlib
 import json
+import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
@@ -15,10 +17,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from glassgpt import GPT, GPTConfig, TokenData, TrainConfig, gpt, load, training
+from glassgpt import GPT, GPTConfig, TokenData, TrainConfig, cli, gpt, load, training
 from glassgpt.checkpoints import save
 from glassgpt.cli import HELP, main, make_parser, size_advice
-from glassgpt.tokens import CharTokenizer
+from glassgpt.tokens import BPETokenizer, CharTokenizer
 
 SCRIPT = Path(sys.executable).with_name("glassgpt")
 PNG = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\xff\xfe\x00"
@@ -340,6 +342,131 @@ def test_the_folder_of_a_run_is_named_after_its_text(made, tmp_path, monkeypatch
     words = ["train", "--data", made / "my.txt", "--tokenizer", "char", *TINY]
     assert run_main(words) == 0
     assert (tmp_path / "runs" / "my" / "run.json").exists()
+
+
+def test_the_folder_of_a_resumed_run_is_found_by_its_text(made, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.txt").write_bytes((made / "my.txt").read_bytes())
+    words = ["train", "--data", "my.txt"]
+    assert run_main([*words, "--tokenizer", "char", *TINY]) == 0
+    assert run_main([*words, "--resume"]) == 0
+    (tmp_path / "texts").mkdir()
+    monkeypatch.chdir(tmp_path / "texts")
+    shutil.copy("../my.txt", ".")
+    assert run_main(["train", "--data", ".", "--tokenizer", "char", *TINY]) == 0
+    assert Path("runs/texts/run.json").exists()
+
+
+def test_an_empty_name_is_no_folder(made, capsys):
+    assert run_main(["train", "--data", made / "my.txt", "--out", "", *TINY]) == 2
+    assert "--out is empty" in capsys.readouterr().err
+
+
+def test_tokens_that_were_moved_are_given_again(made, tmp_path, capsys):
+    tokens, out = tmp_path / "tokens", tmp_path / "run"
+    shutil.copytree(made / "run" / "data", tokens)
+    assert run_main(["train", "--data", tokens, "--out", out, *TINY]) == 0
+    tokens.rename(tmp_path / "moved")
+    shutil.rmtree(out / "checkpoint-00000006")
+    assert run_main(["train", "--out", out, "--resume"]) == 2
+    assert "the folder they are in now with --data" in capsys.readouterr().err
+    words = ["train", "--out", out, "--resume", "--data"]
+    assert run_main([*words, tmp_path / "moved"]) == 0
+    assert (out / "checkpoint-00000006").exists()
+    (tmp_path / "less.txt").write_text((made / "my.txt").read_text()[:9000])
+    other = [
+        "tokenize",
+        "--data",
+        tmp_path / "less.txt",
+        "--tokenizer",
+        "char",
+    ]
+    assert run_main([*other, "--out", tmp_path / "other"]) == 0
+    capsys.readouterr()
+    assert run_main([*words, tmp_path / "other"]) == 2
+    assert "can't be resumed" in capsys.readouterr().err
+
+
+def test_a_second_run_never_removes_the_first(made, tmp_path, monkeypatch, capsys):
+    """The second begins while the first learns its tokenizer."""
+    words = ["train", "--data", made / "my.txt", "--tokenizer", "char", *TINY]
+    words += ["--out", tmp_path / "run"]
+    inner, seen = cli.make_tokenizer, []
+
+    def slow(*arguments):
+        if not seen:
+            seen.append(run_main(words))
+        return inner(*arguments)
+
+    monkeypatch.setattr(cli, "make_tokenizer", slow)
+    assert run_main(words) == 0
+    assert seen == [2]
+    assert "another command is filling" in capsys.readouterr().err
+    assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_ending_a_start_leaves_nothing(made, tmp_path):
+    code = """
+        import os, signal
+        from glassgpt import cli
+        def ended(*arguments):
+            os.kill(os.getpid(), signal.SIGTERM)
+        cli.make_tokenizer = ended
+        cli.main(["train", "--data", "my.txt", "--out", "run"])
+    """
+    (tmp_path / "my.txt").write_bytes((made / "my.txt").read_bytes())
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path, check=False
+    )
+    assert done.returncode == 128 + signal.SIGTERM
+    assert [path.name for path in tmp_path.iterdir()] == ["my.txt"]
+
+
+def test_a_missing_extra_is_told_before_any_work(made, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    words = ["train", "--data", made / "my.txt", "--out", tmp_path / "run", *TINY]
+    assert run_main([*words, "--tensorboard"]) == 2
+    assert "pip install 'glassgpt[tensorboard]'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_hardly_meant_is_said(made, tmp_path, capsys):
+    (tmp_path / "texts").mkdir()
+    write_text(tmp_path / "texts" / "a.txt", 20)
+    write_text(tmp_path / "texts" / "b.txt", 300)
+    words = ["train", "--data", tmp_path / "texts", "--tokenizer", "char", *TINY]
+    words += ["--out", tmp_path / "run", "--warmup", "9"]
+    assert run_main(words) == 0
+    printed = capsys.readouterr().out
+    assert "more is held out than trained on" in printed
+    assert "only rises: warmup 9 steps" in printed
+
+
+def test_a_file_called_header_is_a_text_like_others(made, tmp_path):
+    (tmp_path / "texts").mkdir()
+    write_text(tmp_path / "texts" / "a.txt")
+    write_text(tmp_path / "texts" / "header.json")
+    words = ["train", "--data", tmp_path / "texts", "--tokenizer", "char", *TINY]
+    assert run_main([*words, "--out", tmp_path / "run"]) == 0
+
+
+def test_a_terminal_without_the_characters(made):
+    words = ["generate", made / "run", "--tokens", "3", "--prompt", "the cat"]
+    done = run_script(*words, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0, done.stderr
+    model = GPT(GPTConfig(257, context=8, layers=1, heads=1, width=8))
+    save(made / "bytes", model, BPETokenizer.train("", 257))
+    words = ["generate", made / "bytes", "--tokens", "3", "--prompt", "日"]
+    done = run_script(*words, env={**os.environ, "PYTHONIOENCODING": "cp1252"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("?")
+
+
+def test_a_finished_run_whose_model_was_taken_away(made, tmp_path, capsys):
+    shutil.copytree(made / "run", tmp_path / "run")
+    (tmp_path / "run" / "model.safetensors").unlink()
+    assert run_main(["train", "--resume", "--out", tmp_path / "run"]) == 0
+    assert run_main(["generate", tmp_path / "run", "--tokens", "3"]) == 0
 
 
 def test_a_tokenizer_beside_tokens_is_refused(made, capsys):

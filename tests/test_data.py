@@ -1,5 +1,6 @@
 """Data: cleaning, splits, files that survive accidents, memory that stays bounded."""
 
+import errno
 import json
 import os
 import random
@@ -169,6 +170,32 @@ def test_a_folder_is_read_in_order_without_hidden_and_empty_files(tmp_path):
     (tmp_path / "empty").touch()
     names = [document.name for document in read_documents(tmp_path)]
     assert names == ["a.txt", "b.txt", "c.txt"]
+
+
+def test_links_are_followed_and_no_place_is_read_twice(tmp_path):
+    (tmp_path / "books").mkdir()
+    (tmp_path / "books" / "c.txt").write_text(TEXT)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text(TEXT)
+    for name, target in (("books", "../books"), ("loop", ".."), ("more", "../books")):
+        (tmp_path / "in" / name).symlink_to(target, target_is_directory=True)
+    names = [document.name for document in read_documents(tmp_path / "in")]
+    assert names == ["a.txt", "c.txt"]
+
+
+def test_a_folder_that_may_not_be_looked_into(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text(TEXT)
+    (tmp_path / "secret").mkdir()
+    scan = os.scandir
+
+    def guarded(path):
+        if Path(path).name == "secret":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    with pytest.raises(PermissionError, match="secret"):
+        read_documents(tmp_path)
 
 
 def test_nothing_to_read(tmp_path):
@@ -739,6 +766,9 @@ def test_data_in_memory():
     for bad in ([3], [-1]):
         with pytest.raises(ValueError, match="don't fit a vocabulary of 3"):
             TokenData.of([0], bad, 3)
+    with pytest.raises(ValueError, match="whole numbers, not float64"):
+        TokenData.of([1.7], [0], 3)
+    assert TokenData.of([0], [], 3).validation.count == 0
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,19 @@
 """The command line: glassgpt train, generate and tokenize."""
 
 import argparse
+import io
 import json
 import os
 import shutil
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -18,8 +22,14 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from glassgpt.checkpoints import checkpoints_in, load, write_file
-from glassgpt.data import TokenData, read_documents, split_documents, tokenize
+from glassgpt.checkpoints import checkpoints_in, load, save, write_file
+from glassgpt.data import (
+    TokenData,
+    lock_folder,
+    read_documents,
+    split_documents,
+    tokenize,
+)
 from glassgpt.device import (
     SIZES,
     Plan,
@@ -144,17 +154,21 @@ def refuse_occupied(out: Path) -> None:
 def new_folder(folder: Path) -> Iterator[None]:
     """Make a folder if there is none, and remove it again when what follows fails.
 
+    Raises FileExistsError while another command fills it.
+
     Book: 19_command_line.html#starting-a-run-or-going-on-with-one
     """
     made = not folder.exists()
-    if made:
-        folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = lock_folder(folder, f"another command is filling {folder}")
     try:
         yield
     except BaseException:
+        lock.release()
         if made:
             shutil.rmtree(folder)
         raise
+    lock.release()
 
 
 @contextmanager
@@ -190,9 +204,15 @@ def _plan(vocab_size: int, options: argparse.Namespace) -> Plan:
     return plan
 
 
+def _tokenized(data: str) -> bool:
+    """Whether this is a folder that `tokenize` made."""
+    names = ("header.json", "tokenizer.json")
+    return all((Path(data) / name).exists() for name in names)
+
+
 def _tokens(options: argparse.Namespace) -> Path | None:
     """The folder of --data if it is tokenized already. Raises ValueError."""
-    if not (Path(options.data) / "header.json").exists():
+    if not _tokenized(options.data):
         return None
     usual = make_parser().parse_args(["train"]).tokenizer
     if options.tokenizer != usual or options.vocab_size is not None:
@@ -202,8 +222,8 @@ def _tokens(options: argparse.Namespace) -> Path | None:
     return Path(options.data)
 
 
-def start_run(options: argparse.Namespace) -> tuple[Plan, TokenData]:
-    """Tokenize for a new run and plan it; leaves nothing behind when it fails.
+def start_run(options: argparse.Namespace) -> tuple[Plan, TokenData, Path]:
+    """Plan a new run, its tokens and their folder; leaves nothing when it fails.
 
     Book: 19_command_line.html#starting-a-run-or-going-on-with-one
     """
@@ -211,6 +231,7 @@ def start_run(options: argparse.Namespace) -> tuple[Plan, TokenData]:
     refuse_occupied(out)
     _plan(max(options.vocab_size or VOCABULARY, 1), options)
     with new_folder(out):
+        refuse_occupied(out)  # again, now that it is locked
         if place:
             tokenizer = load_tokenizer(place / "tokenizer.json")
             plan = _plan(tokenizer.vocab_size, options)
@@ -231,16 +252,29 @@ def start_run(options: argparse.Namespace) -> tuple[Plan, TokenData]:
                 raise
         content = {
             "data": str(place.resolve()) if place else "data",
-            "device": plan.device.type,
+            "device": str(plan.device),
             "model": asdict(plan.model),
             "training": asdict(plan.training),
         }
         write_file(out / "run.json", json.dumps(content, indent=1).encode())
-    return plan, data
+    return plan, data, place or out / "data"
 
 
-def resume_run(options: argparse.Namespace) -> tuple[Plan, TokenData]:
-    """The plan and the data of a run that goes on.
+def _tokens_of_run(options: argparse.Namespace, data: str, usual: str) -> Path:
+    """Where the tokens of a run are now. Raises FileNotFoundError."""
+    out = Path(options.out)
+    if data != "data" and options.data != usual:
+        return Path(options.data)  # moved
+    if not (out / data).exists():
+        raise FileNotFoundError(
+            f"{out / data}, where the tokens of this run were, is gone: give the "
+            "folder they are in now with --data"
+        )
+    return out / data
+
+
+def resume_run(options: argparse.Namespace) -> tuple[Plan, TokenData, Path]:
+    """The plan, the tokens and their folder of a run that goes on.
 
     Book: 19_command_line.html#starting-a-run-or-going-on-with-one
     """
@@ -249,7 +283,7 @@ def resume_run(options: argparse.Namespace) -> tuple[Plan, TokenData]:
     if not path.exists():
         raise FileNotFoundError(
             f"{out} holds no run to resume: {path.name}, which `glassgpt train` "
-            "writes, is missing"
+            "writes, is missing. Name the folder of the run with --out"
         )
     try:
         content = json.loads(path.read_text("utf-8"))
@@ -259,10 +293,12 @@ def resume_run(options: argparse.Namespace) -> tuple[Plan, TokenData]:
             TrainConfig(**content["training"]),
         )
         device = pick_device(content["device"])
-        data = TokenData.open(out / content["data"])
+        place = _tokens_of_run(options, content["data"], usual["data"])
+        data = TokenData.open(place)
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}): start a new run") from None
-    free = ("out", "resume", "tensorboard")
+    free = ["out", "resume", "tensorboard"]
+    free += ["data"] if place.parent != out else []
     given = {k: v for k, v in vars(options).items() if k not in free}
     other = [k for k, v in given.items() if v not in (usual.get(k), known.get(k))]
     if other:
@@ -272,7 +308,8 @@ def resume_run(options: argparse.Namespace) -> tuple[Plan, TokenData]:
     print("going on from", *(last or ["the start: there is no checkpoint yet"]))
     if last and int(last[0].split("-")[1]) == training.steps:
         print(f"that is its end: all {training.steps} steps are done")
-    return Plan(model, training, device, peak_flops(device, training.precision)), data
+    peak = peak_flops(device, training.precision)
+    return Plan(model, training, device, peak), data, place
 
 
 def tensorboard(out: Path) -> Callable[[dict[str, float]], None]:
@@ -280,12 +317,8 @@ def tensorboard(out: Path) -> Callable[[dict[str, float]], None]:
 
     Book: 19_command_line.html#starting-a-run-or-going-on-with-one
     """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            "--tensorboard needs: pip install 'glassgpt[tensorboard]'"
-        ) from None
+    from torch.utils.tensorboard import SummaryWriter
+
     writer = SummaryWriter(out)
 
     def write(record: dict[str, float]) -> None:
@@ -300,6 +333,36 @@ def _describe(plan: Plan, data: TokenData) -> None:
     """Print what is going to happen."""
     print(plan.describe())
     print(f"data    {data.train.count:,} tokens, {data.validation.count:,} held out")
+    if data.train.count < data.validation.count:
+        print("note    more is held out than trained on: of few files it is the last")
+    training = plan.training
+    if training.warmup >= training.steps:
+        print(f"note    the learning rate only rises: warmup {training.warmup} steps")
+
+
+def _folder_of_run(options: argparse.Namespace) -> Path:
+    """The folder in --out, or runs/ and the name of the text. Raises ValueError."""
+    if options.out == "":
+        raise ValueError("--out is empty: name a folder, or leave it out")
+    if options.out is None:
+        options.out = str(Path("runs", Path(options.data).resolve().stem))
+        if options.resume:  # it has told us where the run is
+            options.data = make_parser().parse_args(["train"]).data
+    return Path(options.out)
+
+
+def _reporter(board: Callable | None) -> Callable[[dict[str, float]], None]:
+    """A function that prints a record and hands it to a board, if there is one."""
+
+    def report(record: dict[str, float]) -> None:
+        tqdm.write(
+            f"step {record['step']}: validation loss {record['validation_loss']:.3f} "
+            f"nats a token, {record['nats_per_character']:.3f} a character"
+        )
+        if board:
+            board(record)
+
+    return report
 
 
 def train_command(options: argparse.Namespace) -> int:
@@ -307,27 +370,19 @@ def train_command(options: argparse.Namespace) -> int:
 
     Book: 19_command_line.html#the-three-commands
     """
+    if options.tensorboard and find_spec("tensorboard") is None:
+        raise ModuleNotFoundError(
+            "--tensorboard needs: pip install 'glassgpt[tensorboard]'"
+        )
     keep_freed_memory()
-    options.out = options.out or str(Path("runs", Path(options.data).stem))
-    out = Path(options.out)
+    out = _folder_of_run(options)
     start = resume_run if options.resume else start_run
-    plan, data = start(options)
-    where = json.loads((out / "run.json").read_text("utf-8"))["data"]
-    tokenizer = load_tokenizer(out / where / "tokenizer.json")
+    plan, data, place = start(options)
+    tokenizer = load_tokenizer(place / "tokenizer.json")
     _describe(plan, data)
     torch.manual_seed(plan.training.seed)
     with size_advice():
         model = GPT(plan.model).to(plan.device)
-    log = tensorboard(out) if options.tensorboard else None
-
-    def on_record(record: dict[str, float]) -> None:
-        tqdm.write(
-            f"step {record['step']}: validation loss {record['validation_loss']:.3f} "
-            f"nats a token, {record['nats_per_character']:.3f} a character"
-        )
-        if log:
-            log(record)
-
     run = train(
         model,
         data,
@@ -337,11 +392,13 @@ def train_command(options: argparse.Namespace) -> int:
         resume=options.resume,
         progress=sys.stderr.isatty(),
         peak_flops=plan.peak_flops,
-        on_record=on_record,
+        on_record=_reporter(tensorboard(out) if options.tensorboard else None),
     )
     if run.stopped:
         print(f"stopped; go on with: glassgpt train --out {quote(str(out))} --resume")
         return 130
+    if not (out / "model.safetensors").exists():  # somebody took it away
+        save(out, model, tokenizer)
     print(f"write with it: glassgpt generate {quote(str(out))}")
     return 0
 
@@ -389,7 +446,7 @@ def tokenize_command(options: argparse.Namespace) -> int:
 
     Book: 19_command_line.html#the-three-commands
     """
-    if (Path(options.data) / "header.json").exists():
+    if _tokenized(options.data):
         raise ValueError(f"{options.data} is tokenized already: train on it")
     if Path(options.out).exists():  # `tokenize` asks too, but after the learning
         raise FileExistsError(f"{options.out} exists already: choose another --out")
@@ -511,6 +568,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def show_warning(message: Warning | str, *_: Any) -> None:
         print(f"glassgpt: {message}", file=sys.stderr)
 
+    def on_end(number: int, _: Any) -> None:
+        raise SystemExit(128 + number)
+
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_end)
     with warnings.catch_warnings():
         warnings.showwarning = show_warning
         try:

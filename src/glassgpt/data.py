@@ -118,11 +118,29 @@ def shakespeare() -> list[Document]:
     ]
 
 
+def _refuse(error: OSError) -> None:
+    raise error
+
+
+def _files_in(root: Path) -> list[Path]:
+    """The files of a folder and its subfolders, in order, without hidden ones."""
+    files, seen = [], set()
+    for folder, below, names in os.walk(root, onerror=_refuse, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:
+            below.clear()  # a link has led here before
+            continue
+        seen.add(real)
+        below[:] = sorted(name for name in below if name[0] != ".")
+        files += [Path(folder, name) for name in names if name[0] != "."]
+    return sorted(path for path in files if path.is_file())
+
+
 def read_documents(source: str | Path) -> list[Document]:
     """The documents of "shakespeare", of a text file, or of a folder's files.
 
     Hidden and empty files of a folder are left out.
-    Raises FileNotFoundError for a path that does not exist, ValueError for no text.
+    Raises FileNotFoundError for a path that does not exist, PermissionError for what
+    may not be read, ValueError for no text.
 
     Book: 11_data.html#cleaning
     """
@@ -136,9 +154,7 @@ def read_documents(source: str | Path) -> list[Document]:
         )
     files = [root]
     if root.is_dir():
-        inside = sorted(path.relative_to(root) for path in root.rglob("*"))
-        shown = [p for p in inside if not any(part[0] == "." for part in p.parts)]
-        files = [root / path for path in shown if (root / path).is_file()]
+        files = _files_in(root)
     elif not root.is_file():
         raise ValueError(f"{root} is no regular file: save its text to one first")
     documents = [Document(p.name, path=p, end=p.stat().st_size) for p in files]
@@ -527,7 +543,10 @@ def _open_shard(folder: Path, shard: dict[str, Any], dtype: str) -> np.ndarray:
 
 
 def _checked_ids(ids: Sequence[int], vocab_size: int) -> np.ndarray:
-    array = np.asarray(ids, dtype=np.int64)
+    array = np.asarray(ids)
+    if len(array) and array.dtype.kind not in "iu":
+        raise ValueError(f"ids must be whole numbers, not {array.dtype}")
+    array = array.astype(np.int64)
     if len(array) and not 0 <= array.min() <= array.max() < vocab_size:
         raise ValueError(
             f"ids from {array.min()} to {array.max()} don't fit a vocabulary of "
