@@ -24,27 +24,36 @@ def _on_paper(config: GPTConfig) -> GPT:
         return GPT(config)
 
 
+def _kept_by_block(model: GPTConfig, training: TrainConfig) -> int:
+    """Bytes that one block keeps of one token for the backward pass."""
+    narrow = training.precision in ("bfloat16", "float16")
+    numbers = 36 if narrow else 64
+    if model.normalize_qk:
+        numbers += 14 if narrow else 12
+    elif model.positions == "rotary":
+        numbers += 6 if narrow else 12
+    short = model.context <= 256 and (narrow or training.compile != "off")
+    table = (2 if narrow else 4) * model.heads * model.context if short else 0
+    return numbers * model.width + table
+
+
 def memory_needed(model: GPTConfig, training: TrainConfig) -> int:
     """Bytes that training takes at its peak, about: parameters and activations.
 
-    16 for every parameter: weight, gradient and AdamW's two means. For every token of a
-    batch 34 C a layer in 16-bit precision, twice that in 32 bits, and ten a logit.
-    Short contexts count the attention weights where a CPU keeps them, which is in 16
-    bits or compiled. With recomputation all of that for one layer, and the 4 C that
-    flow into each.
-    Source: Korthikanti et al. (2022), section 4.
+    16 for every parameter (weight, gradient, AdamW's two means), 18 in 16 bits. For
+    every token what the blocks keep, and 12 a logit. With recomputation one block's,
+    and the 4 C that flow into each. Compiled programs take less.
+    Source: Korthikanti et al. (2022), section 4; counted for these blocks.
 
     Book: 14_full_gpt.html#memory
     """
     parameters = _on_paper(model).parameter_count()
-    wide = 1 if training.precision in ("bfloat16", "float16") else 2
-    kept = model.context <= 256 and (wide == 1 or training.compile != "off")
-    weights = 2 * model.heads * model.context if kept else 0
-    layers = model.layers * wide * (34 * model.width + weights)
+    each = 18 if training.precision in ("bfloat16", "float16") else 16
+    layers = model.layers * _kept_by_block(model, training)
     if training.recompute:
         layers = layers // model.layers + model.layers * 4 * model.width
     tokens = training.batch_size * model.context
-    return 16 * parameters + tokens * (layers + 10 * model.vocab_size)
+    return each * parameters + tokens * (layers + 12 * model.vocab_size)
 
 
 def gpu_precision(capability: tuple[int, int]) -> str:
@@ -66,37 +75,42 @@ def pick_device(name: str | None = None) -> torch.device:
 
     Book: 14_full_gpt.html#which-device
     """
-    if name is None:
-        if torch.cuda.is_available():
-            return torch.device("cuda")
+    if name is None and not torch.cuda.is_available():
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    name = "cuda" if name is None else name
     try:
         torch.device(name)
     except RuntimeError:
         raise ValueError(f"no device is called {name!r}: cpu, cuda or mps?") from None
     try:
         device = torch.empty(0, device=name).device
+        if device.type == "cuda":
+            torch.ones(1, device=device).add_(1).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0].split(". ")[0]
-        raise ValueError(f"there is no device {name!r} here: {reason}") from None
+        raise ValueError(f"there is no device {name!r} to use: {reason}") from None
     if device.type == "meta":
         raise ValueError("the device meta computes nothing: choose cpu or cuda")
     return device
 
 
 def measure_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP a second of one large matrix product, the best of five tries.
+    """FLOP a second of large matrix products, the best of five tries.
+
+    Where a try takes long there are fewer.
 
     Book: 14_full_gpt.html#how-fast-it-is
     """
-    size = 1024 if device.type == "cpu" else 4096
+    size, products = (1024, 1) if device.type == "cpu" else (8192, 10)
     a, b = torch.ones(2, size, size, dtype=dtype, device=device)
-    seconds = []
-    for _ in range(6):
+    seconds: list[float] = []
+    while len(seconds) < 2 or (len(seconds) < 6 and sum(seconds) < 1):
         began = time.perf_counter()
-        (a @ b)[0, 0].item()  # reading a number waits for the device
+        for _ in range(products):
+            c = a @ b
+        c[0, 0].item()  # reading a number waits for the device
         seconds.append(time.perf_counter() - began)
-    return 2 * size**3 / min(seconds[1:])
+    return products * 2 * size**3 / min(seconds[1:])
 
 
 def pick_precision(device: torch.device) -> str:
@@ -119,11 +133,14 @@ def pick_precision(device: torch.device) -> str:
 DATA_SHEETS = {
     "T4": 65e12,
     "V100": 125e12,
+    "V100 PCIE": 112e12,
     "A100": 312e12,
     "L4": 121e12,
     "H100": 989e12,
     "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H200": 989e12,
+    "H200 NVL": 835e12,
 }
 
 
@@ -132,13 +149,17 @@ def peak_flops(device: torch.device, precision: str) -> float:
 
     Book: 14_full_gpt.html#how-fast-it-is
     """
+    if precision == "tf32":
+        gpu = device.type == "cuda"
+        if gpu and torch.cuda.get_device_capability(device) >= (8, 0):
+            return peak_flops(device, "bfloat16") / 2
+        precision = "float32"
     if device.type == "cuda" and precision != "float32":
         words = set(re.split(r"[\s-]", torch.cuda.get_device_name(device)))
         fitting = [name for name in DATA_SHEETS if set(name.split()) <= words]
-        if fitting:  # the longest name says most
-            return DATA_SHEETS[max(fitting, key=len)] / (1 + (precision == "tf32"))
-    name = "float32" if precision == "tf32" else precision
-    return measure_flops(device, getattr(torch, name))
+        if fitting and "MIG" not in words:  # the longest name says most
+            return DATA_SHEETS[max(fitting, key=len)]
+    return measure_flops(device, getattr(torch, precision))
 
 
 def keep_freed_memory() -> bool:
@@ -162,10 +183,13 @@ def keep_freed_memory() -> bool:
     return True
 
 
-def fit_batch(model: GPTConfig, training: TrainConfig, memory: float) -> TrainConfig:
+def fit_batch(
+    model: GPTConfig, training: TrainConfig, memory: float, may_recompute: bool = True
+) -> TrainConfig:
     """Halve the batch and double `accumulate` until training fits into `memory` bytes.
 
-    Where one crop doesn't fit, recompute. Raises ValueError where that doesn't fit.
+    Where one crop doesn't fit, recompute. Raises ValueError where that doesn't fit, or
+    isn't allowed.
 
     Book: 14_full_gpt.html#when-memory-is-short
     """
@@ -173,7 +197,7 @@ def fit_batch(model: GPTConfig, training: TrainConfig, memory: float) -> TrainCo
         if training.batch_size > 1:
             half, twice = training.batch_size // 2, training.accumulate * 2
             training = replace(training, batch_size=half, accumulate=twice)
-        elif not training.recompute:
+        elif may_recompute and not training.recompute:
             training = replace(training, recompute=True)
         else:
             raise ValueError(
@@ -209,7 +233,8 @@ class Plan:
     @property
     def seconds(self) -> float:
         """Time the run will take if it uses a fifth of the machine's peak."""
-        return self.flops / (0.2 * self.peak_flops)
+        work = self.flops * (4 / 3 if self.training.recompute else 1)
+        return work / (0.2 * self.peak_flops)
 
     def describe(self) -> str:
         """The plan in a few lines, for people."""
@@ -221,7 +246,8 @@ class Plan:
         how = training.precision + compiled[training.compile]
         rates = f"rate {training.learning_rate:.2g}"
         if training.optimizer == "muon":
-            rates = f"rate {training.matrix_learning_rate:.2g}, AdamW beside it {rates}"
+            adamw = f"(AdamW {training.learning_rate:.2g})"
+            rates = f"rate {training.matrix_learning_rate:.2g} {adamw}"
         again = ", activations recomputed" if training.recompute else ""
         return (
             f"model   {parameters / 1e6:.2f} M parameters: {model.layers} layers, "
@@ -250,22 +276,25 @@ SIZES = {
 _MUON = {"optimizer": "muon", "schedule": "linear", "final_rate": 0.0}
 
 
-def _gpu_memory(device: torch.device) -> int:
-    """Bytes of memory of a GPU."""
-    return torch.cuda.get_device_properties(device).total_memory
-
-
-def _fit_computer(model: GPTConfig, training: TrainConfig) -> TrainConfig:
-    """Recompute where a CPU run does not fit otherwise. Raises ValueError."""
+def _memory(device: torch.device) -> int | None:
+    """Bytes of memory of a GPU, or of the computer; None where nothing tells."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
     if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):
-        return training  # on Windows nothing tells
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if memory_needed(model, training) > memory:
+        return None  # Windows
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _fit_memory(
+    model: GPTConfig, training: TrainConfig, memory: int, may_recompute: bool
+) -> TrainConfig:
+    """Recompute where a run does not fit otherwise. Raises ValueError."""
+    if memory_needed(model, training) > memory and may_recompute:
         training = replace(training, recompute=True)
     needed = memory_needed(model, training)
     if needed > memory:
         raise ValueError(
-            f"training would take about {needed / 1e9:,.0f} GB, this computer has "
+            f"training would take about {needed / 1e9:,.0f} GB, of which there are "
             f"{memory / 1e9:.0f}: lower width, layers, context or batch_size"
         )
     return training
@@ -276,10 +305,11 @@ def _preset(device: torch.device) -> dict[str, Any]:
     if device.type != "cuda":
         short = {"size": "micro", "context": 64, "batch_size": 16, "steps": 2000}
         return {**short, **_MUON}
-    if _gpu_memory(device) < 30e9:
+    if (_memory(device) or 0) < 30e9:
         return {"size": "mini", "context": 256, "batch_size": 64, "steps": 5000}
     large = {"size": "small", "context": 1024, "batch_size": 32, "steps": 5000}
-    return {**large, "checkpoint_every": 1000}  # each is 1.5 GB
+    seldom = {"evaluate_every": 1000, "checkpoint_every": 1000}  # each is 1.5 GB
+    return {**large, **seldom}
 
 
 def _configurations(
@@ -337,13 +367,14 @@ def make_plan(
         preset["precision"] = pick_precision(chosen)
     model, training = _configurations(vocab_size, recipe, preset | values)
     training = _suit(training, model, values)
-    if chosen.type == "cpu":
-        training = _fit_computer(model, training)
-    if chosen.type == "cuda" and "batch_size" not in values:
-        training = fit_batch(model, training, 0.85 * _gpu_memory(chosen))
     plan = Plan(model, training, chosen, peak_flops(chosen, training.precision))
-    if "compile" not in values and chosen.type in ("cpu", "cuda"):
-        # On a CPU the whole model takes half a minute to compile, a block less.
-        long, longer = plan.seconds > 120, plan.seconds > 600
-        training.compile = "all" if longer else "blocks" if long else "off"
+    compilable = chosen.type in ("cpu", "cuda") and "compile" not in values
+    if compilable and plan.seconds > 120:
+        whole = chosen.type == "cuda" or plan.seconds > 600  # it takes longer
+        training.compile = "all" if whole else "blocks"
+    memory, may_recompute = _memory(chosen), "recompute" not in values
+    if memory and chosen.type == "cuda" and "batch_size" not in values:
+        plan.training = fit_batch(model, training, 0.85 * memory, may_recompute)
+    elif memory and chosen.type in ("cpu", "cuda"):
+        plan.training = _fit_memory(model, training, memory, may_recompute)
     return plan

@@ -17,8 +17,10 @@ def check_precision(choose: Callable[[tuple[int, int]], str]) -> None:
     Book: 14_full_gpt.html#which-machine-has-what
     """
     cards = [
+        ("B200", (10, 0), "bfloat16"),
         ("H100", (9, 0), "bfloat16"),
         ("L4", (8, 9), "bfloat16"),
+        ("RTX 3090", (8, 6), "bfloat16"),
         ("A100", (8, 0), "bfloat16"),
         ("T4", (7, 5), "float16"),
         ("V100", (7, 0), "float16"),
@@ -40,19 +42,20 @@ def check_fit_batch(
     Book: 14_full_gpt.html#when-memory-is-short
     """
     model = GPTConfig(1000, context=512, layers=4, heads=4, width=128)
-    training = TrainConfig(batch_size=64, steps=77)
+    training = TrainConfig(batch_size=64, accumulate=3, steps=77)
     needed = memory_needed(model, training)
     same = fit_batch(model, training, needed)
     assert same == training, "a batch that fits must stay as it is"
     fitted = fit_batch(model, training, needed / 5)
     size, parts = fitted.batch_size, fitted.accumulate
     assert memory_needed(model, fitted) <= needed / 5, f"batch {size} does not fit"
-    assert size * parts == 64, (
-        f"{parts} x {size} crops are not 64: accumulate what you split off"
+    assert size * parts == 3 * 64, (
+        f"{parts} x {size} crops are not 3 x 64: accumulate what you split off"
     )
     assert size == 8, f"batch {size} fits, but 8 would too and needs fewer parts"
-    assert fitted.steps == 77, "only batch_size and accumulate may change"
-    tight = replace(training, batch_size=1, accumulate=64, recompute=True)
+    due = replace(training, batch_size=size, accumulate=parts)
+    assert fitted == due, "only batch_size and accumulate may change"
+    tight = replace(training, batch_size=1, accumulate=3 * 64, recompute=True)
     found = fit_batch(model, training, memory_needed(model, tight))
     assert found == tight, "one crop would fit if its blocks were computed again"
     try:
@@ -102,6 +105,10 @@ def check_scale(update: Callable[[float, int, bool], tuple[float, int]]) -> None
     assert halved == (2048, 0), f"infinite at the 2,000th step: {halved}, not (2048, 0)"
     doubled = tuple(update(4096.0, 1999, True))
     assert doubled == (8192, 0), f"the 2,000th good step: {doubled}, not (8192, 0)"
+    for one, two in ((65_536.0, True), (1.0, False)):
+        found, _ = update(one, 1999, two)
+        due = one * 2 if two else one / 2
+        assert found == due, f"{one} should become {due}, not {found}: it has no bounds"
     scale, streak = 1024.0, 0
     for step in range(1, 4001):
         scale, streak = update(scale, streak, True)
