@@ -17,11 +17,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from filelock import FileLock
-from functorch.compile import make_boxed_compiler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
+from torch._functorch.aot_autograd import make_boxed_compiler
 
 from glassgpt import training
 from glassgpt.checkpoints import checkpoints_in, load, read_checkpoint, save
