@@ -24,7 +24,13 @@ from torch._dynamo.utils import counters
 from torch._functorch.aot_autograd import make_boxed_compiler
 
 from glassgpt import training
-from glassgpt.checkpoints import checkpoints_in, load, read_checkpoint, save
+from glassgpt.checkpoints import (
+    checkpoints_in,
+    load,
+    read_checkpoint,
+    save,
+    write_file,
+)
 from glassgpt.checks import training as checks
 from glassgpt.data import TokenData
 from glassgpt.gpt import GPT, GPTConfig
@@ -742,6 +748,38 @@ def test_sampling_on_the_way_leaves_dropout_on():
     assert torch.equal(weights(plain), weights(model))
 
 
+def test_a_look_at_a_stop_replaces_no_model(tmp_path):
+    losses = iter([2.0, 1.0])  # at step 4, and at the stop, which is step 6
+    calls, take = [], training.take_step
+
+    def stopping(trainer):
+        take(trainer)
+        calls.append(1)
+        if len(calls) == 6:
+            signal.raise_signal(signal.SIGINT)
+
+    with (
+        patch.object(training, "take_step", stopping),
+        patch.object(training, "evaluate", lambda *_: next(losses)),
+        patch.object(training, "save", wraps=training.save) as saved,
+    ):
+        run(directory=tmp_path, tokenizer=TOKENIZER)
+    assert saved.call_count == 1
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_the_model_comes_back_in_its_mode(mode):
+    model, _ = run(gpt().train(mode))
+    assert model.training is mode
+
+
+def test_a_full_disk_leaves_no_remnant(tmp_path):
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with patch("os.fsync", side_effect=full), pytest.raises(OSError, match="No space"):
+        write_file(tmp_path / "a.json", b"{}")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_stop_leaves_no_trace_in_the_run_that_goes_on(tmp_path):
     _, whole = run(directory=tmp_path / "whole", tokenizer=TOKENIZER)
     calls, take = [], training.take_step
@@ -1016,6 +1054,22 @@ def fresh_moments(trainer):
     trainer.optimizers = make_optimizers(trainer.model, trainer.config)
 
 
+def another_rate(trainer):
+    for optimizer in trainer.optimizers:
+        for group in optimizer.param_groups:
+            group["full_rate"] /= 2
+
+
+def fresh_means_of_muon(trainer):
+    for optimizer in trainer.optimizers:
+        if isinstance(optimizer, Muon):
+            optimizer.state.clear()
+
+
+def nothing_recent(trainer):
+    trainer.run.recent.clear()
+
+
 def fresh_count(trainer):
     trainer.run.records.clear()
 
@@ -1123,8 +1177,57 @@ WRONG = [
         lambda step, c: rate_at(step, replace(c, final_rate=0.5)),
         "the last rate is 0.5",
     ),
+    ("check_resume", forgetting_train(another_rate), "or the schedule"),
+    ("check_resume", forgetting_train(fresh_means_of_muon), "moments or the"),
+    ("check_resume", forgetting_train(nothing_recent), "losses since the last"),
+    (
+        "check_orthogonalize",
+        lambda x, rounds, dtype: orthogonalize(x, 2, dtype),
+        "should be near 1 after five",
+    ),
+    (
+        "check_orthogonalize",
+        lambda x, rounds, dtype: orthogonalize(x, min(3, rounds), dtype),
+        "should be near 1 after five",
+    ),
+    (
+        "check_orthogonalize",
+        lambda x, rounds, dtype: orthogonalize(x, 5, dtype),
+        "not after one",
+    ),
+    (
+        "check_orthogonalize",
+        lambda x, rounds, dtype: orthogonalize(x, rounds, torch.float32),
+        "asked for bfloat16",
+    ),
+    (
+        "check_clipping",
+        lambda g, longest: [part.flatten() for part in clip(g, longest)],
+        "each in its shape",
+    ),
+    (
+        "check_adamw",
+        lambda w, g, rate, b1, b2, d: torch_adamw(w, g, 0.1, 0.9, 0.999, d),
+        "rate or betas are ignored",
+    ),
+    (
+        "check_adamw",
+        lambda w, *rest: w.copy_(torch_adamw(w, *rest)),
+        "were changed",
+    ),
+    (
+        "check_schedule",
+        lambda step, c: rate_at(
+            step, c if c.schedule == "cosine" else replace(c, final_rate=0.1)
+        ),
+        "linear: final_rate is 0.3",
+    ),
     ("check_resume", forgetting_train(fresh_weights), "weights of the checkpoint"),
-    ("check_resume", forgetting_train(fresh_moments), "moments were not restored"),
+    (
+        "check_resume",
+        forgetting_train(fresh_moments),
+        "moments or the schedule",
+    ),
     ("check_resume", forgetting_train(fresh_count), "the resumed run recorded steps"),
     ("check_resume", forgetting_train(fresh_order), "batches after resuming"),
     (

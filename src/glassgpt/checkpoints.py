@@ -26,11 +26,15 @@ def write_file(path: Path, content: bytes) -> None:
     Book: 12_training.html#checkpoints
     """
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)  # on a full disk it would be in the way
+        raise
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -50,6 +54,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         save_file(tensors, partial, metadata={"format": "pt"})
         partial.chmod(mode)
     except SafetensorError as error:
+        partial.unlink(missing_ok=True)
         raise OSError(f"{path} could not be written: {error}") from error
     with open(partial, "rb") as file:
         os.fsync(file.fileno())
@@ -302,7 +307,8 @@ def checkpoints_in(directory: Path) -> list[Path]:
 def _named(directory: Path, pattern: str) -> list[Path]:
     """The folders in a directory whose whole name fits a pattern, sorted."""
     folders = directory.glob("checkpoint-*/")
-    return sorted(path for path in folders if re.fullmatch(pattern, path.name))
+    found = [path for path in folders if re.fullmatch(pattern, path.name)]
+    return sorted(found, key=lambda path: (len(path.name), path.name))
 
 
 def _hashes(folder: Path, names: Iterable[str]) -> dict[str, str]:

@@ -45,7 +45,7 @@ _CHOICES = {
 
 
 def _validate(settings: dict[str, Any]) -> None:
-    """Raise ValueError for a setting that can't be."""
+    """Raise ValueError for an impossible setting."""
     for name, value in settings.items():
         least = _LEAST.get(name)
         if least is not None and (type(value) is not int or value < least):
@@ -85,7 +85,7 @@ class TrainConfig:
     begin). recompute: keep less for the backward pass and calculate it again. Every
     `evaluate_every` steps it is judged on `evaluation_batches` fixed batches. keep: how
     many checkpoints stay. seed: of batches and dropout. Raises ValueError for
-    impossible values.
+    impossible values. With more `warmup` than steps the rate only rises.
 
     Book: 12_training.html#settings
     """
@@ -271,7 +271,7 @@ def make_loss(
 
     chosen = prepare(plain) if prepare else plain
 
-    # Outside: PyTorch stores no compiled program that switches autocast on itself.
+    # Outside: a compiled program that switches autocast (chapter 14) can't be stored.
     def loss(ids: Tensor, targets: Tensor) -> Tensor:
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
             return chosen(ids, targets)
@@ -406,7 +406,7 @@ def next_batch(trainer: Trainer, part: int = 0) -> list[Tensor]:
     seed = (config.seed, trainer.run.step, part)
     batch = trainer.data.train.random_batch(config.batch_size, context, seed)
     cuda = trainer.device.type == "cuda"
-    if cuda:  # copied while the GPU still computes, which takes one whole block
+    if cuda:  # copied while the GPU computes; that takes memory in one piece
         batch = [ids.contiguous().pin_memory() for ids in batch]
     return [ids.to(trainer.device, non_blocking=cuda) for ids in batch]
 
@@ -476,9 +476,10 @@ def read_losses(trainer: Trainer) -> dict[str, str]:
     return shown
 
 
-def record(trainer: Trainer) -> None:
+def record(trainer: Trainer, extra: bool = False) -> None:
     """Evaluate; write the metrics and, if it is the best so far, the model.
 
+    extra: a look at a stop, which leaves a model only where there is none yet.
     Raises FloatingPointError when the validation loss is not a number.
 
     Book: 12_training.html#a-run
@@ -503,7 +504,8 @@ def record(trainer: Trainer) -> None:
     if trainer.directory:
         lines = "".join(json.dumps(line) + "\n" for line in run.records)
         write_file(trainer.directory / "metrics.jsonl", lines.encode())
-        if better and trainer.tokenizer:
+        there = (trainer.directory / "model.safetensors").exists()
+        if better and trainer.tokenizer and not (extra and there):
             save(trainer.directory, trainer.model, trainer.tokenizer)
 
 
@@ -738,7 +740,7 @@ def fit(trainer: Trainer, progress: bool = True) -> Run:
             if saving and trainer.directory:
                 save_run(trainer)
             if run.stopped and not due:
-                record(trainer)
+                record(trainer, extra=True)
             if (due or run.stopped) and trainer.on_record:
                 trainer.on_record(run.records[-1])
                 trainer.model.train()  # generating had switched dropout off
@@ -747,8 +749,8 @@ def fit(trainer: Trainer, progress: bool = True) -> Run:
 
 @contextmanager
 def _switches(model: GPT, config: TrainConfig) -> Iterator[None]:
-    """Let a GPU round products to TF32 if wanted; undo that and what was compiled."""
-    tf32, before = config.precision == "tf32", "highest"
+    """Let a GPU round products to TF32 if wanted; undo all that a run switches."""
+    tf32, before, mode = config.precision == "tf32", "highest", model.training
     if tf32:  # only then: asking fails where a program uses PyTorch's newer switch
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("high")
@@ -758,6 +760,7 @@ def _switches(model: GPT, config: TrainConfig) -> Iterator[None]:
         if tf32:
             torch.set_float32_matmul_precision(before)
         vars(model).pop("call_block", None)
+        model.train(mode)
 
 
 def train(
@@ -779,10 +782,10 @@ def train(
     rounding). peak_flops: what the machine can do a second, for the share used (MFU).
     on_record: called with each new record, once what is due is saved.
     Ctrl-C, or SIGTERM, finishes the step, saves a checkpoint and returns.
-    Raises TypeError for the wrong kinds of things, ValueError for data that doesn't fit
-    the model, FileExistsError for a directory in use or with a run that isn't resumed,
+    Raises TypeError for wrong kinds of things, ValueError for data that doesn't fit the
+    model, FileExistsError for a directory in use or with a run that isn't resumed,
     FloatingPointError when the loss is no longer a number, MemoryError, and OSError
-    where the disk is full.
+    where the disk is full. Resuming: ValueError for other settings or a damaged file.
 
     Book: 12_training.html#the-loop
     """

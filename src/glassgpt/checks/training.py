@@ -2,6 +2,7 @@
 """Checks of optimizers, schedules, accumulation and resuming that name the mistake."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -14,10 +15,16 @@ from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.training import TrainConfig
 
 
-def _torch_adamw(w: Tensor, gradients: list[Tensor], decay: float) -> Tensor:
-    """What PyTorch makes of w with rate 0.1 and betas 0.9 and 0.999."""
+def _torch_adamw(
+    w: Tensor,
+    gradients: list[Tensor],
+    decay: float,
+    rate: float = 0.1,
+    betas: tuple[float, float] = (0.9, 0.999),
+) -> Tensor:
+    """What PyTorch makes of w."""
     w = w.clone().requires_grad_()
-    optimizer = torch.optim.AdamW([w], lr=0.1, betas=(0.9, 0.999), weight_decay=decay)
+    optimizer = torch.optim.AdamW([w], lr=rate, betas=betas, weight_decay=decay)
     for gradient in gradients:
         w.grad = gradient.clone()
         optimizer.step()
@@ -36,12 +43,22 @@ def check_adamw(adamw: Callable[..., Tensor]) -> None:
     cases = [
         (1, 0.0, "the first step is wrong: are the means divided by 1 - beta^t?"),
         (4, 0.0, "later steps are wrong: are the means kept, and does t grow?"),
-        (4, 0.5, "decay must shrink the weight itself, not be added to the gradient"),
+        (
+            4,
+            0.5,
+            "decay must shrink the weight itself by rate times decay, before the step, "
+            "and not be added to the gradient",
+        ),
     ]
     for count, decay, mistake in cases:
-        found = adamw(w, gradients[:count], 0.1, 0.9, 0.999, decay)
+        given = w.clone()
+        found = adamw(given, gradients[:count], 0.1, 0.9, 0.999, decay)
+        assert torch.equal(given, w), "the weights given were changed: return new ones"
         wanted = _torch_adamw(w, gradients[:count], decay)
         assert torch.allclose(found, wanted, atol=1e-6), mistake
+    found = adamw(w, gradients, 0.02, 0.8, 0.95, 0.1)
+    wanted = _torch_adamw(w, gradients, 0.1, 0.02, (0.8, 0.95))
+    assert torch.allclose(found, wanted, atol=1e-6), "rate or betas are ignored"
     small = [gradient * 1e-8 for gradient in gradients[:1]]
     found = adamw(w, small, 0.1, 0.9, 0.999, 0.0)
     assert torch.allclose(found, _torch_adamw(w, small, 0.0), atol=1e-6), (
@@ -61,14 +78,18 @@ def _check_edges(rate_at: Callable[[int, TrainConfig], float]) -> None:
     assert abs(first - 1) < 1e-9, "without warm-up the first rate must be 1"
     assert 0.9 < last <= 1 + 1e-9, "a run may be all warm-up"
     long = TrainConfig(steps=100, warmup=20, final_rate=0.3)
-    quarter, half, end = (rate_at(step, long) for step in (4, 9, 99))
+    quarter, half = (rate_at(step, long) for step in (4, 9))
     assert abs(half - 0.5) < 0.04, (
         f"in the middle of a warm-up of 20 steps the rate is {half:.2f}, not 0.5"
     )
     assert abs(quarter - 0.25) < 0.04, (
         f"after a quarter of the warm-up the rate is {quarter:.2f}, not 0.25"
     )
-    assert 0.3 <= end < 0.31, f"final_rate is 0.3, and the last rate {end:.2f}"
+    for schedule in ("cosine", "linear", "stable"):
+        end = rate_at(99, replace(long, schedule=schedule))
+        assert 0.3 <= end < 0.36, (
+            f"{schedule}: final_rate is 0.3, and the last rate {end:.2f}"
+        )
 
 
 def check_schedule(rate_at: Callable[[int, TrainConfig], float]) -> None:
@@ -102,6 +123,16 @@ def check_schedule(rate_at: Callable[[int, TrainConfig], float]) -> None:
     _check_edges(rate_at)
 
 
+def _smallest(
+    orthogonalize: Callable, left: Tensor, right: Tensor, rounds: int
+) -> float:
+    """What becomes of a singular value that is a hundredth of the largest."""
+    values = torch.tensor([1.0] + [0.01] * (left.shape[1] - 1))
+    values /= values.norm()
+    found = orthogonalize((left @ values.diag() @ right.T)[None], rounds, torch.float32)
+    return float((left.T @ found[0] @ right).diagonal()[-1])
+
+
 def check_orthogonalize(
     orthogonalize: Callable[[Tensor, int, torch.dtype], Tensor],
 ) -> None:
@@ -110,10 +141,12 @@ def check_orthogonalize(
     Book: 12_training.html#singular-values-without-computing-them
     """
     torch.manual_seed(0)
+    sides = []
     for rows, columns in ((4, 8), (8, 4), (6, 6)):
         count = min(rows, columns)
         left = torch.linalg.qr(torch.randn(rows, count))[0]
         right = torch.linalg.qr(torch.randn(columns, count))[0]
+        sides.append((left, right))
         x = left @ torch.linspace(0.2, 1, count).diag() @ right.T
         pair = orthogonalize(torch.stack([1000 * x, 0.001 * x]), 5, torch.float32)
         assert pair.shape == (2, rows, columns), f"the shape became {pair.shape}"
@@ -128,6 +161,14 @@ def check_orthogonalize(
             )
     zeros = orthogonalize(torch.zeros(1, 3, 3), 5, torch.float32)
     assert not zeros.any(), "a gradient of zero should move nothing"
+    for pair in sides:
+        one, five = (_smallest(orthogonalize, *pair, rounds) for rounds in (1, 5))
+        assert one < 0.1 < 0.5 < five, (
+            f"one round makes {one:.2g} of a value of 0.01, five make {five:.2g}: it "
+            "should be near 1 after five, not after one"
+        )
+    narrow = orthogonalize(torch.ones(1, 3, 3), 5, torch.bfloat16).dtype
+    assert narrow == torch.bfloat16, f"asked for bfloat16, it returned {narrow}"
 
 
 def _gradient(step: Callable[[nn.Module, list], None], parts: list) -> Tensor:
@@ -183,17 +224,19 @@ class _PowerCut(Exception):
     """Ends a run after an evaluation."""
 
 
-def _weights_after(train: Callable[..., Any], ids: list[int], dropout: float, cut: int):
-    """The final weights and recorded steps of a run that is cut off and resumed."""
+def _weights_after(
+    train: Callable[..., Any], ids: list[int], dropout: float, optimizer: str, cut: int
+) -> tuple[Tensor, list[dict[str, float]]]:
+    """The final weights and the records of a run that is cut off and resumed."""
     data = TokenData.of(ids, ids, vocab_size=5)
     shape = GPTConfig(5, context=4, layers=1, heads=1, width=8, dropout=dropout)
     settings = {
-        "warmup": 0,
-        "final_rate": 1.0,
+        "optimizer": optimizer,
+        "warmup": 2,
         "batch_size": 2,
         "evaluation_batches": 1,
     }
-    config = TrainConfig(steps=6, evaluate_every=1, checkpoint_every=3, **settings)
+    config = TrainConfig(steps=8, evaluate_every=2, checkpoint_every=3, **settings)
 
     def power_cut(record: dict[str, float]) -> None:
         if record["step"] == cut:
@@ -209,7 +252,7 @@ def _weights_after(train: Callable[..., Any], ids: list[int], dropout: float, cu
                 nn.init.constant_(parameter, 9.0)
             run = train(model, data, config, place, resume=True, progress=False)
     weights = nn.utils.parameters_to_vector(model.parameters()).detach()
-    return weights, [record["step"] for record in run.records]
+    return weights, run.records
 
 
 def check_resume(train: Callable[..., Any]) -> None:
@@ -220,18 +263,23 @@ def check_resume(train: Callable[..., Any]) -> None:
     Book: 12_training.html#cut-off-and-resumed
     """
     one_crop, text = list(range(5)), [n * n % 5 for n in range(60)]
+    state = "the optimizer's moments or the schedule were not restored"
     cases = [
-        (one_crop, 0.0, "the optimizer's moments were not restored"),
-        (text, 0.0, "the batches after resuming are others: count from the same step"),
-        (text, 0.5, "the state of the random numbers was not restored"),
+        (one_crop, 0.0, "adamw", state),
+        (one_crop, 0.0, "muon", state),
+        (text, 0.0, "adamw", "the batches after resuming are others: count its steps"),
+        (text, 0.5, "adamw", "the state of the random numbers was not restored"),
     ]
-    for ids, dropout, mistake in cases:
-        whole, steps = _weights_after(train, ids, dropout, cut=0)
-        resumed, found = _weights_after(train, ids, dropout, cut=5)
+    for *case, mistake in cases:
+        whole, records = _weights_after(train, *case, cut=0)
+        resumed, found = _weights_after(train, *case, cut=4)
         gap = (whole - resumed).abs().max()
         assert gap < 1, "the weights of the checkpoint were not restored"
-        assert found == steps, f"the resumed run recorded steps {found}, not {steps}"
+        steps, due = ([line["step"] for line in lines] for lines in (found, records))
+        assert steps == due, f"the resumed run recorded steps {steps}, not {due}"
         assert torch.equal(whole, resumed), mistake
+        losses, due = ([r["train_loss"] for r in lines] for lines in (found, records))
+        assert losses == due, "the losses since the last record were forgotten"
 
 
 def check_clipping(clip: Callable[[list[Tensor], float], list[Tensor]]) -> None:
@@ -245,7 +293,8 @@ def check_clipping(clip: Callable[[list[Tensor], float], list[Tensor]]) -> None:
 
     long = [torch.tensor([[3.0, 0.0], [0.0, 0.5]]), torch.tensor([4.0])]
     given = [part.clone() for part in long]
-    found, length = flat(clip(given, 1.0)), flat(long).norm()
+    parts = clip(given, 1.0)
+    found, length = flat(parts), flat(long).norm()
     assert torch.equal(flat(given), flat(long)), "the gradients given were changed"
     assert not torch.allclose(found, flat([part / part.norm() for part in long])), (
         "each tensor was shortened by itself: the gradient is all of them together"
@@ -256,6 +305,9 @@ def check_clipping(clip: Callable[[list[Tensor], float], list[Tensor]]) -> None:
     assert abs(found.norm() - 1) < 1e-4, f"its length is {found.norm():.3f}, not 1"
     assert torch.allclose(found, flat(long) / length, atol=1e-5), (
         "its direction changed, or the order of the tensors"
+    )
+    assert [part.shape for part in parts] == [part.shape for part in long], (
+        "return as many tensors as were given, each in its shape"
     )
     short = [torch.tensor([0.1]), torch.tensor([0.2])]
     assert torch.allclose(flat(clip(short, 1.0)), torch.tensor([0.1, 0.2])), (
