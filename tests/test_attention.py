@@ -196,7 +196,61 @@ def previous(size, shift=1, scale=100.0):
     return scale * torch.eye(size).roll(shift, dims=0), torch.eye(size)
 
 
+def plain_softmax(queries, keys, values, mask=None):
+    """Softmax without subtracting the peak."""
+    scores = queries @ keys.transpose(-2, -1) / math.sqrt(queries.shape[-1])
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    weights = scores.exp() / scores.exp().sum(-1, keepdim=True)
+    return weights @ values, weights
+
+
+def masked_afterwards(queries, keys, values, mask=None):
+    """On paper the same: hide after the softmax, and divide by the new sum."""
+    _, weights = attention(queries, keys, values)
+    if mask is not None:
+        weights = weights * mask
+        weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-20)
+    return weights @ values, weights
+
+
+def other_weights(queries, keys, values, mask=None):
+    context, weights = attention(queries, keys, values, mask)
+    return context, weights if mask is None else (4 * weights).softmax(-1) * mask
+
+
+def in_place(queries, keys, values, mask=None):
+    queries /= math.sqrt(queries.shape[-1])
+    return attention(queries * math.sqrt(queries.shape[-1]), keys, values, mask)
+
+
+def kept_for_later(queries, pairs):
+    keys, values = zip(*pairs, strict=True)
+    return attention(queries, torch.cat(keys), torch.cat(values))[0]
+
+
 WRONG = [
+    ("check_attention", plain_softmax, "subtract each row's peak"),
+    ("check_attention", masked_afterwards, "mask before the softmax"),
+    ("check_attention", other_weights, "weights"),
+    ("check_attention", in_place, "work on a copy"),
+    (
+        "check_window_mask",
+        lambda size, window: causal_mask(size).triu(-(window // 2)),
+        "count them",
+    ),
+    (
+        "check_previous_word",
+        lambda size: (20 * torch.eye(size).roll(1, dims=0), torch.eye(size)),
+        "row 299 of 300",
+    ),
+    ("check_previous_word", lambda size: previous(6, 1), "not 300 of each"),
+    ("check_streaming_attention", kept_for_later, "keep no chunk for later"),
+    (
+        "check_streaming_attention",
+        lambda queries, pairs: torch.zeros(3, 2, dtype=torch.float32),
+        "makes torch.float32",
+    ),
     ("check_causal_mask", lambda size: square(size).triu(), "upside down"),
     ("check_causal_mask", lambda size: square(size).triu(1), "True marks the future"),
     ("check_causal_mask", lambda size: square(size).tril(-1), "a word sees itself"),
@@ -263,8 +317,21 @@ WRONG = [
         streamed(lambda c: torch.stack(c).mean(0)),
         "divide once, at the end",
     ),
-    ("check_streaming_attention", overflowing, "large scores give nan"),
+    ("check_streaming_attention", overflowing, "own peak so far"),
 ]
+
+
+@pytest.mark.parametrize("width", [4, 128, 384, 768, 1024])
+def test_causal_check_takes_attention_of_any_width(width):
+    checks.check_causal(lambda x: attention(x, x, x, causal_mask(5))[0], width)
+    with pytest.raises(AssertionError, match="row 0 looks at position 1"):
+        checks.check_causal(lambda x: attention(x, x, x)[0], width)
+
+
+def test_no_keys_are_refused():
+    x = torch.ones(2, 4)
+    with pytest.raises(ValueError, match="no key to look at"):
+        attention(x, x[:0], x[:0])
 
 
 @pytest.mark.parametrize(("check", "wrong", "message"), WRONG)

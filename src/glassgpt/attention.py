@@ -37,6 +37,8 @@ def _check_inputs(
         raise ValueError(f"queries, keys and values need the axes (..., T, C), {got}")
     if queries.shape[-1] != keys.shape[-1]:
         raise ValueError(f"queries and keys must have the same width, {got}")
+    if keys.shape[-2] == 0:
+        raise ValueError(f"there is no key to look at, {got}")
     if keys.shape[-2] != values.shape[-2]:
         raise ValueError(f"each key needs one value, {got}")
     leading = _broadcast(*(t.shape[:-2] for t in (queries, keys, values)))
@@ -64,7 +66,8 @@ def attention(
     queries: (..., T, C); keys: (..., S, C); values: (..., S, D), where the leading
     axes broadcast. mask: bool, broadcasts to (..., T, S), True = may look.
     Returns the context (..., T, D) and the weights (..., T, S). Each row of weights
-    sums to 1; a row that may look nowhere is all zeros, and so is its context.
+    sums to 1; a row that may look nowhere is all zeros, and so is its context. Values
+    must be finite, hidden ones too.
     Raises ValueError for shapes that don't fit or a mask that isn't bool.
     Source: Vaswani et al. (2017), equation 1.
 
