@@ -1,9 +1,11 @@
 """The GPT: parity with transformers, properties, and checks that name mistakes."""
 
 import copy
+import json
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -260,6 +262,28 @@ def test_the_head_stays_tied():
     assert not is_tied(GPT(GPTConfig(**SIZES, tied=False)))
 
 
+@pytest.mark.parametrize("positions", ["learned", "sinusoidal", "rotary"])
+def test_fixed_tables_are_filled_by_initialize(positions):
+    config = GPTConfig(**SIZES, positions=positions)
+    with torch.device("meta"):
+        model = GPT(config)
+    model.to_empty(device="cpu")
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data.fill_(math.nan)
+    model.initialize()
+    for name, table in GPT(config).named_buffers():
+        assert torch.equal(model.get_buffer(name), table)
+    assert model(random_ids(1, 4)).isfinite().all()
+
+
+def test_sizes_from_numpy_are_the_same():
+    found = GPTConfig(np.int64(11), context=np.int32(6), heads=2, width=np.uint8(8))
+    assert found == GPTConfig(11, context=6, heads=2, width=8)
+    assert json.dumps(vars(found))
+    with pytest.raises(ValueError, match="dropout"):
+        GPTConfig(11, dropout=False)
+
+
 def test_meta_model_becomes_a_tied_one_when_initialized():
     with torch.device("meta"):
         model = GPT(GPTConfig(**SIZES))
@@ -472,6 +496,21 @@ class LoudStart(GPT):
         nn.init.normal_(self.tokens.weight)
 
 
+class AllZero(GPT):
+    def initialize(self):
+        super().initialize()
+        for parameter in self.parameters():
+            parameter.data.zero_()
+
+
+class EvenProjections(GPT):
+    def initialize(self):
+        super().initialize()
+        for name, parameter in self.named_parameters():
+            if name.endswith("projection.weight"):
+                parameter.data.mul_(math.sqrt(2 * self.config.layers))
+
+
 class Untied(GPT):
     def __init__(self, config):
         super().__init__(config)
@@ -542,6 +581,8 @@ WRONG = [
     ("check_gpt", Peeking, "row 0 looks at position 1: the future leaks"),
     ("check_gpt", Blind, "row 1 does not see position 0"),
     ("check_gpt", LoudStart, "start with smaller weights"),
+    ("check_gpt", AllZero, "starts with a spread of 0.0000"),
+    ("check_gpt", EvenProjections, "projection.weight starts with a spread of 0.02"),
     ("check_gpt", Untied, "the head has a table of its own"),
     ("check_gpt", Biased, "parameters, not"),
     ("check_gpt", OpenDoor, "id 11 is not in a vocabulary of 11"),

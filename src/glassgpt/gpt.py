@@ -3,6 +3,7 @@
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -18,13 +19,18 @@ def _check_sizes(config: "GPTConfig") -> None:
     """Raise ValueError for sizes that no model can have."""
     for name in ("vocab_size", "context", "layers", "heads", "width"):
         value = getattr(config, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} must be a whole number from 1 up, not {value!r}")
+        object.__setattr__(config, name, int(value))  # NumPy's become Python's
     width, heads = config.width, config.heads
     if width % heads:
         raise ValueError(f"width {width} can't be split into {heads} heads evenly")
     dropout = config.dropout
-    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+    if (
+        type(dropout) is bool
+        or not isinstance(dropout, int | float)
+        or (not 0 <= dropout < 1)
+    ):
         raise ValueError(f"dropout must be a number in [0, 1), not {dropout!r}")
 
 
@@ -142,6 +148,16 @@ def _may_look(before: int, columns: Tensor, starts: Tensor | None) -> Tensor | N
     return (mask & begun)[:, None]  # (B, 1, T, keys): the same for all heads
 
 
+def _fixed_tables(config: GPTConfig) -> dict[str, Tensor]:
+    """The tables that are computed and not learned, by name."""
+    if config.positions == "sinusoidal":
+        return {"position_table": sinusoidal_positions(config.context, config.width)}
+    if config.positions == "rotary":
+        tables = rotary_tables(config.context, config.head_width)
+        return dict(zip(("rotary_cos", "rotary_sin"), tables, strict=True))
+    return {}
+
+
 def _call_block(block: Block, *inputs: Any) -> Tensor:
     return block(*inputs)
 
@@ -165,13 +181,8 @@ class GPT(nn.Module):
         self.tokens = Embedding(c.vocab_size, c.width)
         if c.positions == "learned":
             self.positions = Embedding(c.context, c.width)
-        elif c.positions == "sinusoidal":
-            table = sinusoidal_positions(c.context, c.width)
-            self.register_buffer("position_table", table, persistent=False)
-        else:
-            cos, sin = rotary_tables(c.context, c.head_width)
-            self.register_buffer("rotary_cos", cos, persistent=False)
-            self.register_buffer("rotary_sin", sin, persistent=False)
+        for name, table in _fixed_tables(c).items():
+            self.register_buffer(name, table, persistent=False)
         self.dropout = nn.Dropout(c.dropout)
         choices = (c.dropout, c.bias, c.norm, c.activation, c.normalize_qk)
         self.blocks = nn.ModuleList(
@@ -185,8 +196,11 @@ class GPT(nn.Module):
     def initialize(self) -> None:
         """GPT-2's start: normal 0.02, smaller for what writes into the residual stream.
 
-        Sets every parameter, and ties the head if the configuration says so.
+        Sets every parameter and fixed table, and ties the head if the configuration
+        says so.
         """
+        for name, table in _fixed_tables(self.config).items():
+            getattr(self, name).copy_(table)
         if self.config.tied:
             self.head.weight = self.tokens.weight
         small = 0.02 / math.sqrt(2 * self.config.layers)

@@ -27,8 +27,8 @@ def check_split(
 
 def _check_parts(split: Callable, plays: Sequence[Document]) -> None:
     """Every play comes back whole, on one side, and neither side is empty."""
-    parts = split(plays)
-    assert parts == split(plays), (
+    parts = list(split(plays))
+    assert parts == list(split(plays)), (
         "a second call splits differently: choose by name or number, not by chance"
     )
     sides = {"train": set(), "validation": set()}
@@ -59,10 +59,9 @@ def _draw(
     given = ids.copy()
     try:
         batch = random_batch(given, size, context, seed)
-    except NotImplementedError:
-        raise
     except (IndexError, RuntimeError, ValueError) as error:
-        if "broadcast" in str(error):
+        signs = ("out of bounds", "out of range", "equal size", "larger sample")
+        if not any(sign in str(error) for sign in signs):
             raise
         raise AssertionError(
             f"crops of {context} from {len(ids)} ids: {error}. "
@@ -71,6 +70,7 @@ def _draw(
     assert (given == ids).all(), "the ids themselves were changed"
     assert len(batch) == 2, "return two tensors, the inputs and the targets"
     for name, part in zip(("inputs", "targets"), batch, strict=True):
+        assert isinstance(part, Tensor), f"{name} are no tensor but {type(part)}"
         found, due = tuple(part.shape), (size, context)
         assert found == due, f"{name} have shape {found}, not (B, T) = {due}"
         assert part.dtype == torch.int64, f"{name} are {part.dtype}, not torch.int64"
@@ -132,7 +132,7 @@ def check_batches(
     Book: 11_data.html#the-check-of-a-batch
     """
     ids = _text(12)  # 8 crops of 4
-    batches = [_draw(random_batch, ids, seed) for seed in range(20)]
+    batches = [_draw(random_batch, ids, 97 * seed) for seed in range(20)]
     starts = torch.cat([_starts(ids, *batch) for batch in batches])
     first = batches[0][0]
     assert torch.equal(first, _draw(random_batch, ids, 0)[0]), (
@@ -168,7 +168,7 @@ def check_nats_per_character(
         assert abs(result - loss * characters / tokens) > 1e-9, (
             "multiplied by characters per token: longer tokens must cost less each"
         )
-        assert abs(result - loss * tokens / characters) < 1e-9, (
+        assert abs(result - loss * tokens / characters) < 1e-5, (
             f"{tokens} tokens of {loss} nats make {characters} characters: "
             f"they don't cost {result:.3f} nats each"
         )

@@ -46,13 +46,14 @@ def check_fit_batch(
     needed = memory_needed(model, training)
     same = fit_batch(model, training, needed)
     assert same == training, "a batch that fits must stay as it is"
-    fitted = fit_batch(model, training, needed / 5)
+    memory = needed / 5.2
+    fitted = fit_batch(model, training, memory)
     size, parts = fitted.batch_size, fitted.accumulate
-    assert memory_needed(model, fitted) <= needed / 5, f"batch {size} does not fit"
+    assert memory_needed(model, fitted) <= memory, f"batch {size} does not fit"
     assert size * parts == 3 * 64, (
         f"{parts} x {size} crops are not 3 x 64: accumulate what you split off"
     )
-    assert size == 8, f"batch {size} fits, but 8 would too and needs fewer parts"
+    assert size == 8, f"batch {size} does not use the memory: 8 would fit"
     due = replace(training, batch_size=size, accumulate=parts)
     assert fitted == due, "only batch_size and accumulate may change"
     tight = replace(training, batch_size=1, accumulate=3 * 64, recompute=True)

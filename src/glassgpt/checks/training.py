@@ -52,17 +52,18 @@ def check_adamw(adamw: Callable[..., Tensor]) -> None:
     ]
     for count, decay, mistake in cases:
         given = w.clone()
-        found = adamw(given, gradients[:count], 0.1, 0.9, 0.999, decay)
+        found = adamw(given, gradients[:count], 0.1, 0.9, 0.999, decay).double()
         assert torch.equal(given, w), "the weights given were changed: return new ones"
         wanted = _torch_adamw(w, gradients[:count], decay)
         assert torch.allclose(found, wanted, atol=1e-6), mistake
-    found = adamw(w, gradients, 0.02, 0.8, 0.95, 0.1)
+    found = adamw(w, gradients, 0.02, 0.8, 0.95, 0.1).double()
     wanted = _torch_adamw(w, gradients, 0.1, 0.02, (0.8, 0.95))
     assert torch.allclose(found, wanted, atol=1e-6), "rate or betas are ignored"
     small = [gradient * 1e-8 for gradient in gradients[:1]]
-    found = adamw(w, small, 0.1, 0.9, 0.999, 0.0)
+    found = adamw(w, small, 0.1, 0.9, 0.999, 0.0).double()
     assert torch.allclose(found, _torch_adamw(w, small, 0.0), atol=1e-6), (
-        "tiny gradients give other steps: epsilon stands outside the root"
+        "tiny gradients give other steps: epsilon stands outside the root, "
+        "and is added after the correction"
     )
 
 
@@ -87,7 +88,7 @@ def _check_edges(rate_at: Callable[[int, TrainConfig], float]) -> None:
     )
     for schedule in ("cosine", "linear", "stable"):
         end = rate_at(99, replace(long, schedule=schedule))
-        assert 0.3 <= end < 0.36, (
+        assert 0.3 - 1e-9 <= end < 0.36, (
             f"{schedule}: final_rate is 0.3, and the last rate {end:.2f}"
         )
 
@@ -112,7 +113,7 @@ def check_schedule(rate_at: Callable[[int, TrainConfig], float]) -> None:
         rises = [a < b for a, b in zip(rates, rates[1:], strict=False)]
         assert all(rises[:8]), f"{schedule}: the rate doesn't rise during warm-up"
         assert not any(rises[10:]), f"{schedule}: the rate rises after warm-up"
-        assert 0.1 <= rates[-1] < 0.16, (
+        assert 0.1 - 1e-9 <= rates[-1] < 0.16, (
             f"{schedule}: the last rate is {rates[-1]:.2f}, final_rate is 0.1"
         )
         for step, due in fall.items():
@@ -136,7 +137,7 @@ def _smallest(
 def check_orthogonalize(
     orthogonalize: Callable[[Tensor, int, torch.dtype], Tensor],
 ) -> None:
-    """Singular values come near 1 for each matrix by itself, and directions stay.
+    """An iteration brings each matrix's singular values near 1; directions stay.
 
     Book: 12_training.html#singular-values-without-computing-them
     """
@@ -175,10 +176,11 @@ def _gradient(step: Callable[[nn.Module, list], None], parts: list) -> Tensor:
     """What `step` leaves in the gradient of a small linear model."""
     torch.manual_seed(0)
     model = nn.Linear(3, 4, bias=False).double()
-    before, most = model.weight.detach().clone(), max(len(x) for x, _ in parts)
+    before, most = model.weight.detach().clone(), max(x.numel() for x, _ in parts)
 
     def count_rows(_: nn.Module, inputs: tuple[Tensor]) -> None:
-        assert len(inputs[0]) <= most, "the model got more rows at once than a part has"
+        rows = inputs[0].numel() // 3
+        assert rows <= most // 3, "the model got more rows at once than a part has"
 
     model.register_forward_pre_hook(count_rows)
     given = [(x.clone(), y.clone()) for x, y in parts]
@@ -289,7 +291,7 @@ def check_clipping(clip: Callable[[list[Tensor], float], list[Tensor]]) -> None:
     """
 
     def flat(parts: list[Tensor]) -> Tensor:
-        return torch.cat([part.flatten() for part in parts])
+        return torch.cat([part.flatten().double() for part in parts])
 
     long = [torch.tensor([[3.0, 0.0], [0.0, 0.5]]), torch.tensor([4.0])]
     given = [part.clone() for part in long]
@@ -310,13 +312,13 @@ def check_clipping(clip: Callable[[list[Tensor], float], list[Tensor]]) -> None:
         "return as many tensors as were given, each in its shape"
     )
     short = [torch.tensor([0.1]), torch.tensor([0.2])]
-    assert torch.allclose(flat(clip(short, 1.0)), torch.tensor([0.1, 0.2])), (
+    assert torch.allclose(flat(clip(short, 1.0)), flat(short)), (
         "a short gradient was made longer"
     )
     found = flat(clip(long, 2.0)).norm()
     assert abs(found - 2) < 1e-4, f"with a limit of 2 its length is {found:.3f}"
     zero = flat(clip([torch.zeros(2)], 1.0))
-    assert torch.equal(zero, torch.zeros(2)), "a gradient of zeros did not stay zero"
+    assert not zero.any(), "a gradient of zeros did not stay zero"
     try:  # on the device meta there are shapes, but no numbers to ask for
         clip([part.to("meta") for part in long], 1.0)
     except (RuntimeError, NotImplementedError):
