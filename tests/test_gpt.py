@@ -622,6 +622,20 @@ WRONG = [
     ("check_budget", config_of(width=128), "heads have width 64"),
     ("check_budget", config_of(layers=1), "of the budget 1e+13 is used"),
     ("check_budget", config_of(layers=90), "overspent"),
+    (
+        "check_budget",
+        lambda budget: GPTConfig(500, context=128, layers=2, heads=2, width=64),
+        "not those of GPTConfig.modern",
+    ),
+    (
+        "check_budget",
+        lambda budget: config_of(
+            layers=3 if budget < 1e14 else 6,
+            heads=2 if budget < 1e14 else 5 if budget < 1e16 else 16,
+            width=64 if budget < 1e14 else 160 if budget < 1e16 else 512,
+        )(budget),
+        "budget",
+    ),
 ]
 
 

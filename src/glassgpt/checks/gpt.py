@@ -238,11 +238,14 @@ def check_budget(choose: Callable[[float], GPTConfig]) -> None:
 
     Book: 10_gpt.html#exercise-3-a-model-for-a-budget
     """
-    for budget in (1e13, 1e15, 1e17):
+    for budget in (1e13, 1e15, 1e17, 3e13, 2e14, 4e16):
         config = choose(budget)
         assert config.vocab_size == 500, f"vocab_size is {config.vocab_size}, not 500"
         assert config.context == 128, f"context is {config.context}, not 128"
         assert config.head_width == 32, f"heads have width {config.head_width}, not 32"
+        sizes = {"layers": config.layers, "heads": config.heads, "width": config.width}
+        modern = GPTConfig.modern(500, context=128, dropout=config.dropout, **sizes)
+        assert config == modern, "the other choices are not those of GPTConfig.modern"
         with torch.device("meta"):
             model = GPT(config)
         share = 20 * model.parameter_count() * model.flops_per_token() / budget
