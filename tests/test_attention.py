@@ -268,6 +268,11 @@ WRONG = [
     ("check_attention", other_context, "context is weights @ values"),
     ("check_attention", rounded, "differs from PyTorch's attention"),
     ("check_causal", masked(None), "row 0 looks at position 1"),
+    (
+        "check_causal",
+        lambda x: masked(square(5).tril())(x.mul_(0.5)),
+        "work on a copy",
+    ),
     ("check_causal", masked(square(5).tril(1)), "row 0 looks at position 1"),
     ("check_causal", masked(square(5).triu()), "row 1 does not see position 0"),
     ("check_causal", masked(square(5).tril(-1)), "row 0 does not see position 0"),

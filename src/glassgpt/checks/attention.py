@@ -116,12 +116,13 @@ def check_causal(mix: Callable[[Tensor], Tensor], width: int = 4) -> None:
     random = torch.Generator().manual_seed(0)
     # Scaled so that the scores stay small in wide models, and nobody sees only itself.
     x = torch.randn(1, 5, width, generator=random) / width**0.25
-    before, given = mix(x), x.clone()
+    given = x.clone()
+    before = mix(x)
+    assert torch.equal(x, given), "the vectors given were changed: work on a copy"
     for changed in range(5):
         other = given.clone()
         other[:, changed] = torch.randn(width, generator=random) / width**0.25
         moved = (mix(other) - before).abs().amax(-1)[0]  # (T,)
-        assert torch.equal(x, given), "the vectors given were changed: work on a copy"
         for row in range(5):
             if row < changed:
                 assert moved[row] < 1e-6, (
