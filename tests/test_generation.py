@@ -695,6 +695,11 @@ def test_scores_that_are_no_numbers(bad, k):
         sample(torch.full((1, 3), bad), top_k=k)
 
 
+def test_top_k_tells_scores_apart_that_the_subtraction_would_make_equal():
+    rows = torch.tensor([[0.0, 1.0, -5.6e-37]]).expand(2000, 3)
+    assert set(sample(rows, temperature=2.0, top_k=2).tolist()) == {0, 1}
+
+
 def test_a_tiny_top_p_keeps_the_likeliest():
     assert sample(torch.tensor([[1.0, 3.0, 2.0]]), top_p=1e-46).tolist() == [1]
 

@@ -77,7 +77,7 @@ def sample(
 ) -> Tensor:
     """Draw one token id (B,) for each row of logits (B, V).
 
-    Temperature first, then top-k, then top-p; top_k=1 is greedy and draws nothing.
+    Temperature, top-k, then top-p; top_k=1 is greedy and draws nothing.
     generator: the source of randomness, on the device of the logits.
     Raises ValueError for a temperature that is not positive, top_k below 1, top_p
     outside (0, 1], or rows whose highest logit is not finite.
@@ -91,9 +91,9 @@ def sample(
         raise ValueError("the scores are not numbers: are the model's weights damaged?")
     if top_k == 1:
         return likeliest[:, 0]
-    logits = (logits - highest) / max(temperature, torch.finfo(logits.dtype).tiny)
-    if top_k is not None:
+    if top_k is not None:  # before the subtraction, which can round two to one
         logits = keep_top_k(logits, top_k)
+    logits = (logits - highest) / max(temperature, torch.finfo(logits.dtype).tiny)
     if top_p is not None:
         logits = keep_top_p(logits, top_p)
     return torch.multinomial(softmax(logits), 1, generator=generator)[:, 0]
