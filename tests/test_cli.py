@@ -422,6 +422,12 @@ def test_ending_a_start_leaves_nothing(made, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["my.txt"]
 
 
+def test_a_program_that_calls_main_keeps_its_handlers(capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    assert run_main(["generate", "no-model"]) == 2
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 def test_a_missing_extra_is_told_before_any_work(made, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cli, "find_spec", lambda name: None)
     words = ["train", "--data", made / "my.txt", "--out", tmp_path / "run", *TINY]

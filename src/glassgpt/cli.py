@@ -573,8 +573,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_end)
+    main_thread = threading.current_thread() is threading.main_thread()
+    if main_thread:  # no other may handle signals
+        before = signal.signal(signal.SIGTERM, on_end)
     with warnings.catch_warnings():
         warnings.showwarning = show_warning
         try:
@@ -587,3 +588,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 2
         except KeyboardInterrupt:
             return 130
+        finally:
+            if main_thread:  # a program that called us has its own way back
+                signal.signal(signal.SIGTERM, before)
