@@ -405,6 +405,22 @@ def test_a_second_run_never_removes_the_first(made, tmp_path, monkeypatch, capsy
     assert (tmp_path / "run" / "model.safetensors").exists()
 
 
+def test_a_run_that_began_meanwhile_is_seen(made, tmp_path, monkeypatch, capsys):
+    """Another command begins, and is done with beginning, between look and lock."""
+    out, plan = tmp_path / "run", cli._plan
+
+    def meanwhile(*arguments):
+        out.mkdir(exist_ok=True)
+        (out / "run.json").write_text("{}")
+        return plan(*arguments)
+
+    monkeypatch.setattr(cli, "_plan", meanwhile)
+    words = ["train", "--data", made / "my.txt", "--tokenizer", "char", *TINY]
+    assert run_main([*words, "--out", out]) == 2
+    assert "holds a run that has no checkpoint yet" in capsys.readouterr().err
+    assert (out / "run.json").read_text() == "{}"
+
+
 def test_ending_a_start_leaves_nothing(made, tmp_path):
     code = """
         import os, signal
