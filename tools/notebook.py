@@ -5,8 +5,8 @@
     python tools/notebook.py run book/06_attention.ipynb ...               # execute in place
 
 `text` writes jupytext's percent format and keeps the ids of the cells. `build` gives an id to cells
-that have none and keeps no outputs, so `run` follows it. `run` removes what differs between runs:
-times, addresses in memory, random model ids.
+that have none, folds the checks, and keeps no outputs, so `run` follows it. `run` removes what
+differs between runs: times, addresses in memory, random model ids.
 """
 
 import argparse
@@ -26,6 +26,15 @@ METADATA = {
     "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"},
     "language_info": {"name": "python", "pygments_lexer": "ipython3"},
 }
+CHECK = re.compile(r"#\|\s*export\s+checks")
+
+
+def fold(cell):
+    """Fold the code of a cell on the page, on Colab and in Jupyter."""
+    tags = set(cell.metadata.get("tags", []))
+    cell.metadata["tags"] = sorted(tags | {"hide-input"})
+    cell.metadata["cellView"] = "form"
+    cell.metadata.setdefault("jupyter", {})["source_hidden"] = True
 
 
 def to_text(path):
@@ -42,6 +51,8 @@ def from_text(text):
     notebook = jupytext.reads(text, fmt="py:percent")
     taken = set()
     for cell in notebook.cells:
+        if CHECK.match(cell.source):
+            fold(cell)
         made = "c" + hashlib.sha256(cell.source.encode()).hexdigest()[:8]
         name = unique = cell.metadata.pop("id", made)
         while unique in taken:

@@ -1,4 +1,4 @@
-# Written by tools/tangle.py from book/19_command_line.ipynb: change it there.
+# Written by tools/tangle.py from book/23_command_line.ipynb: change it there.
 """Glass GPT: a GPT you can see through.
 
 Every line of this package comes from a chapter of the book of the same name, and every

@@ -1,4 +1,4 @@
-# Written by tools/tangle.py from book/19_command_line.ipynb: change it there.
+# Written by tools/tangle.py from book/23_command_line.ipynb: change it there.
 """The command line: glassgpt train, generate and tokenize."""
 
 import argparse
@@ -85,7 +85,7 @@ HELP |= {
 def add_fields(parser: argparse.ArgumentParser, kind: type, without: set[str]) -> None:
     """An option for every field of a dataclass, absent from the result unless given.
 
-    Book: 19_command_line.html#options-that-can-t-be-forgotten
+    Book: 23_command_line.html#options-that-can-t-be-forgotten
     """
     for field in fields(kind):
         if field.name in without:
@@ -111,7 +111,7 @@ def make_tokenizer(name: str, vocab_size: int | None, source: str) -> Tokenizer:
     The first two learn from the part of the source that is trained on. Raises
     ValueError for a vocab_size where the tokenizer decides it by itself.
 
-    Book: 19_command_line.html#which-tokenizer
+    Book: 23_command_line.html#which-tokenizer
     """
     if name != "bpe" and vocab_size is not None:
         raise ValueError("--vocab-size goes with --tokenizer bpe only: leave it out")
@@ -131,7 +131,7 @@ def make_tokenizer(name: str, vocab_size: int | None, source: str) -> Tokenizer:
 def refuse_occupied(out: Path) -> None:
     """Raise FileExistsError for anything but a new folder or an empty one.
 
-    Book: 19_command_line.html#starting-a-run-or-going-on-with-one
+    Book: 23_command_line.html#starting-a-run-or-going-on-with-one
     """
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} is a file: choose another --out")
@@ -156,7 +156,7 @@ def new_folder(folder: Path) -> Iterator[None]:
 
     Raises FileExistsError while another command fills it.
 
-    Book: 19_command_line.html#starting-a-run-or-going-on-with-one
+    Book: 23_command_line.html#starting-a-run-or-going-on-with-one
     """
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
@@ -175,7 +175,7 @@ def new_folder(folder: Path) -> Iterator[None]:
 def size_advice() -> Iterator[None]:
     """Turn PyTorch's refusal of a far too large model into advice, a MemoryError.
 
-    Book: 19_command_line.html#starting-a-run-or-going-on-with-one
+    Book: 23_command_line.html#starting-a-run-or-going-on-with-one
     """
     try:
         yield
@@ -225,7 +225,7 @@ def _tokens(options: argparse.Namespace) -> Path | None:
 def start_run(options: argparse.Namespace) -> tuple[Plan, TokenData, Path]:
     """Plan a new run, its tokens and their folder; leaves nothing when it fails.
 
-    Book: 19_command_line.html#starting-a-run-or-going-on-with-one
+    Book: 23_command_line.html#starting-a-run-or-going-on-with-one
     """
     out, place = Path(options.out), _tokens(options)
     refuse_occupied(out)
@@ -276,7 +276,7 @@ def _tokens_of_run(options: argparse.Namespace, data: str, usual: str) -> Path:
 def resume_run(options: argparse.Namespace) -> tuple[Plan, TokenData, Path]:
     """The plan, the tokens and their folder of a run that goes on.
 
-    Book: 19_command_line.html#starting-a-run-or-going-on-with-one
+    Book: 23_command_line.html#starting-a-run-or-going-on-with-one
     """
     out, usual = Path(options.out), vars(make_parser().parse_args(["train"]))
     path = out / "run.json"
@@ -315,7 +315,7 @@ def resume_run(options: argparse.Namespace) -> tuple[Plan, TokenData, Path]:
 def tensorboard(out: Path) -> Callable[[dict[str, float]], None]:
     """A function that hands every record to TensorBoard.
 
-    Book: 19_command_line.html#starting-a-run-or-going-on-with-one
+    Book: 23_command_line.html#starting-a-run-or-going-on-with-one
     """
     from torch.utils.tensorboard import SummaryWriter
 
@@ -368,7 +368,7 @@ def _reporter(board: Callable | None) -> Callable[[dict[str, float]], None]:
 def train_command(options: argparse.Namespace) -> int:
     """Tokenize, plan, train, and say where the model is. Returns the exit code.
 
-    Book: 19_command_line.html#the-three-commands
+    Book: 23_command_line.html#the-three-commands
     """
     if options.tensorboard and find_spec("tensorboard") is None:
         raise ModuleNotFoundError(
@@ -414,7 +414,7 @@ def _first_prompt(tokenizer: Tokenizer) -> str:
 def generate_command(options: argparse.Namespace) -> int:
     """Write on from a prompt, piece by piece. Returns the exit code.
 
-    Book: 19_command_line.html#the-three-commands
+    Book: 23_command_line.html#the-three-commands
     """
     device = pick_device(options.device)
     model, tokenizer = load(options.model)
@@ -444,7 +444,7 @@ def generate_command(options: argparse.Namespace) -> int:
 def tokenize_command(options: argparse.Namespace) -> int:
     """Write token files that `glassgpt train --data` takes. Returns the exit code.
 
-    Book: 19_command_line.html#the-three-commands
+    Book: 23_command_line.html#the-three-commands
     """
     if _tokenized(options.data):
         raise ValueError(f"{options.data} is tokenized already: train on it")
@@ -525,7 +525,7 @@ def _add_generate(commands: Any) -> None:
 def make_parser() -> argparse.ArgumentParser:
     """The options of all commands.
 
-    Book: 19_command_line.html#the-three-commands
+    Book: 23_command_line.html#the-three-commands
     """
     parser = argparse.ArgumentParser("glassgpt", description="Train a GPT, and write.")
     parser.add_argument("--version", action="version", version=version("glassgpt"))
@@ -561,7 +561,7 @@ MISTAKES = (ValueError, OSError, ModuleNotFoundError, FloatingPointError, Memory
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. A user's mistake gives one line and exit code 2.
 
-    Book: 19_command_line.html#mistakes-get-a-sentence
+    Book: 23_command_line.html#mistakes-get-a-sentence
     """
     options = make_parser().parse_args(arguments)
 

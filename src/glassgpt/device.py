@@ -1,4 +1,4 @@
-# Written by tools/tangle.py from book/14_full_gpt.ipynb: change it there.
+# Written by tools/tangle.py from book/15_full_gpt.ipynb: change it there.
 """The machine: its device and precision, and what a training run will cost on it."""
 
 import ctypes
@@ -45,7 +45,7 @@ def memory_needed(model: GPTConfig, training: TrainConfig) -> int:
     and the 4 C that flow into each. Compiled programs take less.
     Source: Korthikanti et al. (2022), section 4; counted for these blocks.
 
-    Book: 14_full_gpt.html#memory
+    Book: 15_full_gpt.html#memory
     """
     parameters = _on_paper(model).parameter_count()
     each = 18 if training.precision in ("bfloat16", "float16") else 16
@@ -61,7 +61,7 @@ def gpu_precision(capability: tuple[int, int]) -> str:
 
     16 bits where it has tensor cores, units for products of small matrices.
 
-    Book: 14_full_gpt.html#which-machine-has-what
+    Book: 15_full_gpt.html#which-machine-has-what
     """
     if capability >= (8, 0):
         return "bfloat16"
@@ -73,7 +73,7 @@ def pick_device(name: str | None = None) -> torch.device:
 
     Raises ValueError for a name that this machine does not have.
 
-    Book: 14_full_gpt.html#which-device
+    Book: 15_full_gpt.html#which-device
     """
     if name is None and not torch.cuda.is_available():
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -99,7 +99,7 @@ def measure_flops(device: torch.device, dtype: torch.dtype) -> float:
 
     Where a try takes long there are fewer.
 
-    Book: 14_full_gpt.html#how-fast-it-is
+    Book: 15_full_gpt.html#how-fast-it-is
     """
     size, products = (1024, 1) if device.type == "cpu" else (8192, 10)
     a, b = torch.ones(2, size, size, dtype=dtype, device=device)
@@ -119,7 +119,7 @@ def pick_precision(device: torch.device) -> str:
     A GPU says it by its compute capability. Of a CPU it is measured, since processors
     with the same list of features differ.
 
-    Book: 14_full_gpt.html#how-fast-it-is
+    Book: 15_full_gpt.html#how-fast-it-is
     """
     if device.type == "cuda":
         return gpu_precision(torch.cuda.get_device_capability(device))
@@ -147,7 +147,7 @@ DATA_SHEETS = {
 def peak_flops(device: torch.device, precision: str) -> float:
     """FLOP a second that the device can do: a GPU's data sheet, otherwise measured.
 
-    Book: 14_full_gpt.html#how-fast-it-is
+    Book: 15_full_gpt.html#how-fast-it-is
     """
     if precision == "tf32":
         gpu = device.type == "cuda"
@@ -169,7 +169,7 @@ def keep_freed_memory() -> bool:
     the same again: without this, the system clears every page of them each time. After
     the first step what is free goes back once, for the start has left much behind.
 
-    Book: 14_full_gpt.html#memory-that-isn-t-given-back
+    Book: 15_full_gpt.html#memory-that-isn-t-given-back
     """
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -191,7 +191,7 @@ def fit_batch(
     Where one crop doesn't fit, recompute. Raises ValueError where that doesn't fit, or
     isn't allowed.
 
-    Book: 14_full_gpt.html#when-memory-is-short
+    Book: 15_full_gpt.html#when-memory-is-short
     """
     while (needed := memory_needed(model, training)) > memory:
         if training.batch_size > 1:
@@ -211,7 +211,7 @@ def fit_batch(
 class Plan:
     """A model, how to train it, and on what. peak_flops: what it can do a second.
 
-    Book: 14_full_gpt.html#the-plan
+    Book: 15_full_gpt.html#the-plan
     """
 
     model: GPTConfig
@@ -351,7 +351,7 @@ def make_plan(
     TrainConfig. On a GPU a batch that wasn't given is split until it fits the memory.
     Raises ValueError for names and values that don't exist.
 
-    Book: 14_full_gpt.html#the-plan
+    Book: 15_full_gpt.html#the-plan
     """
     chosen = pick_device(device)
     preset = _preset(chosen)

@@ -271,7 +271,7 @@ def make_loss(
 
     chosen = prepare(plain) if prepare else plain
 
-    # Outside: a compiled program that switches autocast (chapter 14) can't be stored.
+    # Outside: a compiled program that switches autocast (chapter 15) can't be stored.
     def loss(ids: Tensor, targets: Tensor) -> Tensor:
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
             return chosen(ids, targets)

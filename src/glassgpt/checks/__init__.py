@@ -1,4 +1,4 @@
-# Written by tools/tangle.py from book/19_command_line.ipynb: change it there.
+# Written by tools/tangle.py from book/23_command_line.ipynb: change it there.
 """The checks of all chapters.
 
 Each takes an implementation and raises AssertionError with a message that names the

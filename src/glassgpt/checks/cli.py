@@ -1,4 +1,4 @@
-# Written by tools/tangle.py from book/19_command_line.ipynb: change it there.
+# Written by tools/tangle.py from book/23_command_line.ipynb: change it there.
 """Checks of the command line."""
 
 import contextlib
@@ -11,7 +11,7 @@ from pathlib import Path
 def call(main: Callable[[list[str]], int], words: list[str]) -> tuple[int, str]:
     """Run a command line; return its exit code and what it printed as an error.
 
-    Book: 19_command_line.html#the-check
+    Book: 23_command_line.html#the-check
     """
     errors = io.StringIO()
     with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
@@ -30,7 +30,7 @@ def call(main: Callable[[list[str]], int], words: list[str]) -> tuple[int, str]:
 def check_mistakes(main: Callable[[list[str]], int]) -> None:
     """Mistakes end in exit code 2 and a sentence, and write nothing.
 
-    Book: 19_command_line.html#the-check
+    Book: 23_command_line.html#the-check
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

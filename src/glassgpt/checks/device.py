@@ -1,4 +1,4 @@
-# Written by tools/tangle.py from book/14_full_gpt.ipynb: change it there.
+# Written by tools/tangle.py from book/15_full_gpt.ipynb: change it there.
 """Checks of precisions, batches and costs that name the mistake they find."""
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ def check_precision(choose: Callable[[tuple[int, int]], str]) -> None:
 
     choose: called with a compute capability, such as (7, 5).
 
-    Book: 14_full_gpt.html#which-machine-has-what
+    Book: 15_full_gpt.html#which-machine-has-what
     """
     cards = [
         ("B200", (10, 0), "bfloat16"),
@@ -39,7 +39,7 @@ def check_fit_batch(
 ) -> None:
     """A batch is split until it fits; a step sees as many tokens as before.
 
-    Book: 14_full_gpt.html#when-memory-is-short
+    Book: 15_full_gpt.html#when-memory-is-short
     """
     model = GPTConfig(1000, context=512, layers=4, heads=4, width=128)
     training = TrainConfig(batch_size=64, accumulate=3, steps=77)
@@ -71,7 +71,7 @@ def check_days(days: Callable[[float, float, float, float], float]) -> None:
 
     days: called as days(N, tokens, peak, utilization).
 
-    Book: 14_full_gpt.html#exercise-1-days-on-a-card
+    Book: 15_full_gpt.html#exercise-1-days-on-a-card
     """
     cases = ((1e9, 2e10, 1e15, 0.25), (3e8, 1e9, 2e14, 0.4))
     for N, tokens, peak, utilization in cases:
@@ -94,7 +94,7 @@ def check_scale(update: Callable[[float, int, bool], tuple[float, int]]) -> None
 
     update: called as update(scale, streak, finite), returns scale and streak.
 
-    Book: 14_full_gpt.html#exercise-2-the-scale-of-the-loss
+    Book: 15_full_gpt.html#exercise-2-the-scale-of-the-loss
     """
     scale, streak = update(1024.0, 5, True)
     assert scale == 1024, "one good step is no reason to change the scale"
@@ -123,7 +123,7 @@ def check_scale(update: Callable[[float, int, bool], tuple[float, int]]) -> None
 def check_rounding(to_bfloat16: Callable[[float], float]) -> None:
     """Numbers round to the nearest bfloat16, ties to the even one.
 
-    Book: 14_full_gpt.html#exercise-3-round-to-bfloat16
+    Book: 15_full_gpt.html#exercise-3-round-to-bfloat16
     """
     cases = [
         (1.0, 1.0, "1 is a bfloat16"),
