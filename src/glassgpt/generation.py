@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glassgpt.block import Block
-from glassgpt.embeddings import validate_ids
-from glassgpt.gpt import GPT
+from glassgpt.gpt import GPT, validate_ids
 from glassgpt.mlp import squared_relu
 from glassgpt.positions import apply_rotary
 from glassgpt.softmax import softmax

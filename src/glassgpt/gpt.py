@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from glassgpt.block import Block, make_norm
-from glassgpt.embeddings import Embedding, validate_ids
+from glassgpt.embeddings import Embedding
 from glassgpt.positions import rotary_tables, sinusoidal_positions
 
 
@@ -112,6 +112,29 @@ class GPTConfig:
     def modern(cls, vocab_size: int, **values: Any) -> "GPTConfig":
         """What came after GPT-2, in one switch; any value can still be overridden."""
         return cls(vocab_size, **{**_MODERN, **values})
+
+
+def validate_ids(ids: Tensor, rows: int) -> None:
+    """Refuse ids that a table with this many rows doesn't have.
+
+    ids: int64 or int32, any shape. On a GPU this waits for the GPU to finish, so call
+    it once at a model's door and not in every layer.
+    Raises TypeError for other kinds of ids, and ValueError that names an id out of
+    range.
+
+    Book: 10_gpt.html#the-door
+    """
+    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
+        kind = getattr(ids, "dtype", type(ids).__name__)
+        raise TypeError(f"ids must be a tensor of int64 or int32, not {kind}")
+    if ids.numel() == 0:
+        return
+    lowest, highest = (int(id) for id in ids.aminmax())
+    if lowest < 0 or highest >= rows:
+        wrong = lowest if lowest < 0 else highest
+        raise ValueError(
+            f"id {wrong} is out of range: {rows} rows have the ids 0 to {rows - 1}"
+        )
 
 
 def _check_ids(ids: Tensor, before: int, config: GPTConfig) -> None:

@@ -42,7 +42,7 @@ from glassgpt.checks.embeddings import (
     check_embedding,
     check_embedding_gradient,
     check_lookup,
-    check_nearest_neighbors,
+    check_matrix_product,
 )
 from glassgpt.checks.generation import (
     check_batch,
@@ -166,6 +166,7 @@ __all__ = [
     "check_log_softmax",
     "check_lookup",
     "check_masked_softmax",
+    "check_matrix_product",
     "check_merge_heads",
     "check_merge_pair",
     "check_merge_word",
@@ -175,7 +176,6 @@ __all__ = [
     "check_mlp_backward",
     "check_multi_head",
     "check_nats_per_character",
-    "check_nearest_neighbors",
     "check_no_nan",
     "check_one_not_both",
     "check_one_pass",
