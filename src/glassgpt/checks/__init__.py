@@ -87,7 +87,11 @@ from glassgpt.checks.modern import (
     check_rotary_tables,
     check_squared_relu_slope,
 )
-from glassgpt.checks.positions import check_sinusoidal_positions
+from glassgpt.checks.positions import (
+    check_add_positions,
+    check_shift_matrix,
+    check_sinusoidal_positions,
+)
 from glassgpt.checks.softmax import (
     check_cross_entropy,
     check_cross_entropy_gradient,
@@ -126,6 +130,7 @@ __all__ = [
     "catch",
     "check_accumulation",
     "check_adamw",
+    "check_add_positions",
     "check_analogy",
     "check_attention",
     "check_batch",
@@ -195,6 +200,7 @@ __all__ = [
     "check_sample",
     "check_scale",
     "check_schedule",
+    "check_shift_matrix",
     "check_sinusoidal_positions",
     "check_softmax",
     "check_special_tokens",
