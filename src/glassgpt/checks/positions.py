@@ -65,8 +65,8 @@ def check_add_positions(embed: Callable[[Tensor, Tensor, Tensor, int], Tensor]) 
         reason = f"say what is wrong in a ValueError, not: {error}"
         raise AssertionError(reason) from None
     raise AssertionError(
-        "positions 4, 5 and 6 of a table with 5 rows were accepted: "
-        "the one row that is left was added to all three tokens"
+        "positions 4, 5 and 6 of 5 rows were accepted: "
+        "one row was added to all three tokens"
     )
 
 
