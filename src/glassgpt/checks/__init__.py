@@ -9,11 +9,9 @@ from glassgpt.checks.attention import (
     check_attention,
     check_causal,
     check_causal_mask,
-    check_no_nan,
     check_permutation_equivariant,
     check_previous_word,
     check_streaming_attention,
-    check_window_mask,
 )
 from glassgpt.checks.block import (
     check_block,
@@ -180,7 +178,6 @@ __all__ = [
     "check_mlp_backward",
     "check_multi_head",
     "check_nats_per_character",
-    "check_no_nan",
     "check_one_not_both",
     "check_one_pass",
     "check_orthogonalize",
@@ -218,6 +215,5 @@ __all__ = [
     "check_top_k",
     "check_top_p",
     "check_uneven_accumulation",
-    "check_window_mask",
     "grade",
 ]
