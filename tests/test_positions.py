@@ -1,9 +1,10 @@
-"""Positions: the formula, and the mistakes that the check names."""
+"""Positions: the formula, precision, and checks that name the mistake."""
 
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,18 +31,128 @@ def test_sinusoids_equal_the_formula(context, hands):
             assert got[t, 2 * i + 1].item() == pytest.approx(math.cos(angle), abs=1e-6)
 
 
-def sines_first(context, width):
-    table = sinusoidal_positions(context, width)
-    return torch.cat((table[:, 0::2], table[:, 1::2]), dim=-1)
+def test_far_positions_are_as_exact_as_float32():
+    last = sinusoidal_positions(100_001, 4)[-1]
+    assert last[0].item() == pytest.approx(math.sin(100_000), abs=1e-7)
+    assert last[3].item() == pytest.approx(math.cos(1_000), abs=1e-7)
+
+
+@given(st.integers(0, 500), st.integers(0, 500), st.integers(0, 500))
+@settings(deadline=None)
+def test_dot_products_depend_on_the_distance_alone(s, t, shift):
+    P = sinusoidal_positions(1001, 16)
+    moved = P[s + shift] @ P[t + shift]
+    assert (P[s] @ P[t]).item() == pytest.approx(moved.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("width", [1, 7])
+def test_odd_widths_are_refused(width):
+    with pytest.raises(ValueError, match=f"width is {width}"):
+        sinusoidal_positions(8, width)
+
+
+def sinusoids(unit=1.0, first=0, base=10000.0, dtype=torch.float64):
+    def positions(context, width):
+        speeds = base ** -(torch.arange(0, width, 2) / width)
+        angles = torch.arange(first, context + first).to(dtype)[:, None] * speeds * unit
+        return torch.stack((angles.sin(), angles.cos()), -1).flatten(1)
+
+    return positions
 
 
 @pytest.mark.parametrize(
-    ("wrong", "message"),
+    "positions",
     [
-        (sines_first, "position 0"),
-        (lambda context, width: sinusoidal_positions(context, width).T, "shape"),
+        sinusoids(),
+        sinusoids(dtype=torch.float32),
+        lambda t, c: sinusoidal_positions(t, c).half(),
+        lambda t, c: sinusoidal_positions(t + 3, c)[:t],
+        lambda t, c: F.embedding(torch.arange(t), sinusoidal_positions(t, c).double()),
     ],
 )
-def test_the_check_names_the_mistake(wrong, message, capsys):
-    catch(checks.check_sinusoidal_positions, wrong)
+def test_right_sinusoids_pass(positions):
+    checks.check_sinusoidal_positions(positions)
+
+
+def embed(ids, tokens, positions, start):
+    return tokens[ids] + positions[torch.arange(start, start + ids.shape[1])]
+
+
+def by_layer(ids, tokens, positions, start):
+    places = torch.arange(start, start + ids.shape[1]).expand(len(ids), -1)
+    return F.embedding(ids, tokens) + F.embedding(places, positions)
+
+
+def by_product(ids, tokens, positions, start):
+    if start + ids.shape[1] > len(positions):
+        raise ValueError("too far")
+    places = torch.eye(len(positions))[start : start + ids.shape[1]]
+    return torch.eye(len(tokens))[ids] @ tokens + places @ positions
+
+
+@pytest.mark.parametrize("right", [embed, by_layer, by_product])
+def test_right_embeddings_pass(right):
+    checks.check_add_positions(right)
+
+
+def refuse(ids, tokens, positions, start):
+    if start + ids.shape[1] > len(positions):
+        raise RuntimeError("shapes")
+    return embed(ids, tokens, positions, start)
+
+
+def shift(sign=1.0, unit=1.0, dtype=torch.float32):
+    def matrix(distance, width):
+        blocks = []
+        for i in range(0, width, 2):
+            angle = unit * distance * 10000 ** (-i / width)
+            sine, cosine = sign * math.sin(angle), math.cos(angle)
+            blocks.append(torch.tensor([[cosine, -sine], [sine, cosine]], dtype=dtype))
+        return torch.block_diag(*blocks)
+
+    return matrix
+
+
+def fitted(distance, width):
+    P = sinusoidal_positions(64 + distance, width).double()
+    return torch.linalg.lstsq(P[:64], P[distance:]).solution
+
+
+@pytest.mark.parametrize("right", [shift(), shift(dtype=torch.float64), fitted])
+def test_right_steps_pass(right):
+    checks.check_shift_matrix(right)
+
+
+@pytest.mark.parametrize(
+    ("check", "wrong", "message"),
+    [
+        (checks.check_sinusoidal_positions, lambda t, c: torch.cat(
+            sinusoidal_positions(t, c).view(t, -1, 2).unbind(-1), -1), "position 0"),
+        (checks.check_sinusoidal_positions,
+         lambda t, c: sinusoidal_positions(t, c).T, "shape"),
+        (checks.check_sinusoidal_positions, sinusoids(math.pi / 180), "degrees"),
+        (checks.check_sinusoidal_positions, sinusoids(2.0), "2.0000 a position"),
+        (checks.check_sinusoidal_positions, sinusoids(first=1), "position 0 is"),
+        (checks.check_sinusoidal_positions, sinusoids(base=100.0), "its speed"),
+        (checks.check_sinusoidal_positions,
+         sinusoids(dtype=torch.bfloat16), "imprecise"),
+        (checks.check_add_positions,
+         lambda i, x, p, start: x[i] + p[start : start + i.shape[1]], "accepted"),
+        (checks.check_add_positions,
+         lambda i, x, p, start: embed(i, x, p, 0), "start is ignored"),
+        (checks.check_add_positions, lambda i, x, p, start: x[i] + p[i], "position 0"),
+        (checks.check_add_positions,
+         lambda i, x, p, start: x[i] + p[start], "position 0"),
+        (checks.check_add_positions,
+         lambda i, x, p, start: embed(i, x, p, start)[0], "give (3, 2)"),
+        (checks.check_add_positions, refuse, "in a ValueError"),
+        (checks.check_shift_matrix, shift(sign=-1), "backwards"),
+        (checks.check_shift_matrix, shift(unit=2.0), "is not position 21"),
+        (checks.check_shift_matrix, lambda d, c: torch.eye(c), "is not position"),
+        (checks.check_shift_matrix, lambda d, c: shift()(1, c), "is not position 27"),
+        (checks.check_shift_matrix, lambda d, c: shift()(d, c // 2), "shape"),
+    ],
+)  # fmt: skip
+def test_checks_name_the_mistake(check, wrong, message, capsys):
+    catch(check, wrong)
     assert message in capsys.readouterr().out

@@ -39,7 +39,7 @@ from glassgpt.checks.embeddings import (
     check_embedding,
     check_embedding_gradient,
     check_lookup,
-    check_nearest_neighbors,
+    check_matrix_product,
 )
 from glassgpt.checks.generation import (
     check_batch,
@@ -85,7 +85,11 @@ from glassgpt.checks.modern import (
     check_rotary_tables,
     check_squared_relu_slope,
 )
-from glassgpt.checks.positions import check_sinusoidal_positions
+from glassgpt.checks.positions import (
+    check_add_positions,
+    check_shift_matrix,
+    check_sinusoidal_positions,
+)
 from glassgpt.checks.softmax import (
     check_cross_entropy,
     check_cross_entropy_gradient,
@@ -124,6 +128,7 @@ __all__ = [
     "catch",
     "check_accumulation",
     "check_adamw",
+    "check_add_positions",
     "check_analogy",
     "check_attention",
     "check_batch",
@@ -163,6 +168,7 @@ __all__ = [
     "check_log_softmax",
     "check_lookup",
     "check_masked_softmax",
+    "check_matrix_product",
     "check_merge_heads",
     "check_merge_pair",
     "check_merge_word",
@@ -172,7 +178,6 @@ __all__ = [
     "check_mlp_backward",
     "check_multi_head",
     "check_nats_per_character",
-    "check_nearest_neighbors",
     "check_one_not_both",
     "check_one_pass",
     "check_orthogonalize",
@@ -192,6 +197,7 @@ __all__ = [
     "check_sample",
     "check_scale",
     "check_schedule",
+    "check_shift_matrix",
     "check_sinusoidal_positions",
     "check_softmax",
     "check_special_tokens",
