@@ -17,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from glassgpt.checkpoints import build
 from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.modern import GPT2_CHOICES, ModernConfig
-from glassgpt.training import TrainConfig
+from glassgpt.training import TrainConfig, suits_short_attention
 
 
 def _on_paper(config: GPTConfig) -> GPT:
@@ -34,7 +34,7 @@ def _kept_by_block(model: GPTConfig, training: TrainConfig) -> int:
         numbers += 14 if narrow else 12
     elif getattr(model, "positions", "learned") == "rotary":
         numbers += 6 if narrow else 12
-    short = model.context <= 256 and (narrow or training.compile != "off")
+    short = suits_short_attention(model.context, training)
     table = (2 if narrow else 4) * model.heads * model.context if short else 0
     return numbers * model.width + table
 

@@ -114,7 +114,7 @@ class ModernAttention(nn.Module):
     def __init__(self, config: ModernConfig):
         super().__init__()
         c = config
-        self.heads, self.dropout = c.heads, c.dropout
+        self.heads, self.dropout, self.attend = c.heads, c.dropout, fused_attention
         self.rotary, self.normalize_qk = c.positions == "rotary", c.normalize_qk
         self.qkv = nn.Linear(c.width, 3 * c.width, bias=c.bias)
         self.projection = nn.Linear(c.width, c.width, bias=c.bias)
@@ -139,7 +139,7 @@ class ModernAttention(nn.Module):
         if cache is not None:
             keys, values = cache.append(keys, values)
         dropout = self.dropout if self.training else 0.0
-        context = fused_attention(queries, keys, values, mask, dropout)
+        context = self.attend(queries, keys, values, mask, dropout)
         return self.projection(merge_heads(context))
 
 
