@@ -378,6 +378,45 @@ def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return call
 
 
+def short_attention(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """`fused_attention` as two products around a softmax, for short contexts.
+
+    Book: 12_training.html#a-run
+    """
+    T, S = queries.shape[-2], keys.shape[-2]
+    if mask is None:
+        mask = causal_mask(S, device=keys.device)[S - T :]
+    # Adding one table to all heads is cheaper than filling their scores in.
+    penalty = torch.zeros_like(mask, dtype=queries.dtype).masked_fill(~mask, -math.inf)
+    scores = (queries / math.sqrt(queries.shape[-1])) @ keys.transpose(-2, -1)
+    weights = F.dropout((scores + penalty).softmax(dim=-1), dropout)
+    return weights @ values
+
+
+def use_attention(model: GPT, attend: Callable[..., Tensor]) -> None:
+    """Let every attention of a model calculate in this way.
+
+    Book: 12_training.html#a-run
+    """
+    for block in model.blocks:
+        block.attention.attend = attend
+
+
+def suits_short_attention(context: int, config: TrainConfig) -> bool:
+    """Whether `short_attention` is the faster one on a CPU.
+
+    Book: 12_training.html#a-run
+    """
+    limit = 64 if config.compile != "off" else 0
+    return context <= (limit if config.dtype == torch.float32 else 256)
+
+
 class Trainer:
     """A run in progress: the model, its optimizers, and where the files go.
 
@@ -400,6 +439,9 @@ class Trainer:
         self.directory, self.tokenizer = directory, tokenizer
         self.peak_flops, self.on_record = peak_flops, on_record
         self.device = next(model.parameters()).device
+        cpu = self.device.type == "cpu"
+        if cpu and suits_short_attention(model.config.context, config):
+            use_attention(model, short_attention)
         self.optimizers = make_optimizers(model, config)
         half = config.precision == "float16"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
@@ -759,45 +801,6 @@ def fit(trainer: Trainer, progress: bool = True) -> Run:
     return run
 
 
-def short_attention(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    mask: Tensor | None = None,
-    dropout: float = 0.0,
-) -> Tensor:
-    """`fused_attention` as two products around a softmax, for short contexts.
-
-    Book: 12_training.html#the-loop
-    """
-    T, S = queries.shape[-2], keys.shape[-2]
-    if mask is None:
-        mask = causal_mask(S, device=keys.device)[S - T :]
-    # Adding one table to all heads is cheaper than filling their scores in.
-    penalty = torch.zeros_like(mask, dtype=queries.dtype).masked_fill(~mask, -math.inf)
-    scores = (queries / math.sqrt(queries.shape[-1])) @ keys.transpose(-2, -1)
-    weights = F.dropout((scores + penalty).softmax(dim=-1), dropout)
-    return weights @ values
-
-
-def use_attention(model: GPT, attend: Callable[..., Tensor]) -> None:
-    """Let every attention of a model calculate in this way.
-
-    Book: 12_training.html#the-loop
-    """
-    for block in model.blocks:
-        block.attention.attend = attend
-
-
-def suits_short_attention(context: int, config: TrainConfig) -> bool:
-    """Whether `short_attention` is the faster one on a CPU.
-
-    Book: 12_training.html#the-loop
-    """
-    limit = 64 if config.compile != "off" else 0
-    return context <= (limit if config.dtype == torch.float32 else 256)
-
-
 @contextmanager
 def _switches(model: GPT, config: TrainConfig) -> Iterator[None]:
     """Let a GPU round products to TF32 if wanted; undo all that a run switches."""
@@ -805,9 +808,6 @@ def _switches(model: GPT, config: TrainConfig) -> Iterator[None]:
     if tf32:  # only then: asking fails where a program uses PyTorch's newer switch
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("high")
-    cpu = next(model.parameters()).device.type == "cpu"
-    if cpu and suits_short_attention(model.config.context, config):
-        use_attention(model, short_attention)
     try:
         yield
     finally:
