@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._functorch import config as functorch
 from torch.compiler import config as compiler
+from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
 from glassgpt.checkpoints import (
@@ -254,27 +255,40 @@ def make_optimizers(
 
 
 def make_loss(
-    model: GPT, config: TrainConfig, prepare: Callable[..., Any] | None = None
+    model: GPT, config: TrainConfig, stepping: bool = False
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """The mean cross-entropy of a batch, in nats a token, at the chosen precision.
 
-    prepare: what to do with the function first, such as compiling it.
+    stepping: compile and recompute as the configuration says, for a loss that is
+    followed by a backward pass.
 
     Book: 12_training.html#the-loss-and-a-fair-judgment
     """
     device = next(model.parameters()).device.type
     dtype = config.dtype
+    compile = config.compile if stepping else "off"
+
+    def call(block: nn.Module, x: Tensor) -> Tensor:
+        return block(x)
+
+    call_block = compiled(call) if compile == "blocks" else call
 
     def plain(ids: Tensor, targets: Tensor) -> Tensor:
-        logits = model.logits(ids)
+        x = model.embed(ids, torch.arange(ids.shape[1], device=ids.device))
+        for block in model.blocks:
+            if stepping and config.recompute:
+                x = checkpoint(call_block, block, x, use_reentrant=False)
+            else:
+                x = call_block(block, x)
+        logits = model.head(model.norm(x))
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
-    chosen = prepare(plain) if prepare else plain
+    whole = compiled(plain) if compile == "all" else plain
 
     # Outside: a compiled program that switches autocast (chapter 15) can't be stored.
     def loss(ids: Tensor, targets: Tensor) -> Tensor:
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-            return chosen(ids, targets)
+            return whole(ids, targets)
 
     return loss
 
@@ -384,14 +398,10 @@ class Trainer:
         self.directory, self.tokenizer = directory, tokenizer
         self.peak_flops, self.on_record = peak_flops, on_record
         self.device = next(model.parameters()).device
-        model.recompute = config.recompute
         self.optimizers = make_optimizers(model, config)
         half = config.precision == "float16"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
-        whole = compiled if config.compile == "all" else None
-        self.loss = make_loss(model, config, whole)
-        if config.compile == "blocks":
-            model.call_block = compiled(model.call_block)
+        self.loss = make_loss(model, config, stepping=True)
         self.run = Run()
         self.losses: list[Tensor] = []
         self.began = self.rate = 0.0
@@ -759,7 +769,6 @@ def _switches(model: GPT, config: TrainConfig) -> Iterator[None]:
     finally:
         if tf32:
             torch.set_float32_matmul_precision(before)
-        vars(model).pop("call_block", None)
         model.train(mode)
 
 

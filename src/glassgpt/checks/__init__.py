@@ -20,7 +20,6 @@ from glassgpt.checks.block import (
     check_layer_norm,
     check_layer_norm_gradient,
     check_post_norm,
-    check_rms_norm,
 )
 from glassgpt.checks.cli import check_mistakes
 from glassgpt.checks.data import (
@@ -72,7 +71,6 @@ from glassgpt.checks.heads import (
     check_grouped_attention,
     check_merge_heads,
     check_multi_head,
-    check_rotary_heads,
     check_split_heads,
 )
 from glassgpt.checks.mlp import (
@@ -81,14 +79,15 @@ from glassgpt.checks.mlp import (
     check_mlp,
     check_mlp_backward,
     check_one_not_both,
-    check_squared_relu_slope,
 )
-from glassgpt.checks.positions import (
+from glassgpt.checks.modern import (
     check_reorder,
+    check_rms_norm,
     check_rotary,
     check_rotary_tables,
-    check_sinusoidal_positions,
+    check_squared_relu_slope,
 )
+from glassgpt.checks.positions import check_sinusoidal_positions
 from glassgpt.checks.softmax import (
     check_cross_entropy,
     check_cross_entropy_gradient,
@@ -186,7 +185,6 @@ __all__ = [
     "check_resume",
     "check_rms_norm",
     "check_rotary",
-    "check_rotary_heads",
     "check_rotary_tables",
     "check_rounding",
     "check_safe_chunks",

@@ -66,27 +66,6 @@ def check_layer_norm(layer_norm: Callable[..., Tensor]) -> None:
     assert gap < 1e-12, f"differs from torch.nn.functional.layer_norm by {gap:.1e}"
 
 
-def check_rms_norm(rms_norm: Callable[[Tensor], Tensor]) -> None:
-    """Each vector gets the root mean square 1 and keeps its direction.
-
-    Book: 09_block.html#rmsnorm
-    """
-    x = torch.tensor([[2.0, 1.0, 0.0, 0.0], [300.0, -400.0, 0.0, 0.0]]).double()
-    square, result = x.square(), rms_norm(x)
-    one = torch.nn.functional.normalize(x, dim=-1)
-    mistakes = [
-        (one, "the vectors have length 1: divide by the mean square, not by the sum"),
-        (x / square.mean(-1, keepdim=True), "take the root of the mean square"),
-        (x / square.mean().sqrt(), "one strength for everything: each row has its own"),
-        (F.layer_norm(x, (4,)), "the mean was subtracted: that is LayerNorm"),
-    ]
-    for wrong, mistake in mistakes:
-        assert not torch.allclose(result, wrong, rtol=1e-3), mistake
-    assert torch.allclose(result, 2 * one, rtol=1e-4), f"(2, 1, 0, 0) gives {result[0]}"
-    zeros = rms_norm(torch.zeros(1, 4))
-    assert (zeros == 0).all(), "a vector of zeros must stay zero: add eps to the square"
-
-
 def _silent(layer: nn.Module, *parts: str) -> nn.Module:
     """A copy of the layer in which these parts add nothing."""
     copy = deepcopy(layer)

@@ -87,24 +87,6 @@ def check_mlp(module_class: Callable[[int], nn.Module]) -> None:
     check_each_alone(small)
 
 
-def check_squared_relu_slope(slope: Callable[[Tensor], Tensor]) -> None:
-    """The derivative of max(z, 0) squared, at each number.
-
-    Book: 08_mlp.html#exercise-1-the-slope-of-squared-relu
-    """
-    z = torch.tensor([-2.0, -0.5, 0.0, 0.25, 3.0])
-    found = slope(z)
-    mistakes = [
-        (2 * z, "the slope must be 0 where z is negative: the parabola is cut off"),
-        (F.relu(z), "half of the slope: the derivative of z^2 is 2 z"),
-        ((z > 0).float(), "this is the slope of ReLU, not of its square"),
-        (F.relu(z).square(), "this is the function itself"),
-    ]
-    for wrong, mistake in mistakes:
-        assert not torch.allclose(found, wrong), mistake
-    assert torch.allclose(found, 2 * F.relu(z)), f"at {z.tolist()}: {found.tolist()}"
-
-
 def check_one_not_both(make: Callable[[], tuple[Tensor, Tensor, Tensor]]) -> None:
     """Hand-set weights: 1 when exactly one of two facts holds, else 0.
 
