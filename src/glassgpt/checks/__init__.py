@@ -16,6 +16,7 @@ from glassgpt.checks.attention import (
     check_window_mask,
 )
 from glassgpt.checks.block import (
+    check_additions,
     check_block,
     check_layer_norm,
     check_layer_norm_gradient,
@@ -123,6 +124,7 @@ __all__ = [
     "catch",
     "check_accumulation",
     "check_adamw",
+    "check_additions",
     "check_analogy",
     "check_attention",
     "check_batch",
