@@ -238,7 +238,7 @@ WRONG = [
         divided_by(lambda x: spread(x, dim=-2), dim=-2),
         "normalized along the words",
     ),
-    ("check_layer_norm", lambda x, w, b: layer_norm(x, w), "bias was ignored"),
+    ("check_layer_norm", lambda x, w, b: layer_norm(x, w, 0), "bias was ignored"),
     ("check_layer_norm", lambda x, w, b: layer_norm(x, 1, b), "weight was ignored"),
     ("check_layer_norm", lambda x, w, b: w * layer_norm(x, 1, b), "multiply first"),
     (
