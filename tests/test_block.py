@@ -102,6 +102,12 @@ def test_dropout_acts_in_training_only_and_on_what_is_added():
     assert torch.equal(block(x), x)
 
 
+def test_dropout_of_everything_leaves_the_stream():
+    block, x = random_block(8, 2, dropout=1.0).train(), random((2, 5, 8))
+    assert torch.equal(block(x), x)
+    assert block.attention.dropout == 1.0
+
+
 # Wrong versions. Each check must notice, and say which mistake it was.
 
 
