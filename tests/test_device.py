@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from glassgpt import device as module
+from glassgpt.checkpoints import build
 from glassgpt.checks.device import (
     check_days,
     check_fit_batch,
@@ -33,6 +34,7 @@ from glassgpt.device import (
     pick_precision,
 )
 from glassgpt.gpt import GPT, GPTConfig
+from glassgpt.modern import ModernConfig
 from glassgpt.training import TrainConfig
 
 
@@ -242,17 +244,17 @@ def kept_bytes(model, ids, dtype):
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            logits = model.logits(ids)
+            logits = model(ids)
         F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten())
     return sum(storage.nbytes() for storage in kept.values())
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("make", [GPTConfig, GPTConfig.modern])
+@pytest.mark.parametrize("make", [GPTConfig, ModernConfig])
 @pytest.mark.parametrize("context", [64, 256, 512])
 def test_memory_is_estimated_closely(precision, make, context):
     config = make(80, context=context, layers=3, heads=2, width=64)
-    model, ids = GPT(config), torch.zeros(4, context, dtype=torch.int64)
+    model, ids = build(config), torch.zeros(4, context, dtype=torch.int64)
     counted = kept_bytes(model, ids, getattr(torch, precision))
     counted += 16 * model.parameter_count()  # what autocast copies is in the count
     training = TrainConfig(batch_size=4, precision=precision)
@@ -335,7 +337,7 @@ class TestPlan:
 
     def test_modern_recipe(self):
         plan = make_plan(80, recipe="modern", device="cpu")
-        wanted = GPTConfig.modern(80, context=64, layers=4, heads=4, width=128)
+        wanted = ModernConfig(80, context=64, layers=4, heads=4, width=128)
         assert plan.model == wanted
         assert plan.training.optimizer == "muon"
         assert plan.training.schedule == "linear"

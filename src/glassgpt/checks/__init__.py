@@ -9,11 +9,9 @@ from glassgpt.checks.attention import (
     check_attention,
     check_causal,
     check_causal_mask,
-    check_no_nan,
     check_permutation_equivariant,
     check_previous_word,
     check_streaming_attention,
-    check_window_mask,
 )
 from glassgpt.checks.block import (
     check_additions,
@@ -42,7 +40,7 @@ from glassgpt.checks.embeddings import (
     check_embedding,
     check_embedding_gradient,
     check_lookup,
-    check_nearest_neighbors,
+    check_matrix_product,
 )
 from glassgpt.checks.generation import (
     check_batch,
@@ -88,7 +86,11 @@ from glassgpt.checks.modern import (
     check_rotary_tables,
     check_squared_relu_slope,
 )
-from glassgpt.checks.positions import check_sinusoidal_positions
+from glassgpt.checks.positions import (
+    check_add_positions,
+    check_shift_matrix,
+    check_sinusoidal_positions,
+)
 from glassgpt.checks.softmax import (
     check_cross_entropy,
     check_cross_entropy_gradient,
@@ -124,6 +126,7 @@ __all__ = [
     "catch",
     "check_accumulation",
     "check_adamw",
+    "check_add_positions",
     "check_additions",
     "check_analogy",
     "check_attention",
@@ -164,6 +167,7 @@ __all__ = [
     "check_log_softmax",
     "check_lookup",
     "check_masked_softmax",
+    "check_matrix_product",
     "check_merge_heads",
     "check_merge_pair",
     "check_merge_word",
@@ -173,8 +177,6 @@ __all__ = [
     "check_mlp_backward",
     "check_multi_head",
     "check_nats_per_character",
-    "check_nearest_neighbors",
-    "check_no_nan",
     "check_one_not_both",
     "check_one_pass",
     "check_orthogonalize",
@@ -193,6 +195,7 @@ __all__ = [
     "check_sample",
     "check_scale",
     "check_schedule",
+    "check_shift_matrix",
     "check_sinusoidal_positions",
     "check_softmax",
     "check_special_tokens",
@@ -208,6 +211,5 @@ __all__ = [
     "check_top_k",
     "check_top_p",
     "check_uneven_accumulation",
-    "check_window_mask",
     "grade",
 ]
