@@ -16,7 +16,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
     weight, bias: (C,). The variance is divided by C, and eps stands inside the root.
     Source: Ba, Kiros and Hinton (2016).
 
-    Book: 09_block.html#layernorm
+    Book: 09_block.html#the-equation-of-layernorm
     """
     centered = x - x.mean(dim=-1, keepdim=True)
     variance = centered.square().mean(dim=-1, keepdim=True)

@@ -44,11 +44,12 @@ def keep_top_k(logits: Tensor, top_k: int) -> Tensor:
     return logits.masked_fill(logits < lowest, -math.inf)
 
 
-def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
+def keep_top_p(logits: Tensor, top_p: float, temperature: float = 1.0) -> Tensor:
     """Logits (..., V) where only the likeliest tokens stay that reach p together.
 
-    The token that crosses p stays, so at least one does. Raises ValueError for top_p
-    outside (0, 1]. Source: Holtzman et al. (2020).
+    Their probabilities are those at the temperature; the logits that stay do so
+    unchanged. The token that crosses p stays, so at least one does. Raises ValueError
+    for top_p outside (0, 1]. Source: Holtzman et al. (2020).
 
     Book: 13_generation.html#the-filters
     """
@@ -56,7 +57,7 @@ def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
     if top_p == 1:
         return logits
     ordered, order = logits.sort(dim=-1, descending=True)
-    weights = softmax(ordered)
+    weights = softmax(ordered, temperature=temperature)
     forbidden = weights.cumsum(dim=-1) - weights >= top_p
     forbidden[..., 0] = False  # the smallest p is 0 once it is rounded
     ordered = ordered.masked_fill(forbidden, -math.inf)
@@ -86,12 +87,12 @@ def sample(
         raise ValueError("the scores are not numbers: are the model's weights damaged?")
     if top_k == 1:
         return likeliest[:, 0]
-    if top_k is not None:  # before the subtraction, which can round two to one
+    if top_k is not None:
         logits = keep_top_k(logits, top_k)
-    logits = (logits - highest) / max(temperature, torch.finfo(logits.dtype).tiny)
     if top_p is not None:
-        logits = keep_top_p(logits, top_p)
-    return torch.multinomial(softmax(logits), 1, generator=generator)[:, 0]
+        logits = keep_top_p(logits, top_p, temperature)
+    probabilities = softmax(logits, temperature=temperature)
+    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 
 
 class KeyValueCache:

@@ -14,6 +14,7 @@ from glassgpt.checks.attention import (
     check_streaming_attention,
 )
 from glassgpt.checks.block import (
+    check_additions,
     check_block,
     check_layer_norm,
     check_layer_norm_gradient,
@@ -96,10 +97,7 @@ from glassgpt.checks.softmax import (
     check_log_softmax,
     check_masked_softmax,
     check_one_pass,
-    check_probabilities,
     check_softmax,
-    check_stable,
-    check_temperature,
 )
 from glassgpt.checks.tokens import (
     check_bytes_round_trip,
@@ -129,6 +127,7 @@ __all__ = [
     "check_accumulation",
     "check_adamw",
     "check_add_positions",
+    "check_additions",
     "check_analogy",
     "check_attention",
     "check_batch",
@@ -186,7 +185,6 @@ __all__ = [
     "check_post_norm",
     "check_precision",
     "check_previous_word",
-    "check_probabilities",
     "check_reorder",
     "check_resume",
     "check_rms_norm",
@@ -206,11 +204,9 @@ __all__ = [
     "check_split_numbers",
     "check_split_words",
     "check_squared_relu_slope",
-    "check_stable",
     "check_stream",
     "check_stream_text",
     "check_streaming_attention",
-    "check_temperature",
     "check_tokenizer_round_trip",
     "check_top_k",
     "check_top_p",
