@@ -118,38 +118,39 @@ def check_shared_weight(gradients: Callable[..., tuple]) -> None:
 
     Book: 08_mlp.html#exercise-1-one-but-not-both
     """
-    for start in ((2.0, 0.5, 0.5), (-1.0, 2.0, 3.0), (1.0, -2.0, 0.5)):
-        x, w, b = values = torch.tensor(start, dtype=torch.float64).requires_grad_()
+    for start in ((2.0, 0.75, 0.5), (-1.0, 2.0, 3.0), (1.0, -2.0, 0.5)):
+        values = torch.tensor(start, dtype=torch.float64).requires_grad_()
+        x, w, b = values
         h = F.relu(w * x + b)
         loss = F.cross_entropy(torch.stack([w * h, h]), torch.tensor(0))
-        (wanted,) = torch.autograd.grad(loss, values)
-        with torch.no_grad():
-            p = torch.stack([w * h, h]).softmax(0)
-            late = (p[0] - 1) * h
-            paths = {"w": (p[0] - 1) * w, "one": p[1]}
+        right = torch.autograd.grad(loss, values)[0].tolist()
+        p = torch.stack([w * h, h]).softmax(0).tolist()
+        first, second, h, w = p[0] - 1, p[1], h.item(), start[1]
+        mistakes = {
+            "b": [
+                (first * w, "h feeds both scores, and the second is missing"),
+                (second, "h feeds both scores, and the first is missing"),
+                (p[0] * w + second, "the target's score gets p minus 1"),
+            ],
+            "w": [
+                (first * h, "only its use in the score w h was counted"),
+                (right[1] - first * h, "only its use in w x + b was counted"),
+            ],
+            "x": [],
+        }
         found = gradients(*start)
         assert len(found) == 3, f"{len(found)} gradients, not 3: of x, w and b"
-        d_x, d_w, d_b = (float(number) for number in found)
-        at = "at x = {:g}, w = {:g}, b = {:g}".format(*start)
-        mistakes = [
-            (d_w, late, "w: only its use in the score w h was counted"),
-            (d_w, wanted[1] - late, "w: only its use in w x + b was counted"),
-            (d_b, paths["w"], "b: h feeds both scores, and the second is missing"),
-            (d_b, paths["one"], "b: h feeds both scores, and the first is missing"),
-            (d_b, p[0] * w + p[1], "b: the target's score gets p minus 1"),
-        ]
-        right = {"b": (d_b, wanted[2]), "w": (d_w, wanted[1]), "x": (d_x, wanted[0])}
-        for name, (ours, theirs) in right.items():
-            if abs(ours - theirs) < 1e-5:
+        found = dict(zip("xwb", map(float, found), strict=True))
+        # From the end to the beginning, for a mistake spreads that way.
+        for name, wanted in zip("bwx", reversed(right), strict=True):
+            ours = found[name]
+            if abs(ours - wanted) < 1e-5:
                 continue
-            for number, value, mistake in mistakes:
-                assert mistake[0] != name or abs(number - value) > 1e-9, (
-                    f"the gradient of {mistake} ({at})"
-                )
-            assert h > 0, f"the gradient of {name} is {ours:g}, but ReLU is flat {at}"
-            raise AssertionError(
-                f"the gradient of {name} is {theirs:.4f} {at}, not {ours:.4f}"
-            )
+            where = "at x = {:g}, w = {:g}, b = {:g} the gradient of".format(*start)
+            for value, mistake in [*mistakes[name], (-wanted, "the sign is wrong")]:
+                assert abs(ours - value) > 1e-9, f"{where} {name}: {mistake}"
+            assert h > 0, f"{where} {name} is {ours:g}, but ReLU is flat there"
+            raise AssertionError(f"{where} {name} is {wanted:.4f}, not {ours:.4f}")
 
 
 def check_mlp_backward(backward: Callable[..., tuple[Tensor, ...]]) -> None:
