@@ -13,7 +13,7 @@ def gelu(x: Tensor) -> Tensor:
 
     Returns the shape and dtype of x. Source: Hendrycks and Gimpel (2016).
 
-    Book: 08_mlp.html#gelu-a-rounder-bend
+    Book: 08_mlp.html#gelu-relu-without-the-corner
     """
     root = math.sqrt(2 / math.pi)
     return x * torch.sigmoid(2 * root * x * (1 + 0.044715 * x * x))
@@ -25,7 +25,7 @@ class MLP(nn.Module):
     The hidden width is four times C.
     Source: Vaswani et al. (2017), section 3.3, with the activation of GPT-2.
 
-    Book: 08_mlp.html#the-module
+    Book: 08_mlp.html#the-equation
     """
 
     def __init__(self, width: int):

@@ -78,6 +78,7 @@ from glassgpt.checks.mlp import (
     check_mlp,
     check_mlp_backward,
     check_one_not_both,
+    check_shared_weight,
 )
 from glassgpt.checks.modern import (
     check_reorder,
@@ -195,6 +196,7 @@ __all__ = [
     "check_sample",
     "check_scale",
     "check_schedule",
+    "check_shared_weight",
     "check_shift_matrix",
     "check_sinusoidal_positions",
     "check_softmax",
