@@ -67,6 +67,26 @@ class GPT(nn.Module):
             self.head.weight = self.tokens.weight
         self.initialize()
 
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """What enters the first block, (B, T, C)."""
+        return self.dropout(self.tokens(ids) + self.positions(positions))
+
+    def hidden_states(
+        self,
+        ids: Tensor,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        caches: list[Any] | None = None,
+    ) -> Tensor:
+        """What the head reads, (B, T, C), for ids that are known to be valid."""
+        if positions is None:
+            first = caches[0].length if caches else 0
+            positions = torch.arange(first, first + ids.shape[1], device=ids.device)
+        x = self.embed(ids, positions)  # (B, T, C)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, mask, caches[layer] if caches else None)
+        return self.norm(x)
+
     def forward(
         self,
         ids: Tensor,
@@ -83,29 +103,9 @@ class GPT(nn.Module):
         check_ids(ids, self.config.vocab_size, room)
         return self.head(self.hidden_states(ids, positions, mask, caches))
 
-    def hidden_states(
-        self,
-        ids: Tensor,
-        positions: Tensor | None = None,
-        mask: Tensor | None = None,
-        caches: list[Any] | None = None,
-    ) -> Tensor:
-        """What the head reads, (B, T, C), for ids that are known to be valid."""
-        if positions is None:
-            first = caches[0].length if caches else 0
-            positions = torch.arange(first, first + ids.shape[1], device=ids.device)
-        x = self.embed(ids, positions)
-        for layer, block in enumerate(self.blocks):
-            x = block(x, mask, caches[layer] if caches else None)
-        return self.norm(x)
-
-    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """What enters the first block, (B, T, C)."""
-        return self.dropout(self.tokens(ids) + self.positions(positions))
-
     @torch.no_grad()
     def initialize(self) -> None:
-        """Draw matrices with 0.02, those that write into the stream with less."""
+        """Normal with standard deviation 0.02, less for what writes into the stream."""
         small = 0.02 / math.sqrt(2 * self.config.layers)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
