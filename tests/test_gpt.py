@@ -376,6 +376,8 @@ def test_dropout_acts_in_training_only():
     assert not torch.equal(model(ids), model(ids))
     entering = model.embed(ids, torch.arange(8))
     assert not entering.all()
+    assert {block.dropout.p for block in model.blocks} == {0.5}
+    assert {block.attention.dropout for block in model.blocks} == {0.5}
     model.eval()
     assert torch.equal(model(ids), model(ids))
 
