@@ -69,7 +69,6 @@ from glassgpt.checks.heads import (
     check_contributions,
     check_fused_attention,
     check_grouped_attention,
-    check_merge_heads,
     check_multi_head,
     check_split_heads,
 )
@@ -165,7 +164,6 @@ __all__ = [
     "check_log_softmax",
     "check_lookup",
     "check_masked_softmax",
-    "check_merge_heads",
     "check_merge_pair",
     "check_merge_word",
     "check_min_p",
