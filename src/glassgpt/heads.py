@@ -47,9 +47,11 @@ def fused_attention(
     Book: 07_multi_head_attention.html#three-ways-one-result
     """
     T, S = queries.shape[-2], keys.shape[-2]
-    if mask is None and 1 < T < S:  # a single query, the last one, sees everything
+    causal = False  # a single query, the last one, sees everything
+    if mask is None and T == S:
+        causal = True
+    elif mask is None and T > 1:
         mask = causal_mask(S, device=keys.device)[S - T :]
-    causal = mask is None and T == S
     return F.scaled_dot_product_attention(
         queries, keys, values, mask, dropout, is_causal=causal
     )
