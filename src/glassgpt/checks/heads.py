@@ -77,7 +77,10 @@ def check_fused_attention(fused_attention: Callable[..., Tensor]) -> None:
     q, k, v = _random(*3 * [(2, 3, 5, 4)])
     last, some = q[:, :, -1:], q[:, :, -2:]
     cases = [
-        ((q, torch.ones(5, 5) > 0), "a mask that allows everything shows the future"),
+        (
+            (q, torch.ones(5, 5) > 0),
+            "a mask alone decides: if it allows everything, words see the future",
+        ),
         ((last, None), "a single query is the last position: it sees all the keys"),
     ]
     for (queries, mask), mistake in cases:
