@@ -37,7 +37,7 @@ def fused_attention(
     mask: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Attention in one kernel that never stores the (T, S) weights.
+    """Attention in one kernel that need not store the (T, S) weights.
 
     queries: (B, H, T, D); keys, values: (B, H, S, D). Without a mask it is causal, and
     the queries are the last T of S positions. A mask (bool, True = may look, broadcast
@@ -68,7 +68,7 @@ class MultiHeadAttention(nn.Module):
 
     def __init__(self, width: int, heads: int, dropout: float = 0.0):
         super().__init__()
-        self.heads, self.dropout = heads, dropout
+        self.heads, self.dropout, self.attend = heads, dropout, fused_attention
         self.qkv = nn.Linear(width, 3 * width)
         self.projection = nn.Linear(width, width)
 
@@ -85,5 +85,5 @@ class MultiHeadAttention(nn.Module):
         if cache is not None:
             keys, values = cache.append(keys, values)
         dropout = self.dropout if self.training else 0.0
-        contexts = fused_attention(queries, keys, values, mask, dropout)
+        contexts = self.attend(queries, keys, values, mask, dropout)
         return self.projection(merge_heads(contexts))
