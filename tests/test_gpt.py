@@ -291,7 +291,7 @@ def test_the_head_stays_tied():
 BAD_IDS = [
     (torch.tensor([[0, 97]]), "id 97 is out of range: ids are 0 to 96"),
     (torch.tensor([[5, -1]]), "id -1 is out of range"),
-    (torch.zeros(1, 33, dtype=torch.int64), "33 tokens, but there is room for 32"),
+    (torch.zeros(1, 33, dtype=torch.int64), "33 tokens, but the context has room for 32"),
     (torch.zeros(1, 0, dtype=torch.int64), "at least one id"),
     (torch.zeros(0, 3, dtype=torch.int64), "at least one id"),
     (torch.zeros(3, dtype=torch.int64), r"\(B, T\), not tensor\(\[0, 0, 0\]\)"),
@@ -339,7 +339,7 @@ def test_the_room_counts_what_a_cache_holds():
     model = GPT(CONFIG)
     caches = [Cache() for _ in model.blocks]
     model(random_ids(1, 30), caches=caches)
-    with pytest.raises(ValueError, match="3 tokens, but there is room for 2"):
+    with pytest.raises(ValueError, match="3 tokens, but the context has room for 2"):
         model(random_ids(1, 3), caches=caches)
     assert model(random_ids(1, 2), caches=caches).shape == (1, 2, 97)
 

@@ -140,7 +140,7 @@ def check_ids(ids: Tensor, vocab_size: int, room: int) -> None:
     if not ids.numel():
         raise ValueError(f"there must be at least one id, not {tuple(ids.shape)}")
     if ids.shape[1] > room:
-        raise ValueError(f"{ids.shape[1]} tokens, but there is room for {room}")
+        raise ValueError(f"{ids.shape[1]} tokens, but the context has room for {room}")
     lowest, highest = torch.stack(ids.aminmax()).tolist()  # one look for both
     if lowest < 0 or highest >= vocab_size:
         wrong = lowest if lowest < 0 else highest
