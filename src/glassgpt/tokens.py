@@ -152,9 +152,9 @@ def merge_word(ids: Sequence[int], merges: Mapping[Pair, int]) -> list[int]:
     Book: 02_tokens.html#encoding
     """
     ids = list(ids)
-    while known := [(merges[pair], pair) for pair in pairwise(ids) if pair in merges]:
-        new, pair = min(known)
-        ids = merge_pair(ids, pair, new)
+    while known := {merges[pair]: pair for pair in pairwise(ids) if pair in merges}:
+        new = min(known)
+        ids = merge_pair(ids, known[new], new)
     return ids
 
 
