@@ -102,7 +102,8 @@ def worker(checkout: Path) -> subprocess.Popen[str]:
 
 def ask(process: subprocess.Popen[str], word: str) -> str:
     """Send a worker a line and return its answer."""
-    assert process.stdin and process.stdout
+    assert process.stdin
+    assert process.stdout
     process.stdin.write(word + "\n")
     process.stdin.flush()
     return process.stdout.readline().strip()
