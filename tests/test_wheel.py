@@ -35,7 +35,14 @@ def test_wheel_holds_the_tangled_modules_and_nothing_else(dist):
     wanted = {f"glassgpt/{name.replace('.', '/')}.py" for name in modules}
     # A package needs its __init__.py, tangled or empty.
     wanted |= {"glassgpt/__init__.py", "glassgpt/checks/__init__.py"}
+    model = ROOT / "src" / "glassgpt" / "models" / "shakespeare"
+    wanted |= {f"glassgpt/models/shakespeare/{path.name}" for path in model.iterdir()}
     assert held == wanted | {"glassgpt/py.typed"}
+
+
+def test_wheel_is_small_with_the_model_in_it(dist):
+    (wheel,) = dist.glob("*.whl")
+    assert wheel.stat().st_size < 3_000_000
 
 
 def test_wheel_carries_licenses_and_the_command(dist):
