@@ -30,8 +30,8 @@ RECORD = ROOT / "book" / "runs" / "shakespeare.json"
 COVER = ROOT / "book" / "_static" / "cover.html"
 
 TEXT_PROMPT, TEXT_STEPS, TEXT_TOKENS, TEXT_SEED = "ROMEO:\n", [0, 50, 100, 300, 1000, 3000], 60, 1
-BARS_PROMPT, BARS_STEPS = "HAMLET:\nGood my", [0, 50, 100, 200, 400, 800, 1600, 3200, 6400]
-TRACE_PROMPT, TRACE_TOKENS, TRACE_SEED = "JULIET:\nO Romeo,", 24, 1
+BARS_PROMPT, BARS_STEPS = "ROMEO:\nO, my", [0, 50, 100, 200, 400, 800, 1600, 3200, 6400]
+TRACE_PROMPT, TRACE_TOKENS, TRACE_SEED, TRACE_TEMPERATURE = "JULIET:\nO Romeo,", 24, 7, 0.7
 CANDIDATES = 12  # tokens shown with their probabilities
 LONGEST = 6  # characters that the longest of the counted contexts has, and one more
 # What the command line has for each setting of the run.
@@ -169,11 +169,16 @@ def trace(model, tokenizer):
     pieces = [tokenizer.decode([i]) for i in ids]
     generator, steps = torch.Generator().manual_seed(TRACE_SEED), []
     for _ in range(TRACE_TOKENS):
-        p, best = top(model, tokenizer, ids)
+        p, best = top(model, tokenizer, ids, TRACE_TEMPERATURE)
         new = torch.multinomial(p, 1, generator=generator).item()
         ids.append(new)
         steps.append({"token": tokenizer.decode([new]), "p": round(p[new].item(), 5), "top": best})
-    return {"prompt": TRACE_PROMPT, "pieces": pieces, "steps": steps}
+    return {
+        "prompt": TRACE_PROMPT,
+        "temperature": TRACE_TEMPERATURE,
+        "pieces": pieces,
+        "steps": steps,
+    }
 
 
 def model_at(run, step, settings):
@@ -327,6 +332,7 @@ def draw_cover(content):
     from glassgpt.figures import guess_bars, slider, token_boxes
 
     trace = content["trace"]
+    highest = max(p for step in trace["steps"] for _, p in step["top"])
 
     def draw(number):
         written = [step["token"] for step in trace["steps"][:number]]
@@ -334,7 +340,7 @@ def draw_cover(content):
         if number == len(trace["steps"]):
             return text
         step = trace["steps"][number]
-        return text + guess_bars(step["top"][:8], (step["token"], step["p"]))
+        return text + guess_bars(step["top"][:8], (step["token"], step["p"]), highest)
 
     def tell(number):
         written = "".join(step["token"] for step in trace["steps"][:number])

@@ -350,14 +350,14 @@ def _shown_as(drawn: Any, alt: str, salt: str) -> Any:
 
 
 _TOKEN_STYLE = """<style>
-.glass-tokens{font:.95em/1.9 ui-monospace,Menlo,Consolas,monospace;max-width:44rem;
+.glass-tokens{font:.95em/1.9 ui-monospace,Menlo,Consolas,monospace;max-width:34rem;
 margin:.5rem auto}
 .glass-tokens i{font-style:normal;white-space:pre-wrap;padding:.15em .1em;margin:0 1px;
 border-radius:3px;box-decoration-break:clone;background:#e83e8c26}
 .glass-tokens i:nth-of-type(even){background:#e83e8c52}
 .glass-tokens i.glass-new{outline:2px solid #d2142d}
 .glass-guesses{display:grid;grid-template-columns:5.5em 1fr 7.6em;
-gap:2px 8px;max-width:32rem;margin:.5rem auto;font-size:.9em;line-height:1.35}
+gap:2px 8px;max-width:34rem;margin:.5rem auto;font-size:.9em;line-height:1.35}
 .glass-guesses code{white-space:pre;text-align:right;background:none;color:inherit;
 padding:0;font-size:1em}
 .glass-guesses b{background:#8f8f8f;min-width:1px;border-radius:2px;align-self:stretch}
@@ -390,9 +390,13 @@ def token_boxes(
 
 
 def guess_bars(
-    candidates: Sequence[tuple[str, float]], chosen: tuple[str, float] | None = None
+    candidates: Sequence[tuple[str, float]],
+    chosen: tuple[str, float] | None = None,
+    limit: float = 1,
 ) -> str:
     """The HTML of a bar for each (token, probability); `chosen` is marked.
+
+    `limit` is the probability that gets a full bar.
 
     Book: a1_figures.html#pictures-made-of-text
     """
@@ -402,7 +406,7 @@ def guess_bars(
         is_it = (piece, p) == chosen
         marked = ' class="glass-new"' if is_it else ""
         number = f"{p:.1%}" + (" \u25c4 chosen" if is_it else "")
-        bar = f'<b{marked} style="width:{100 * p:.1f}%"></b>'
+        bar = f'<b{marked} style="width:{100 * p / limit:.1f}%"></b>'
         rows.append(f"<code>{_shown(piece)}</code>{bar}<span>{number}</span>")
     return f'{_TOKEN_STYLE}<div class="glass-guesses">{"".join(rows)}</div>'
 
