@@ -465,7 +465,7 @@ def test_the_map_refuses_a_place_that_it_does_not_show(here):
         book_map(here)
 
 
-@pytest.mark.parametrize(("width", "high"), [(780, 130), (390, 280)])
+@pytest.mark.parametrize(("width", "high"), [(780, 130), (700, 130), (390, 280)])
 def test_the_map_is_low_and_fits(browser, width, high):
     page = browser.new_page(viewport={"width": width, "height": 400})
     page.set_content(f'<body style="margin:0">{book_map(6)._repr_html_()}</body>')

@@ -57,7 +57,8 @@ def test_the_shipped_model_gives_the_recorded_probabilities(record, shipped):
     ids = tokenizer.encode(trace["prompt"])
     assert [tokenizer.decode([i]) for i in ids] == trace["pieces"]
     with torch.no_grad():
-        p = model(torch.tensor([ids]))[0, -1].softmax(-1)
+        logits = model(torch.tensor([ids]))[0, -1]
+    p = (logits / trace["temperature"]).softmax(-1)
     values, best = p.topk(tool.CANDIDATES)
     found = [tokenizer.decode([i]) for i in best.tolist()]
     assert found == [piece for piece, _ in trace["steps"][0]["top"]]

@@ -351,8 +351,8 @@ def draw_cover(content):
         return said
 
     moving = slider(draw, range(len(trace["steps"]) + 1), "tokens written", tell, play=1.2)
-    page = f'<div class="glass-cover">{moving._repr_html_()}</div>\n{START}'
-    COVER.write_text(page, "utf-8")
+    opened = '<div class="glass-cover" style="margin-bottom:1.5rem">'
+    COVER.write_text(f"{opened}{moving._repr_html_()}</div>\n{START}", "utf-8")
 
 
 def main(arguments=None):

@@ -356,7 +356,7 @@ margin:.5rem auto}
 border-radius:3px;box-decoration-break:clone;background:#e83e8c26}
 .glass-tokens i:nth-of-type(even){background:#e83e8c52}
 .glass-tokens i.glass-new{outline:2px solid #d2142d}
-.glass-guesses{display:grid;grid-template-columns:5.5em 1fr 7.6em;
+.glass-guesses{display:grid;grid-template-columns:5.5em 1fr 8.6em;
 gap:2px 8px;max-width:34rem;margin:.5rem auto;font-size:.9em;line-height:1.35}
 .glass-guesses code{white-space:pre;text-align:right;background:none;color:inherit;
 padding:0;font-size:1em}
@@ -420,7 +420,8 @@ justify-content:center;min-height:2.75rem}
 .glass-moving [hidden],.glass-still{display:none}
 .glass-spoken{position:absolute;width:1px;height:1px;overflow:hidden;
 clip-path:inset(50%)}
-.glass-moving button{display:block;margin:0 auto;padding:.3rem 1rem;cursor:pointer}
+.glass-moving button{display:block;margin:0 auto;padding:.3rem 1rem;cursor:pointer;
+color:inherit;background:none;border:1px solid;border-radius:4px;font:inherit}
 @media print,(scripting:none){
 .glass-moving label,.glass-moving button,.glass-moving .glass-frame{display:none}
 .glass-moving .glass-start,.glass-moving .glass-still{display:block!important}
@@ -614,14 +615,14 @@ _AROUND = [
 
 
 _MAP_STYLE = """<style>
-.glass-map{font:12px/1.25 system-ui,sans-serif}
+.glass-map{font:11.5px/1.25 system-ui,sans-serif}
 .glass-map div{display:flex;flex-wrap:wrap;align-items:center;justify-content:center;
-gap:14px 2px;padding-top:10px}
+gap:14px 1px;padding-top:10px}
 .glass-map span.glass-block{display:inline-flex;flex-wrap:wrap;align-items:center;
 justify-content:center;gap:14px 2px;border:1px dashed;border-radius:6px;
-padding:13px 4px 4px}
+padding:13px 3px 3px}
 .glass-map .glass-stop{position:relative;text-align:center;border:1px solid #8f8f8f;
-border-radius:4px;padding:2px 4px;color:inherit;text-decoration:none;
+border-radius:4px;padding:2px 3px;color:inherit;text-decoration:none;
 white-space:nowrap;min-width:24px}
 .glass-map a.glass-stop:hover{text-decoration:underline}
 .glass-map .glass-stop b{display:block}
