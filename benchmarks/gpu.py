@@ -30,17 +30,19 @@ import numpy as np
 import torch
 from training import machine, write_section
 
+from glassgpt.checkpoints import build
 from glassgpt.data import TokenData
 from glassgpt.device import SIZES, peak_flops, pick_device, pick_precision
-from glassgpt.gpt import GPT, GPTConfig
+from glassgpt.gpt import GPTConfig
+from glassgpt.modern import ModernConfig
 from glassgpt.training import TrainConfig, Trainer, take_step
 
 GPT2, ROUND = 50_257, 50_304  # GPT-2's vocabulary, and the next multiple of 64
 OURS = {
     "glassgpt GPT-2": (GPTConfig, GPT2, "adamw"),
     "glassgpt GPT-2, vocabulary 50,304": (GPTConfig, ROUND, "adamw"),
-    "glassgpt modern, AdamW": (GPTConfig.modern, ROUND, "adamw"),
-    "glassgpt modern, Muon": (GPTConfig.modern, ROUND, "muon"),
+    "glassgpt modern, AdamW": (ModernConfig, ROUND, "adamw"),
+    "glassgpt modern, Muon": (ModernConfig, ROUND, "muon"),
 }
 NANOGPT = ("nanoGPT", "nanoGPT, again")
 Step = Callable[[], float | None]
@@ -57,7 +59,7 @@ def config_of(name: str, options: argparse.Namespace) -> GPTConfig:
 def our_step(name: str, options: argparse.Namespace, ids: np.ndarray) -> Step:
     """A step of glassgpt, as `fit` makes it."""
     device = pick_device(options.device)
-    model = GPT(config_of(name, options)).to(device)
+    model = build(config_of(name, options)).to(device)
     training = TrainConfig(
         batch_size=options.batch_size,
         optimizer=OURS[name][2],
@@ -160,7 +162,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
     speed = tokens / statistics.median(seconds)
     device = pick_device(options.device)
     with torch.device("meta"):
-        flops = GPT(config_of(name, options)).flops_per_token()
+        flops = build(config_of(name, options)).flops_per_token()
     return {
         "tokens/s": speed,
         "slowest": tokens / max(seconds),

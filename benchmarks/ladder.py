@@ -5,7 +5,7 @@
 Every rung trains the same sizes on the plays, characters, with the same batches,
 learning rate and number of steps, in bfloat16 and without compiling. One seed a rung:
 small differences mean nothing. `--write` puts the numbers into book/runs/ladder.json,
-from which chapter 14 draws, and a table into README.md beside this file.
+from which chapter 15 draws, and a table into README.md beside this file.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from training import machine, write_section
 
 from glassgpt.data import TokenData, shakespeare, tokenize
 from glassgpt.device import keep_freed_memory
-from glassgpt.gpt import GPT, GPTConfig
+from glassgpt.modern import GPT2_CHOICES, ModernConfig, ModernGPT
 from glassgpt.tokens import CharTokenizer
 from glassgpt.training import TrainConfig, train
 
@@ -40,12 +40,12 @@ SIZES = {"context": 128, "layers": 4, "heads": 4, "width": 128}
 
 def climb(data: TokenData, steps: int, seed: int) -> list[dict[str, object]]:
     """Train every rung and return its losses in nats a character."""
-    model_values, training_values, rungs = {}, {}, []
+    model_values, training_values, rungs = dict(GPT2_CHOICES), {}, []
     for name, (model_change, training_change) in RUNGS.items():
         model_values |= model_change
         training_values |= training_change
         torch.manual_seed(seed)
-        model = GPT(GPTConfig(data.vocab_size, **SIZES, **model_values))
+        model = ModernGPT(ModernConfig(data.vocab_size, **SIZES, **model_values))
         config = TrainConfig(
             steps=steps,
             batch_size=16,

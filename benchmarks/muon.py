@@ -15,7 +15,7 @@ import torch
 from training import machine
 
 from glassgpt.device import keep_freed_memory
-from glassgpt.gpt import GPT, GPTConfig
+from glassgpt.modern import ModernConfig, ModernGPT
 from glassgpt.training import Muon
 
 SIZES = {
@@ -32,7 +32,7 @@ ROUNDS = 9
 
 def matrices_of(sizes: dict[str, int]) -> list[torch.nn.Parameter]:
     """The matrices of a model's blocks, with random gradients."""
-    model = GPT(GPTConfig.modern(65, context=64, **sizes))
+    model = ModernGPT(ModernConfig(65, context=64, **sizes))
     matrices = [p for p in model.blocks.parameters() if p.dim() > 1]
     for matrix in matrices:
         matrix.grad = torch.randn_like(matrix)

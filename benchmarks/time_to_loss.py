@@ -35,7 +35,7 @@ from training import machine, write_section
 
 from glassgpt.data import TokenData, read_documents, split_documents
 from glassgpt.device import keep_freed_memory, pick_precision
-from glassgpt.gpt import GPT, GPTConfig
+from glassgpt.modern import ModernConfig, ModernGPT
 from glassgpt.tokens import CharTokenizer
 from glassgpt.training import TrainConfig, Trainer, make_loss, take_step
 
@@ -77,8 +77,8 @@ def ours(data: TokenData, seconds: float, compile: str) -> Curve:
     # What an earlier run compiled would spare this one the time.
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp()
     torch.manual_seed(0)
-    model = GPT(
-        GPTConfig.modern(data.vocab_size, context=128, layers=4, heads=4, width=128)
+    model = ModernGPT(
+        ModernConfig(data.vocab_size, context=128, layers=4, heads=4, width=128)
     )
     config = TrainConfig(
         steps=100_000,

@@ -69,13 +69,13 @@ ROOT = Path(__file__).resolve().parent
 def our_step(size: str, name: str) -> Callable[[], None]:
     """One step of glassgpt, imported here: a peer's memory is counted without it."""
     from glassgpt.data import TokenData
-    from glassgpt.gpt import GPT, GPTConfig
+    from glassgpt.modern import GPT2_CHOICES, ModernConfig, ModernGPT
     from glassgpt.training import TrainConfig, Trainer, take_step
 
     sizes, batch_size, _ = SIZES[size]
     recipe, settings = OURS[name]
-    make = GPTConfig.modern if recipe == "modern" else GPTConfig
-    model = GPT(make(VOCABULARY, bias=False, **sizes))
+    choices = {} if recipe == "modern" else {**GPT2_CHOICES, "bias": False}
+    model = ModernGPT(ModernConfig(VOCABULARY, **sizes, **choices))
     ids = np.random.default_rng(0).integers(VOCABULARY, size=200_000)
     data = TokenData.of(ids[:180_000], ids[180_000:], VOCABULARY)
     trainer = Trainer(model, data, TrainConfig(batch_size=batch_size, **settings))

@@ -17,7 +17,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from glassgpt import GPT, GPTConfig, TokenData, TrainConfig, cli, gpt, load, training
+from glassgpt import (
+    GPT,
+    GPTConfig,
+    ModernConfig,
+    TokenData,
+    TrainConfig,
+    cli,
+    load,
+    modern,
+    training,
+)
 from glassgpt.checkpoints import save
 from glassgpt.cli import HELP, main, make_parser, size_advice
 from glassgpt.tokens import BPETokenizer, CharTokenizer
@@ -592,7 +602,9 @@ def test_help_lists_every_option(command, capsys):
     expected = {
         "train": ["data", "tokenizer", "vocab-size", "out", "resume", "size", "recipe"]
         + ["device", "tensorboard"]
-        + [field.name for kind in (GPTConfig, TrainConfig) for field in fields(kind)],
+        + [
+            field.name for kind in (ModernConfig, TrainConfig) for field in fields(kind)
+        ],
         "generate": ["prompt", "tokens", "temperature", "top-k", "top-p", "seed"]
         + ["weights", "device"],
         "tokenize": ["data", "tokenizer", "vocab-size", "out", "workers"],
@@ -610,11 +622,13 @@ def test_help_explains_every_option():
     )
     for part in commands.choices.values():
         assert [action.dest for action in part._actions if not action.help] == []
-    names = {field.name for kind in (GPTConfig, TrainConfig) for field in fields(kind)}
+    names = {
+        field.name for kind in (ModernConfig, TrainConfig) for field in fields(kind)
+    }
     assert HELP.keys() == names - {"vocab_size"}
 
 
-@pytest.mark.parametrize("choices", [gpt._CHOICES, training._CHOICES])
+@pytest.mark.parametrize("choices", [modern._CHOICES, training._CHOICES])
 def test_help_names_every_choice(choices):
     for name, values in choices.items():
         words = HELP[name].replace(",", "").split()

@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from glassgpt import device as module
+from glassgpt.checkpoints import build
 from glassgpt.checks.device import (
     check_days,
     check_fit_batch,
@@ -33,7 +33,14 @@ from glassgpt.device import (
     pick_precision,
 )
 from glassgpt.gpt import GPT, GPTConfig
-from glassgpt.training import TrainConfig
+from glassgpt.modern import ModernConfig
+from glassgpt.training import (
+    TrainConfig,
+    make_loss,
+    short_attention,
+    suits_short_attention,
+    use_attention,
+)
 
 
 class FakeCard:
@@ -229,8 +236,10 @@ def test_measured_flops_are_plausible():
     assert 1e7 < measure_flops(torch.device("cpu"), torch.float32) < 1e15
 
 
-def kept_bytes(model, ids, dtype):
+def kept_bytes(model, ids, training):
     """Bytes of what the forward pass keeps, parameters aside."""
+    if suits_short_attention(model.config.context, training):
+        use_attention(model, short_attention)
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
 
@@ -241,21 +250,19 @@ def kept_bytes(model, ids, dtype):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            logits = model.logits(ids)
-        F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten())
+        make_loss(model, training, stepping=True)(ids, ids)
     return sum(storage.nbytes() for storage in kept.values())
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("make", [GPTConfig, GPTConfig.modern])
+@pytest.mark.parametrize("make", [GPTConfig, ModernConfig])
 @pytest.mark.parametrize("context", [64, 256, 512])
 def test_memory_is_estimated_closely(precision, make, context):
     config = make(80, context=context, layers=3, heads=2, width=64)
-    model, ids = GPT(config), torch.zeros(4, context, dtype=torch.int64)
-    counted = kept_bytes(model, ids, getattr(torch, precision))
-    counted += 16 * model.parameter_count()  # what autocast copies is in the count
+    model, ids = build(config), torch.zeros(4, context, dtype=torch.int64)
     training = TrainConfig(batch_size=4, precision=precision)
+    counted = kept_bytes(model, ids, training)
+    counted += 16 * model.parameter_count()  # what autocast copies is in the count
     assert 0.85 < memory_needed(config, training) / counted < 1.25
 
 
@@ -263,13 +270,11 @@ def test_memory_is_estimated_closely(precision, make, context):
 def test_memory_with_recomputation(precision):
     config = GPTConfig(80, context=128, layers=12, heads=2, width=64)
     model, ids = GPT(config), torch.zeros(4, 128, dtype=torch.int64)
-    dtype = getattr(torch, precision)
-    whole = kept_bytes(model, ids, dtype)
-    model.recompute = True
-    little = kept_bytes(model, ids, dtype)
-    one = GPT(replace(config, layers=1))  # what the backward pass makes again, at once
-    counted = little + kept_bytes(one, ids, dtype) + 16 * model.parameter_count()
     training = TrainConfig(batch_size=4, precision=precision, recompute=True)
+    plain = replace(training, recompute=False)
+    whole, little = (kept_bytes(model, ids, how) for how in (plain, training))
+    one = GPT(replace(config, layers=1))  # what the backward pass makes again, at once
+    counted = little + kept_bytes(one, ids, plain) + 16 * model.parameter_count()
     assert little < whole / 4
     assert 0.67 < memory_needed(config, training) / counted < 1.5
 
@@ -335,7 +340,7 @@ class TestPlan:
 
     def test_modern_recipe(self):
         plan = make_plan(80, recipe="modern", device="cpu")
-        wanted = GPTConfig.modern(80, context=64, layers=4, heads=4, width=128)
+        wanted = ModernConfig(80, context=64, layers=4, heads=4, width=128)
         assert plan.model == wanted
         assert plan.training.optimizer == "muon"
         assert plan.training.schedule == "linear"
@@ -407,7 +412,7 @@ class TestPlan:
 
     def test_what_compiling_needs_is_counted(self, monkeypatch):
         """A table of attention weights is kept in float32 only when compiled."""
-        values = {"device": "cpu", "context": 256, "precision": "float32"}
+        values = {"device": "cpu", "precision": "float32", "steps": 50_000}
         plain = make_plan(80, **values, compile="off")
         needed = memory_needed(plain.model, plain.training)
         monkeypatch.setattr(os, "sysconf", lambda name: math.isqrt(needed) + 1)

@@ -1,6 +1,5 @@
 """Generation: filters by property, caches and batches by parity, and bad input."""
 
-import copy
 import math
 
 import numpy as np
@@ -26,6 +25,7 @@ from glassgpt.generation import (
     window_start,
 )
 from glassgpt.gpt import GPT, GPTConfig
+from glassgpt.modern import ModernConfig, ModernGPT
 from glassgpt.tokens import BPETokenizer, CharTokenizer
 from glassgpt.training import TrainConfig, train
 
@@ -36,6 +36,15 @@ ROWS = st.lists(
     min_size=1,
     max_size=3,
 ).map(torch.tensor)
+
+
+def small_modern():
+    """A modern model of the sizes of `_small_gpt`, with random weights."""
+    random = torch.Generator().manual_seed(0)
+    model = ModernGPT(ModernConfig(11, 8, 2, 2, 16)).double().eval()
+    for parameter in model.parameters():
+        parameter.data.normal_(0.0, 0.7, generator=random)
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -157,26 +166,26 @@ def test_a_long_prompt_goes_on_from_its_window(model):
     assert generate(model, prompt, 1, top_k=1) == [*prompt, wanted]
 
 
-@pytest.mark.parametrize("positions", ["learned", "sinusoidal", "rotary"])
+@pytest.mark.parametrize("modern", [False, True])
 @pytest.mark.parametrize("length", [1, 3, 7, 8, 9, 17])
-def test_the_cache_changes_nothing(positions, length):
-    model = checks._small_gpt(positions)
+def test_the_cache_changes_nothing(modern, length):
+    model = small_modern() if modern else checks._small_gpt()
     prompts = [[(3 * i) % 11 for i in range(length)], [4, 2]]
     for options in ({"top_k": 1}, {"temperature": 0.8, "top_p": 0.9, "seed": 3}):
         cached = list(stream(model, prompts, 20, **options))
         assert cached == list(stream(model, prompts, 20, **options, use_cache=False))
 
 
-def test_a_modern_model_with_a_cache():
-    torch.manual_seed(0)
-    config = GPTConfig.modern(13, context=10, layers=2, heads=2, width=8)
-    model = GPT(config).double()
-    for parameter in model.parameters():
-        parameter.data.normal_(0, 0.4)
-    rows = [[1], [2, 3, 4]]
-    assert list(stream(model, rows, 30, top_k=1)) == list(
-        stream(model, rows, 30, top_k=1, use_cache=False)
-    )
+@pytest.mark.parametrize("modern", [False, True])
+def test_pieces_with_a_cache_are_the_whole(modern):
+    model = small_modern() if modern else checks._small_gpt()
+    ids = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
+    wanted, caches = model(ids), [KeyValueCache(8) for _ in model.blocks]
+    for start, end in ((0, 3), (3, 4), (4, 7), (7, 8)):
+        found = model(ids[:, start:end], caches=caches)
+        torch.testing.assert_close(found, wanted[:, start:end], atol=1e-6, rtol=1e-6)
+    with pytest.raises(ValueError, match="context"):
+        model(ids[:, :1], caches=caches)
 
 
 @settings(deadline=None, max_examples=25)
@@ -186,7 +195,11 @@ def test_a_modern_model_with_a_cache():
     )
 )
 def test_a_row_in_a_batch_is_as_alone(prompts):
-    model = checks._small_gpt()
+    for model in (checks._small_gpt(), small_modern()):
+        check_rows_alone(model, prompts)
+
+
+def check_rows_alone(model, prompts):
     together = generate(model, prompts, 14, top_k=1)
     assert together == [generate(model, prompt, 14, top_k=1) for prompt in prompts]
 
@@ -392,10 +405,10 @@ class ValuesReversed(KeyValueCache):
 @torch.no_grad()
 def generates_without_offset(model, ids, count, top_k):
     ids, caches = list(ids), [NoOffset(100) for _ in model.blocks]
-    logits = model(torch.tensor([ids[-8:]]), caches)
+    logits = model(torch.tensor([ids[-8:]]), caches=caches)
     for _ in range(count):
         ids.append(int(logits[0, -1].argmax()))
-        logits = model(torch.tensor([ids[-1:]]), caches)
+        logits = model(torch.tensor([ids[-1:]]), caches=caches)
     return ids
 
 
@@ -737,43 +750,6 @@ def test_a_light_model_is_not_saved_over_a_good_one(tmp_path):
     with pytest.raises(ValueError, match="before you lighten it"):
         save(tmp_path, lighten(model, "int8"), tokenizer)
     assert (tmp_path / "model.safetensors").read_bytes() == before
-
-
-@pytest.mark.parametrize("weights", ["bfloat16", "float16", "int8"])
-@pytest.mark.parametrize(
-    "choices",
-    [
-        {},
-        {"bias": False, "positions": "sinusoidal"},
-        {"activation": "squared_relu", "norm": "rms"},
-        {"positions": "rotary", "normalize_qk": True},
-    ],
-)
-def test_the_short_way_is_the_long_way(weights, choices):
-    torch.manual_seed(0)
-    light = lighten(GPT(GPTConfig(11, 8, 2, 2, 8, **choices)), weights)
-    found = []
-    for short in (True, False):
-        if not short:
-            del light.call_block
-        caches = [KeyValueCache(8) for _ in light.blocks]
-        with torch.inference_mode():
-            light(torch.tensor([[1, 2]]), caches)
-            found.append([light(torch.tensor([[n]]), caches) for n in (3, 4, 5)])
-    for short, long in zip(*found, strict=True):
-        assert torch.equal(short, long)
-
-
-def test_single_tokens_take_the_short_way_and_copies_the_long_one():
-    light = lighten(GPT(GPTConfig(11, 8, 1, 1, 8)), "bfloat16")
-    long = []
-    copied = copy.deepcopy(light)
-    for model in (light, copied):
-        model.blocks[0].register_forward_hook(lambda *_: long.append(1))
-    light_ids = generate(light, [1, 2], 4, top_k=1)
-    assert len(long) == 1  # the prompt
-    assert generate(copied, [1, 2], 4, top_k=1) == light_ids
-    assert len(long) == 5
 
 
 def test_a_light_model_is_neither_trained_nor_made_lighter():

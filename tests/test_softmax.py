@@ -101,10 +101,6 @@ def test_half_precision_is_rounded_only_at_the_end(dtype):
     # Half a unit in the last place of the largest probability.
     error = (softmax(x).double() - exact).abs().max()
     assert error <= torch.finfo(dtype).eps * exact.max()
-    loss = cross_entropy(x, torch.zeros(4, dtype=torch.int64))
-    assert loss.dtype == torch.float32
-    wanted = F.cross_entropy(x.double(), torch.zeros(4, dtype=torch.int64))
-    assert loss.item() == pytest.approx(wanted.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan, math.inf, -math.inf])
@@ -115,7 +111,7 @@ def test_softmax_refuses_impossible_temperatures(temperature):
 
 @pytest.mark.parametrize("function", [softmax, log_softmax])
 def test_integers_are_refused(function):
-    with pytest.raises(ValueError, match="floating-point numbers, not torch.int64"):
+    with pytest.raises(TypeError, match="requires a floating point"):
         function(torch.tensor([1, 2]))
 
 
@@ -153,30 +149,25 @@ def test_an_ignored_position_with_impossible_scores_does_no_harm():
 
 
 @pytest.mark.parametrize(
-    ("targets", "message"),
+    "targets",
     [
-        (torch.zeros(3, 2, dtype=torch.int64), r"\(3, 2\) does not fit \(2, 3, 5\)"),
-        (torch.zeros(2, 3), "must be int64 token ids, not torch.float32"),
-        (torch.full((2, 3), 5), "must lie between 0 and 4"),
-        (torch.full((2, 3), -1), "must lie between 0 and 4"),
-        (torch.full((2, 3), -100), "every target is ignored"),
+        torch.zeros(3, 2, dtype=torch.int64),
+        torch.zeros(2, dtype=torch.int64),
+        torch.zeros(2, 3),
+        torch.full((2, 3), 5),
+        torch.full((2, 3), -1),
     ],
+    ids=["transposed", "an axis less", "floats", "V", "-1"],
 )
-def test_cross_entropy_refuses_bad_targets(targets, message):
-    with pytest.raises(ValueError, match=message):
+def test_cross_entropy_refuses_bad_targets(targets):
+    with pytest.raises((IndexError, RuntimeError)):
         cross_entropy(torch.zeros(2, 3, 5), targets)
 
 
-def test_cross_entropy_compiles_whole_and_marks_bad_targets_with_nan():
-    compiled = torch.compile(cross_entropy, fullgraph=True, backend="aot_eager")
-    logits = torch.randn(2, 3, 5, requires_grad=True)
-    targets = torch.tensor([[0, 1, 2], [3, 4, -100]])
-    loss = compiled(logits, targets)
-    torch.testing.assert_close(loss, cross_entropy(logits, targets))
-    loss.backward()
-    assert logits.grad.isfinite().all()
-    assert compiled(logits, torch.full((2, 3), 5)).isnan()
-    assert compiled(logits, torch.full((2, 3), -100)).isnan()
+def test_cross_entropy_of_nothing_is_nan_as_in_torch():
+    targets = torch.full((2,), -100)
+    assert cross_entropy(torch.zeros(2, 5), targets).isnan()
+    assert F.cross_entropy(torch.zeros(2, 5), targets).isnan()
 
 
 def test_softmax_compiles_whole():
@@ -185,18 +176,41 @@ def test_softmax_compiles_whole():
     torch.testing.assert_close(compiled(x, -1, 0.7), softmax(x, -1, 0.7))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_cross_entropy_on_a_gpu_neither_waits_nor_asserts():
-    logits = torch.randn(2, 3, 5, device="cuda")
-    good = torch.tensor([[0, 1, 2], [3, 4, -100]])
-    targets, bad = good.cuda(), torch.full((2, 3), 5, device="cuda")
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        loss, spoiled = cross_entropy(logits, targets), cross_entropy(logits, bad)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    torch.testing.assert_close(loss.cpu(), cross_entropy(logits.cpu(), good))
-    assert spoiled.isnan()
+def in_double(x, dim=-1, temperature=1.0):
+    if not temperature > 0:
+        raise ValueError("no such temperature")
+    return (x.double() / temperature).softmax(dim)
+
+
+def with_log_sum_exp(x, dim=-1, temperature=1.0):
+    if not temperature > 0:
+        raise ValueError("no such temperature")
+    x = x / temperature
+    return (x - x.logsumexp(dim, keepdim=True)).exp()
+
+
+@pytest.mark.parametrize(
+    ("check", "right"),
+    [
+        ("check_softmax", in_double),
+        ("check_softmax", with_log_sum_exp),
+        ("check_log_softmax", lambda x, dim=-1: x.double().log_softmax(dim)),
+        ("check_log_softmax", lambda x, dim=-1: x - x.logsumexp(dim, keepdim=True)),
+        ("check_cross_entropy", lambda x, y: flat(x, y)),
+        ("check_cross_entropy", lambda x, y: flat(x.double(), y)),
+        ("check_masked_softmax", lambda x, m: x.double().where(m, -1e4).softmax(-1)),
+        (
+            "check_cross_entropy_gradient",
+            lambda x, y: (x.double().softmax(-1) - torch.eye(4)[y]) / len(y),
+        ),
+        (
+            "check_one_pass",
+            lambda parts: torch.cat([*parts]).double().logsumexp(0),
+        ),
+    ],
+)
+def test_right_answers_pass_in_other_precisions(check, right):
+    getattr(checks, check)(right)
 
 
 # Wrong versions. Each check must notice, and say which mistake it was.
@@ -227,6 +241,11 @@ def flat(logits, targets, **options):
     return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), **options)
 
 
+def _picked(table, targets):
+    counted = targets != -100
+    return table[counted].gather(-1, targets[counted][:, None])
+
+
 def last_chunk(chunks):
     for chunk in chunks:
         result = chunk.logsumexp(0)
@@ -234,61 +253,75 @@ def last_chunk(chunks):
 
 
 WRONG = [
-    ("check_probabilities", lambda x, dim=-1: normalized(x, dim), "not positive"),
+    ("check_softmax", lambda x, dim=-1: normalized(x, dim), "not positive"),
     (
-        "check_probabilities",
+        "check_softmax",
         lambda x, dim=-1: normalized(shifted(x, dim).exp(), 0),
         "wrong axis",
     ),
     (
-        "check_probabilities",
+        "check_softmax",
         lambda x, dim=-1: x.exp() / x.exp().sum(dim),
         "keepdim=True",
     ),
-    ("check_probabilities", lambda x, dim=-1: x.exp() / x.exp().sum(), "whole table"),
-    ("check_probabilities", lambda x, dim=-1: x.exp(), "row 0 sums to 11.107"),
+    ("check_softmax", lambda x, dim=-1: x.exp() / x.exp().sum(), "whole table"),
+    ("check_softmax", lambda x, dim=-1: x.exp(), "row 0 sums to 11.107"),
     (
-        "check_probabilities",
+        "check_softmax",
         lambda x, dim=-1: normalized(x.exp()),
         "dim=0 was ignored",
     ),
     (
-        "check_probabilities",
+        "check_softmax",
         lambda x, dim=-1: normalized(x.exp2(), dim),
         "is the base e",
     ),
-    ("check_probabilities", in_place, "changed in place"),
-    ("check_probabilities", lambda x, dim=-1: x.softmax(dim)[0], "shape changed"),
-    ("check_stable", lambda x: normalized(x.exp()), "forgot to subtract the maximum"),
-    ("check_stable", lambda x: normalized((x - 1000).exp()), "whatever its sign"),
-    ("check_stable", lambda x: normalized((x - x.max()).exp()), "each row's own"),
+    ("check_softmax", in_place, "changed in place"),
+    ("check_softmax", lambda x, dim=-1: x.softmax(dim)[0], "shape changed"),
     (
-        "check_stable",
-        lambda x: normalized(x.abs().log1p().exp()),
+        "check_softmax",
+        lambda x, dim=-1: normalized(x.exp(), dim),
+        "forgot to subtract the maximum",
+    ),
+    (
+        "check_softmax",
+        lambda x, dim=-1: normalized((x - x.abs().amax(dim, keepdim=True)).exp(), dim),
+        "whatever its sign",
+    ),
+    (
+        "check_softmax",
+        lambda x, dim=-1: normalized((x - x.max()).exp(), dim),
+        "each row's own",
+    ),
+    (
+        "check_softmax",
+        lambda x, dim=-1: softmax(x.clamp(-50, 50), dim),
         "adding a constant",
     ),
     (
-        "check_stable",
-        lambda x: normalized(shifted(x.clamp(min=-1e9)).exp() + 1e-4),
+        "check_softmax",
+        lambda x, dim=-1: softmax(x.maximum(x.amax(dim, keepdim=True) - 30), dim),
         "-inf must get 0",
     ),
     (
-        "check_temperature",
-        lambda x, temperature: softmax(x * temperature),
+        "check_softmax",
+        lambda x, dim=-1, temperature=1.0: softmax(x * temperature, dim),
         "multiplied instead of divided",
     ),
-    ("check_temperature", lambda x, temperature: softmax(x), "was ignored"),
-    (
-        "check_temperature",
-        lambda x, temperature: softmax(x) / temperature,
-        "must divide the scores before exp",
-    ),
-    ("check_temperature", lenient, "temperature=0.0 must raise ValueError"),
     (
         "check_softmax",
-        lambda x, dim=-1, temperature=1.0: softmax(
-            x.float(), dim, temperature
-        ).double(),
+        lambda x, dim=-1, temperature=1.0: softmax(x, dim),
+        "was ignored",
+    ),
+    (
+        "check_softmax",
+        lambda x, dim=-1, temperature=1.0: softmax(x, dim) / temperature,
+        "must divide the scores before exp",
+    ),
+    ("check_softmax", lenient, "temperature=0.0 must raise ValueError"),
+    (
+        "check_softmax",
+        lambda x, dim=-1, temperature=1.0: softmax(x, -1 if dim else 0, temperature),
         "differs from torch.softmax",
     ),
     (
@@ -305,7 +338,7 @@ WRONG = [
     ("check_log_softmax", lambda x, dim=-1: -x.log_softmax(dim), "is the sign right"),
     (
         "check_log_softmax",
-        lambda x, dim=-1: x.float().log_softmax(dim).to(x.dtype),
+        lambda x, dim=-1: x.log_softmax(-1),
         "differs from torch.log_softmax",
     ),
     (
@@ -327,7 +360,7 @@ WRONG = [
     (
         "check_cross_entropy",
         lambda logits, targets: (
-            flat(logits, targets) * (targets != -100).double().mean()
+            flat(logits, targets) * (targets != -100).float().mean()
         ),
         "still count in the mean",
     ),
@@ -338,8 +371,8 @@ WRONG = [
     ),
     (
         "check_cross_entropy",
-        lambda logits, targets: flat(logits, targets.clamp(max=4)),
-        "no ValueError",
+        lambda logits, targets: -_picked(logits.softmax(-1).log(), targets).mean(),
+        "large logits give nan",
     ),
     (
         "check_masked_softmax",
@@ -349,7 +382,7 @@ WRONG = [
     (
         "check_masked_softmax",
         lambda x, allowed: x.masked_fill(allowed, -math.inf).softmax(-1),
-        "turn the mask",
+        "invert the mask",
     ),
     (
         "check_masked_softmax",
@@ -374,7 +407,7 @@ WRONG = [
     (
         "check_cross_entropy_gradient",
         lambda logits, targets: (F.one_hot(targets, 4) - softmax(logits)) / 3,
-        "onehot - p",
+        "one-hot - p",
     ),
     (
         "check_cross_entropy_gradient",

@@ -9,7 +9,7 @@ from importlib import import_module
 from types import ModuleType
 
 from glassgpt.attention import attention, causal_mask
-from glassgpt.block import Block, LayerNorm, RMSNorm
+from glassgpt.block import Block, layer_norm
 from glassgpt.checkpoints import load, save
 from glassgpt.data import TokenData, tokenize
 from glassgpt.device import make_plan, pick_device
@@ -17,8 +17,15 @@ from glassgpt.embeddings import Embedding, cosine_similarity, nearest_neighbors
 from glassgpt.generation import generate, lighten, sample, stream, stream_text
 from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.heads import MultiHeadAttention, merge_heads, split_heads
-from glassgpt.mlp import MLP, gelu, squared_relu
-from glassgpt.positions import apply_rotary, rotary_tables, sinusoidal_positions
+from glassgpt.mlp import MLP, gelu
+from glassgpt.modern import (
+    ModernConfig,
+    ModernGPT,
+    apply_rotary,
+    rotary_tables,
+    squared_relu,
+)
+from glassgpt.positions import sinusoidal_positions
 from glassgpt.softmax import cross_entropy, log_softmax, softmax
 from glassgpt.tokens import BPETokenizer, CharTokenizer, load_tokenizer
 from glassgpt.training import Run, TrainConfig, evaluate, train
@@ -27,8 +34,7 @@ __all__ = [
     "attention",
     "causal_mask",
     "Block",
-    "LayerNorm",
-    "RMSNorm",
+    "layer_norm",
     "load",
     "save",
     "TokenData",
@@ -50,9 +56,11 @@ __all__ = [
     "split_heads",
     "MLP",
     "gelu",
-    "squared_relu",
+    "ModernConfig",
+    "ModernGPT",
     "apply_rotary",
     "rotary_tables",
+    "squared_relu",
     "sinusoidal_positions",
     "cross_entropy",
     "log_softmax",

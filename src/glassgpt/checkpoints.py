@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import asdict
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -128,17 +129,24 @@ def from_gpt2(state: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
     }
 
 
-def _is_gpt2(config: GPTConfig) -> bool:
-    """Whether a model has GPT-2's architecture, so that `transformers` can read it."""
-    c = config
-    sizes = (c.vocab_size, c.context, c.layers, c.heads, c.width)
-    return config == GPTConfig(*sizes, dropout=c.dropout, tied=c.tied)
+# The classes that `model_type` in a config.json stands for; chapter 14 adds its own.
+ARCHITECTURES: dict[str, tuple[type[GPTConfig], type[GPT]]] = {"gpt2": (GPTConfig, GPT)}
+
+
+def build(config: GPTConfig) -> GPT:
+    """A new model of the class that belongs to a configuration.
+
+    Book: 12_training.html#a-model-that-others-can-read
+    """
+    return next(model for c, model in ARCHITECTURES.values() if c is type(config))(
+        config
+    )
 
 
 def _config_to_json(config: GPTConfig, end: int | None) -> dict[str, Any]:
     """What stands in config.json: GPT-2's own keys where they fit, and all of ours."""
     ours = {"glassgpt": asdict(config)}
-    if not _is_gpt2(config):
+    if type(config) is not GPTConfig:
         return {"model_type": "glassgpt", **ours}
     return {
         "model_type": "gpt2",
@@ -171,7 +179,7 @@ def _config_from_json(content: dict[str, Any]) -> GPTConfig:
     """The inverse, also for a GPT-2 written by `transformers`."""
     kind, ours = content.get("model_type"), content.get("glassgpt")
     if ours and kind == "glassgpt":
-        return GPTConfig(**ours)
+        return ARCHITECTURES[kind][0](**ours)
     if kind != "gpt2":
         raise ValueError(f"its model_type is {kind!r}, not a GPT-2")
     allowed = {**_GPT2_OPTIONS, "n_inner": (None, 4 * content["n_embd"])}
@@ -196,7 +204,7 @@ def save(directory: str | Path, model: GPT, tokenizer: Any) -> None:
     Book: 12_training.html#a-model-that-others-can-read
     """
     with torch.device("meta"):
-        due = dict(GPT(model.config).named_parameters())
+        due = dict(build(model.config).named_parameters())
     if due.keys() != dict(model.named_parameters()).keys():
         raise ValueError("weights are missing: save the model before you lighten it")
     directory = Path(directory)
@@ -213,7 +221,7 @@ def save(directory: str | Path, model: GPT, tokenizer: Any) -> None:
     content = _config_to_json(model.config, end)
     write_file(directory / "config.json", json.dumps(content, indent=1).encode())
     parameters: dict[str, Tensor] = dict(model.named_parameters())
-    if _is_gpt2(model.config):
+    if type(model.config) is GPTConfig:
         parameters = to_gpt2(parameters)
     write_tensors(directory / "model.safetensors", parameters)
 
@@ -227,7 +235,7 @@ def _expected_parameters(config: GPTConfig, layers: int) -> dict[str, Tensor]:
         raise ValueError(f"it has {layers} layers where {config.layers} are due")
     try:
         with torch.device("meta"):
-            model = GPT(config)
+            model = build(config)
     except (RuntimeError, OverflowError, TypeError) as error:
         raise ValueError(f"no model can have these sizes: {error}") from None
     tables = sum(table.numel() for table in model.buffers())
@@ -246,7 +254,7 @@ def load_parameters(path: Path, config: GPTConfig) -> GPT:
     found = read_shapes(path)
     blocks = (re.search(r"(?:blocks|h)\.(\d+)\.", name) for name in found)
     layers = len({block[1] for block in blocks if block})
-    theirs = _is_gpt2(config) and "tokens.weight" not in found
+    theirs = type(config) is GPTConfig and "tokens.weight" not in found
     prefix = "transformer." if theirs and "wte.weight" in found else ""
     found = {prefix + name: shape for name, shape in found.items()}
     try:
@@ -258,7 +266,8 @@ def load_parameters(path: Path, config: GPTConfig) -> GPT:
     except ValueError as error:
         raise ValueError(f"{path} does not fit its config.json: {error}") from None
     state = {prefix + name: value for name, value in load_file(path).items()}
-    model = GPT(config)
+    with torch.random.fork_rng(devices=[]):  # its start is thrown away
+        model = build(config)
     state = from_gpt2(state, list(ours)) if theirs else state
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -266,18 +275,29 @@ def load_parameters(path: Path, config: GPTConfig) -> GPT:
     return model
 
 
-def load(directory: str | Path) -> tuple[GPT, Any]:
-    """The model, ready to generate, and the tokenizer from a directory.
+MODELS = Path(str(files("glassgpt")), "models")  # what comes with the package
 
+
+def load(name: str | Path) -> tuple[GPT, Any]:
+    """The model, ready to generate, and the tokenizer of a name or from a directory.
+
+    name: a folder that `save` or `train` filled, or else "shakespeare", the small model
+    that comes with the package.
     Raises FileNotFoundError for a missing file, ValueError for a damaged or foreign
     one, before memory is taken for it.
 
     Book: 12_training.html#a-model-that-others-can-read
     """
-    directory = Path(directory)
-    for name in ("config.json", "model.safetensors", "tokenizer.json"):
-        if not (directory / name).exists():
-            raise FileNotFoundError(f"{directory} holds no model: {name} is missing")
+    directory = Path(name)
+    shipped = {path.name: path for path in MODELS.glob("*/")}
+    if not directory.exists():  # a folder is never hidden by a name
+        directory = shipped.get(str(name), directory)
+    for file in ("config.json", "model.safetensors", "tokenizer.json"):
+        if not (directory / file).exists():
+            raise FileNotFoundError(
+                f"{directory} holds no model: {file} is missing. Give a run's folder, "
+                f"or a name: {', '.join(shipped)}"
+            )
     path = directory / "config.json"
     try:
         config = _config_from_json(json.loads(path.read_text("utf-8")))

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from glassgpt.checkpoints import checkpoints_in, load, save, write_file
+from glassgpt.checkpoints import build, checkpoints_in, load, save, write_file
 from glassgpt.data import (
     TokenData,
     lock_folder,
@@ -39,7 +39,8 @@ from glassgpt.device import (
     pick_device,
 )
 from glassgpt.generation import lighten, stream_text
-from glassgpt.gpt import GPT, GPTConfig
+from glassgpt.gpt import GPTConfig
+from glassgpt.modern import ModernConfig
 from glassgpt.tokens import BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer
 from glassgpt.training import TrainConfig, train
 
@@ -49,7 +50,7 @@ HELP = {
     "heads": "in each block; divides the width",
     "width": "numbers in the vector of a token",
     "dropout": "share that is dropped in training",
-    "positions": "learned, sinusoidal or rotary",
+    "positions": "learned or rotary",
     "norm": "layer or rms",
     "activation": "gelu or squared_relu",
     "normalize_qk": "normalize queries and keys",
@@ -190,7 +191,9 @@ def size_advice() -> Iterator[None]:
 
 def _values(options: argparse.Namespace) -> dict[str, Any]:
     """The fields of the two configurations that were given."""
-    names = {field.name for kind in (GPTConfig, TrainConfig) for field in fields(kind)}
+    names = {
+        field.name for kind in (ModernConfig, TrainConfig) for field in fields(kind)
+    }
     return {k: v for k, v in vars(options).items() if k in names - {"vocab_size"}}
 
 
@@ -200,7 +203,7 @@ def _plan(vocab_size: int, options: argparse.Namespace) -> Plan:
         given = (options.size, options.recipe, options.device)
         plan = make_plan(vocab_size, *given, **_values(options))
         with torch.device("meta"):
-            GPT(plan.model)
+            build(plan.model)
     return plan
 
 
@@ -288,10 +291,9 @@ def resume_run(options: argparse.Namespace) -> tuple[Plan, TokenData, Path]:
     try:
         content = json.loads(path.read_text("utf-8"))
         known = {**content["model"], **content["training"], "device": content["device"]}
-        model, training = (
-            GPTConfig(**content["model"]),
-            TrainConfig(**content["training"]),
-        )
+        kind = ModernConfig if "norm" in content["model"] else GPTConfig
+        model = kind(**content["model"])
+        training = TrainConfig(**content["training"])
         device = pick_device(content["device"])
         place = _tokens_of_run(options, content["data"], usual["data"])
         data = TokenData.open(place)
@@ -382,7 +384,7 @@ def train_command(options: argparse.Namespace) -> int:
     _describe(plan, data)
     torch.manual_seed(plan.training.seed)
     with size_advice():
-        model = GPT(plan.model).to(plan.device)
+        model = build(plan.model).to(plan.device)
     run = train(
         model,
         data,
@@ -486,7 +488,7 @@ def _add_train(commands: Any, text: argparse.ArgumentParser) -> None:
     more = part.add_argument_group(
         "any of these overrides what the size and machine suggest"
     )
-    add_fields(more, GPTConfig, {"vocab_size"})
+    add_fields(more, ModernConfig, {"vocab_size"})
     add_fields(more, TrainConfig, set())
     part.set_defaults(run=train_command)
 

@@ -14,25 +14,27 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from glassgpt.checkpoints import build
 from glassgpt.gpt import GPT, GPTConfig
-from glassgpt.training import TrainConfig
+from glassgpt.modern import GPT2_CHOICES, ModernConfig
+from glassgpt.training import TrainConfig, suits_short_attention
 
 
 def _on_paper(config: GPTConfig) -> GPT:
     """A model without memory, to be counted."""
     with torch.device("meta"):
-        return GPT(config)
+        return build(config)
 
 
 def _kept_by_block(model: GPTConfig, training: TrainConfig) -> int:
     """Bytes that one block keeps of one token for the backward pass."""
     narrow = training.precision in ("bfloat16", "float16")
     numbers = 36 if narrow else 64
-    if model.normalize_qk:
+    if getattr(model, "normalize_qk", False):
         numbers += 14 if narrow else 12
-    elif model.positions == "rotary":
+    elif getattr(model, "positions", "learned") == "rotary":
         numbers += 6 if narrow else 12
-    short = model.context <= 256 and (narrow or training.compile != "off")
+    short = suits_short_attention(model.context, training)
     table = (2 if narrow else 4) * model.heads * model.context if short else 0
     return numbers * model.width + table
 
@@ -316,15 +318,20 @@ def _configurations(
     vocab_size: int, recipe: str, values: dict[str, Any]
 ) -> tuple[GPTConfig, TrainConfig]:
     """Sort values by the fields of the two configurations. ValueError if in neither."""
-    model_fields = {field.name for field in fields(GPTConfig)} - {"vocab_size"}
+    model_fields = {field.name for field in fields(ModernConfig)} - {"vocab_size"}
     train_fields = {field.name for field in fields(TrainConfig)}
     unknown = sorted(set(values) - model_fields - train_fields)
     if unknown:
         raise ValueError(
             f"nothing is called {', '.join(unknown)}: see GPTConfig and TrainConfig"
         )
-    make = GPTConfig.modern if recipe == "modern" else GPTConfig
-    model = make(vocab_size, **{k: v for k, v in values.items() if k in model_fields})
+    sizes = {k: v for k, v in values.items() if k in model_fields}
+    if recipe == "modern":
+        model: GPTConfig = ModernConfig(vocab_size, **sizes)
+    elif sizes.keys() <= {field.name for field in fields(GPTConfig)}:
+        model = GPTConfig(vocab_size, **sizes)
+    else:  # GPT-2 with single choices of chapter 14
+        model = ModernConfig(vocab_size, **{**GPT2_CHOICES, **sizes})
     return model, TrainConfig(**{k: v for k, v in values.items() if k in train_fields})
 
 
@@ -346,8 +353,8 @@ def make_plan(
 ) -> Plan:
     """Choose everything for a run on this machine; any value can be given instead.
 
-    size: one of `SIZES`. recipe: "gpt2", or "modern" for `GPTConfig.modern` and Muon,
-    which short runs without a GPU use in any case. values: fields of GPTConfig and
+    size: one of `SIZES`. recipe: "gpt2", or "modern" for `ModernConfig` and Muon,
+    which short runs without a GPU use in any case. values: fields of ModernConfig and
     TrainConfig. On a GPU a batch that wasn't given is split until it fits the memory.
     Raises ValueError for names and values that don't exist.
 

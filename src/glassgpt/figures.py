@@ -608,7 +608,7 @@ _AROUND = [
     (11, "11_data", "data"),
     (12, "12_training", "training"),
     (1, "01_introduction", "the whole"),
-    (14, "", "after GPT-2"),
+    (14, "14_after_gpt2", "after GPT-2"),
     (15, "15_full_gpt", "on a GPU"),
     (23, "23_command_line", "commands"),
 ]
@@ -637,9 +637,7 @@ def _stop(number: int, page: str, label: str, here: int | None) -> str:
     if number == here:
         marked = 'class="glass-stop glass-here" aria-current="page"'
         return f"<span {marked}>{text}<small>you are here</small></span>"
-    if page:
-        return f'<a class="glass-stop" href="{page}.html">{text}</a>'
-    return f'<span class="glass-stop">{text}</span>'
+    return f'<a class="glass-stop" href="{page}.html">{text}</a>'
 
 
 def book_map(here: int | None = None) -> Markup:

@@ -5,8 +5,7 @@ import codecs
 import copy
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -14,11 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glassgpt.block import Block
-from glassgpt.embeddings import validate_ids
 from glassgpt.gpt import GPT
-from glassgpt.mlp import squared_relu
-from glassgpt.positions import apply_rotary
 from glassgpt.softmax import softmax
 
 
@@ -49,11 +44,12 @@ def keep_top_k(logits: Tensor, top_k: int) -> Tensor:
     return logits.masked_fill(logits < lowest, -math.inf)
 
 
-def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
+def keep_top_p(logits: Tensor, top_p: float, temperature: float = 1.0) -> Tensor:
     """Logits (..., V) where only the likeliest tokens stay that reach p together.
 
-    The token that crosses p stays, so at least one does. Raises ValueError for top_p
-    outside (0, 1]. Source: Holtzman et al. (2020).
+    Their probabilities are those at the temperature; the logits that stay do so
+    unchanged. The token that crosses p stays, so at least one does. Raises ValueError
+    for top_p outside (0, 1]. Source: Holtzman et al. (2020).
 
     Book: 13_generation.html#the-filters
     """
@@ -61,7 +57,7 @@ def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
     if top_p == 1:
         return logits
     ordered, order = logits.sort(dim=-1, descending=True)
-    weights = softmax(ordered)
+    weights = softmax(ordered, temperature=temperature)
     forbidden = weights.cumsum(dim=-1) - weights >= top_p
     forbidden[..., 0] = False  # the smallest p is 0 once it is rounded
     ordered = ordered.masked_fill(forbidden, -math.inf)
@@ -91,12 +87,12 @@ def sample(
         raise ValueError("the scores are not numbers: are the model's weights damaged?")
     if top_k == 1:
         return likeliest[:, 0]
-    if top_k is not None:  # before the subtraction, which can round two to one
+    if top_k is not None:
         logits = keep_top_k(logits, top_k)
-    logits = (logits - highest) / max(temperature, torch.finfo(logits.dtype).tiny)
     if top_p is not None:
-        logits = keep_top_p(logits, top_p)
-    return torch.multinomial(softmax(logits), 1, generator=generator)[:, 0]
+        logits = keep_top_p(logits, top_p, temperature)
+    probabilities = softmax(logits, temperature=temperature)
+    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 
 
 class KeyValueCache:
@@ -171,9 +167,25 @@ def _check_prompts(
         raise ValueError("prompts must be lists of whole numbers, the ids") from None
     if not rows or not all(rows):
         raise ValueError("a prompt needs at least one token")
-    for row in rows:
-        validate_ids(torch.tensor(row), vocab_size)
+    for token in (token for row in rows for token in row):
+        if not 0 <= token < vocab_size:
+            raise ValueError(
+                f"id {token} is out of range: ids are 0 to {vocab_size - 1}"
+            )
     return rows
+
+
+def _past_padding(starts: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
+    """Positions (B, T) and mask (B, 1, T, keys) of rows that begin at `starts` (B,).
+
+    first: how many columns the caches hold; count: T, how many follow.
+    """
+    keys = torch.arange(first + count, device=starts.device)
+    queries = keys[first:, None]  # (T, 1): their columns
+    # Padding sees itself: some kernels make nan of a row that may look nowhere.
+    begun = (keys >= starts[:, None, None]) | (keys == queries)  # (B, T, keys)
+    positions = (keys[first:] - starts[:, None]).clamp(min=0)
+    return positions, ((keys <= queries) & begun)[:, None]
 
 
 @torch.inference_mode()
@@ -191,7 +203,10 @@ def _steps(
             windows = [row[window_start(len(row), context) :] for row in rows]
             ids, starts = pad_left(windows, device)
             caches = [KeyValueCache(context) for _ in model.blocks]
-        last = model.hidden_states(ids, caches, starts)[:, -1]
+        positions = mask = None
+        if starts is not None:
+            positions, mask = _past_padding(starts, caches[0].length, ids.shape[1])
+        last = model.hidden_states(ids, positions, mask, caches)[:, -1]
         new = draw(model.head(last)).tolist()
         for row, token in zip(rows, new, strict=True):
             row.append(token)
@@ -386,52 +401,12 @@ class LightLinear(nn.Module):
         return (y if bias is None else bias + y).to(x.dtype)
 
 
-def _short_way(block: Block) -> Callable[..., Tensor]:
-    """What `block` does to one token (1, 1, C) with a cache, in fewer calls."""
-    attention, mlp, heads = block.attention, block.mlp, block.attention.heads
-    parts = (block.attention_norm, attention.qkv, attention.projection)
-    parts += (block.mlp_norm, mlp.expand, mlp.projection)
-    norm, qkv, attention_out, mlp_norm, expand, mlp_out = (p.forward for p in parts)
-    gelu = partial(F.gelu, approximate="tanh")
-    bend = gelu if mlp.activation == "gelu" else squared_relu
-
-    def step(x: Tensor, rotary: Any, cache: KeyValueCache) -> Tensor:
-        queries, keys, values = qkv(norm(x)).view(3, 1, heads, 1, -1)
-        if attention.normalize_qk:
-            size = (queries.shape[-1],)
-            queries, keys = F.rms_norm(queries, size), F.rms_norm(keys, size)
-        if rotary is not None:
-            queries, keys = (apply_rotary(part, *rotary) for part in (queries, keys))
-        keys, values = cache.append(keys, values)
-        context = F.scaled_dot_product_attention(queries, keys, values)
-        x = x + attention_out(context.reshape(1, 1, -1))
-        return x + mlp_out(bend(expand(mlp_norm(x))))
-
-    return step
-
-
-def _light_call(blocks: Sequence[Block]) -> Callable[..., Tensor]:
-    """A function that calls blocks, one token by the short way."""
-    ways = {block: _short_way(block) for block in blocks}
-
-    def call(
-        block: Block, x: Tensor, rotary: Any = None, mask: Any = None, cache: Any = None
-    ) -> Tensor:
-        one = cache is not None and mask is None and x.shape[:2] == (1, 1)
-        if one and block in ways:  # a copy of a model has other blocks
-            return ways[block](x, rotary, cache)
-        return block(x, rotary, mask, cache)
-
-    return call
-
-
 def lighten(model: GPT, weights: str = "int8") -> GPT:
     """A model for generation, with lighter weights in its linear layers.
 
     weights: "bfloat16", "float16" or "int8"; raises ValueError for others. Tables,
     norms and biases it shares with the model it comes from, so `train` and `save`
-    refuse it: train that one, and lighten again. For a single token it calls no hooks
-    of what is inside its blocks.
+    refuse it: train that one, and lighten again.
 
     Book: 13_generation.html#lighter-weights
     """
@@ -446,6 +421,4 @@ def lighten(model: GPT, weights: str = "int8") -> GPT:
         for layer in model.modules()
         if isinstance(layer, nn.Linear)
     }
-    light = copy.deepcopy(model, memo).eval()
-    light.call_block = _light_call(light.blocks)
-    return light
+    return copy.deepcopy(model, memo).eval()

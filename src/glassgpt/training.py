@@ -19,8 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._functorch import config as functorch
 from torch.compiler import config as compiler
+from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
+from glassgpt.attention import causal_mask
 from glassgpt.checkpoints import (
     checkpoints_in,
     read_checkpoint,
@@ -30,6 +32,7 @@ from glassgpt.checkpoints import (
 )
 from glassgpt.data import TokenData, Tokens, lock_folder
 from glassgpt.gpt import GPT
+from glassgpt.heads import fused_attention
 
 _LEAST = {"steps": 1, "batch_size": 1, "accumulate": 1, "evaluate_every": 1}
 _LEAST |= {"evaluation_batches": 1, "checkpoint_every": 1, "keep": 1}
@@ -254,27 +257,40 @@ def make_optimizers(
 
 
 def make_loss(
-    model: GPT, config: TrainConfig, prepare: Callable[..., Any] | None = None
+    model: GPT, config: TrainConfig, stepping: bool = False
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """The mean cross-entropy of a batch, in nats a token, at the chosen precision.
 
-    prepare: what to do with the function first, such as compiling it.
+    stepping: compile and recompute as the configuration says, for a loss that is
+    followed by a backward pass.
 
     Book: 12_training.html#the-loss-and-a-fair-judgment
     """
     device = next(model.parameters()).device.type
     dtype = config.dtype
+    compile = config.compile if stepping else "off"
+
+    def call(block: nn.Module, x: Tensor) -> Tensor:
+        return block(x)
+
+    call_block = compiled(call) if compile == "blocks" else call
 
     def plain(ids: Tensor, targets: Tensor) -> Tensor:
-        logits = model.logits(ids)
+        x = model.embed(ids, torch.arange(ids.shape[1], device=ids.device))
+        for block in model.blocks:
+            if stepping and config.recompute:
+                x = checkpoint(call_block, block, x, use_reentrant=False)
+            else:
+                x = call_block(block, x)
+        logits = model.head(model.norm(x))
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
-    chosen = prepare(plain) if prepare else plain
+    whole = compiled(plain) if compile == "all" else plain
 
     # Outside: a compiled program that switches autocast (chapter 15) can't be stored.
     def loss(ids: Tensor, targets: Tensor) -> Tensor:
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-            return chosen(ids, targets)
+            return whole(ids, targets)
 
     return loss
 
@@ -362,6 +378,45 @@ def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return call
 
 
+def short_attention(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """`fused_attention` as two products around a softmax, for short contexts.
+
+    Book: 12_training.html#a-run
+    """
+    T, S = queries.shape[-2], keys.shape[-2]
+    if mask is None:
+        mask = causal_mask(S, device=keys.device)[S - T :]
+    # Adding one table to all heads is cheaper than filling their scores in.
+    penalty = torch.zeros_like(mask, dtype=queries.dtype).masked_fill(~mask, -math.inf)
+    scores = (queries / math.sqrt(queries.shape[-1])) @ keys.transpose(-2, -1)
+    weights = F.dropout((scores + penalty).softmax(dim=-1), dropout)
+    return weights @ values
+
+
+def use_attention(model: GPT, attend: Callable[..., Tensor]) -> None:
+    """Let every attention of a model calculate in this way.
+
+    Book: 12_training.html#a-run
+    """
+    for block in model.blocks:
+        block.attention.attend = attend
+
+
+def suits_short_attention(context: int, config: TrainConfig) -> bool:
+    """Whether `short_attention` is the faster one on a CPU.
+
+    Book: 12_training.html#a-run
+    """
+    limit = 64 if config.compile != "off" else 0
+    return context <= (limit if config.dtype == torch.float32 else 256)
+
+
 class Trainer:
     """A run in progress: the model, its optimizers, and where the files go.
 
@@ -384,14 +439,13 @@ class Trainer:
         self.directory, self.tokenizer = directory, tokenizer
         self.peak_flops, self.on_record = peak_flops, on_record
         self.device = next(model.parameters()).device
-        model.recompute = config.recompute
+        cpu = self.device.type == "cpu"
+        if cpu and suits_short_attention(model.config.context, config):
+            use_attention(model, short_attention)
         self.optimizers = make_optimizers(model, config)
         half = config.precision == "float16"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
-        whole = compiled if config.compile == "all" else None
-        self.loss = make_loss(model, config, whole)
-        if config.compile == "blocks":
-            model.call_block = compiled(model.call_block)
+        self.loss = make_loss(model, config, stepping=True)
         self.run = Run()
         self.losses: list[Tensor] = []
         self.began = self.rate = 0.0
@@ -757,9 +811,9 @@ def _switches(model: GPT, config: TrainConfig) -> Iterator[None]:
     try:
         yield
     finally:
+        use_attention(model, fused_attention)
         if tf32:
             torch.set_float32_matmul_precision(before)
-        vars(model).pop("call_block", None)
         model.train(mode)
 
 

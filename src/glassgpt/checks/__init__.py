@@ -9,18 +9,16 @@ from glassgpt.checks.attention import (
     check_attention,
     check_causal,
     check_causal_mask,
-    check_no_nan,
     check_permutation_equivariant,
     check_previous_word,
     check_streaming_attention,
-    check_window_mask,
 )
 from glassgpt.checks.block import (
+    check_additions,
     check_block,
     check_layer_norm,
     check_layer_norm_gradient,
     check_post_norm,
-    check_rms_norm,
 )
 from glassgpt.checks.cli import check_mistakes
 from glassgpt.checks.data import (
@@ -42,7 +40,7 @@ from glassgpt.checks.embeddings import (
     check_embedding,
     check_embedding_gradient,
     check_lookup,
-    check_nearest_neighbors,
+    check_matrix_product,
 )
 from glassgpt.checks.generation import (
     check_batch,
@@ -72,7 +70,6 @@ from glassgpt.checks.heads import (
     check_grouped_attention,
     check_merge_heads,
     check_multi_head,
-    check_rotary_heads,
     check_split_heads,
 )
 from glassgpt.checks.mlp import (
@@ -81,12 +78,18 @@ from glassgpt.checks.mlp import (
     check_mlp,
     check_mlp_backward,
     check_one_not_both,
+    check_shared_weight,
+)
+from glassgpt.checks.modern import (
+    check_reorder,
+    check_rms_norm,
+    check_rotary,
+    check_rotary_tables,
     check_squared_relu_slope,
 )
 from glassgpt.checks.positions import (
-    check_reorder,
-    check_rotary,
-    check_rotary_tables,
+    check_add_positions,
+    check_shift_matrix,
     check_sinusoidal_positions,
 )
 from glassgpt.checks.softmax import (
@@ -95,10 +98,7 @@ from glassgpt.checks.softmax import (
     check_log_softmax,
     check_masked_softmax,
     check_one_pass,
-    check_probabilities,
     check_softmax,
-    check_stable,
-    check_temperature,
 )
 from glassgpt.checks.tokens import (
     check_bytes_round_trip,
@@ -127,6 +127,8 @@ __all__ = [
     "catch",
     "check_accumulation",
     "check_adamw",
+    "check_add_positions",
+    "check_additions",
     "check_analogy",
     "check_attention",
     "check_batch",
@@ -166,6 +168,7 @@ __all__ = [
     "check_log_softmax",
     "check_lookup",
     "check_masked_softmax",
+    "check_matrix_product",
     "check_merge_heads",
     "check_merge_pair",
     "check_merge_word",
@@ -175,8 +178,6 @@ __all__ = [
     "check_mlp_backward",
     "check_multi_head",
     "check_nats_per_character",
-    "check_nearest_neighbors",
-    "check_no_nan",
     "check_one_not_both",
     "check_one_pass",
     "check_orthogonalize",
@@ -185,18 +186,18 @@ __all__ = [
     "check_post_norm",
     "check_precision",
     "check_previous_word",
-    "check_probabilities",
     "check_reorder",
     "check_resume",
     "check_rms_norm",
     "check_rotary",
-    "check_rotary_heads",
     "check_rotary_tables",
     "check_rounding",
     "check_safe_chunks",
     "check_sample",
     "check_scale",
     "check_schedule",
+    "check_shared_weight",
+    "check_shift_matrix",
     "check_sinusoidal_positions",
     "check_softmax",
     "check_special_tokens",
@@ -205,15 +206,12 @@ __all__ = [
     "check_split_numbers",
     "check_split_words",
     "check_squared_relu_slope",
-    "check_stable",
     "check_stream",
     "check_stream_text",
     "check_streaming_attention",
-    "check_temperature",
     "check_tokenizer_round_trip",
     "check_top_k",
     "check_top_p",
     "check_uneven_accumulation",
-    "check_window_mask",
     "grade",
 ]

@@ -1,4 +1,6 @@
 # Written by tools/tangle.py from book/09_block.ipynb: change it there.
+
+
 """Checks of normalization and of the block that name the mistake they find."""
 
 from collections.abc import Callable
@@ -12,7 +14,7 @@ from glassgpt.checks.attention import check_causal
 
 
 def _layer_norm_mistakes(x: Tensor, eps: float) -> list[tuple[Tensor, str]]:
-    """What the usual slips make of x, and their names."""
+    """What the usual mistakes make of x, and their names."""
     centered = x - x.mean(-1, keepdim=True)
     variance = centered.square().mean(-1, keepdim=True)
     square = x.square().mean(-1, keepdim=True)
@@ -44,7 +46,7 @@ def check_layer_norm(layer_norm: Callable[..., Tensor]) -> None:
 
     layer_norm: called as layer_norm(x, weight, bias), with eps = 1e-5.
 
-    Book: 09_block.html#the-check-of-layernorm
+    Book: 09_block.html#the-equation-of-layernorm
     """
     random = torch.Generator().manual_seed(0)
     x = 0.01 + 0.01 * torch.randn(2, 3, 4, generator=random, dtype=torch.float64)
@@ -66,28 +68,7 @@ def check_layer_norm(layer_norm: Callable[..., Tensor]) -> None:
     assert gap < 1e-12, f"differs from torch.nn.functional.layer_norm by {gap:.1e}"
 
 
-def check_rms_norm(rms_norm: Callable[[Tensor], Tensor]) -> None:
-    """Each vector gets the root mean square 1 and keeps its direction.
-
-    Book: 09_block.html#rmsnorm
-    """
-    x = torch.tensor([[2.0, 1.0, 0.0, 0.0], [300.0, -400.0, 0.0, 0.0]]).double()
-    square, result = x.square(), rms_norm(x)
-    one = torch.nn.functional.normalize(x, dim=-1)
-    mistakes = [
-        (one, "the vectors have length 1: divide by the mean square, not by the sum"),
-        (x / square.mean(-1, keepdim=True), "take the root of the mean square"),
-        (x / square.mean().sqrt(), "one strength for everything: each row has its own"),
-        (F.layer_norm(x, (4,)), "the mean was subtracted: that is LayerNorm"),
-    ]
-    for wrong, mistake in mistakes:
-        assert not torch.allclose(result, wrong, rtol=1e-3), mistake
-    assert torch.allclose(result, 2 * one, rtol=1e-4), f"(2, 1, 0, 0) gives {result[0]}"
-    zeros = rms_norm(torch.zeros(1, 4))
-    assert (zeros == 0).all(), "a vector of zeros must stay zero: add eps to the square"
-
-
-def _silent(layer: nn.Module, *parts: str) -> nn.Module:
+def _without(layer: nn.Module, *parts: str) -> nn.Module:
     """A copy of the layer in which these parts add nothing."""
     copy = deepcopy(layer)
     for part in parts:
@@ -97,13 +78,13 @@ def _silent(layer: nn.Module, *parts: str) -> nn.Module:
 
 
 def _check_stream(layer: nn.Module, x: Tensor) -> None:
-    """With both parts silent the stream passes unchanged."""
-    silent = _silent(layer, "attention", "mlp")
-    passed = silent(x)
+    """When both parts add nothing, the stream passes unchanged."""
+    idle = _without(layer, "attention", "mlp")
+    passed = idle(x)
     assert passed.shape == x.shape, f"{tuple(x.shape)} became {tuple(passed.shape)}"
     assert passed.any(), "the parts replace x: add what they return to it"
     assert not torch.allclose(passed, 2 * x), "x was added twice"
-    assert not torch.allclose(silent(3 * x), passed, atol=1e-3), (
+    assert not torch.allclose(idle(3 * x), passed, atol=1e-3), (
         "the stream itself is normalized: normalize only what each part reads"
     )
     assert torch.equal(passed, x), (
@@ -113,12 +94,12 @@ def _check_stream(layer: nn.Module, x: Tensor) -> None:
 
 def _check_reads(layer: nn.Module, x: Tensor) -> None:
     """Each part reads normalized vectors, and attention comes first."""
-    attend = _silent(layer, "mlp")
-    think = _silent(layer, "attention")
+    attend = _without(layer, "mlp")
+    think = _without(layer, "attention")
     for name, part in (("attention", attend), ("the MLP", think)):
         once, thrice = part(x) - x, part(3 * x) - 3 * x
         assert torch.allclose(once, thrice, atol=1e-3), (
-            f"{name} adds more when the stream is stronger: it needs a norm before it"
+            f"{name} adds more when the stream is larger: it needs a norm before it"
         )
     found = layer(x)
     both = attend(x) + think(x) - x
@@ -150,12 +131,55 @@ def check_block(block: Callable[[int, int], nn.Module]) -> None:
     check_causal(lambda vectors: layer(vectors.double()), width=8)
 
 
+def check_additions(additions: Callable[..., list[Tensor]]) -> None:
+    """What each part adds to a pre-norm stream: all together, its end minus its start.
+
+    additions: called as additions(x, parts, norm), all of them functions.
+
+    Book: 09_block.html#exercises
+    """
+    x = torch.tensor([1.0, 3.0])
+    parts = [lambda x: 2 * x, lambda x: x * x, lambda x: 1 - x]
+
+    def norm(x: Tensor) -> Tensor:
+        return x / 2 + 1
+
+    def run(read: Callable, keep: Callable) -> tuple[list[Tensor], list[Tensor]]:
+        stream, added, after = x, [], []
+        for part in parts:
+            added.append(part(read(stream)))
+            stream = keep(stream, added[-1])
+            after.append(stream)
+        return added, after
+
+    before = x.clone()
+    found = list(additions(x, parts, norm))
+    assert torch.equal(x, before), "the caller's x was changed: x = x + y, not x += y"
+    assert len(found) == 3, f"{len(found)} tensors for 3 parts: one for each part"
+    wanted, streams = run(norm, torch.add)
+    mistakes = [
+        (streams, "these are the streams after each part: give what was added"),
+        (
+            [part(norm(x)) for part in parts],
+            "every part read the start, not the stream",
+        ),
+        (run(lambda x: x, torch.add)[0], "a part must read the norm of the stream"),
+        (run(norm, lambda _, new: new)[0], "the stream was replaced: add to it"),
+    ]
+    together = torch.stack(found)
+    for wrong, mistake in mistakes:
+        assert not torch.allclose(together, torch.stack(wrong)), mistake
+    assert torch.allclose(together, torch.stack(wanted)), (
+        "part after part: it reads norm(stream), and what it returns is added"
+    )
+
+
 def check_post_norm(post_norm: Callable[..., Tensor]) -> None:
     """The block of 2017: add, then normalize the stream, twice.
 
     post_norm: called as post_norm(x, attention, mlp, norm_1, norm_2).
 
-    Book: 09_block.html#exercise-2-the-block-of-2017
+    Book: 09_block.html#exercises
     """
     x = torch.tensor([3.0, 5.0])
     double, cube = (lambda x: 2 * x), (lambda x: x**3)
@@ -178,9 +202,9 @@ def check_post_norm(post_norm: Callable[..., Tensor]) -> None:
 
 
 def check_layer_norm_gradient(gradient: Callable[[Tensor, Tensor], Tensor]) -> None:
-    """The gradient of LayerNorm by its input, mean and variance included.
+    """The gradient of LayerNorm with respect to x, mean and variance included.
 
-    Book: 09_block.html#exercise-3-backwards-through-the-norm
+    Book: 09_block.html#exercises
     """
     random = torch.Generator().manual_seed(0)
     x, u = torch.randn(2, 3, 4, generator=random, dtype=torch.float64)

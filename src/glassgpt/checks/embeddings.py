@@ -8,15 +8,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _COSINE_MISTAKES = {
-    48.0: "that is the dot product: divide it by both lengths",
-    9.6: "it is divided by the length of a only: divide by b's length too",
-    4.8: "it is divided by the length of b only: divide by a's length too",
-    0.0192: "it is divided by the squares of the lengths: take their roots",
+    48.0: "that is the dot product: divide it by both norms",
+    9.6: "it is divided by the norm of a only: divide by b's norm too",
+    4.8: "it is divided by the norm of b only: divide by a's norm too",
+    0.0192: "it is divided by the squares of the norms: take their roots",
     -0.96: "the sign is wrong",
 }
 
 
-def _check_formula(similarity: Callable[..., Tensor]) -> None:
+def check_cosine_similarity(similarity: Callable[..., Tensor]) -> None:
+    """The cosine of the angle: of any norms, along any axis, 0 for zero vectors.
+
+    similarity: called as similarity(a, b) for the last axis and similarity(a, b, dim).
+
+    Book: 03_embeddings.html#the-check
+    """
     a, b = torch.tensor([3.0, 4.0]), torch.tensor([8.0, 6.0])
     got = float(similarity(a, b))
     for wrong, reason in _COSINE_MISTAKES.items():
@@ -24,18 +30,15 @@ def _check_formula(similarity: Callable[..., Tensor]) -> None:
     assert abs(got - 0.96) < 1e-5, f"(3, 4) and (8, 6) give {got:.4g}, not 0.96"
     opposite = float(similarity(a, -a))
     assert abs(opposite + 1) < 1e-5, f"opposite vectors give {opposite:.3f}, not -1"
-
-
-def _check_extremes(similarity: Callable[..., Tensor]) -> None:
-    a = torch.tensor([3.0, 4.0])
     zero = float(similarity(torch.zeros(2), a))
-    assert zero == 0, f"a zero vector gives {zero}, not 0: don't divide by its length"
+    assert zero == 0, f"a zero vector gives {zero}, not 0: don't divide by its norm"
     for size in (1e30, 1e-30):
         got = float(similarity(a * size, a * size))
         assert abs(got - 1) < 1e-5, (
-            f"a vector of length {5 * size:.0e} and itself give {got:.3f}, not 1: "
+            f"a vector of norm {5 * size:.0e} and itself give {got:.3f}, not 1: "
             "its squares leave the range of floats, so scale it first"
         )
+    _check_axes(similarity)
 
 
 def _check_axes(similarity: Callable[..., Tensor]) -> None:
@@ -52,37 +55,19 @@ def _check_axes(similarity: Callable[..., Tensor]) -> None:
         assert right, f"wrong along {name}: is dim used everywhere?"
 
 
-def check_cosine_similarity(similarity: Callable[..., Tensor]) -> None:
-    """The cosine of the angle: of any lengths, along any axis, 0 for zero vectors.
+def check_embedding(embedding: Callable[[int, int], nn.Module]) -> None:
+    """Looks up its rows, trains those alone, and starts small.
 
-    similarity: called as similarity(a, b) for the last axis and similarity(a, b, dim).
+    embedding: called as embedding(rows, width); the layer has a parameter `weight`.
 
-    Book: 03_embeddings.html#the-check
+    Book: 03_embeddings.html#the-check-of-the-layer
     """
-    _check_formula(similarity)
-    _check_extremes(similarity)
-    _check_axes(similarity)
-
-
-def check_nearest_neighbors(
-    nearest: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]],
-) -> None:
-    """The rows of the most similar directions, best first, with their similarities.
-
-    Book: 03_embeddings.html#nearest-neighbors
-    """
-    rows = [[9.0, 9.0], [2.0, 0.0], [0.4, 0.1], [-5.0, 0.0], [0.0, 0.0]]
-    table = torch.tensor(rows)
-    similarities, ids = nearest(torch.tensor([1.0, 0.0]), table, 3)
-    found = ids.tolist()
-    assert len(found) == 3, f"asked for 3 rows, got {len(found)}"
-    assert found[0] != 0, "a long row won: compare directions, not dot products"
-    assert found[0] != 3, "the opposite direction came first: sort from high to low"
-    assert found == [1, 2, 0], f"the nearest rows are 1, 2 and 0, not {found}"
-    wanted = torch.tensor([1.0, 4 / 17**0.5, 0.5**0.5])
-    assert torch.allclose(similarities, wanted, atol=1e-5), (
-        f"the similarities should be {wanted.tolist()}, not {similarities.tolist()}"
-    )
+    layer = embedding(5, 3)
+    _check_rows(layer)
+    _check_gradient(layer)
+    spread = embedding(1000, 50).weight.std().item()
+    started = abs(spread - 0.02) < 0.001
+    assert started, f"the rows start with standard deviation {spread:.3f}, not 0.02"
 
 
 def _check_rows(layer: nn.Module) -> None:
@@ -103,7 +88,9 @@ def _check_rows(layer: nn.Module) -> None:
 
 def _check_gradient(layer: nn.Module) -> None:
     layer.weight.grad = None
-    layer(torch.tensor([4, 0, 4])).sum().backward()
+    out = layer(torch.tensor([4, 0, 4])).sum()
+    if out.requires_grad:
+        out.backward()
     assert layer.weight.grad is not None, "no gradient reaches weight: it can't learn"
     got = layer.weight.grad[:, 0].tolist()
     assert got[1:4] == [0, 0, 0], "rows that no id asked for receive a gradient"
@@ -112,41 +99,32 @@ def _check_gradient(layer: nn.Module) -> None:
     )
 
 
-def _error(layer: nn.Module, ids: Tensor) -> Exception | None:
-    try:
-        layer(ids)
-    except Exception as error:
-        return error
-    return None
+def check_matrix_product(product: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """The matrix product: each entry is a row of a times a column of b.
 
+    product: called as product(a, b) with a (N, K) and b (K, M).
 
-def _check_refusals(layer: nn.Module) -> None:
-    for wrong in (-1, 5):
-        error = _error(layer, torch.tensor([0, wrong]))
-        assert error is not None, f"id {wrong} was accepted: it is no row of 0 to 4"
-        assert isinstance(error, ValueError), (
-            f"id {wrong} raises {type(error).__name__}: raise a ValueError"
-        )
-        named = str(wrong) in str(error)
-        assert named, f"the error doesn't name the id {wrong}: {error}"
-    error = _error(layer, torch.tensor([0.0, 1.0]))
-    assert isinstance(error, TypeError | ValueError), "fractions were accepted as ids"
-
-
-def check_embedding(embedding: Callable[[int, int], nn.Module]) -> None:
-    """Looks up its rows, trains those alone, and refuses ids it doesn't have.
-
-    embedding: called as embedding(rows, width); the layer has a parameter `weight`.
-
-    Book: 03_embeddings.html#the-check-of-the-layer
+    Book: 03_embeddings.html#exercise-1-the-product-by-mixing-rows
     """
-    layer = embedding(5, 3)
-    _check_rows(layer)
-    _check_gradient(layer)
-    _check_refusals(layer)
-    spread = embedding(1000, 50).weight.std().item()
-    started = abs(spread - 0.02) < 0.001
-    assert started, f"the rows start spread by {spread:.3f}, not 0.02"
+    a = torch.tensor([[2.0, 1.0, 0.0], [1.0, 0.0, 2.0]])
+    rows = [[1.0, -1.0, 0.0, 4.0], [2.0, 0.0, 1.0, 0.0], [0.0, 3.0, 5.0, 1.0]]
+    b = torch.tensor(rows)
+    got = product(a, b)
+    assert got.shape != (4, 2), "the result is transposed: its rows belong to a"
+    assert got.shape == (2, 4), (
+        f"(2, 3) times (3, 4) gives {tuple(got.shape)}, not (2, 4): "
+        "the inner lengths disappear"
+    )
+    for k in range(3):
+        lost = torch.allclose(got, a @ b - a[:, k : k + 1] * b[k])
+        assert not lost, f"the terms with k = {k} are missing from every sum"
+    for i, j in ((0, 0), (1, 1), (1, 3)):
+        wanted = (a[i] * b[:, j]).sum().item()
+        assert abs(got[i, j] - wanted) < 1e-5, (
+            f"entry ({i}, {j}) is {got[i, j]:g}, not {wanted:g}: "
+            f"row {i} of a times column {j} of b"
+        )
+    assert torch.allclose(got, a @ b), f"the product is wrong: {got.tolist()}"
 
 
 def check_lookup(lookup: Callable[[Tensor, Tensor], Tensor]) -> None:
@@ -154,7 +132,7 @@ def check_lookup(lookup: Callable[[Tensor, Tensor], Tensor]) -> None:
 
     lookup: called as lookup(table, ids) with table (V, C) and ids of any shape.
 
-    Book: 03_embeddings.html#exercises
+    Book: 03_embeddings.html#exercise-2-look-up-by-multiplying
     """
     table = torch.arange(12.0).view(4, 3)
     for ids in (torch.tensor([2, 0, 2]), torch.tensor([[1, 3]]), torch.tensor(3)):
@@ -168,7 +146,7 @@ def check_lookup(lookup: Callable[[Tensor, Tensor], Tensor]) -> None:
 def check_analogy(analogy: Callable[[int, int, int, Tensor], int]) -> None:
     """The row most like b - a + c, with a, b and c themselves left out.
 
-    Book: 03_embeddings.html#exercise-2-analogies-without-the-inputs
+    Book: 03_embeddings.html#exercise-3-analogies-without-the-inputs
     """
     rows = [[1.0, 0.0], [1.0, 1.0], [5.0, 0.2], [4.0, 2.0], [-5.0, 9.0], [5.0, -0.3]]
     table = torch.tensor(rows)
@@ -186,7 +164,7 @@ def check_embedding_gradient(
 
     gradient: called as gradient(ids, upstream, rows); ids (T,), upstream (T, C).
 
-    Book: 03_embeddings.html#exercise-3-the-gradient-of-a-lookup
+    Book: 03_embeddings.html#exercise-4-the-gradient-of-a-lookup
     """
     ids, upstream = torch.tensor([2, 0, 2]), torch.tensor([[1.0], [5.0], [10.0]])
     got = gradient(ids, upstream, 4)

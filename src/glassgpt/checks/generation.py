@@ -132,12 +132,10 @@ def _check_rows_and_dice(sample: Callable[..., Tensor]) -> None:
     assert torch.equal(one, again), "draw from the generator, and only from it"
 
 
-def _small_gpt(
-    positions: str = "learned", context: int = 8, spread: float = 0.7
-) -> GPT:
+def _small_gpt(context: int = 8, spread: float = 0.7) -> GPT:
     """A GPT with random weights, large enough to tell tokens apart."""
     random = torch.Generator().manual_seed(0)
-    config = GPTConfig(11, context, 2, 2, 16, positions=positions, tied=False)
+    config = GPTConfig(11, context, 2, 2, 16, tied=False)
     model = GPT(config).double().eval()
     for parameter in model.parameters():
         if parameter.dim() > 1:
@@ -154,20 +152,19 @@ def check_cache(cache: Callable[[int], Any]) -> None:
     Book: 13_generation.html#what-stays-the-same
     """
     ids = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8, 2, 8, 1, 8]])
-    for positions in ("learned", "sinusoidal", "rotary"):
-        model = _small_gpt(positions)
-        wanted, caches = model(ids), [cache(8) for _ in model.blocks]
-        for start, end in ((0, 3), (3, 4), (4, 7), (7, 8)):
-            found = model(ids[:, start:end], caches)
-            assert caches[0].length == end, (
-                f"after {end} tokens the cache says {caches[0].length}:"
-                " the next token gets a wrong position"
-            )
-            gap = (found - wanted[:, start:end]).abs().max().item()
-            assert gap < 1e-9, (
-                f"with {positions} positions the logits of tokens {start} to {end - 1}"
-                f" differ by {gap:.1e} from a pass without a cache"
-            )
+    model = _small_gpt()
+    wanted, caches = model(ids), [cache(8) for _ in model.blocks]
+    for start, end in ((0, 3), (3, 4), (4, 7), (7, 8)):
+        found = model(ids[:, start:end], caches=caches)
+        assert caches[0].length == end, (
+            f"after {end} tokens the cache says {caches[0].length}:"
+            " the next token gets a wrong position"
+        )
+        gap = (found - wanted[:, start:end]).abs().max().item()
+        assert gap < 1e-9, (
+            f"the logits of tokens {start} to {end - 1}"
+            f" differ by {gap:.1e} from a pass without a cache"
+        )
     full = caches[0]
     try:
         full.append(torch.zeros(2, 2, 1, 8).double(), torch.zeros(2, 2, 1, 8).double())
@@ -197,21 +194,18 @@ def check_cached(generate: Callable[..., list]) -> None:
 
     Book: 13_generation.html#the-loop
     """
-    for positions in ("learned", "sinusoidal", "rotary"):
-        model = _small_gpt(positions)
-        for prompt in ([3], [3, 1, 4], [1, 2, 3, 4, 5, 6, 7, 8], [5, 6] * 7):
-            found = generate(model, prompt, 20, top_k=1)
-            wanted = _greedy(model, prompt, 20)
-            assert found[: len(prompt)] == prompt, "the prompt must come first, whole"
-            assert len(found) == len(wanted), (
-                f"{len(found) - len(prompt)} tokens, not 20"
-            )
-            same = [a == b for a, b in zip(found, wanted, strict=True)]
-            assert all(same), (
-                f"{positions} positions, prompt of {len(prompt)}: token"
-                f" {same.index(False)} differs from a pass without a cache:"
-                " are positions and window the same?"
-            )
+    model = _small_gpt()
+    for prompt in ([3], [3, 1, 4], [1, 2, 3, 4, 5, 6, 7, 8], [5, 6] * 7):
+        found = generate(model, prompt, 20, top_k=1)
+        wanted = _greedy(model, prompt, 20)
+        assert found[: len(prompt)] == prompt, "the prompt must come first, whole"
+        assert len(found) == len(wanted), f"{len(found) - len(prompt)} tokens, not 20"
+        same = [a == b for a, b in zip(found, wanted, strict=True)]
+        assert all(same), (
+            f"prompt of {len(prompt)}: token"
+            f" {same.index(False)} differs from a pass without a cache:"
+            " are positions and window the same?"
+        )
 
 
 def check_batch(generate: Callable[..., list]) -> None:
@@ -222,33 +216,32 @@ def check_batch(generate: Callable[..., list]) -> None:
     Book: 13_generation.html#the-loop
     """
     prompts = [[9, 2], [3, 1, 4, 1, 5], [6]]
-    for positions in ("learned", "sinusoidal", "rotary"):
-        for context in (32, 8):  # with 8 the window moves on, for each row by itself
-            model = _small_gpt(positions, context)
-            found = generate(model, prompts, 12, top_k=1)
-            assert len(found) == 3, f"{len(found)} rows came back, not 3"
-            for prompt, row in zip(prompts, found, strict=True):
-                wanted = _greedy(model, prompt, 12, context)
-                padding = [0] * (5 - len(prompt))
-                seen = _greedy(model, padding + prompt, 12, context)[len(padding) :]
-                assert list(row) == wanted or list(row) != seen, (
-                    f"the prompt of {len(prompt)} takes its padding for words"
-                )
-                assert list(row) == wanted, (
-                    f"the prompt of {len(prompt)} gets other tokens in a batch than "
-                    "alone: is its padding hidden, do its positions begin at its first "
-                    "token, is its window its own, and does it come back in its place?"
-                )
+    for context in (32, 8):  # with 8 the window moves on, for each row by itself
+        model = _small_gpt(context)
+        found = generate(model, prompts, 12, top_k=1)
+        assert len(found) == 3, f"{len(found)} rows came back, not 3"
+        for prompt, row in zip(prompts, found, strict=True):
+            wanted = _greedy(model, prompt, 12, context)
+            padding = [0] * (5 - len(prompt))
+            seen = _greedy(model, padding + prompt, 12, context)[len(padding) :]
+            assert list(row) == wanted or list(row) != seen, (
+                f"the prompt of {len(prompt)} takes its padding for words"
+            )
+            assert list(row) == wanted, (
+                f"the prompt of {len(prompt)} gets other tokens in a batch than "
+                "alone: is its padding hidden, do its positions begin at its first "
+                "token, is its window its own, and does it come back in its place?"
+            )
 
 
 @torch.no_grad()
 def _parrot(ids: Sequence[int], vocab_size: int) -> GPT:
     """A GPT that says these ids, whatever it is told: only the position counts."""
     size = len(ids)
-    config = GPTConfig.modern(
-        vocab_size, context=size, layers=1, heads=1, width=size, positions="learned"
-    )
-    model = GPT(config).eval()
+    model = GPT(GPTConfig(vocab_size, size, 1, 1, size, tied=False)).eval()
+    for block in model.blocks:  # that add nothing
+        block.attention.projection.weight.zero_()
+        block.mlp.projection.weight.zero_()
     model.tokens.weight.zero_()
     model.positions.weight.copy_(torch.eye(size))
     for place, token in enumerate(ids[1:]):
@@ -347,14 +340,13 @@ def check_light(lighten: Callable[[GPT, str], Any]) -> None:
         for name, layer in model.named_modules():
             if isinstance(layer, torch.nn.Linear):
                 _check_layer(light.get_submodule(name), layer, weights)
-    for positions in ("learned", "rotary"):
-        model = _small_gpt(positions).float()
-        before = model(ids)
-        for weights, most in (("bfloat16", 0.1), ("float16", 0.01), ("int8", 0.3)):
-            changes = lighten(model, weights)(ids).log_softmax(-1)
-            gap = (changes - before.log_softmax(-1)).abs().mean().item()
-            assert gap < most, f"{weights} changes log-probabilities by {gap:.3f}"
-            assert torch.equal(model(ids), before), "the model itself was changed"
+    model = _small_gpt().float()
+    before = model(ids)
+    for weights, most in (("bfloat16", 0.1), ("float16", 0.01), ("int8", 0.3)):
+        changes = lighten(model, weights)(ids).log_softmax(-1)
+        gap = (changes - before.log_softmax(-1)).abs().mean().item()
+        assert gap < most, f"{weights} changes log-probabilities by {gap:.3f}"
+        assert torch.equal(model(ids), before), "the model itself was changed"
     try:
         lighten(model, "int3")
     except ValueError:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from glassgpt.attention import attention, causal_mask
 from glassgpt.checks.attention import check_causal
-from glassgpt.positions import rotary_tables
 
 
 def _refuses(call: Callable[[], object]) -> bool:
@@ -202,26 +201,6 @@ def check_multi_head(module_class: Callable[[int, int], nn.Module]) -> None:
         assert count == 4 * 12**2 + 4 * 12, f"{count} parameters, not 4 C^2 + 4 C"
     check_causal(small)
     assert _refuses(lambda: module_class(4, 3)), "width 4, 3 heads: no ValueError"
-
-
-def check_rotary_heads(module_class: Callable[[int, int], nn.Module]) -> None:
-    """Turned queries and keys: distances count, places do not.
-
-    module_class(width, heads) makes a module that is called as module(x, rotary).
-
-    Book: 07_multi_head_attention.html#rotary-positions-in-the-right-places
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        module = module_class(8, 2).double()
-    (x,) = _random((1, 5, 8))
-    cos, sin = (table.double() for table in rotary_tables(12, 4))
-    here, there = (module(x, (cos[i : i + 5], sin[i : i + 5])) for i in (0, 7))
-    assert not torch.allclose(here, module(x, None)), "the rotary tables were ignored"
-    assert torch.allclose(here, there, atol=1e-5), (
-        "moving all positions by 7 changed the result: turn queries and keys, both,"
-        " and not the values"
-    )
 
 
 def check_grouped_attention(

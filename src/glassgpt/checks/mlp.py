@@ -1,4 +1,6 @@
 # Written by tools/tangle.py from book/08_mlp.ipynb: change it there.
+
+
 """Checks of activations, the MLP and hand-made gradients that name the mistake."""
 
 from collections.abc import Callable
@@ -11,17 +13,18 @@ from torch import Tensor, nn
 def check_gelu(gelu: Callable[[Tensor], Tensor]) -> None:
     """GELU in GPT-2's tanh form, on every number by itself.
 
-    Book: 08_mlp.html#gelu-a-rounder-bend
+    Book: 08_mlp.html#gelu-relu-without-the-corner
     """
     x = torch.linspace(-6, 6, 25, dtype=torch.float64)
     found, wanted = gelu(x), F.gelu(x, approximate="tanh")
     assert found.shape == x.shape, f"the shape changed to {tuple(found.shape)}"
+    assert found.dtype == x.dtype, f"the dtype changed to {found.dtype}"
     mistakes = [
         (F.gelu(x), "this is the exact form; GPT-2 uses the one with tanh"),
         (x * torch.sigmoid(1.702 * x), "this is the sigmoid form; take tanh"),
         (F.silu(x), "this is SiLU, x times sigmoid(x)"),
         (F.relu(x), "this is ReLU: it has a corner at 0"),
-        (x, "nothing is bent"),
+        (x, "x came back as it was: there is no activation"),
         (2 * wanted, "twice too large: multiply by one half"),
     ]
     for values, mistake in mistakes:
@@ -29,7 +32,7 @@ def check_gelu(gelu: Callable[[Tensor], Tensor]) -> None:
     gap = (found - wanted).abs()
     worst = int(gap.argmax())
     assert gap[worst] < 1e-12, (
-        f"gelu({x[worst]:.1f}) is {found[worst]:.6f}, not {wanted[worst]:.6f}:"
+        f"gelu({x[worst]:.1f}) is {found[worst]:.9f}, not {wanted[worst]:.9f}:"
         " look at sqrt(2 / pi) and at 0.044715 x^3"
     )
 
@@ -56,7 +59,7 @@ def check_each_alone(function: Callable[[Tensor], Tensor], width: int = 4) -> No
 
 
 def check_mlp(module_class: Callable[[int], nn.Module]) -> None:
-    """Expand to 4 C, bend by GELU's tanh form, project back, each position alone.
+    """Expand to 4 C, GELU in its tanh form, project back, each position alone.
 
     module_class(width) makes a module (B, T, C) to (B, T, C) with two linear layers,
     `expand` and `projection`.
@@ -77,40 +80,22 @@ def check_mlp(module_class: Callable[[int], nn.Module]) -> None:
     ]
     for wrong, mistake in mistakes:
         assert not torch.allclose(found, module.projection(wrong)), mistake
-    bent = F.gelu(hidden, approximate="tanh")
-    late = F.gelu(module.projection(bent), approximate="tanh")
-    assert not torch.allclose(found, late), "the projection must not be bent again"
-    gap = (found - module.projection(bent)).abs().max().item()
+    active = F.gelu(hidden, approximate="tanh")
+    late = F.gelu(module.projection(active), approximate="tanh")
+    assert not torch.allclose(found, late), "no activation after the projection"
+    gap = (found - module.projection(active)).abs().max().item()
     assert gap < 1e-12, f"differs from expand, GELU, projection by {gap:.1e}"
     count = sum(parameter.numel() for parameter in module.parameters())
     assert count == 8 * 6**2 + 5 * 6, f"{count} parameters, not 8 C^2 + 5 C"
     check_each_alone(small)
 
 
-def check_squared_relu_slope(slope: Callable[[Tensor], Tensor]) -> None:
-    """The derivative of max(z, 0) squared, at each number.
-
-    Book: 08_mlp.html#exercise-1-the-slope-of-squared-relu
-    """
-    z = torch.tensor([-2.0, -0.5, 0.0, 0.25, 3.0])
-    found = slope(z)
-    mistakes = [
-        (2 * z, "the slope must be 0 where z is negative: the parabola is cut off"),
-        (F.relu(z), "half of the slope: the derivative of z^2 is 2 z"),
-        ((z > 0).float(), "this is the slope of ReLU, not of its square"),
-        (F.relu(z).square(), "this is the function itself"),
-    ]
-    for wrong, mistake in mistakes:
-        assert not torch.allclose(found, wrong), mistake
-    assert torch.allclose(found, 2 * F.relu(z)), f"at {z.tolist()}: {found.tolist()}"
-
-
 def check_one_not_both(make: Callable[[], tuple[Tensor, Tensor, Tensor]]) -> None:
     """Hand-set weights: 1 when exactly one of two facts holds, else 0.
 
-    Book: 08_mlp.html#exercise-2-one-but-not-both
+    Book: 08_mlp.html#exercise-1-one-but-not-both
     """
-    expand, bias, project = make()
+    expand, bias, project = (weights.float() for weights in make())
     facts = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
     found = F.relu(facts @ expand + bias) @ project
     assert found.shape == (4,), f"the outputs have shape {tuple(found.shape)}, not (4,)"
@@ -124,12 +109,56 @@ def check_one_not_both(make: Callable[[], tuple[Tensor, Tensor, Tensor]]) -> Non
     )
 
 
+def check_shared_weight(gradients: Callable[..., tuple]) -> None:
+    """A weight used twice: its gradient is the sum over both uses.
+
+    gradients: called as gradients(x, w, b) with three numbers, for h = ReLU(w x + b),
+    the scores (w h, h) and the cross-entropy with target 0. Returns the gradients of
+    x, w and b.
+
+    Book: 08_mlp.html#exercise-1-one-but-not-both
+    """
+    for start in ((2.0, 0.75, 0.5), (-1.0, 2.0, 3.0), (1.0, -2.0, 0.5)):
+        values = torch.tensor(start, dtype=torch.float64).requires_grad_()
+        x, w, b = values
+        h = F.relu(w * x + b)
+        loss = F.cross_entropy(torch.stack([w * h, h]), torch.tensor(0))
+        right = torch.autograd.grad(loss, values)[0].tolist()
+        p = torch.stack([w * h, h]).softmax(0).tolist()
+        first, second, h, w = p[0] - 1, p[1], h.item(), start[1]
+        mistakes = {
+            "b": [
+                (first * w, "h feeds both scores, and the second is missing"),
+                (second, "h feeds both scores, and the first is missing"),
+                (p[0] * w + second, "the target's score gets p minus 1"),
+            ],
+            "w": [
+                (first * h, "only its use in the score w h was counted"),
+                (right[1] - first * h, "only its use in w x + b was counted"),
+            ],
+            "x": [],
+        }
+        found = gradients(*start)
+        assert len(found) == 3, f"{len(found)} gradients, not 3: of x, w and b"
+        found = dict(zip("xwb", map(float, found), strict=True))
+        # From the end to the beginning, for a mistake spreads that way.
+        for name, wanted in zip("bwx", reversed(right), strict=True):
+            ours = found[name]
+            if abs(ours - wanted) < 1e-5:
+                continue
+            where = "at x = {:g}, w = {:g}, b = {:g} the gradient of".format(*start)
+            for value, mistake in [*mistakes[name], (-wanted, "the sign is wrong")]:
+                assert abs(ours - value) > 1e-9, f"{where} {name}: {mistake}"
+            assert h > 0, f"{where} {name} is {ours:g}, but ReLU is flat there"
+            raise AssertionError(f"{where} {name} is {wanted:.4f}, not {ours:.4f}")
+
+
 def check_mlp_backward(backward: Callable[..., tuple[Tensor, ...]]) -> None:
-    """The gradients by x, W_1, b_1, W_2, b_2 of an MLP with squared ReLU.
+    """The gradients of x, W_1, b_1, W_2 and b_2 of an MLP with ReLU.
 
     backward: called as backward(x, W_1, b_1, W_2, d_outputs).
 
-    Book: 08_mlp.html#exercise-3-back-through-a-squared-relu
+    Book: 08_mlp.html#exercise-1-one-but-not-both
     """
     random = torch.Generator().manual_seed(0)
     shapes = {"x": (5, 3), "W_1": (3, 12), "b_1": (12,), "W_2": (12, 3), "b_2": (3,)}
@@ -138,25 +167,26 @@ def check_mlp_backward(backward: Callable[..., tuple[Tensor, ...]]) -> None:
         for shape in shapes.values()
     ]
     x, W_1, b_1, W_2, b_2 = tensors
-    outputs = F.relu(x @ W_1 + b_1).square() @ W_2 + b_2
+    outputs = F.relu(x @ W_1 + b_1) @ W_2 + b_2
     d_outputs = torch.randn(5, 3, generator=random, dtype=torch.float64)
     wanted = torch.autograd.grad(outputs, tensors, d_outputs)
     with torch.no_grad():
         found = backward(x, W_1, b_1, W_2, d_outputs)
-        unbent = {"W_1": x.T @ (d_outputs @ W_2.T), "b_1": (d_outputs @ W_2.T).sum(0)}
+        past = d_outputs @ W_2.T  # without the derivative of ReLU
+        linear = {"W_1": x.T @ past, "b_1": past.sum(0), "x": past @ W_1.T}
     assert len(found) == 5, f"{len(found)} gradients, not 5: x, W_1, b_1, W_2, b_2"
     # From the end to the beginning, for a mistake spreads that way.
     for i in (4, 3, 2, 1, 0):
         name, ours, right = [*shapes][i], found[i], wanted[i]
         assert ours.shape == right.shape, (
-            f"the gradient by {name} has shape {tuple(ours.shape)}, but {name} has"
+            f"the gradient of {name} has shape {tuple(ours.shape)}, but {name} has"
             f" {tuple(right.shape)}"
         )
-        assert name not in unbent or not torch.allclose(ours, unbent[name]), (
-            f"by {name}: multiply by the slope of the bend on the way back"
+        assert name not in linear or not torch.allclose(ours, linear[name]), (
+            f"{name}: multiply by the derivative of ReLU on the way back"
         )
         assert not torch.allclose(5 * ours, right), (
-            f"by {name}: sum over the positions, the mean is not asked for"
+            f"{name}: sum over the positions, the mean is not asked for"
         )
         gap = (ours - right).abs().max().item()
-        assert gap < 1e-10, f"the gradient by {name} differs from autograd by {gap:.1e}"
+        assert gap < 1e-10, f"the gradient of {name} differs from autograd by {gap:.1e}"
