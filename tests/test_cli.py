@@ -595,6 +595,11 @@ def test_resume_after_ctrl_c_reaches_the_end(made, tmp_path, number):
         assert torch.equal(parameter, theirs.get_parameter(name)), name
 
 
+def option_names():
+    """The fields of both configurations."""
+    return {f.name for kind in (ModernConfig, TrainConfig) for f in fields(kind)}
+
+
 @pytest.mark.parametrize("command", ["train", "generate", "tokenize"])
 def test_help_lists_every_option(command, capsys):
     assert run_main([command, "--help"]) == 0
@@ -602,9 +607,7 @@ def test_help_lists_every_option(command, capsys):
     expected = {
         "train": ["data", "tokenizer", "vocab-size", "out", "resume", "size", "recipe"]
         + ["device", "tensorboard"]
-        + [
-            field.name for kind in (ModernConfig, TrainConfig) for field in fields(kind)
-        ],
+        + sorted(option_names()),
         "generate": ["prompt", "tokens", "temperature", "top-k", "top-p", "seed"]
         + ["weights", "device"],
         "tokenize": ["data", "tokenizer", "vocab-size", "out", "workers"],
@@ -622,10 +625,7 @@ def test_help_explains_every_option():
     )
     for part in commands.choices.values():
         assert [action.dest for action in part._actions if not action.help] == []
-    names = {
-        field.name for kind in (ModernConfig, TrainConfig) for field in fields(kind)
-    }
-    assert HELP.keys() == names - {"vocab_size"}
+    assert HELP.keys() == option_names() - {"vocab_size"}
 
 
 @pytest.mark.parametrize("choices", [modern._CHOICES, training._CHOICES])

@@ -11,6 +11,7 @@ from urllib.parse import unquote, urldefrag
 import address
 import names
 import pytest
+import yaml
 from conftest import find_browser
 
 FLAGS = [
@@ -27,6 +28,8 @@ REQUIRED = os.environ.get("GLASSGPT_REQUIRE_BROWSER") == "1"
 pytestmark = pytest.mark.skipif(
     find_browser() is None and not REQUIRED, reason="no Chromium or Chrome was found"
 )
+CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text("utf-8"))
+REDIRECTS = CONFIG["sphinx"]["config"]["redirects"]
 MARKERS = re.compile(r"^#\| ?(export|default_exp)|^# ?@title", re.MULTILINE)
 # Runs in the page and returns what a reader would stumble over.
 LOOK = """() => {
@@ -127,6 +130,7 @@ def pages(site, server, browser):
     """{path: what was seen} for every page of the site."""
     found = sorted(site.rglob("*.html"))
     paths = [p.relative_to(site).as_posix() for p in found if "_static" not in p.parts]
+    paths = [path for path in paths if path.removesuffix(".html") not in REDIRECTS]
     return {path: visit(browser, server, server + path) for path in paths}
 
 
@@ -138,6 +142,15 @@ def collect(pages, key):
 def test_every_chapter_has_a_page(pages):
     chapters = [*(ROOT / "book").glob("*.ipynb"), *(ROOT / "book").glob("*.md")]
     assert {f"book/{chapter.stem}.html" for chapter in chapters} <= set(pages)
+
+
+def test_old_addresses_lead_to_the_new_ones(site, server, browser):
+    for old, new in REDIRECTS.items():
+        page = browser.new_page()
+        page.goto(f"{server}{old}.html")
+        page.wait_for_url(f"{server}book/{new}")
+        assert (site / "book" / new).is_file()
+        page.close()
 
 
 def test_nothing_is_asked_of_the_network_and_nothing_fails(pages):

@@ -10,9 +10,9 @@ from glassgpt.attention import causal_mask
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
-    """Cut the width into heads: (B, T, C) to (B, H, T, C / H).
+    """Cut the width into heads: (B, T, C) to (B, H, T, D), where D = C / H.
 
-    Head h gets the columns from h C / H on.
+    Head h gets the columns from h D on.
 
     Book: 07_multi_head_attention.html#split-and-merge
     """
@@ -22,12 +22,12 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 
 
 def merge_heads(x: Tensor) -> Tensor:
-    """Put the heads side by side again: (B, H, T, C / H) to (B, T, C).
+    """Put the heads side by side again: (B, H, T, D) to (B, T, H D).
 
     Book: 07_multi_head_attention.html#split-and-merge
     """
-    B, H, T, head_width = x.shape
-    return x.transpose(1, 2).reshape(B, T, H * head_width)
+    B, H, T, D = x.shape
+    return x.transpose(1, 2).reshape(B, T, H * D)
 
 
 def fused_attention(
@@ -37,21 +37,21 @@ def fused_attention(
     mask: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Attention in one kernel that never stores the (T, T) weights.
+    """Attention in one kernel that need not store the (T, S) weights.
 
-    queries: (B, H, T, C / H); keys, values: (B, H, S, C / H). Without a mask it is
-    causal, and the queries are the last T of S positions. A mask (bool, True = may
-    look, broadcast to (B, H, T, S)) decides alone. Returns (B, H, T, C / H).
-    dropout: the share of weights that are set to zero. Source: Dao et al. (2022).
+    queries: (B, H, T, D); keys, values: (B, H, S, D). Without a mask it is causal, and
+    the queries are the last T of S positions. A mask (bool, True = may look, broadcast
+    to (B, H, T, S)) decides alone. dropout: the share of weights that are set to zero.
+    Returns the contexts (B, H, T, D). Source: Dao et al. (2022).
 
-    Book: 07_multi_head_attention.html#the-fused-kernel
+    Book: 07_multi_head_attention.html#three-ways-one-result
     """
     T, S = queries.shape[-2], keys.shape[-2]
-    if mask is None and 1 < T < S:
+    causal = False  # a single query, the last one, sees everything
+    if mask is None and T == S:
+        causal = True
+    elif mask is None and T > 1:
         mask = causal_mask(S, device=keys.device)[S - T :]
-    causal = mask is None
-    if T == 1:  # the last position sees everything
-        causal = False
     return F.scaled_dot_product_attention(
         queries, keys, values, mask, dropout, is_causal=causal
     )
@@ -78,12 +78,12 @@ class MultiHeadAttention(nn.Module):
         """Contexts (B, T, C) for x (B, T, C).
 
         mask: as in `fused_attention`. cache: its `append` takes new keys and values
-        (B, H, T, C / H) and returns them after all the earlier ones.
+        (B, H, T, D) and returns them after all the earlier ones.
         """
         parts = self.qkv(x).chunk(3, dim=-1)
         queries, keys, values = (split_heads(part, self.heads) for part in parts)
         if cache is not None:
             keys, values = cache.append(keys, values)
         dropout = self.dropout if self.training else 0.0
-        context = self.attend(queries, keys, values, mask, dropout)
-        return self.projection(merge_heads(context))
+        contexts = self.attend(queries, keys, values, mask, dropout)
+        return self.projection(merge_heads(contexts))

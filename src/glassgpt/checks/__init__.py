@@ -68,7 +68,6 @@ from glassgpt.checks.heads import (
     check_contributions,
     check_fused_attention,
     check_grouped_attention,
-    check_merge_heads,
     check_multi_head,
     check_split_heads,
 )
@@ -169,7 +168,6 @@ __all__ = [
     "check_lookup",
     "check_masked_softmax",
     "check_matrix_product",
-    "check_merge_heads",
     "check_merge_pair",
     "check_merge_word",
     "check_min_p",

@@ -1,0 +1,132 @@
+"""The speed of this checkout beside that of another one, in one interleaved run.
+
+    git worktree add /tmp/before COMMIT
+    python benchmarks/against.py /tmp/before
+
+One process for each checkout sets everything up; then they work in turn, round by round.
+Printed are the medians and the ratio before / now: 1.05 means five percent faster now.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+# What each checkout runs. Old and new names differ; the sizes and the work do not.
+WORKER = """
+import sys, time, torch
+from glassgpt.device import keep_freed_memory
+keep_freed_memory()
+import glassgpt
+from glassgpt import BPETokenizer, GPT, GPTConfig, TokenData, TrainConfig, generate, lighten
+from glassgpt.training import Trainer, take_step
+try:
+    from glassgpt import ModernConfig, ModernGPT
+except ImportError:
+    ModernConfig, ModernGPT = GPTConfig.modern, GPT
+torch.set_num_threads(2)
+MICRO = dict(context=64, layers=4, heads=4, width=128)
+MINI = dict(context=256, layers=6, heads=6, width=384)
+
+def steps(make, config, sizes, count, **settings):
+    torch.manual_seed(0)
+    ids = torch.randint(1024, (100_000,)).tolist()
+    data = TokenData.of(ids, ids[:5000], 1024)
+    model = make(config(1024, **sizes))
+    trainer = Trainer(model, data, TrainConfig(steps=10**6, **settings))
+    def run():
+        for _ in range(count):
+            take_step(trainer)
+        trainer.losses.clear()
+    return run
+
+def writing(make, config, sizes, count, weights=None):
+    torch.manual_seed(0)
+    model = make(config(1024, **sizes)).eval()
+    model = lighten(model, weights) if weights else model
+    return lambda: generate(model, [1, 2, 3], count, top_k=1)
+
+def bpe(work):
+    text = " ".join(f"{n * n % 9973} word{n % 700} and" for n in range(60_000))
+    if work == "train":
+        return lambda: BPETokenizer.train(text, 1024)
+    tokenizer = BPETokenizer.train(text, 1024)
+    fresh = lambda: BPETokenizer(tokenizer.merges)
+    return lambda: fresh().encode(text)
+
+bf, cc = dict(precision="bfloat16"), dict(compile="all")
+CASES = {
+    "train micro float32": lambda: steps(GPT, GPTConfig, MICRO, 20, batch_size=16),
+    "train micro bfloat16 compiled Muon":
+        lambda: steps(GPT, GPTConfig, MICRO, 40, batch_size=16, optimizer="muon", **bf, **cc),
+    "train micro float32 compiled":
+        lambda: steps(GPT, GPTConfig, MICRO, 20, batch_size=16, **cc),
+    "train mini bfloat16 compiled": lambda: steps(GPT, GPTConfig, MINI, 3, batch_size=8, **bf, **cc),
+    "train modern micro bfloat16 compiled Muon":
+        lambda: steps(ModernGPT, ModernConfig, MICRO, 40, batch_size=16, optimizer="muon", **bf, **cc),
+    "generate micro float32": lambda: writing(GPT, GPTConfig, MICRO, 150),
+    "generate mini float32": lambda: writing(GPT, GPTConfig, MINI, 100),
+    "generate mini bfloat16": lambda: writing(GPT, GPTConfig, MINI, 100, "bfloat16"),
+    "generate mini int8": lambda: writing(GPT, GPTConfig, MINI, 100, "int8"),
+    "generate modern micro float32": lambda: writing(ModernGPT, ModernConfig, MICRO, 150),
+    "byte pairs train": lambda: bpe("train"),
+    "byte pairs encode": lambda: bpe("encode"),
+}
+for line in sys.stdin:
+    word, _, name = line.strip().partition(" ")
+    if word == "make":
+        run = CASES[name]()
+        run(), run()
+        print("made", flush=True)
+    else:
+        began = time.perf_counter()
+        run()
+        print(time.perf_counter() - began, flush=True)
+"""
+
+
+def worker(checkout: Path) -> subprocess.Popen[str]:
+    """A process that runs the package of a checkout."""
+    environment = os.environ | {"PYTHONPATH": str(checkout / "src")}
+    return subprocess.Popen(
+        [sys.executable, "-c", WORKER],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def ask(process: subprocess.Popen[str], word: str) -> str:
+    """Send a worker a line and return its answer."""
+    assert process.stdin and process.stdout
+    process.stdin.write(word + "\n")
+    process.stdin.flush()
+    return process.stdout.readline().strip()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("before", type=Path)
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--only", default="", help="cases that hold this word")
+    options = parser.parse_args()
+    here = Path(__file__).resolve().parent.parent
+    workers = {"before": worker(options.before.resolve()), "now": worker(here)}
+    names = [line.split('"')[1] for line in WORKER.splitlines() if line[:5] == '    "']
+    print("| case | before, s | now, s | before / now |\n| --- | ---: | ---: | ---: |")
+    for name in (name for name in names if options.only in name):
+        for process in workers.values():
+            assert ask(process, f"make {name}") == "made", name
+        seconds: dict[str, list[float]] = {key: [] for key in workers}
+        for _ in range(options.rounds):
+            for key, process in workers.items():
+                seconds[key].append(float(ask(process, "go")))
+        before, now = (statistics.median(seconds[key]) for key in workers)
+        print(f"| {name} | {before:.3f} | {now:.3f} | {before / now:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
