@@ -3,8 +3,8 @@
     git worktree add /tmp/before COMMIT
     python benchmarks/against.py /tmp/before
 
-One process for each checkout sets everything up; then they work in turn, round by round.
-Printed are the medians and the ratio before / now: 1.05 means five percent faster now.
+One process for each checkout sets everything up; then they work in turn, round by
+round. Printed are the medians and the ratio before / now: 1.05 is five percent faster.
 """
 
 import argparse
@@ -20,7 +20,8 @@ import sys, time, torch
 from glassgpt.device import keep_freed_memory
 keep_freed_memory()
 import glassgpt
-from glassgpt import BPETokenizer, GPT, GPTConfig, TokenData, TrainConfig, generate, lighten
+from glassgpt import BPETokenizer, GPT, GPTConfig, TokenData, TrainConfig
+from glassgpt import generate, lighten
 from glassgpt.training import Trainer, take_step
 try:
     from glassgpt import ModernConfig, ModernGPT
@@ -56,21 +57,21 @@ def bpe(work):
     fresh = lambda: BPETokenizer(tokenizer.merges)
     return lambda: fresh().encode(text)
 
-bf, cc = dict(precision="bfloat16"), dict(compile="all")
+compiled = dict(compile="all", batch_size=16)
+narrow = dict(compile="all", precision="bfloat16", optimizer="muon", batch_size=16)
+mini = dict(compile="all", precision="bfloat16", batch_size=8)
+gpt2, modern = (GPT, GPTConfig), (ModernGPT, ModernConfig)
 CASES = {
-    "train micro float32": lambda: steps(GPT, GPTConfig, MICRO, 20, batch_size=16),
-    "train micro bfloat16 compiled Muon":
-        lambda: steps(GPT, GPTConfig, MICRO, 40, batch_size=16, optimizer="muon", **bf, **cc),
-    "train micro float32 compiled":
-        lambda: steps(GPT, GPTConfig, MICRO, 20, batch_size=16, **cc),
-    "train mini bfloat16 compiled": lambda: steps(GPT, GPTConfig, MINI, 3, batch_size=8, **bf, **cc),
-    "train modern micro bfloat16 compiled Muon":
-        lambda: steps(ModernGPT, ModernConfig, MICRO, 40, batch_size=16, optimizer="muon", **bf, **cc),
-    "generate micro float32": lambda: writing(GPT, GPTConfig, MICRO, 150),
-    "generate mini float32": lambda: writing(GPT, GPTConfig, MINI, 100),
-    "generate mini bfloat16": lambda: writing(GPT, GPTConfig, MINI, 100, "bfloat16"),
-    "generate mini int8": lambda: writing(GPT, GPTConfig, MINI, 100, "int8"),
-    "generate modern micro float32": lambda: writing(ModernGPT, ModernConfig, MICRO, 150),
+    "train micro float32": lambda: steps(*gpt2, MICRO, 20, batch_size=16),
+    "train micro float32 compiled": lambda: steps(*gpt2, MICRO, 20, **compiled),
+    "train micro bfloat16 compiled Muon": lambda: steps(*gpt2, MICRO, 40, **narrow),
+    "train modern micro, the same": lambda: steps(*modern, MICRO, 40, **narrow),
+    "train mini bfloat16 compiled": lambda: steps(*gpt2, MINI, 3, **mini),
+    "generate micro float32": lambda: writing(*gpt2, MICRO, 150),
+    "generate modern micro float32": lambda: writing(*modern, MICRO, 150),
+    "generate mini float32": lambda: writing(*gpt2, MINI, 100),
+    "generate mini bfloat16": lambda: writing(*gpt2, MINI, 100, "bfloat16"),
+    "generate mini int8": lambda: writing(*gpt2, MINI, 100, "int8"),
     "byte pairs train": lambda: bpe("train"),
     "byte pairs encode": lambda: bpe("encode"),
 }
@@ -101,7 +102,8 @@ def worker(checkout: Path) -> subprocess.Popen[str]:
 
 def ask(process: subprocess.Popen[str], word: str) -> str:
     """Send a worker a line and return its answer."""
-    assert process.stdin and process.stdout
+    assert process.stdin
+    assert process.stdout
     process.stdin.write(word + "\n")
     process.stdin.flush()
     return process.stdout.readline().strip()

@@ -22,7 +22,7 @@ from time import perf_counter
 
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from glassgpt.tokens import BPETokenizer
+from glassgpt.tokens import BPETokenizer, _as_json
 
 
 def read_plays() -> str:
@@ -80,7 +80,7 @@ def compare_training(text: str, rounds: int) -> None:
         theirs = train_peer(text, vocab_size)
         if ours.vocab_size != theirs.get_vocab_size():
             sys.exit(f"the vocabularies differ in size: {ours.vocab_size}")
-        if set(ours._as_json()["model"]["vocab"]) != set(theirs.get_vocab()):
+        if set(_as_json(ours)["model"]["vocab"]) != set(theirs.get_vocab()):
             sys.exit(f"the vocabularies of {vocab_size} differ")
         seconds = medians(
             rounds,

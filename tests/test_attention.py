@@ -156,6 +156,14 @@ def mask_after(queries, keys, values, mask=None):
     return weights @ values, weights
 
 
+def filled_with_zero(queries, keys, values, mask=None):
+    scores = queries @ keys.mT / math.sqrt(queries.shape[-1])
+    if mask is not None:
+        scores = scores.masked_fill(~mask, 0.0)
+    weights = scores.softmax(-1)
+    return weights @ values, weights
+
+
 def keys_mixed(queries, keys, values, mask=None):
     return attention(queries, keys, keys, mask)
 
@@ -358,7 +366,8 @@ WRONG = [
     ("check_attention", variant(use=lambda mask: ~mask), "True means 'may look'"),
     ("check_attention", variant(hide=-1.0), "looks at all"),
     ("check_attention", variant(), "gets nan"),
-    ("check_attention", variant(hide=-1e9), "not a large number"),
+    ("check_attention", variant(hide=-1e9), "not with a number"),
+    ("check_attention", filled_with_zero, "not with a number"),
     (
         "check_attention",
         variant(repair=lambda w: w.nan_to_num(0)),

@@ -220,7 +220,10 @@ def test_checks_are_folded(path):
 
 @each_chapter
 def test_the_median_code_cell_has_at_most_eight_lines(path):
-    sizes = [len(source(cell).splitlines()) for cell in code_cells(path)]
+    """Of those that stand open: what is folded isn't read with the text."""
+    folded = {"hide-input", "hide-cell", "remove-cell"}
+    cells = [cell for cell in code_cells(path) if not tags(cell) & folded]
+    sizes = [len(source(cell).splitlines()) for cell in cells]
     assert statistics.median(sizes) <= 8
 
 
@@ -325,3 +328,50 @@ def test_no_cell_stored_an_error(path):
         if "raises-exception" not in tags(cell):
             kinds = [output["output_type"] for output in cell["outputs"]]
             assert "error" not in kinds, f"cell {cell['id']}"
+
+
+# Words that also have an everyday meaning, in which they may stand anywhere.
+EVERYDAY = {"attention", "bias", "block", "context", "head", "key", "query", "value"}
+EVERYDAY |= {"loss", "norm", "targets", "temperature", "token", "overflow"}
+
+
+def glossary():
+    """{term: the number of the chapter that defines it}."""
+    text = (BOOK / "a2_notation.md").read_text("utf-8")
+    entry = re.compile(r"^(\S.*)\n  .*Defined in \[chapter (\d+)\]", re.MULTILINE)
+    return {term: int(chapter) for term, chapter in entry.findall(text)}
+
+
+def prose(cell):
+    """The text of a Markdown cell without headings, code, formulas, links and cites."""
+    text = re.sub(r"```.*?```|\$\$.*?\$\$", "", source(cell), flags=re.DOTALL)
+    text = re.sub(r"`[^`]*`|\$[^$]*\$|\[[^\]]*\]\([^)]*\)|\{cite\}", "", text)
+    return re.sub(r"^#+ .*$", "", text, flags=re.MULTILINE)
+
+
+def places(pattern):
+    """(chapter, cell) wherever a pattern occurs in the prose, in the book's order."""
+    for path in CHAPTERS:
+        if path.stem[0] == "a":
+            continue
+        cells = [c for c in load(path)["cells"] if c["cell_type"] == "markdown"]
+        for number, cell in enumerate(cells[1:], 1):  # the first says what is coming
+            if pattern.search(prose(cell)):
+                yield int(path.stem[:2]), number
+
+
+@pytest.mark.parametrize("term", glossary())
+def test_a_glossary_term_is_defined_before_it_is_used(term):
+    word = re.escape(term).replace(r"\ ", r"\s+").replace(r"\-", "[- ]")
+    defined = next(places(re.compile(rf"\*{word}(e?s)?\*", re.IGNORECASE)), None)
+    assert defined, (
+        f"{term} stands nowhere in italics, as a term does where it is defined"
+    )
+    assert defined[0] == glossary()[term], f"defined in chapter {defined[0]}"
+    if term not in EVERYDAY:
+        used = next(places(re.compile(rf"\b{word}(e?s)?\b", re.IGNORECASE)))
+        assert used == defined, f"used in chapter {used[0]}, cell {used[1]}, before"
+
+
+def test_there_is_a_glossary():
+    assert len(glossary()) > 50

@@ -28,11 +28,12 @@ from glassgpt.data import (
     Tokens,
     clean_play,
     read_documents,
+    safe_chunks,
     shakespeare,
     split_documents,
     tokenize,
 )
-from glassgpt.tokens import BPETokenizer, CharTokenizer
+from glassgpt.tokens import BPETokenizer, CharTokenizer, split_words
 
 TEXT = "a miniature Eiffel tower\n"
 NASTY = "a é € 🗼 tower\r\n" * 40
@@ -1096,3 +1097,27 @@ def test_check_names_the_mistake(check, wrong, message):
     with pytest.raises(AssertionError) as caught:
         getattr(checks, check)(wrong)
     assert message in str(caught.value)
+
+
+# Chunks of long texts.
+
+# White space of every kind, what looks like it, and what joins words.
+SPACES = "ab'é1!. \t\n\r\x0b\x1c\x1f\x85\xa0\u2003\u2028\u3000\u200d🗼"
+parts = st.lists(st.one_of(st.text(max_size=20), st.text(SPACES, max_size=40)))
+
+
+@given(parts, st.integers(1, 30))
+@settings(deadline=None)
+def test_chunks_encode_as_the_whole(parts, size):
+    whole = "".join(parts)
+    chunks = list(safe_chunks(iter(parts), size))
+    assert "".join(chunks) == whole
+    assert all(len(chunk) >= size for chunk in chunks[:-1])
+    words = [word for chunk in chunks for word in split_words(chunk)]
+    assert words == split_words(whole)
+
+
+def test_chunks_are_about_as_long_as_asked():
+    chunks = list(safe_chunks(["tower " * 10_000], 1000))
+    assert max(map(len, chunks)) <= 1006
+    assert list(safe_chunks([], 1000)) == []

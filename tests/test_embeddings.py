@@ -215,6 +215,65 @@ def nearest_to(of_b, of_a, of_c):
     return analogy
 
 
+def measured(measure, rank=None):
+    """The row first in this measure without the inputs, or at this rank among all."""
+
+    def analogy(a, b, c, table):
+        scores = measure(table, a, b, c)
+        if rank is not None:
+            return scores.argsort(descending=True)[rank]
+        scores[[a, b, c]] = -torch.inf
+        return scores.argmax()
+
+    return analogy
+
+
+def by_cosine(table, a, b, c):
+    return cosine_similarity(table, table[b] - table[a] + table[c])
+
+
+def by_dot_product(table, a, b, c):
+    return table @ (table[b] - table[a] + table[c])
+
+
+def by_distance(table, a, b, c):
+    return -(table - (table[b] - table[a] + table[c])).norm(dim=-1)
+
+
+def by_rows_of_norm_one(table, a, b, c):
+    return by_cosine(table / table.norm(dim=-1, keepdim=True), a, b, c)
+
+
+def summed(ids, upstream, rows):
+    """Each row receives the sum over its columns, in all of them."""
+    grad = torch.zeros(rows, upstream.shape[1]).index_add(0, ids, upstream)
+    return grad.sum(-1, keepdim=True).expand_as(grad)
+
+
+def by_loop(ids, upstream, rows):
+    grad = upstream.new_zeros(rows, upstream.shape[1])
+    for row, id in zip(upstream, ids.tolist(), strict=True):
+        grad[id] += row
+    return grad
+
+
+@pytest.mark.parametrize(
+    ("check", "right"),
+    [
+        (checks.check_analogy, measured(by_cosine)),
+        (checks.check_analogy, lambda a, b, c, table: nearest_to(1, -1, 1)(
+            a, b, c, table.double()).item()),
+        (checks.check_embedding_gradient, by_loop),
+        (checks.check_embedding_gradient, lambda ids, g, rows: torch.zeros(
+            rows, 2).index_add(0, ids, g)),
+        (checks.check_embedding_gradient, lambda ids, g, rows: torch.eye(
+            rows)[ids].T @ g),
+    ],
+)  # fmt: skip
+def test_right_answers_pass(check, right):
+    check(right)
+
+
 @pytest.mark.parametrize(
     ("check", "wrong", "message"),
     [
@@ -240,14 +299,26 @@ def nearest_to(of_b, of_a, of_c):
         (checks.check_lookup, lambda table, ids: table[ids.flatten()], "ids"),
         (checks.check_lookup, lambda table, ids: table[ids] * 0, "wrong rows"),
         (checks.check_analogy, lambda a, b, c, table: b, "inputs"),
+        (checks.check_analogy, lambda a, b, c, table: None, "returns None"),
+        (checks.check_analogy, measured(by_cosine, rank=1), "inputs"),
+        (checks.check_analogy, measured(by_cosine, rank=2), "inputs"),
+        (checks.check_analogy, measured(by_distance), "by distance"),
+        (checks.check_analogy, measured(by_dot_product), "dot product"),
+        (checks.check_analogy, measured(by_rows_of_norm_one), "of rows made norm 1"),
         (checks.check_analogy, nearest_to(1, -1, -1), "sign of c"),
         (checks.check_analogy, nearest_to(1, 1, 1), "wrong or missing"),
         (checks.check_analogy, nearest_to(-1, 1, 1), "wrong or missing"),
         (checks.check_analogy, nearest_to(0, 0, 1), "wrong or missing"),
         (checks.check_analogy, nearest_to(1, 0, 1), "wrong or missing"),
         (checks.check_embedding_gradient,
-         lambda ids, g, rows: torch.zeros(rows, 1).index_put((ids,), g), "twice"),
+         lambda ids, g, rows: torch.zeros(rows, 2).index_put((ids,), g), "twice"),
         (checks.check_embedding_gradient, lambda ids, g, rows: g, "shape"),
+        (checks.check_embedding_gradient, summed, "got [[5.0, 5.0]"),
+        (checks.check_embedding_gradient,
+         lambda ids, g, rows: torch.ones(rows, 2), "not looked up"),
+        (checks.check_embedding_gradient,
+         lambda ids, g, rows: g.tolist(), "a list, not a tensor"),
+        (checks.check_matrix_product, lambda a, b: None, "returns None"),
     ],
 )  # fmt: skip
 def test_checks_name_the_mistake(check, wrong, message, capsys):

@@ -291,7 +291,10 @@ def test_the_head_stays_tied():
 BAD_IDS = [
     (torch.tensor([[0, 97]]), "id 97 is out of range: ids are 0 to 96"),
     (torch.tensor([[5, -1]]), "id -1 is out of range"),
-    (torch.zeros(1, 33, dtype=torch.int64), "33 tokens, but the context has room for 32"),
+    (
+        torch.zeros(1, 33, dtype=torch.int64),
+        "33 tokens, but the context has room for 32",
+    ),
     (torch.zeros(1, 0, dtype=torch.int64), "at least one id"),
     (torch.zeros(0, 3, dtype=torch.int64), "at least one id"),
     (torch.zeros(3, dtype=torch.int64), r"\(B, T\), not tensor\(\[0, 0, 0\]\)"),

@@ -29,7 +29,7 @@ def make(width=4):
 def test_package_passes_its_checks():
     checks.check_gelu(gelu)
     checks.check_mlp(MLP)
-    checks.check_each_alone(make(7).float(), width=7)
+    checks.check_each_alone(make().float())
 
 
 def test_checks_leave_the_random_state_alone():
@@ -134,6 +134,10 @@ def either_way():
     return expand, torch.tensor([0, 0]), torch.tensor([1, 1])
 
 
+def as_lists():
+    return [[1, 0, 1], [0, 1, 1]], [0, 0, -1], [1, 1, -2]
+
+
 def shared(x, w, b, first_score=1.0, second_score=1.0, first=1.0, second=1.0, open=0.0):
     """The gradients; factors of 0 forget a path."""
     h = max(w * x + b, 0.0)
@@ -177,7 +181,7 @@ def loopy(x):
 def test_right_answers_pass():
     checks.check_gelu(lambda x: 0.5 * x * (1 + torch.tanh(gelu_inner(x))))
     checks.check_each_alone(loopy)
-    for answer in (one_not_both, either_way):
+    for answer in (one_not_both, either_way, as_lists):
         checks.check_one_not_both(answer)
     for answer in (shared, shared_by_autograd):
         checks.check_shared_weight(answer)
@@ -240,6 +244,11 @@ def changed(place, change):
     return wrong
 
 
+def backward_past_relu(x, W_1, b_1, W_2, d_outputs):
+    *gradients, _, d_b_2 = backward(x, W_1, b_1, W_2, d_outputs)
+    return *gradients, (x @ W_1 + b_1).T @ d_outputs, d_b_2
+
+
 WRONG = [
     ("check_gelu", F.gelu, "exact form"),
     ("check_gelu", lambda x: x * torch.sigmoid(1.702 * x), "sigmoid form"),
@@ -266,6 +275,12 @@ WRONG = [
     ("check_one_not_both", weights([[1.0], [1.0]], [1.0], [1.0]), "neither fact holds"),
     ("check_one_not_both", weights([[0.0], [1.0]], [0.0], [1.0]), "only the first"),
     ("check_one_not_both", weights([[1.0], [0.0]], [0.0], [1.0]), "only the second"),
+    (
+        "check_one_not_both",
+        weights([[1.0, 1.0], [1.0, 1.0], [0.0, 0.0]], [0.0, -1.0], [1.0, -2.0]),
+        "the first matrix has shape (3, 2), not (2, N)",
+    ),
+    ("check_one_not_both", weights([1.0, 1.0], [0.0], [1.0]), "shape (2,), not (2, N)"),
     (
         "check_one_not_both",
         weights([[1.0], [1.0]], [0.0], [[1.0]]),
@@ -303,8 +318,10 @@ WRONG = [
     (
         "check_mlp_backward",
         lambda *args: backward(*args, derivative=F.relu),
-        "the gradient of b_1 differs from autograd",
+        "b_1: multiply by the derivative of ReLU, not by ReLU(z)",
     ),
+    ("check_mlp_backward", backward_past_relu, "W_2: its input is h = ReLU(z), not z"),
+    ("check_mlp_backward", changed(2, lambda g: -g), "b_1 differs from autograd"),
     ("check_mlp_backward", changed(4, lambda g: g / 5), "b_2: sum over the positions"),
     ("check_mlp_backward", changed(3, lambda g: g.T), "(3, 12), but W_2 has (12, 3)"),
     ("check_mlp_backward", changed(0, lambda g: -g), "the gradient of x differs"),

@@ -101,6 +101,33 @@ def refuse(ids, tokens, positions, start):
     return embed(ids, tokens, positions, start)
 
 
+def ending(refused, error):
+    """Slices, and refuses where a condition on start and end holds."""
+
+    def attempt(ids, tokens, positions, start):
+        end = start + ids.shape[1]
+        if refused(start, end, len(positions)):
+            raise error(f"{end} tokens")
+        return tokens[ids] + positions[start:end]
+
+    return attempt
+
+
+def frozen(hand):
+    def positions(context, width):
+        P = sinusoidal_positions(context, width)
+        P[:, 2 * hand : 2 * hand + 2] = torch.tensor([0.0, 1.0])
+        return P
+
+    return positions
+
+
+def stopping(context, width):
+    P = sinusoidal_positions(context, width)
+    P[2000:, 4:] = P[2000, 4:]
+    return P
+
+
 def shift(sign=1.0, unit=1.0, dtype=torch.float32):
     def matrix(distance, width):
         blocks = []
@@ -136,6 +163,9 @@ def test_right_steps_pass(right):
         (checks.check_sinusoidal_positions, sinusoids(base=100.0), "its speed"),
         (checks.check_sinusoidal_positions,
          sinusoids(dtype=torch.bfloat16), "imprecise"),
+        (checks.check_sinusoidal_positions, frozen(1), "hand 1 turns by 0.0000"),
+        (checks.check_sinusoidal_positions, frozen(2), "hand 2 turns by 0.0000"),
+        (checks.check_sinusoidal_positions, stopping, "position 3999"),
         (checks.check_add_positions,
          lambda i, x, p, start: x[i] + p[start : start + i.shape[1]], "accepted"),
         (checks.check_add_positions,
@@ -145,7 +175,17 @@ def test_right_steps_pass(right):
          lambda i, x, p, start: x[i] + p[start], "position 0"),
         (checks.check_add_positions,
          lambda i, x, p, start: embed(i, x, p, start)[0], "give (3, 2)"),
-        (checks.check_add_positions, refuse, "in a ValueError"),
+        (checks.check_add_positions, refuse, "not in RuntimeError: shapes"),
+        (checks.check_add_positions, ending(lambda start, end, rows: end >= rows,
+         ValueError), "positions 2 to 4, but they are refused (ValueError: 5"),
+        (checks.check_add_positions, ending(lambda start, end, rows: end >= rows,
+         AssertionError), "refused (AssertionError: 5"),
+        (checks.check_add_positions,
+         ending(lambda start, end, rows: start > 3, ValueError), "positions 3 to 5"),
+        (checks.check_add_positions, ending(lambda start, end, rows: end > rows,
+         AssertionError), "not in AssertionError: 7"),
+        (checks.check_add_positions,
+         lambda i, x, p, start: embed(i, x, p, start).tolist(), "a list, not"),
         (checks.check_shift_matrix, shift(sign=-1), "backwards"),
         (checks.check_shift_matrix, shift(unit=2.0), "is not position 21"),
         (checks.check_shift_matrix, lambda d, c: torch.eye(c), "is not position"),

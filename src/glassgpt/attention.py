@@ -25,10 +25,10 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """Mix the values of the words that each word looks at.
 
-    queries: (..., T, C); keys: (..., S, C); values: (..., S, D), where the leading
-    axes broadcast. mask: bool, broadcasts to (..., T, S), True = may look.
-    Returns the context (..., T, D) and the weights (..., T, S). Each row of weights
-    sums to 1; a row that may look nowhere is all zeros, and so is its context.
+    queries: (..., T, D); keys: (..., S, D); values: (..., S, any width). Leading axes,
+    such as B, broadcast. mask: bool, broadcasts to (..., T, S), True = may look.
+    Returns the context (..., T, any width) and the weights (..., T, S). Each row of
+    weights sums to 1; a row that may look nowhere is all zeros, and so is its context.
     PyTorch raises its own errors for shapes that don't fit and masks that aren't bool.
     Source: Vaswani et al. (2017), equation 1.
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from glassgpt.tokens import Tokenizer, safe_chunks
+from glassgpt.tokens import Tokenizer
 
 PIECE = 1 << 20  # bytes read, and characters encoded, at a time
 
@@ -264,6 +264,30 @@ class Tokens:
         places = np.linspace(0, total - 1, rows).astype(np.int64)
         for start in range(0, rows, batch_size):
             yield _read_crops(self.shards, places[start : start + batch_size], context)
+
+
+_CUT = re.compile(r"(?<=[\S\x1c-\x1f])(?=[^\S\x1c-\x1f])")
+
+
+def safe_chunks(stream: Iterable[str], size: int) -> Iterator[str]:
+    """Cut a text that comes in parts into chunks that can be encoded one by one.
+
+    The encoded chunks, joined, are the encoded text. A chunk has at least `size`
+    characters (the last may be shorter); text without white space is never cut.
+
+    Book: 11_data.html#tokenizing-once
+    """
+    rest, searched = "", 0
+    for part in stream:
+        rest += part
+        start = 0
+        while cut := _CUT.search(rest, max(start + size, searched)):
+            yield rest[start : cut.start()]
+            start = cut.start()
+        rest = rest[start:]
+        searched = len(rest)
+    if rest:
+        yield rest
 
 
 def _labeled_texts(

@@ -19,8 +19,8 @@ def cosine_similarity(a: Tensor, b: Tensor, dim: int = -1) -> Tensor:
 
     a, b: tensors whose shapes broadcast; the vectors lie along `dim`, counted in the
     broadcast shape. That axis is missing from the result. 1 means the same direction,
-    0 a right angle, -1 the opposite direction. A zero vector is like nothing: it gives
-    0. Vectors of any finite norm neither overflow nor underflow.
+    0 a right angle, -1 the opposite direction. A zero vector resembles no vector: it
+    gives 0. Vectors of any finite norm neither overflow nor underflow.
 
     Book: 03_embeddings.html#the-function
     """

@@ -1,5 +1,5 @@
 # Written by tools/tangle.py from book/08_mlp.ipynb: change it there.
-"""The MLP: where each word, by itself, is thought over."""
+"""The MLP: two layers, applied to each position alone."""
 
 import math
 
@@ -16,7 +16,7 @@ def gelu(x: Tensor) -> Tensor:
     Book: 08_mlp.html#gelu-relu-without-the-corner
     """
     root = math.sqrt(2 / math.pi)
-    return x * torch.sigmoid(2 * root * x * (1 + 0.044715 * x * x))
+    return 0.5 * x * (1 + torch.tanh(root * (x + 0.044715 * x**3)))
 
 
 class MLP(nn.Module):

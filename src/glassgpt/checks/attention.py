@@ -60,7 +60,7 @@ def _check_hidden(weights: Tensor, mask: Tensor) -> None:
     )
     nowhere = weights[:, :, ~seen]
     assert (nowhere == 0).all(), (
-        "a word that may look nowhere looks at all: hide with -inf, not a large number"
+        "a word that may look nowhere looks at all: hide with -inf, not with a number"
     )
     assert (weights[..., ~mask] == 0).all(), "a hidden position has a weight above 0"
     total = weights[:, :, seen].sum(-1)
@@ -150,17 +150,14 @@ def check_causal(mix: Callable[[Tensor], Tensor], width: int = 4) -> None:
                 )
 
 
-def check_permutation_equivariant(
-    mix: Callable[[Tensor], Tensor], width: int = 4
-) -> None:
+def check_permutation_equivariant(mix: Callable[[Tensor], Tensor]) -> None:
     """Shuffled words get the same vectors as before, shuffled alike.
 
-    mix: maps vectors (1, T, C) to vectors (1, T, ...), for C = width and T = 5.
+    mix: maps vectors (1, T, C) to vectors (1, T, ...), for C = 4 and T = 5.
 
     Book: 06_attention.html#is-it-right
     """
-    random = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 5, width, generator=random)
+    x = torch.randn(1, 5, 4, generator=torch.Generator().manual_seed(0))
     order = torch.tensor([3, 0, 4, 1, 2])
     before = mix(x)
     moved = (mix(x[:, order]) - before[:, order]).abs().amax(-1)[0]  # (T,)

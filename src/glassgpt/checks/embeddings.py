@@ -1,4 +1,6 @@
 # Written by tools/tangle.py from book/03_embeddings.ipynb: change it there.
+
+
 """Checks of similarities, lookups and embedding layers that name the mistake."""
 
 from collections.abc import Callable
@@ -6,6 +8,16 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+def expect_tensor(got: object) -> None:
+    """Say what an attempt returns where a tensor is asked for.
+
+    Book: 03_embeddings.html#large-numbers-and-the-check
+    """
+    kind = "None" if got is None else f"a {type(got).__name__}"
+    assert isinstance(got, Tensor), f"it returns {kind}, not a tensor"
+
 
 _COSINE_MISTAKES = {
     48.0: "that is the dot product: divide it by both norms",
@@ -21,7 +33,7 @@ def check_cosine_similarity(similarity: Callable[..., Tensor]) -> None:
 
     similarity: called as similarity(a, b) for the last axis and similarity(a, b, dim).
 
-    Book: 03_embeddings.html#the-check
+    Book: 03_embeddings.html#large-numbers-and-the-check
     """
     a, b = torch.tensor([3.0, 4.0]), torch.tensor([8.0, 6.0])
     got = float(similarity(a, b))
@@ -73,7 +85,7 @@ def check_embedding(embedding: Callable[[int, int], nn.Module]) -> None:
 def _check_rows(layer: nn.Module) -> None:
     weight = getattr(layer, "weight", None)
     assert isinstance(weight, nn.Parameter), (
-        "weight is no nn.Parameter: an optimizer would never find it"
+        "weight is no nn.Parameter: training would never find it"
     )
     assert weight.shape == (5, 3), (
         f"weight of Embedding(5, 3) has shape {tuple(weight.shape)}, not (rows, width)"
@@ -110,6 +122,7 @@ def check_matrix_product(product: Callable[[Tensor, Tensor], Tensor]) -> None:
     rows = [[1.0, -1.0, 0.0, 4.0], [2.0, 0.0, 1.0, 0.0], [0.0, 3.0, 5.0, 1.0]]
     b = torch.tensor(rows)
     got = product(a, b)
+    expect_tensor(got)
     assert got.shape != (4, 2), "the result is transposed: its rows belong to a"
     assert got.shape == (2, 4), (
         f"(2, 3) times (3, 4) gives {tuple(got.shape)}, not (2, 4): "
@@ -137,6 +150,7 @@ def check_lookup(lookup: Callable[[Tensor, Tensor], Tensor]) -> None:
     table = torch.arange(12.0).view(4, 3)
     for ids in (torch.tensor([2, 0, 2]), torch.tensor([[1, 3]]), torch.tensor(3)):
         got, wanted = lookup(table, ids), table[ids]
+        expect_tensor(got)
         assert got.shape == wanted.shape, (
             f"ids {tuple(ids.shape)} give {tuple(got.shape)}, not {tuple(wanted.shape)}"
         )
@@ -148,12 +162,39 @@ def check_analogy(analogy: Callable[[int, int, int, Tensor], int]) -> None:
 
     Book: 03_embeddings.html#exercise-3-analogies-without-the-inputs
     """
-    rows = [[1.0, 0.0], [1.0, 1.0], [5.0, 0.2], [4.0, 2.0], [-5.0, 9.0], [5.0, -0.3]]
-    table = torch.tensor(rows)
-    got = int(analogy(0, 1, 2, table))
-    assert got not in (0, 1, 2), f"row {got} is one of the inputs: leave them out"
-    assert got != 4, "row 4 is where the sign of c is wrong: take b - a + c"
-    assert got != 5, "row 5 is where a or b is wrong or missing: take b - a + c"
+    rows = [[1.0, 0.0], [1.0, 1.0], [5.0, 0.2], [4.0, 2.0], [-5.0, 9.0], [2.5, -0.15]]
+    _check_analogy(
+        analogy,
+        torch.tensor(rows),
+        {
+            4: "it is the answer where the sign of c is wrong: take b - a + c",
+            5: "it is the answer where a or b is wrong or missing: take b - a + c",
+        },
+    )
+    rows = [[1.0, 7, 2], [3, 6, 0], [2, 3, 4], [3, -3, 9], [-2, 9, 9], [0, -3, 0]]
+    _check_analogy(
+        analogy,
+        torch.tensor(rows),
+        {
+            4: "it is the answer of dot products, of rows made norm 1 before the "
+            "arithmetic, or without c: compare cosines with b - a + c",
+            5: "it is the nearest to b - a + c by distance: compare directions",
+        },
+    )
+
+
+def _check_analogy(
+    analogy: Callable[[int, int, int, Tensor], int],
+    table: Tensor,
+    wrong: dict[int, str],
+) -> None:
+    found = analogy(0, 1, 2, table)
+    try:
+        got = int(found)
+    except (TypeError, ValueError, RuntimeError):
+        raise AssertionError(f"it returns {found}, not the id of a row") from None
+    assert got not in (0, 1, 2), f"row {got} is one of the inputs: leave out all three"
+    assert got not in wrong, f"row {got} came out, but {wrong[got]}"
     assert got == 3, f"row {got} is not most like b - a + c"
 
 
@@ -166,12 +207,14 @@ def check_embedding_gradient(
 
     Book: 03_embeddings.html#exercise-4-the-gradient-of-a-lookup
     """
-    ids, upstream = torch.tensor([2, 0, 2]), torch.tensor([[1.0], [5.0], [10.0]])
+    ids, upstream = torch.tensor([2, 0, 2]), torch.tensor([[1.0, 2], [5, 0], [10, 3]])
     got = gradient(ids, upstream, 4)
-    assert got.shape == (4, 1), f"the gradient has shape {tuple(got.shape)}, not (4, 1)"
-    assert got[1] == got[3] == 0, "a row that was not looked up receives a gradient"
-    assert got[2] not in (1, 10), (
-        f"row 2 was looked up twice, with 1 and 10, but got only {got[2].item():g}: "
+    expect_tensor(got)
+    assert got.shape == (4, 2), f"the gradient has shape {tuple(got.shape)}, not (4, 2)"
+    assert not got[[1, 3]].any(), "a row that was not looked up receives a gradient"
+    row = got[2].tolist()
+    assert row not in ([1, 2], [10, 3]), (
+        f"row 2 was looked up twice, with [1, 2] and [10, 3], but got only {row}: "
         "assigning with grad[ids] += keeps one of them"
     )
-    assert got.flatten().tolist() == [5, 0, 11, 0], f"got {got.flatten().tolist()}"
+    assert got.tolist() == [[5, 0], [0, 0], [11, 5], [0, 0]], f"got {got.tolist()}"

@@ -37,19 +37,19 @@ def check_gelu(gelu: Callable[[Tensor], Tensor]) -> None:
     )
 
 
-def check_each_alone(function: Callable[[Tensor], Tensor], width: int = 4) -> None:
+def check_each_alone(function: Callable[[Tensor], Tensor]) -> None:
     """Each position is treated alone: a changed word changes its own row only.
 
-    function: maps vectors (1, T, C) to vectors (1, T, ...), for C = width and T = 5.
+    function: maps vectors (1, T, C) to vectors (1, T, ...), for T = 5 and C = 4.
 
     Book: 08_mlp.html#the-checks
     """
     random = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 5, width, generator=random)
+    x = torch.randn(1, 5, 4, generator=random)
     before = function(x)
     for changed in range(5):
         other = x.clone()
-        other[:, changed] = torch.randn(width, generator=random)
+        other[:, changed] = torch.randn(4, generator=random)
         moved = (function(other) - before).abs().amax(-1)[0]  # (T,)
         assert moved[changed] > 0, f"row {changed} does not depend on its own word"
         for row in range(5):
@@ -95,7 +95,10 @@ def check_one_not_both(make: Callable[[], tuple[Tensor, Tensor, Tensor]]) -> Non
 
     Book: 08_mlp.html#exercise-1-one-but-not-both
     """
-    expand, bias, project = (weights.float() for weights in make())
+    expand, bias, project = (torch.as_tensor(part).float() for part in make())
+    assert expand.ndim == 2 == len(expand), (
+        f"the first matrix has shape {tuple(expand.shape)}, not (2, N)"
+    )
     facts = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
     found = F.relu(facts @ expand + bias) @ project
     assert found.shape == (4,), f"the outputs have shape {tuple(found.shape)}, not (4,)"
@@ -172,8 +175,16 @@ def check_mlp_backward(backward: Callable[..., tuple[Tensor, ...]]) -> None:
     wanted = torch.autograd.grad(outputs, tensors, d_outputs)
     with torch.no_grad():
         found = backward(x, W_1, b_1, W_2, d_outputs)
-        past = d_outputs @ W_2.T  # without the derivative of ReLU
-        linear = {"W_1": x.T @ past, "b_1": past.sum(0), "x": past @ W_1.T}
+        z, past = x @ W_1 + b_1, d_outputs @ W_2.T  # past ReLU, without its derivative
+    not_h = (z.T @ d_outputs, "its input is h = ReLU(z), not z")
+    mistakes = {"b_2": [], "W_2": [not_h]}
+    for d_z, mistake in (
+        (past, "multiply by the derivative of ReLU on the way back"),
+        (past * F.relu(z), "multiply by the derivative of ReLU, not by ReLU(z)"),
+    ):
+        gradients = {"b_1": d_z.sum(0), "W_1": x.T @ d_z, "x": d_z @ W_1.T}
+        for name, gradient in gradients.items():
+            mistakes.setdefault(name, []).append((gradient, mistake))
     assert len(found) == 5, f"{len(found)} gradients, not 5: x, W_1, b_1, W_2, b_2"
     # From the end to the beginning, for a mistake spreads that way.
     for i in (4, 3, 2, 1, 0):
@@ -182,9 +193,8 @@ def check_mlp_backward(backward: Callable[..., tuple[Tensor, ...]]) -> None:
             f"the gradient of {name} has shape {tuple(ours.shape)}, but {name} has"
             f" {tuple(right.shape)}"
         )
-        assert name not in linear or not torch.allclose(ours, linear[name]), (
-            f"{name}: multiply by the derivative of ReLU on the way back"
-        )
+        for gradient, mistake in mistakes[name]:
+            assert not torch.allclose(ours, gradient), f"{name}: {mistake}"
         assert not torch.allclose(5 * ours, right), (
             f"{name}: sum over the positions, the mean is not asked for"
         )

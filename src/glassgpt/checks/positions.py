@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from glassgpt.checks.embeddings import expect_tensor
+
 
 def check_sinusoidal_positions(positions: Callable[[int, int], Tensor]) -> None:
     """Sines in the even columns, cosines in the odd ones, turning ever more slowly.
@@ -15,23 +17,26 @@ def check_sinusoidal_positions(positions: Callable[[int, int], Tensor]) -> None:
 
     Book: 04_positions.html#the-check
     """
-    got = positions(4000, 6).double()
+    got = positions(4000, 6)
+    expect_tensor(got)
+    got = got.double()
     assert got.shape == (4000, 6), f"positions(4000, 6) has shape {tuple(got.shape)}"
     first = [round(number, 3) for number in got[0].tolist()]
     assert first == [0, 1, 0, 1, 0, 1], (
         f"position 0 is {first}, not 0 1 0 1 0 1: sines in even columns, cosines in odd"
     )
-    fast, slow = (math.atan2(got[1, 2 * i], got[1, 2 * i + 1]) for i in (0, 1))
-    assert abs(fast - math.pi / 180) > 1e-4, "the angles are degrees, not radians"
-    right = abs(fast - 1) < 1e-3
-    assert right, f"the first hand turns by {fast:.4f} a position, not by 1"
-    wanted = 10000 ** (-2 / 6)
-    assert abs(slow - wanted) < 1e-3, (
-        f"hand 1 turns by {slow:.4f} a position, not {wanted:.4f}: "
-        "its speed is 10000 ** (-2 * i / width)"
-    )
-    far = torch.tensor([math.sin(3999), math.cos(3999)], dtype=got.dtype)
-    assert torch.allclose(got[-1, :2], far, atol=1e-3), (
+    speeds = 10000.0 ** (-torch.arange(0, 6, 2, dtype=torch.float64) / 6)
+    for i, speed in enumerate(speeds.tolist()):
+        turn = math.atan2(got[1, 2 * i], got[1, 2 * i + 1])
+        degrees = i == 0 and abs(turn - math.pi / 180) < 1e-4
+        assert not degrees, "the angles are degrees, not radians"
+        assert abs(turn - speed) < 1e-3, (
+            f"hand {i} turns by {turn:.4f} a position, not {speed:.4f}: "
+            "its speed is 10000 ** (-2 * i / width)"
+        )
+    angles = 3999 * speeds
+    far = torch.stack((angles.sin(), angles.cos()), dim=-1).flatten()
+    assert torch.allclose(got[-1], far, atol=1e-3), (
         "position 3999 is imprecise: calculate the angles in 32 bits or more"
     )
 
@@ -47,7 +52,14 @@ def check_add_positions(embed: Callable[[Tensor, Tensor, Tensor, int], Tensor]) 
     positions = torch.arange(10.0).view(5, 2)
     ids = torch.tensor([[2, 0, 2], [1, 1, 0]])
     for start in (0, 2):
-        got = embed(ids, tokens, positions, start)
+        try:
+            got = embed(ids, tokens, positions, start)
+        except (ValueError, IndexError, AssertionError) as error:
+            raise AssertionError(
+                f"the table has positions {start} to {start + 2}, but they are refused "
+                f"({type(error).__name__}: {error})"
+            ) from None
+        expect_tensor(got)
         wanted = tokens[ids] + positions[start : start + 3]
         assert got.shape == (2, 3, 2), f"ids (2, 3) give {tuple(got.shape)}"
         assert start == 0 or not torch.equal(got, tokens[ids] + positions[:3]), (
@@ -57,17 +69,20 @@ def check_add_positions(embed: Callable[[Tensor, Tensor, Tensor, int], Tensor]) 
             f"from position {start} the first text gives {got[0].tolist()}, "
             f"not {wanted[0].tolist()}"
         )
-    try:
-        embed(ids, tokens, positions, 4)
-    except (ValueError, IndexError):
-        return
-    except RuntimeError as error:
-        reason = f"say what is wrong in a ValueError, not: {error}"
-        raise AssertionError(reason) from None
-    raise AssertionError(
-        "positions 4, 5 and 6 of 5 rows were accepted: "
-        "one row was added to all three tokens"
-    )
+    for start in (4, 3):
+        try:
+            embed(ids, tokens, positions, start)
+        except (ValueError, IndexError):
+            continue
+        except (RuntimeError, AssertionError) as error:
+            raise AssertionError(
+                f"positions {start} to {start + 2} of 5 rows: say what is wrong in a "
+                f"ValueError or IndexError, not in {type(error).__name__}: {error}"
+            ) from None
+        raise AssertionError(
+            f"positions {start} to {start + 2} of 5 rows were accepted: "
+            "a slice that reaches beyond the end gives fewer rows, and no error"
+        )
 
 
 def check_shift_matrix(shift: Callable[[int, int], Tensor]) -> None:
@@ -83,7 +98,9 @@ def check_shift_matrix(shift: Callable[[int, int], Tensor]) -> None:
         return torch.stack(((t * speeds).sin(), (t * speeds).cos()), dim=-1).flatten()
 
     for distance in (1, 7):
-        matrix = shift(distance, 8).double()
+        matrix = shift(distance, 8)
+        expect_tensor(matrix)
+        matrix = matrix.double()
         assert matrix.shape == (8, 8), f"the matrix has shape {tuple(matrix.shape)}"
         for t in (20, 300):
             got = row(t) @ matrix
