@@ -42,7 +42,10 @@ def test_the_makefile_trains_with_the_recorded_command(record):
 
 def test_the_run_was_finished(record):
     assert record["finished"]
-    assert record["curve"]["step"][-1] == record["steps"]
+    curve = record["curve"]
+    assert curve["step"][-1] == record["steps"]
+    best = min(curve["held_out"])
+    assert curve["step"][curve["held_out"].index(best)] == record["shipped_step"]
 
 
 def test_the_record_describes_the_shipped_model(record, shipped):

@@ -31,7 +31,7 @@ COVER = ROOT / "book" / "_static" / "cover.html"
 
 TEXT_PROMPT, TEXT_STEPS, TEXT_TOKENS, TEXT_SEED = "ROMEO:\n", [0, 50, 100, 300, 1000, 3000], 60, 1
 BARS_PROMPT, BARS_STEPS = "ROMEO:\nO, my", [0, 50, 100, 200, 400, 800, 1600, 3200, 6400]
-TRACE_PROMPT, TRACE_TOKENS, TRACE_SEED, TRACE_TEMPERATURE = "JULIET:\nO Romeo,", 24, 7, 0.7
+TRACE_PROMPT, TRACE_TOKENS, TRACE_SEED, TRACE_TEMPERATURE = "ROMEO:\nO Juliet,", 19, 9, 0.7
 CANDIDATES = 12  # tokens shown with their probabilities
 LONGEST = 6  # characters that the longest of the counted contexts has, and one more
 # What the command line has for each setting of the run.
@@ -249,6 +249,8 @@ def record(run):
     lines = (run / "metrics.jsonl").read_text("utf-8").splitlines()
     metrics = [json.loads(line) for line in lines]
     last, training = metrics[-1]["step"], settings["training"]
+    # A run keeps the weights that were best on the held-out plays, and these ship.
+    best = min(metrics, key=lambda line: line["validation_loss"])["step"]
     there = {0} | {int(path.name[-8:]) for path in run.glob("checkpoint-????????")}
     plays = {play.name: "".join(play.pieces()) for play in shakespeare()}
     held_out = [plays[name] for name in HELD_OUT_PLAYS]
@@ -258,8 +260,8 @@ def record(run):
     characters = sum(map(len, held_out))
     assert characters == header["validation"]["characters"], "these are not the run's plays"
     when = datetime.fromtimestamp((run / "metrics.jsonl").stat().st_mtime, UTC)
-    text_steps = [step for step in TEXT_STEPS if step in there]
-    bars_steps = [step for step in BARS_STEPS if step in there]
+    text_steps = [step for step in TEXT_STEPS if step in there and step < best]
+    bars_steps = [step for step in BARS_STEPS if step in there and step < best]
     return {
         "command": command_of(settings),
         "finished": last == training["steps"],
@@ -273,6 +275,7 @@ def record(run):
         },
         "seed": training["seed"],
         "steps": last,
+        "shipped_step": best,
         "seconds": round(metrics[-1]["seconds"]),
         "parameters": sum(parameter.numel() for parameter in shipped.parameters()),
         "bytes": (MODEL / "model.safetensors").stat().st_size,
@@ -296,8 +299,8 @@ def record(run):
             "held_out": [round(line["validation_loss"], 4) for line in metrics],
             "nats_per_character": [round(line["nats_per_character"], 4) for line in metrics],
         },
-        "texts": write_texts(run, text_steps, last, settings),
-        "bars": write_bars(run, bars_steps, last, settings, held_out),
+        "texts": write_texts(run, text_steps, best, settings),
+        "bars": write_bars(run, bars_steps, best, settings, held_out),
         "trace": trace(shipped, tokenizer),
     }
 
