@@ -189,6 +189,12 @@ class SeesAll(Block):
         return super().forward(x, mask=torch.ones(5, 5, dtype=torch.bool))
 
 
+class OneNorm(Block):
+    def forward(self, x):
+        x = x + self.attention(self.attention_norm(x))
+        return x + self.mlp(self.attention_norm(x))
+
+
 class Flat(Block):
     def forward(self, x):
         return super().forward(x).flatten(0, 1)
@@ -214,12 +220,49 @@ def test_right_additions_pass():
     checks.check_additions(lambda *given: tuple(added()(*given)))
 
 
-def layer_norm_gradient(x, u, mean=True, variance=True, divide=True):
-    deviation = x.std(-1, correction=0, keepdim=True)
-    normal = (x - x.mean(-1, keepdim=True)) / deviation
-    result = u - mean * u.mean(-1, keepdim=True)
-    result = result - variance * (u * normal).mean(-1, keepdim=True) * normal
+def average(x):
+    return x.mean(-1, keepdim=True)
+
+
+def total(x):
+    return x.sum(-1, keepdim=True)
+
+
+def layer_norm_gradient(x, u, mean=average, product=average, divide=True, correction=0):
+    deviation = x.std(-1, correction=correction, keepdim=True)
+    normal = (x - average(x)) / deviation
+    result = u - mean(u) - product(u * normal) * normal
     return result / deviation if divide else result
+
+
+def by_differences(x, u, step=1e-5):
+    """Each entry moved up and down a little, as in chapter 8."""
+    result = torch.zeros_like(x)
+    for place in range(x.numel()):
+        moved = torch.zeros(x.numel(), dtype=x.dtype)
+        moved[place] = step
+        moved = moved.view(x.shape)
+        up, down = (
+            F.layer_norm(x + sign * moved, x.shape[-1:], eps=0.0) for sign in (1, -1)
+        )
+        result.view(-1)[place] = (u * (up - down)).sum() / (2 * step)
+    return result
+
+
+@pytest.mark.parametrize(
+    "right",
+    [
+        layer_norm_gradient,
+        by_differences,
+        lambda x, u: layer_norm_gradient(x.float(), u.float()),
+    ],
+)
+def test_right_gradients_pass(right):
+    checks.check_layer_norm_gradient(right)
+
+
+def nothing(x):
+    return 0
 
 
 WRONG = [
@@ -264,7 +307,9 @@ WRONG = [
     ("check_block", MLPFirst, "the MLP comes before attention"),
     ("check_block", ReadsDoubled, "then the MLP, added"),
     ("check_block", SeesAll, "the mask lets the future through"),
+    ("check_block", OneNorm, "never used: mlp_norm.weight"),
     ("check_block", Flat, "became"),
+    ("check_additions", lambda *given: sum(added()(*given)), "one tensor came back"),
     ("check_additions", added(in_place=True), "caller's x was changed"),
     ("check_additions", lambda *given: [given[0], *added()(*given)], "4 tensors for 3"),
     ("check_additions", added(streams=True), "streams after each part"),
@@ -316,17 +361,17 @@ WRONG = [
     ),
     (
         "check_layer_norm_gradient",
-        lambda x, u: layer_norm_gradient(x, u, mean=False, variance=False),
+        lambda x, u: layer_norm_gradient(x, u, mean=nothing, product=nothing),
         "the mean and the variance depend on x too",
     ),
     (
         "check_layer_norm_gradient",
-        lambda x, u: layer_norm_gradient(x, u, variance=False),
+        lambda x, u: layer_norm_gradient(x, u, product=nothing),
         "the variance depends on x too",
     ),
     (
         "check_layer_norm_gradient",
-        lambda x, u: layer_norm_gradient(x, u, mean=False),
+        lambda x, u: layer_norm_gradient(x, u, mean=nothing),
         "the mean depends on x too",
     ),
     (
@@ -338,6 +383,36 @@ WRONG = [
         "check_layer_norm_gradient",
         lambda x, u: -layer_norm_gradient(x, u),
         "differs from autograd",
+    ),
+    (
+        "check_layer_norm_gradient",
+        lambda x, u: layer_norm_gradient(x, u, mean=total),
+        "the mean of u, not its sum",
+    ),
+    (
+        "check_layer_norm_gradient",
+        lambda x, u: layer_norm_gradient(x, u, product=total),
+        "the mean of u times n, not its sum",
+    ),
+    (
+        "check_layer_norm_gradient",
+        lambda x, u: layer_norm_gradient(x, u, mean=total, product=total),
+        "not sums",
+    ),
+    (
+        "check_layer_norm_gradient",
+        lambda x, u: layer_norm_gradient(x, u, correction=1),
+        "taken with C - 1",
+    ),
+    (
+        "check_layer_norm_gradient",
+        lambda x, u: layer_norm_gradient(x, u, mean=torch.mean),
+        "one mean for all rows",
+    ),
+    (
+        "check_layer_norm_gradient",
+        lambda x, u: layer_norm_gradient(x, u, product=torch.mean),
+        "one mean of u times n",
     ),
 ]
 

@@ -203,10 +203,8 @@ def with_log_sum_exp(x, dim=-1, temperature=1.0):
             "check_cross_entropy_gradient",
             lambda x, y: (x.double().softmax(-1) - torch.eye(4)[y]) / len(y),
         ),
-        (
-            "check_one_pass",
-            lambda parts: torch.cat([*parts]).double().logsumexp(0),
-        ),
+        ("check_one_pass", lambda parts: one_pass(part.double() for part in parts)),
+        ("check_one_pass", lambda parts: score_by_score(parts)),
     ],
 )
 def test_right_answers_pass_in_other_precisions(check, right):
@@ -246,6 +244,26 @@ def _picked(table, targets):
     return table[counted].gather(-1, targets[counted][:, None])
 
 
+def one_pass(chunks, peak=-math.inf, inverse=False, moving=True):
+    peak, total = torch.tensor(peak), torch.tensor(0.0)
+    for chunk in chunks:
+        higher = peak.maximum(chunk.max())
+        scale = (higher - peak if inverse else peak - higher).exp()
+        total = total * scale + (chunk - higher).exp().sum()
+        peak = higher if moving else peak
+    return peak + total.log()
+
+
+def score_by_score(chunks):
+    peak, total = -math.inf, 0.0
+    for chunk in chunks:
+        for score in chunk:
+            higher = max(score, peak)
+            total = total * math.exp(peak - higher) + math.exp(score - higher)
+            peak = higher
+    return peak + math.log(total)
+
+
 def last_chunk(chunks):
     for chunk in chunks:
         result = chunk.logsumexp(0)
@@ -262,6 +280,11 @@ WRONG = [
     (
         "check_softmax",
         lambda x, dim=-1: x.exp() / x.exp().sum(dim),
+        "keepdim=True",
+    ),
+    (
+        "check_softmax",
+        lambda x, dim=-1: shifted(x, dim).exp() / shifted(x, dim).exp().sum(dim),
         "keepdim=True",
     ),
     ("check_softmax", lambda x, dim=-1: x.exp() / x.exp().sum(), "whole table"),
@@ -400,6 +423,21 @@ WRONG = [
         "still took part",
     ),
     (
+        "check_masked_softmax",
+        lambda x, allowed: normalized(x.softmax(-1) * allowed),
+        "a forbidden score of 1000",
+    ),
+    (
+        "check_masked_softmax",
+        lambda x, allowed: normalized(x.exp() * allowed),
+        "a forbidden score of 1000",
+    ),
+    (
+        "check_cross_entropy_gradient",
+        lambda logits, targets: F.one_hot(targets, 4) - softmax(logits),
+        "the sign is wrong, and",
+    ),
+    (
         "check_cross_entropy_gradient",
         lambda logits, targets: softmax(logits) - F.one_hot(targets, 4),
         "divide by the number of positions",
@@ -437,6 +475,14 @@ WRONG = [
         "differs from autograd",
     ),
     ("check_one_pass", last_chunk, "only the last chunk counts"),
+    ("check_one_pass", lambda parts: one_pass(parts, inverse=True), "other way round"),
+    ("check_one_pass", lambda parts: one_pass(parts, moving=False), "the new peak"),
+    ("check_one_pass", lambda parts: one_pass(parts, peak=0.0), "peak -inf"),
+    (
+        "check_one_pass",
+        lambda parts: torch.cat(list(parts)).logsumexp(0),
+        "5 chunks are kept",
+    ),
     (
         "check_one_pass",
         lambda chunks: torch.cat(list(chunks)).exp().sum().log(),
@@ -455,3 +501,11 @@ def test_check_names_the_mistake(check, wrong, message):
     with pytest.raises(AssertionError) as caught:
         getattr(checks, check)(wrong)
     assert message in str(caught.value)
+
+
+def test_the_gradient_knows_how_large_the_vocabulary_is():
+    """The last id occurs in no target: one_hot has to be told V."""
+    with pytest.raises(RuntimeError):
+        checks.check_cross_entropy_gradient(
+            lambda x, y: (softmax(x) - F.one_hot(y)) / 3
+        )

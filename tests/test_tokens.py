@@ -257,6 +257,12 @@ def test_grade_tells_an_error_of_the_attempt_from_one_of_the_check(capsys):
     grade(check_sum, lambda number: None)
     printed = capsys.readouterr().out
     assert printed.startswith("Not yet: what came back is of no use (TypeError: ")
+
+    def refused(number):
+        raise AssertionError
+
+    grade(check_sum, refused)
+    assert capsys.readouterr().out == "Not yet: AssertionError\n"
     with pytest.raises(NotImplementedError, match="no such kernel"):
         grade(check_sum, unsupported)
     with pytest.raises(IndexError):

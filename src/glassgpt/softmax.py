@@ -8,10 +8,9 @@ from torch import Tensor
 
 
 def _below_peak(x: Tensor, dim: int) -> Tensor:
-    """Scores minus the largest of their slice, in 32 bits or more."""
+    """Scores minus the largest of their slice (one row along dim), in 32+ bits."""
     scores = x.to(torch.promote_types(x.dtype, torch.float32))
     peak = scores.detach().amax(dim, keepdim=True)
-    # Where every score is -inf, a finite peak keeps -inf - (-inf) from being nan.
     return scores - peak.clamp(min=torch.finfo(x.dtype).min)
 
 
@@ -19,8 +18,8 @@ def softmax(x: Tensor, dim: int = -1, temperature: float = 1.0) -> Tensor:
     """Turn scores into probabilities: along `dim` they are >= 0 and sum to 1.
 
     x: scores of any shape, finite or -inf; the result has the same shape and dtype.
-    A score of -inf gets probability 0, and a slice of nothing but -inf gets zeros.
-    A slice with nan or +inf gets nan.
+    A score of -inf gets probability 0. A slice, one row along `dim`, gets zeros when
+    all of it is -inf, and nan when it holds nan or +inf.
     temperature: divides the scores. Near 0 the largest score takes all; the larger
     the temperature, the more equal the probabilities.
     Raises ValueError when the temperature isn't positive and finite, and TypeError

@@ -25,7 +25,7 @@ def grade(check: Callable[[Any], None], attempt: Any) -> None:
     try:
         check(attempt)
     except AssertionError as mistake:
-        print(f"Not yet: {mistake}")
+        print(f"Not yet: {str(mistake) or type(mistake).__name__}")
     except Exception as error:
         if type(error) is NotImplementedError and not error.args:
             print(f"Still to do: {goal}")

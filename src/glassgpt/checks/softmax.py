@@ -4,7 +4,8 @@
 """Checks of softmax, log-softmax and cross-entropy that name the mistake they find."""
 
 import math
-from collections.abc import Callable, Iterable
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +23,9 @@ def _what_sums_to_one(x: Tensor, result: Tensor) -> str:
         return "the columns sum to 1, not the rows: normalized over the wrong axis"
     if _close(result.sum(), torch.ones(())):
         return "the whole table sums to 1, not each row: sum along dim only"
-    if _close(result, x.exp() / x.exp().sum(-1)):
-        return "column j was divided by the sum of row j: sum with keepdim=True"
+    for powers in (x.exp(), (x - x.amax(-1, keepdim=True)).exp()):
+        if _close(result, powers / powers.sum(-1)):
+            return "column j was divided by the sum of row j: sum with keepdim=True"
     return f"row 0 sums to {result[0].sum():.3f}, not to 1: divide by the row's sum"
 
 
@@ -176,6 +178,12 @@ def check_masked_softmax(masked_softmax: Callable[[Tensor, Tensor], Tensor]) -> 
         "a forbidden entry still took part: its score must be -inf, not 0"
     )
     assert _close(result[1], x[1].softmax(-1)), "a row in which all is allowed changed"
+    x = torch.tensor([[0.0, 1.0, 1000.0, 0.0]])
+    result = masked_softmax(x, allowed[:1])[0]
+    assert _close(result[:2], x[0, :2].softmax(-1)), (
+        f"a forbidden score of 1000 makes 0 and 1 into {result[0]:.3f} and"
+        f" {result[1]:.3f}: set it to -inf before anything else"
+    )
 
 
 def check_cross_entropy_gradient(gradient: Callable[[Tensor, Tensor], Tensor]) -> None:
@@ -185,7 +193,7 @@ def check_cross_entropy_gradient(gradient: Callable[[Tensor, Tensor], Tensor]) -
     """
     random = torch.Generator().manual_seed(0)
     logits = torch.randn(3, 4, generator=random).requires_grad_()
-    targets = torch.tensor([1, 3, 3])
+    targets = torch.tensor([1, 2, 2])  # the last id, 3, doesn't occur
     (wanted,) = torch.autograd.grad(F.cross_entropy(logits, targets), logits)
     logits = logits.detach()
     result, p = gradient(logits.clone(), targets), torch.softmax(logits, -1)
@@ -194,6 +202,7 @@ def check_cross_entropy_gradient(gradient: Callable[[Tensor, Tensor], Tensor]) -
     every_row[:, targets] -= 1
     mistakes = [
         (-wanted, "the sign is wrong: this is one-hot - p"),
+        (-3 * wanted, "the sign is wrong, and the sum is not divided by T"),
         (3 * wanted, "the gradient of the sum: divide by the number of positions"),
         (p / 3, "p alone doesn't know the target: subtract 1 there"),
         (p, "p alone doesn't know the target: subtract 1 there, then divide by T"),
@@ -210,15 +219,35 @@ def check_one_pass(one_pass: Callable[[Iterable[Tensor]], Tensor]) -> None:
 
     Book: 05_softmax.html#exercises
     """
+    kept = []
+
+    def chunks(scores: Tensor) -> Iterator[Tensor]:
+        kept.clear()
+        for start in range(0, len(scores), 2):
+            chunk = scores[start : start + 2].clone()
+            kept.append(weakref.ref(chunk))
+            alive = sum(reference() is not None for reference in kept)
+            assert alive < 5, f"{alive} chunks are kept: each can be seen only once"
+            yield chunk
+
     x = torch.tensor([0.0, 1.0, 2.0, 2.5, 1000.0, 1001.0])
-    for scores in (x[:4], x[:4].flip(0), x, x.flip(0)):
-        found = one_pass(iter(scores.split(2)))
-        wanted = torch.logsumexp(scores, 0)
-        listed = scores.tolist()
-        assert math.isfinite(found), f"{listed} gives {found:.1f}: subtract the peak"
+    for scores in (x[:4], x[:4].flip(0), x, x.flip(0), x[:4] - 2000, x.repeat(3)):
+        found, low = torch.as_tensor(one_pass(chunks(scores))), scores.max() < 0
+        wanted, listed = torch.logsumexp(scores, 0), scores.tolist()
+        assert not found.isnan(), (
+            f"{listed} gives nan: multiply the old sum by exp(old peak - new peak), not"
+            " the other way round"
+        )
+        assert not found.isposinf(), f"{listed} gives inf: subtract the peak before exp"
+        assert not found.isneginf() or not low, (
+            f"{listed} gives -inf: start with the peak -inf, for all scores may be low"
+        )
+        assert not found.isneginf(), (
+            f"{listed} gives -inf: make the new peak the old one after each chunk"
+        )
         last = torch.logsumexp(scores[-2:], 0)
         assert abs(found - last) > 1e-3 or abs(last - wanted) < 1e-3, (
-            "only the last chunk counts: carry the sum over"
+            "only the last chunk counts: carry the sum over, and the peak"
         )
         assert abs(found - wanted) < 1e-3, (
             f"{listed} gives {found:.3f}, not {wanted:.3f}: when the peak grows,"
