@@ -159,6 +159,11 @@ def test_causal_in_a_long_context():
     assert moved[290:].min() > 0
 
 
+def test_refuses_a_width_that_heads_do_not_divide():
+    with pytest.raises(ValueError, match="width 8 is no multiple of 3 heads"):
+        MultiHeadAttention(8, 3)
+
+
 def test_a_mask_reaches_every_head():
     module, x = make(), random_tensor(2, 5, 8)
     mask = causal_mask(5).clone()
@@ -300,18 +305,49 @@ class Narrow(MultiHeadAttention):
 
 
 def repeated(q, k, v):
-    return fused_attention(q, k.repeat(1, 2, 1, 1), v.repeat(1, 2, 1, 1))
+    return fused_attention(q, k.repeat(1, 3, 1, 1), v.repeat(1, 3, 1, 1))
 
 
 def spread(q, k, v):
-    return q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+    each = q.shape[1] // k.shape[1]
+    return q, k.repeat_interleave(each, 1), v.repeat_interleave(each, 1)
+
+
+def by_count_of_keys(q, k, v):
+    G = k.shape[1]
+    return fused_attention(q, k.repeat_interleave(G, 1), v.repeat_interleave(G, 1))
+
+
+def always_three(q, k, v):
+    return fused_attention(q, k.repeat_interleave(3, 1), v.repeat_interleave(3, 1))
+
+
+def split_by_texts(x, heads):  # right only where D = H
+    return torch.stack(
+        [x[..., i * heads : (i + 1) * heads] for i in range(heads)], dim=1
+    )
+
+
+def rows_taken(module, x):
+    parts = module.qkv(x).chunk(3, dim=-1)
+    context = fused_attention(*(split_heads(part, module.heads) for part in parts))
+    return context @ module.projection.weight.unflatten(0, (module.heads, -1))
+
+
+def unmasked(module, x):
+    parts = module.qkv(x).chunk(3, dim=-1)
+    context, _ = attention(*(split_heads(part, module.heads) for part in parts))
+    weights = module.projection.weight.chunk(module.heads, dim=-1)
+    pieces = zip(context.unbind(1), weights, strict=True)
+    return torch.stack([piece @ weight.mT for piece, weight in pieces], dim=1)
 
 
 WRONG = [
-    ("check_split_heads", reshape_split, "holds column 2 of position 0: view(B, H"),
+    ("check_split_heads", reshape_split, "holds column 3 of position 0: view(B, H"),
     ("check_split_heads", dealt_split, "head 0 of position 0 holds column 2, not 1"),
-    ("check_split_heads", lambda x, h: split_heads(x.flip(0), h), "of text 1"),
-    ("check_split_heads", lambda x, h: split_heads(x, h)[:, :1], "shape (2, 1, 3, 2)"),
+    ("check_split_heads", split_by_texts, "shape (4, 2, 5, 2)"),
+    ("check_split_heads", lambda x, h: split_heads(x.flip(0), h), "of text 3"),
+    ("check_split_heads", lambda x, h: split_heads(x, h)[:, :1], "shape (4, 1, 5, 3)"),
     ("check_causal_attention", F.scaled_dot_product_attention, "mask is missing"),
     (
         "check_causal_attention",
@@ -323,8 +359,8 @@ WRONG = [
     ("check_causal_attention", scaled(1.1), "differs from the plain attention"),
     ("check_causal_attention", lambda *qkv: attention(*qkv)[0][:1], "shape changed"),
     ("check_fused_attention", scaled(2.0), "not divided by the root of D"),
-    ("check_fused_attention", also_causal, "a mask alone decides"),
-    ("check_fused_attention", turned_mask, "a mask alone decides"),
+    ("check_fused_attention", also_causal, "a mask replaces the causal one"),
+    ("check_fused_attention", turned_mask, "a mask replaces the causal one"),
     ("check_fused_attention", turned_some, "inverted: True"),
     ("check_fused_attention", ignored_mask, "the mask is ignored"),
     ("check_fused_attention", first_corner, "a single query is the last position"),
@@ -332,6 +368,11 @@ WRONG = [
     ("check_fused_attention", first_rows, "are the last positions, not the first"),
     ("check_multi_head", module_of(split=reshape_split), "split: view(B, H, T, D)"),
     ("check_multi_head", module_of(merge=reshape_merge), "merge: swap T and H back"),
+    (
+        "check_multi_head",
+        module_of(split=reshape_split, merge=reshape_merge),
+        "split and merge both mix positions",
+    ),
     ("check_multi_head", module_of(attend=wrong_root), "the root of C, not of D"),
     (
         "check_multi_head",
@@ -344,6 +385,10 @@ WRONG = [
     ("check_multi_head", module_of(attend=scaled(1.1)), "differ from one after"),
     ("check_multi_head", Narrow, "3 heads differ from one after"),
     ("check_multi_head", Wasteful, "parameters, not 4 C^2 + 4 C"),
+    ("check_grouped_attention", fused_attention, "6 queries, 2 keys"),
+    ("check_grouped_attention", all_at_once, "6 queries, 2 keys"),
+    ("check_grouped_attention", by_count_of_keys, "6 queries, 2 keys"),
+    ("check_grouped_attention", always_three, "6 queries, 1 keys"),
     ("check_grouped_attention", repeated, "heads 0 and 2 share a key"),
     (
         "check_grouped_attention",
@@ -358,7 +403,7 @@ WRONG = [
     (
         "check_grouped_attention",
         lambda q, k, v: fused_attention(q[:, :2], k, v),
-        "the shape is (2, 2, 5, 3)",
+        "(2, 2, 5, 3)",
     ),
 ]
 
@@ -374,6 +419,8 @@ def test_check_names_the_mistake(check, wrong, message):
     ("wrong", "message"),
     [
         (lambda m, x: contributions(m, x) + m.projection.bias, "each head added"),
+        (rows_taken, "rows of weight were taken: it is (out, in)"),
+        (unmasked, "the mask is missing"),
         (lambda m, x: contributions(m, 2 * x), "don't sum to the output"),
         (lambda m, x: contributions(m, x).flip(1), "and yet it adds something"),
         (lambda m, x: contributions(m, x)[:, :1], "(B, H, T, C)"),

@@ -41,12 +41,13 @@ def fused_attention(
 
     queries: (B, H, T, D); keys, values: (B, H, S, D). Without a mask it is causal, and
     the queries are the last T of S positions. A mask (bool, True = may look, broadcast
-    to (B, H, T, S)) decides alone. dropout: the share of weights that are set to zero.
+    to (B, H, T, S)) replaces the causal one. dropout: the share of weights set to zero.
     Returns the contexts (B, H, T, D). Source: Dao et al. (2022).
 
     Book: 07_multi_head_attention.html#three-ways-one-result
     """
     T, S = queries.shape[-2], keys.shape[-2]
+    # Branches, not an expression: a compiled T would make it a symbol.
     causal = False  # a single query, the last one, sees everything
     if mask is None and T == S:
         causal = True
@@ -60,15 +61,19 @@ def fused_attention(
 class MultiHeadAttention(nn.Module):
     """Causal self-attention with several heads: (B, T, C) in and out.
 
-    width: C, divisible by heads. dropout: the share of attention weights dropped in
-    training. Source: Vaswani et al. (2017); layout of the weights as in GPT-2.
+    width: C, a multiple of heads, or it raises ValueError. dropout: the share of
+    weights set to zero in training. Source: Vaswani et al. (2017); layout of the
+    weights as in GPT-2.
 
     Book: 07_multi_head_attention.html#the-module
     """
 
     def __init__(self, width: int, heads: int, dropout: float = 0.0):
         super().__init__()
-        self.heads, self.dropout, self.attend = heads, dropout, fused_attention
+        if width % heads:
+            raise ValueError(f"width {width} is no multiple of {heads} heads")
+        self.heads, self.dropout = heads, dropout
+        self.attend = fused_attention
         self.qkv = nn.Linear(width, 3 * width)
         self.projection = nn.Linear(width, width)
 
