@@ -9,13 +9,14 @@ WORKERS ?= 2
 export PYDEVD_DISABLE_FILE_VALIDATION = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help book test tangle format clean
+.PHONY: help book test tangle format model clean
 
 help:
 	@echo "make book     build the page from the committed notebooks into _build/html"
 	@echo "make test     check the modules, the style, the package, every notebook and the page"
 	@echo "make tangle   write src/glassgpt from the exported cells of the chapters"
 	@echo "make format   format the code of the notebooks, the tests and the tools"
+	@echo "make model    train the model that comes with the package again, and record the run"
 	@echo "make clean    remove what was built, but not .venv"
 	@echo
 	@echo "The first call installs everything into $(VENV); choose the interpreter with"
@@ -48,6 +49,13 @@ tangle: $(READY)
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# About an hour on two cores. A stopped run goes on with `glassgpt train ... --resume`.
+model: $(READY)
+	$(BIN)/glassgpt train --data shakespeare --vocab-size 2048 --layers 4 --heads 6 --width 144 \
+	  --context 256 --batch-size 16 --steps 12000 --precision bfloat16 --compile all \
+	  --evaluate-every 100 --checkpoint-every 50 --keep 1000 --out runs/shakespeare
+	$(BIN)/python tools/record_model.py runs/shakespeare
 
 clean:
 	rm -rf _build _vendor build dist .pytest_cache .ruff_cache .hypothesis

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,13 +12,17 @@ from matplotlib.colors import to_rgb
 
 from glassgpt.figures import (
     PALETTE,
+    Markup,
     MovingFigure,
     Picture,
     bars,
+    book_map,
     figure,
+    guess_bars,
     heatmap,
     show,
     slider,
+    token_boxes,
 )
 
 
@@ -404,3 +409,81 @@ def test_the_ink_follows_the_page_and_a_telephone_is_wide_enough(browser, color)
     style = "getComputedStyle(document.querySelector('text')).fill"
     assert page.evaluate(style) == color
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def told(number):
+    return token_boxes(["a", "<b>", "\n", "c"][: number + 1], new=True)
+
+
+def test_tokens_stand_in_boxes_and_are_escaped():
+    page = Markup(told(3), "four tokens")._repr_html_()
+    assert re.findall(r"<i[^>]*>(.*?)</i>", page) == ["a", "&lt;b&gt;", "\u21b5", "c"]
+    assert page.count("<br>") == 1
+    assert page.count('<i class="glass-new"') == 1
+    assert 'role="img" aria-label="four tokens"' in page
+
+
+def test_a_chosen_guess_is_marked_in_words_and_added_where_it_is_missing():
+    listed = [["x", 0.5], ["y", 0.25]]
+    for chosen, rows in ((["y", 0.25], 2), (["z", 0.001], 3)):
+        page = guess_bars(listed, chosen)
+        assert page.count("<code>") == rows
+        assert page.count("chosen</span>") == 1
+    assert "chosen</span>" not in guess_bars(listed)
+    assert "50.0%" in guess_bars(listed)
+
+
+def test_a_figure_of_text_moves_and_carries_its_style_once():
+    moving = slider(told, range(4), "tokens", "{} tokens".format, play=0.5)
+    page = moving._repr_html_()
+    assert page.count(".glass-tokens{") == 1
+    assert page.count('class="glass-frame') == 4
+    assert page.count("<button") == 1
+    assert "<button" not in slider(told, range(4), "tokens", str)._repr_html_()
+
+
+def test_the_map_shows_every_numbered_chapter_once():
+    book = Path(__file__).parent.parent / "book"
+    pages = {f"{path.stem}.html" for path in book.glob("[0-9]*.ipynb")}
+    links = re.findall(r'href="([^"]*)"', book_map()._repr_html_())
+    assert sorted(links) == sorted(pages)
+
+
+def test_the_map_says_in_words_where_the_reader_is():
+    page = book_map(6)._repr_html_()
+    assert page.count('aria-current="page"') == page.count("you are here") == 1
+    assert "<b>6</b>attention<small>you are here" in page
+    assert 'href="06_attention.html"' not in page
+    assert 'role="navigation"' in page
+    assert repr(book_map(6)).endswith("You are in chapter 6, attention.")
+    assert "you are here" not in book_map()._repr_html_()
+
+
+@pytest.mark.parametrize("here", [0, 17, "6"])
+def test_the_map_refuses_a_place_that_it_does_not_show(here):
+    with pytest.raises(ValueError, match="not on the map"):
+        book_map(here)
+
+
+@pytest.mark.parametrize(("width", "high"), [(780, 130), (700, 130), (390, 280)])
+def test_the_map_is_low_and_fits(browser, width, high):
+    page = browser.new_page(viewport={"width": width, "height": 400})
+    page.set_content(f'<body style="margin:0">{book_map(6)._repr_html_()}</body>')
+    assert page.locator(".glass-map").bounding_box()["height"] <= high
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_play_moves_on_stops_at_the_end_and_begins_again(browser):
+    page = browser.new_page()
+    moving = slider(told, range(3), "tokens", "{} tokens".format, play=0.05)
+    page.set_content(moving._repr_html_())
+    button, output = page.get_by_role("button"), page.locator("output")
+    button.click()
+    assert button.inner_text() == "Pause"
+    page.wait_for_function("document.querySelector('output').textContent == '2'")
+    page.wait_for_function("document.querySelector('button').textContent == 'Play'")
+    page.wait_for_timeout(120)
+    assert output.inner_text() == "2"
+    button.click()
+    button.click()
+    assert button.inner_text() == "Play"

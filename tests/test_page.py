@@ -237,8 +237,22 @@ def test_buttons_lead_to_the_chapter_and_its_source(pages):
         assert any(link.startswith(source) for link in seen["links"]), notebook.name
 
 
-SHOWN = """figure => [...figure.querySelectorAll("svg")]
-  .filter(svg => svg.checkVisibility()).map(svg => svg.outerHTML).join("")"""
+SHOWN = """figure => [...figure.querySelectorAll("[role=img]")]
+  .filter(part => part.checkVisibility()).map(part => part.outerHTML).join("")"""
+
+
+def test_the_cover_plays_by_itself_and_not_where_motion_is_unwanted(server, browser):
+    for motion, moves in (("no-preference", True), ("reduce", False)):
+        page = browser.new_page(reduced_motion=motion)
+        page.goto(server + "book/intro.html")
+        figure = page.locator(".glass-cover")
+        assert figure.get_by_role("button").inner_text() == (
+            "Pause" if moves else "Play"
+        )
+        before = figure.evaluate(SHOWN)
+        page.wait_for_timeout(2000)
+        assert (figure.evaluate(SHOWN) != before) is moves
+        page.close()
 
 
 def test_sliders_move_their_figure_by_keyboard(pages, server, browser):
@@ -250,7 +264,7 @@ def test_sliders_move_their_figure_by_keyboard(pages, server, browser):
         ranges = page.locator("article input[type=range]")
         for index in range(ranges.count()):
             one = ranges.nth(index)
-            figure = one.locator("xpath=ancestor::*[.//*[local-name()='svg']][1]")
+            figure = one.locator("xpath=ancestor::*[.//*[@role='img']][1]")
             before = figure.evaluate(SHOWN)
             at_end = one.evaluate("el => el.value === el.max")
             one.press("ArrowLeft" if at_end else "ArrowRight")

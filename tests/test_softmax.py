@@ -509,3 +509,10 @@ def test_the_gradient_knows_how_large_the_vocabulary_is():
         checks.check_cross_entropy_gradient(
             lambda x, y: (softmax(x) - F.one_hot(y)) / 3
         )
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-46, 1e39, 1e300])
+def test_temperatures_beyond_32_bits_make_no_nan(temperature):
+    found = softmax(torch.tensor([0.0, -math.inf, 1.0]), temperature=temperature)
+    wanted = [0, 0, 1] if temperature < 1 else [0.5, 0, 0.5]
+    torch.testing.assert_close(found, torch.tensor(wanted, dtype=torch.float32))

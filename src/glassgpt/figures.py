@@ -321,6 +321,96 @@ def bars(
     ax.spines[:].set_visible(False)
 
 
+@dataclass(frozen=True, repr=False)
+class Markup:
+    """A picture made of HTML, with alternative text, as the last line of a cell.
+
+    `role` is how a screen reader takes it: "img" reads `alt` only, "navigation" reads
+    the links inside.
+
+    Book: a1_figures.html#pictures-made-of-text
+    """
+
+    content: str
+    alt: str
+    role: str = "img"
+
+    def __repr__(self) -> str:
+        return self.alt
+
+    def _repr_html_(self) -> str:
+        label = html.escape(self.alt)
+        return f'<div role="{self.role}" aria-label="{label}">{self.content}</div>'
+
+
+def _shown_as(drawn: Any, alt: str, salt: str) -> Any:
+    if isinstance(drawn, str):
+        return Markup(drawn, alt)
+    return _picture(drawn, alt, salt)
+
+
+_TOKEN_STYLE = """<style>
+.glass-tokens{font:.95em/1.9 ui-monospace,Menlo,Consolas,monospace;max-width:34rem;
+margin:.5rem auto}
+.glass-tokens i{font-style:normal;white-space:pre-wrap;padding:.15em .1em;margin:0 1px;
+border-radius:3px;box-decoration-break:clone;background:#e83e8c26}
+.glass-tokens i:nth-of-type(even){background:#e83e8c52}
+.glass-tokens i.glass-new{outline:2px solid #d2142d}
+.glass-guesses{display:grid;grid-template-columns:5.5em 1fr 8.6em;
+gap:2px 8px;max-width:34rem;margin:.5rem auto;font-size:.9em;line-height:1.35}
+.glass-guesses code{white-space:pre;text-align:right;background:none;color:inherit;
+padding:0;font-size:1em}
+.glass-guesses b{background:#8f8f8f;min-width:1px;border-radius:2px;align-self:stretch}
+.glass-guesses .glass-new{background:#d2142d}
+.glass-guesses span{font-variant-numeric:tabular-nums;white-space:nowrap}
+</style>"""
+
+
+def _shown(piece: str) -> str:
+    return html.escape(piece.replace("\n", "\u21b5"))
+
+
+def token_boxes(
+    pieces: Sequence[str], new: bool = False, colors: Sequence[str] | None = None
+) -> str:
+    """The HTML of a text whose tokens stand in boxes; `new` marks the last one.
+
+    `colors` are names in PALETTE, one for each token.
+
+    Book: a1_figures.html#pictures-made-of-text
+    """
+    boxes = []
+    for place, piece in enumerate(pieces):
+        marked = ' class="glass-new"' if new and place == len(pieces) - 1 else ""
+        if colors:
+            marked += f' style="background:{PALETTE[colors[place]]}40"'
+        line_breaks = "<br>" * piece.count("\n")
+        boxes.append(f"<i{marked}>{_shown(piece)}</i>{line_breaks}")
+    return f'{_TOKEN_STYLE}<div class="glass-tokens">{"".join(boxes)}</div>'
+
+
+def guess_bars(
+    candidates: Sequence[tuple[str, float]],
+    chosen: tuple[str, float] | None = None,
+    limit: float = 1,
+) -> str:
+    """The HTML of a bar for each (token, probability); `chosen` is marked.
+
+    `limit` is the probability that gets a full bar.
+
+    Book: a1_figures.html#pictures-made-of-text
+    """
+    rows, chosen = [], tuple(chosen or ())
+    listed = [tuple(candidate) for candidate in candidates]
+    for piece, p in listed + ([chosen] if chosen and chosen not in listed else []):
+        is_it = (piece, p) == chosen
+        marked = ' class="glass-new"' if is_it else ""
+        number = f"{p:.1%}" + (" \u25c4 chosen" if is_it else "")
+        bar = f'<b{marked} style="width:{100 * p / limit:.1f}%"></b>'
+        rows.append(f"<code>{_shown(piece)}</code>{bar}<span>{number}</span>")
+    return f'{_TOKEN_STYLE}<div class="glass-guesses">{"".join(rows)}</div>'
+
+
 _MOVING_STYLE = """<style>
 .glass-moving label{display:flex;flex-wrap:wrap;gap:.25rem .75rem;align-items:center;
 justify-content:center;min-height:2.75rem}
@@ -330,8 +420,10 @@ justify-content:center;min-height:2.75rem}
 .glass-moving [hidden],.glass-still{display:none}
 .glass-spoken{position:absolute;width:1px;height:1px;overflow:hidden;
 clip-path:inset(50%)}
+.glass-moving button{display:block;margin:0 auto;padding:.3rem 1rem;cursor:pointer;
+color:inherit;background:none;border:1px solid;border-radius:4px;font:inherit}
 @media print,(scripting:none){
-.glass-moving label,.glass-moving .glass-frame{display:none}
+.glass-moving label,.glass-moving button,.glass-moving .glass-frame{display:none}
 .glass-moving .glass-start,.glass-moving .glass-still{display:block!important}
 .glass-still{text-align:center}}
 </style>"""
@@ -346,9 +438,21 @@ this.setAttribute('aria-valuetext', value);"""
 
 
 _SPEAK = """const box = this.closest('.glass-moving');
-const picture = box.querySelector('.glass-frame:not([hidden]) svg');
+const picture = box.querySelector('.glass-frame:not([hidden]) [role=img]');
 const words = picture.getAttribute('aria-label');
 box.querySelector('.glass-spoken').textContent = words;"""
+
+
+_PLAY = """const slider = this.closest('.glass-moving').querySelector('input');
+const stop = () => { clearInterval(this.timer); this.timer = null;
+this.textContent = 'Play'; };
+if (this.timer) { stop(); return; }
+if (slider.value == slider.max) slider.value = -1;
+const next = () => { slider.value = +slider.value + 1;
+slider.dispatchEvent(new Event('input'));
+if (slider.value == slider.max) stop(); };
+this.textContent = 'Pause';
+this.timer = setInterval(next, SECONDS * 1000);"""
 
 
 def _name(value: Any) -> str:
@@ -363,14 +467,16 @@ def _frame(picture: Picture, value: Any, first: bool) -> str:
     )
 
 
-def _control(label: str, value: Any, start: int, last: int) -> str:
+def _control(label: str, value: Any, start: int, last: int, play: float) -> str:
     label, value = html.escape(label), html.escape(_name(value))
+    press = html.escape(_PLAY.replace("SECONDS", f"{play:g}"))
+    button = f'<button type="button" onclick="{press}">Play</button>' if play else ""
     return (
         f'<label><span>{label}</span><input type="range" min="0" max="{last}" step="1"'
         f' value="{start}" autocomplete="off" aria-label="{label}"'
         f' aria-valuetext="{value}" oninput="{html.escape(_MOVE)}"'
         f' onchange="{html.escape(_SPEAK)}"><output aria-live="off">{value}</output>'
-        f'</label><p class="glass-still">{label}: {value}</p>'
+        f'</label>{button}<p class="glass-still">{label}: {value}</p>'
         '<span class="glass-spoken" aria-live="polite"></span>'
     )
 
@@ -395,8 +501,8 @@ def _live(moving: "MovingFigure") -> Any:
     picture = ipywidgets.HTML()
 
     def redraw(_change: Any = None) -> None:
-        fig, alt = moving.draw(control.value), moving.alt(control.value)
-        picture.value = show(fig, alt)._repr_html_()
+        drawn, alt = moving.draw(control.value), moving.alt(control.value)
+        picture.value = _shown_as(drawn, alt, salt="")._repr_html_()
 
     control.observe(redraw, "value")
     redraw()
@@ -413,12 +519,13 @@ class MovingFigure:
     Book: a1_figures.html#a-figure-that-moves
     """
 
-    draw: Callable[[Any], Figure]
+    draw: Callable[[Any], Any]
     values: tuple
     label: str
     alt: Callable[[Any], str]
     start: int
-    frames: tuple[Picture, ...]
+    frames: tuple[Any, ...]
+    play: float = 0
 
     def __repr__(self) -> str:
         first, count = self.frames[self.start].alt, len(self.frames)
@@ -431,8 +538,12 @@ class MovingFigure:
             _frame(picture, self.values[number], number == self.start)
             for number, picture in enumerate(self.frames)
         ]
-        control = _control(self.label, value, self.start, len(frames) - 1)
-        return _MOVING_STYLE + group + "".join(frames) + control + "</div>"
+        last = len(frames) - 1
+        control = _control(self.label, value, self.start, last, self.play)
+        body = "".join(frames)
+        if _TOKEN_STYLE in body:  # once is enough for all frames
+            body = _TOKEN_STYLE + body.replace(_TOKEN_STYLE, "")
+        return _MOVING_STYLE + group + body + control + "</div>"
 
     def live(self) -> Any:
         """Return a widget that draws for any value in the range; it needs a kernel.
@@ -447,16 +558,18 @@ _LARGEST = 150_000  # characters of one moving figure: a page may hold several
 
 
 def slider(
-    draw: Callable[[Any], Figure],
+    draw: Callable[[Any], Any],
     values: Sequence,
     label: str,
     alt: Callable[[Any], str],
     start: int = 0,
+    play: float = 0,
 ) -> MovingFigure:
     """Draw a figure for each value ahead, and show them behind a slider.
 
-    `draw(value)` returns a figure, `alt(value)` says what it shows, `label` names the
-    slider, and `start` is the index of the frame shown first. Raises ValueError if
+    `draw(value)` returns a figure or HTML that `alt(value)` is to describe, `label`
+    names the slider, and `start` is the index of the frame shown first. With `play`, a
+    button moves the slider every so many seconds. Raises ValueError if
     there are no values, `start` is no index of them, or the frames are too large for a
     page.
 
@@ -466,13 +579,95 @@ def slider(
     if start not in range(len(values)):
         raise ValueError(f"start={start} is no index of the {len(values)} values")
     frames = tuple(
-        _picture(draw(value), alt(value), salt=f"{label} {number}")
+        _shown_as(draw(value), alt(value), salt=f"{label} {number}")
         for number, value in enumerate(values)
     )
-    moving = MovingFigure(draw, values, label, alt, start, frames)
+    moving = MovingFigure(draw, values, label, alt, start, frames, play)
     if (size := len(moving._repr_html_())) > _LARGEST:
         raise ValueError(
             f"{len(frames)} frames take {size} characters, more than {_LARGEST}: "
             "draw fewer frames or less in each"
         )
     return moving
+
+
+# Number, page and label of every chapter that the map shows, in the map's order.
+_WAY = [
+    (2, "02_tokens", "tokens"),
+    (3, "03_embeddings", "embeddings"),
+    (4, "04_positions", "positions"),
+    (5, "05_softmax", "softmax"),
+    (6, "06_attention", "attention"),
+    (7, "07_multi_head_attention", "heads"),
+    (8, "08_mlp", "MLP"),
+    (9, "09_block", "block"),
+    (10, "10_gpt", "GPT"),
+    (13, "13_generation", "generation"),
+]
+_AROUND = [
+    (11, "11_data", "data"),
+    (12, "12_training", "training"),
+    (1, "01_introduction", "the whole"),
+    (14, "14_after_gpt2", "after GPT-2"),
+    (15, "15_full_gpt", "on a GPU"),
+    (23, "23_command_line", "commands"),
+]
+
+
+_MAP_STYLE = """<style>
+.glass-map{font:11.5px/1.25 system-ui,sans-serif}
+.glass-map div{display:flex;flex-wrap:wrap;align-items:center;justify-content:center;
+gap:14px 1px;padding-top:10px}
+.glass-map span.glass-block{display:inline-flex;flex-wrap:wrap;align-items:center;
+justify-content:center;gap:14px 2px;border:1px dashed;border-radius:6px;
+padding:13px 3px 3px}
+.glass-map .glass-stop{position:relative;text-align:center;border:1px solid #8f8f8f;
+border-radius:4px;padding:2px 3px;color:inherit;text-decoration:none;
+white-space:nowrap;min-width:24px}
+.glass-map a.glass-stop:hover{text-decoration:underline}
+.glass-map .glass-stop b{display:block}
+.glass-map .glass-here{border:2px solid #d2142d;background:#d2142d26}
+.glass-map .glass-here small{position:absolute;left:50%;bottom:100%;font-size:10px;
+transform:translateX(-50%);line-height:13px}
+</style>"""
+
+
+def _stop(number: int, page: str, label: str, here: int | None) -> str:
+    text = f"<b>{number}</b>{label}"
+    if number == here:
+        marked = 'class="glass-stop glass-here" aria-current="page"'
+        return f"<span {marked}>{text}<small>you are here</small></span>"
+    return f'<a class="glass-stop" href="{page}.html">{text}</a>'
+
+
+def book_map(here: int | None = None) -> Markup:
+    """The way of a text through the model, chapter by chapter; `here` is marked.
+
+    Raises ValueError where `here` is no chapter on the map.
+
+    Book: a1_figures.html#the-map-of-the-book
+    """
+    labels = {number: label for number, _, label in _WAY + _AROUND}
+    if here is not None and here not in labels:
+        raise ValueError(f"chapter {here} is not on the map: it shows {sorted(labels)}")
+    stop = {number: _stop(number, *rest, here) for number, *rest in _WAY + _AROUND}
+    arrow = '<span aria-hidden="true">\u2192</span>'
+    inside = "".join([stop[5], stop[6], stop[7], arrow, stop[8]])
+    way = [
+        "text",
+        stop[2],
+        stop[3] + "+" + stop[4],
+        f'<span class="glass-block">{inside}{stop[9]}<span>\u00d7 L</span></span>',
+        stop[10],
+        stop[13],
+    ]
+    learning = f"{stop[11]}{arrow}{stop[12]}{arrow}slopes flow back (8) <span>|</span>"
+    rest = stop[1] + stop[14] + stop[15] + stop[23]
+    content = f"<div>{arrow.join(way)}</div><div>learning: {learning}{rest}</div>"
+    place = "" if here is None else f" You are in chapter {here}, {labels[here]}."
+    alt = (
+        "Map of the book: text becomes tokens, embeddings with positions, passes "
+        f"through the blocks to a probability for every token, and a choice.{place}"
+    )
+    content = f'{_MAP_STYLE}<div class="glass-map">{content}</div>'
+    return Markup(content, alt, role="navigation")

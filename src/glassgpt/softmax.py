@@ -30,8 +30,9 @@ def softmax(x: Tensor, dim: int = -1, temperature: float = 1.0) -> Tensor:
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be positive and finite, not {temperature}")
     below = _below_peak(x, dim)
-    # A temperature too small for the dtype would round to 0, and 0 / 0 is nan.
-    powers = (below / max(temperature, torch.finfo(below.dtype).tiny)).exp()
+    # Rounded to 0 or to infinity, a temperature would make nan.
+    limits = torch.finfo(below.dtype)
+    powers = (below / min(max(temperature, limits.tiny), limits.max)).exp()
     # The peak adds 1 to the sum, so the clamp only acts where every score is -inf.
     return (powers / powers.sum(dim, keepdim=True).clamp(min=0.5)).to(x.dtype)
 

@@ -1,0 +1,129 @@
+"""The model that ships and the record of its training: whole, small, and true."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import record_model as tool
+import torch
+
+import glassgpt
+
+ROOT = Path(__file__).parent.parent
+INSIDE = Path(glassgpt.__file__).parent / "models" / "shakespeare"
+
+
+@pytest.fixture(scope="module")
+def record():
+    return json.loads(tool.RECORD.read_text("utf-8"))
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return glassgpt.load(INSIDE)
+
+
+def test_the_record_of_the_book_and_of_the_package_are_the_same_bytes():
+    assert tool.RECORD.read_bytes() == (INSIDE / "run.json").read_bytes()
+    assert tool.RECORD.stat().st_size < 120_000
+
+
+def test_the_model_is_small_enough_to_ship():
+    assert sum(path.stat().st_size for path in INSIDE.iterdir()) <= 3_000_000
+
+
+def test_the_makefile_trains_with_the_recorded_command(record):
+    makefile = (ROOT / "Makefile").read_text("utf-8").replace("\\\n", " ")
+    command = re.search(r"\$\(BIN\)/(glassgpt train .*)", makefile)[1]
+    assert " ".join(command.split()) == record["command"]
+
+
+def test_the_run_was_finished(record):
+    assert record["finished"]
+    curve = record["curve"]
+    assert curve["step"][-1] == record["steps"]
+    best = min(curve["held_out"])
+    assert curve["step"][curve["held_out"].index(best)] == record["shipped_step"]
+
+
+def test_the_record_describes_the_shipped_model(record, shipped):
+    model, _ = shipped
+    assert record["parameters"] == sum(p.numel() for p in model.parameters())
+    assert record["bytes"] == (INSIDE / "model.safetensors").stat().st_size
+
+
+def test_the_shipped_model_gives_the_recorded_probabilities(record, shipped):
+    model, tokenizer = shipped
+    trace = record["trace"]
+    ids = tokenizer.encode(trace["prompt"])
+    assert [tokenizer.decode([i]) for i in ids] == trace["pieces"]
+    with torch.no_grad():
+        logits = model(torch.tensor([ids]))[0, -1]
+    p = (logits / trace["temperature"]).softmax(-1)
+    values, best = p.topk(tool.CANDIDATES)
+    found = [tokenizer.decode([i]) for i in best.tolist()]
+    assert found == [piece for piece, _ in trace["steps"][0]["top"]]
+    wanted = [q for _, q in trace["steps"][0]["top"]]
+    assert values.tolist() == pytest.approx(wanted, abs=1e-3)
+
+
+def test_the_held_out_loss_is_that_of_the_model(record, shipped):
+    """On a piece of a held-out play, within what a piece may differ from the whole."""
+    from glassgpt.data import shakespeare
+
+    model, tokenizer = shipped
+    plays = {play.name: play for play in shakespeare()}
+    text = "".join(plays[record["held_out"]["plays"][0]].pieces())[:12_000]
+    total, _, characters = tool.surprise(model, tokenizer, [text])
+    assert characters == len(text)
+    assert total / characters == pytest.approx(
+        record["held_out"]["nats_per_character"], abs=0.15
+    )
+
+
+def test_the_gpt_beats_what_counts_and_what_compresses(record):
+    sticks = record["yardsticks"]
+    ours = record["held_out"]["nats_per_character"]
+    assert ours < min(*sticks["counts"], sticks["bz2"], sticks["xz"])
+    assert sticks["uniform"] == pytest.approx(math.log(sticks["alphabet"]), abs=1e-4)
+
+
+def test_a_counting_guesser_by_hand():
+    """Trained on "aab": a is 2 of 3, and with the shared count (2 + 1/2) / 4."""
+    guesser = tool.CountingGuesser(["aab"], "ab", longest=1)
+    alone = (2 + 1 / 2) / (3 + 1)
+    after = (1 + alone) / (2 + 1)  # after a came a once and b once
+    singles, pairs = guesser.nats(["aa"])
+    assert singles == pytest.approx(-math.log(alone))
+    assert pairs == pytest.approx(-(math.log(alone) + math.log(after)) / 2)
+
+
+def test_every_token_is_counted_once_and_sees_half_a_context():
+    """Whatever the window, a text's surprise covers each of its tokens once."""
+
+    class Uniform:
+        config = glassgpt.GPTConfig(
+            vocab_size=300, context=8, layers=1, heads=1, width=8
+        )
+
+        def __call__(self, ids):
+            assert ids.shape[1] <= 8
+            return torch.zeros(*ids.shape, 300)
+
+    tokenizer = glassgpt.BPETokenizer.train(["abc"], 257)
+    for length in (1, 4, 7, 8, 9, 12, 13, 40):
+        text = ("xyz" * 20)[:length]
+        total, count, characters = tool.surprise(Uniform(), tokenizer, [text])
+        assert count == characters == length
+        assert total == pytest.approx(length * math.log(300))
+
+
+def test_the_same_record_gives_the_same_bytes(record, monkeypatch, tmp_path):
+    assert tool.to_json(record) == tool.RECORD.read_text("utf-8")
+    monkeypatch.setattr(tool, "COVER", tmp_path / "cover.html")
+    tool.draw_cover(record)
+    assert (tmp_path / "cover.html").read_bytes() == (
+        ROOT / "book" / "_static" / "cover.html"
+    ).read_bytes()
