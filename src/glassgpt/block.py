@@ -44,6 +44,5 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, mask: Tensor | None = None, cache: Any = None
     ) -> Tensor:
-        context = self.attention(self.attention_norm(x), mask, cache)
-        x = x + self.dropout(context)
+        x = x + self.dropout(self.attention(self.attention_norm(x), mask, cache))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))

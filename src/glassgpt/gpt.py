@@ -3,7 +3,6 @@
 
 import math
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -35,9 +34,9 @@ class GPTConfig:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "context", "layers", "heads", "width"):
             size = getattr(self, name)
-            if not isinstance(size, Integral) or size < 1:
-                raise ValueError(f"{name} must be a whole number from 1 up, not {size}")
-            object.__setattr__(self, name, int(size))  # NumPy's become Python's
+            if not isinstance(size, int) or size < 1:
+                wanted = "a whole number from 1 up"
+                raise ValueError(f"{name} must be {wanted}, not {size!r}")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is no multiple of {self.heads} heads")
         if not 0 <= self.dropout < 1:
@@ -78,7 +77,11 @@ class GPT(nn.Module):
         mask: Tensor | None = None,
         caches: list[Any] | None = None,
     ) -> Tensor:
-        """What the head reads, (B, T, C), for ids that are known to be valid."""
+        """What the head reads, (B, T, C), for ids that are known to be valid.
+
+        positions: (T,) or (B, T), by default those that follow what the caches hold.
+        mask: as in `fused_attention`. caches: one for each block (chapter 13).
+        """
         if positions is None:
             first = caches[0].length if caches else 0
             positions = torch.arange(first, first + ids.shape[1], device=ids.device)
@@ -87,32 +90,24 @@ class GPT(nn.Module):
             x = block(x, mask, caches[layer] if caches else None)
         return self.norm(x)
 
-    def forward(
-        self,
-        ids: Tensor,
-        positions: Tensor | None = None,
-        mask: Tensor | None = None,
-        caches: list[Any] | None = None,
-    ) -> Tensor:
-        """Logits (B, T, V) for ids (B, T).
-
-        positions: (T,) or (B, T), by default those that follow what the caches hold.
-        mask: as in `fused_attention`. caches: one for each block (chapter 13).
-        """
+    def forward(self, ids: Tensor, caches: list[Any] | None = None) -> Tensor:
+        """Logits (B, T, V) for ids (B, T). caches: one for each block (chapter 13)."""
         room = self.config.context - (caches[0].length if caches else 0)
         check_ids(ids, self.config.vocab_size, room)
-        return self.head(self.hidden_states(ids, positions, mask, caches))
+        return self.head(self.hidden_states(ids, caches=caches))
 
     @torch.no_grad()
     def initialize(self) -> None:
         """Normal with standard deviation 0.02, less for what writes into the stream."""
-        small = 0.02 / math.sqrt(2 * self.config.layers)
         for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
-                writes = name.endswith("projection.weight")
-                parameter.normal_(0.0, small if writes else 0.02)
-            else:  # the biases, and the weights of the norms
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif parameter.dim() == 1:  # the weight of a norm
+                parameter.fill_(1.0)
+            elif name.endswith("projection.weight"):  # it writes into the stream
+                parameter.normal_(0.0, 0.02 / math.sqrt(2 * self.config.layers))
+            else:
+                parameter.normal_(0.0, 0.02)
 
     def parameter_count(self) -> int:
         """How many numbers are learned; a tied table counts once."""
@@ -121,12 +116,12 @@ class GPT(nn.Module):
     def flops_per_token(self) -> int:
         """Operations of training per token, forward and backward, at full context.
 
-        6 for each weight of a matrix product and 12 L C T for attention, hidden
-        positions included. Source: Kaplan et al. (2020), Chowdhery et al. (2023).
+        6 for each weight of a matrix product and 12 L C T for attention, masked
+        positions counted. Source: Kaplan et al. (2020), Chowdhery et al. (2023).
         """
         c = self.config
-        weights = sum(p.numel() for p in self.blocks.parameters() if p.dim() == 2)
-        weights += self.head.weight.numel()
+        linear = [part for part in self.modules() if isinstance(part, nn.Linear)]
+        weights = sum(layer.weight.numel() for layer in linear)
         return 6 * weights + 12 * c.layers * c.width * c.context
 
 
@@ -136,12 +131,13 @@ def check_ids(ids: Tensor, vocab_size: int, room: int) -> None:
     Book: 10_gpt.html#what-it-refuses
     """
     if not isinstance(ids, Tensor) or ids.dtype != torch.int64 or ids.dim() != 2:
-        raise ValueError(f"ids must be an int64 tensor (B, T), not {ids!r}")
+        found = f"{getattr(ids, 'dtype', type(ids))} {tuple(getattr(ids, 'shape', ()))}"
+        raise ValueError(f"ids must be an int64 tensor (B, T), not {found}")
     if not ids.numel():
         raise ValueError(f"there must be at least one id, not {tuple(ids.shape)}")
     if ids.shape[1] > room:
         raise ValueError(f"{ids.shape[1]} tokens, but the context has room for {room}")
-    lowest, highest = torch.stack(ids.aminmax()).tolist()  # one look for both
+    lowest, highest = ids.min().item(), ids.max().item()
     if lowest < 0 or highest >= vocab_size:
         wrong = lowest if lowest < 0 else highest
         raise ValueError(f"id {wrong} is out of range: ids are 0 to {vocab_size - 1}")

@@ -153,7 +153,7 @@ def _check_refusals(model: nn.Module) -> None:
 
 @torch.no_grad()
 def check_gpt(gpt: Callable[[GPTConfig], nn.Module]) -> None:
-    """A GPT-2: its parts in order, causal, tied, with a fair start; bad ids refused.
+    """A GPT-2: its parts in order, causal, tied, a fair start, bad ids refused.
 
     gpt: called as gpt(config). The model has the parts tokens, positions, blocks, norm
     and head, each block those of `Block`.
@@ -172,6 +172,14 @@ def check_gpt(gpt: Callable[[GPTConfig], nn.Module]) -> None:
         _check_assembly(model, torch.randint(11, (2, length), generator=random))
     _check_start(untrained, larger)
     _check_refusals(model)
+    ours = GPT(small).double().eval()
+    missing = ours.load_state_dict(model.state_dict(), strict=False).missing_keys
+    assert not missing, f"nothing in the model is called {missing[0]}"
+    ids = torch.randint(11, (2, 6), generator=random)
+    assert torch.allclose(model(ids), ours(ids)), (
+        "the same weights give other logits in GPT: look at the heads, the GELU, the"
+        " norms"
+    )
 
 
 def check_parameter_count(count: Callable[[int, int, int, int], int]) -> None:
@@ -181,7 +189,7 @@ def check_parameter_count(count: Callable[[int, int, int, int], int]) -> None:
 
     Book: 10_gpt.html#exercise-1-count-with-a-pencil
     """
-    V, T, L, C = 50, 16, 3, 8
+    V, T, L, C = 50, 16, 3, 10
     wanted = GPT(GPTConfig(V, T, L, 2, C)).parameter_count()
     found = count(V, T, L, C)
     mistakes = {
@@ -190,6 +198,8 @@ def check_parameter_count(count: Callable[[int, int, int, int], int]) -> None:
         -V * C: "the table of tokens is missing",
         -2 * C: "the last norm is missing",
         -4 * C * L: "the two norms of each block are missing",
+        -2 * C * L - C: "norms have a bias too",
+        -3 * C * L: "the biases of qkv are missing",
         -9 * C * L: "the biases of the linear layers are missing",
         -13 * C * L: "biases and norms of the blocks are missing",
         -13 * C * L - 2 * C: "biases and norms are missing",
@@ -218,6 +228,9 @@ def check_early_logits(early: Callable[[GPT, Tensor, int], Tensor]) -> None:
         found, wanted = early(model, ids, layers), model.head(model.norm(stream))
         assert len(model.blocks) == 3, "the model lost blocks: leave it as it is"
         assert found.shape == wanted.shape, f"logits have shape {tuple(found.shape)}"
+        assert not torch.allclose(found, wanted.softmax(-1)), (
+            "these are probabilities: return the logits"
+        )
         assert not torch.allclose(found, model.head(stream)), "the last norm is missing"
         assert layers == 3 or not torch.allclose(found, full), (
             f"with {layers} layers all three blocks still took part"
@@ -238,6 +251,7 @@ def check_budget(choose: Callable[[float], GPTConfig]) -> None:
     """
     for budget in (1e13, 1e15, 1e17, 3e13, 2e14, 4e16):
         config = choose(budget)
+        assert isinstance(config, GPTConfig), "return a GPTConfig"
         assert config.vocab_size == 500, f"vocab_size is {config.vocab_size}, not 500"
         assert config.context == 128, f"context is {config.context}, not 128"
         assert config.tied, "a GPT-2 ties its head"
