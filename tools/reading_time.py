@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS, LINES, EQUATIONS = 85, 13, 1  # in a minute
-FOLDED = {"hide-cell", "hide-input", "remove-cell"}
+FOLDED = {"hide-cell", "hide-input", "remove-cell", "remove-input"}
 PLACE = re.compile(r"\*(READING-TIME|About \d+ minutes to read[^*]*)\*")
 
 
