@@ -422,3 +422,8 @@ def test_check_names_the_mistake(check, wrong, message):
     with pytest.raises(AssertionError) as caught:
         getattr(checks, check)(wrong)
     assert message in str(caught.value)
+
+
+def test_dropout_is_off_unless_asked_for():
+    block = Block(8, 2)
+    assert block.dropout.p == block.attention.dropout == 0.0

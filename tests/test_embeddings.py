@@ -324,3 +324,11 @@ def test_right_answers_pass(check, right):
 def test_checks_name_the_mistake(check, wrong, message, capsys):
     catch(check, wrong)
     assert message in capsys.readouterr().out
+
+
+def test_rounding_leads_past_no_cosine():
+    x = torch.randn(20_000, 7, generator=torch.Generator().manual_seed(0))
+    unit = x / x.norm(dim=-1, keepdim=True)
+    assert (unit * unit).sum(-1).max() > 1  # what rounding does by itself
+    assert cosine_similarity(x, 3 * x).max() <= 1
+    assert cosine_similarity(x, -3 * x).min() >= -1
