@@ -49,7 +49,6 @@ def fused_attention(
     T, S = queries.shape[-2], keys.shape[-2]
     # Branches, not an expression: a compiled T would make it a symbol.
     causal = False  # a single query, the last one, sees everything
-    # A branch, not an expression: a compiled T would make it a symbol.
     if mask is None and T == S:
         causal = True
     elif mask is None and T > 1:
