@@ -172,7 +172,7 @@ WRONG = [
         "no merge is left",
     ),
     (checks.check_stream, streams_each, "half a character"),
-    (checks.check_stream, streams_at_the_end, "came as"),
+    (checks.check_stream, streams_at_the_end, "don't wait"),
     (checks.check_split_numbers, from_the_left, "from the right"),
     (checks.check_split_numbers, split_words, "18890"),
 ]

@@ -51,14 +51,12 @@ def split_words(text: str) -> list[str]:
     """Cut a text into GPT-2's words; joined, they are the text again.
 
     What is a letter or a digit, the Unicode version of `regex` decides.
-    Source: the pattern in `encoder.py` of OpenAI's gpt-2.
+    Source: equal to the pattern in `encoder.py` of OpenAI's gpt-2; written as in
+    OpenAI's tiktoken.
 
     Book: 02_tokens.html#words
     """
     return _WORD.findall(text)
-
-
-_PIECE = re.compile(r"[^\S\x1c-\x1f]*[\S\x1c-\x1f]+|\s+")
 
 
 def count_words(texts: Iterable[str]) -> Counter[str]:
@@ -66,12 +64,9 @@ def count_words(texts: Iterable[str]) -> Counter[str]:
 
     Book: 02_tokens.html#count-each-word-once
     """
-    pieces, words = Counter(), Counter()
+    words = Counter()
     for text in texts:
-        pieces.update(_PIECE.findall(text))
-    for piece, times in pieces.items():
-        for word in split_words(piece):
-            words[word] += times
+        words.update(split_words(text))
     return words
 
 
@@ -131,7 +126,7 @@ def learn_merges(counts: Mapping[str, int], number: int) -> list[Pair]:
         if pairs[pair] < -promised:  # out of date
             heapq.heappush(queue, (-pairs[pair], pair))
             continue
-        if pairs[pair] == 0:  # and so have all the others
+        if pairs[pair] == 0:  # then no pair is left
             break
         new, born = 256 + len(merges), defaultdict(set)
         for place in places.pop(pair):
@@ -292,7 +287,8 @@ class CharTokenizer(Tokenizer):
 
 
 END = ("<|endoftext|>",)
-_REMEMBERED = 2**17  # pieces of text at most, when the next text comes
+_PIECE = re.compile(r"[^\S\x1c-\x1f]*[\S\x1c-\x1f]+|\s+")  # as `regex` sees spaces
+_REMEMBERED = 2**17  # forget all when more pieces are kept
 _GPT2_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 
 

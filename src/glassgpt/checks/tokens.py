@@ -76,6 +76,8 @@ def check_merge_word(merge_word: Callable) -> None:
     assert got == [260], f"1 2 3 4 gave {got}: go on until no merge is left"
     got = list(merge_word([1, 2, 3] * 60, merges))
     assert got == [1, 256] * 60, "a long word is merged in another way than a short one"
+    got = list(merge_word([1, 1, 1], {(1, 1): 256}))
+    assert got == [256, 1], f"1 1 1 gave {got}: merge from left to right"
     assert list(merge_word([], merges)) == [], "an empty word gives no ids"
 
 
@@ -116,14 +118,26 @@ def check_stream(stream: Callable) -> None:
 
     Book: 02_tokens.html#exercise-2-decode-as-the-bytes-arrive
     """
+
+    def shown(*pieces: bytes) -> list[str]:
+        """What the reader gets to see after each piece."""
+        read, after = [], [""] * len(pieces)
+        texts = stream(piece for piece in pieces if not read.append(piece))
+        assert not isinstance(texts, str), "yield pieces, don't return one text"
+        for text in texts:
+            after[len(read) - 1] += text
+        return after
+
     tower = "🗼".encode()
-    got = [text for text in stream([b"the ", tower[:2], tower[2:], b"!"]) if text]
+    got = shown(b"the ", tower[:2], tower[2:], b"!")
     assert "\ufffd" not in "".join(got), "half a character was shown: wait for its rest"
-    assert got == ["the ", "🗼", "!"], f"the tower came as {got}"
-    got = "".join(stream([b"a", tower[:3]]))
+    assert got == ["the ", "", "🗼", "!"], f"got {got}, piece by piece: don't wait"
+    got = shown(b"a" + tower[:2], tower[2:])
+    assert got == ["a", "🗼"], f"got {got}: the a is complete before the second piece"
+    got = "".join(shown(b"a", tower[:3]))
     assert got != "a", "the unfinished character at the end was dropped without a sign"
     assert got == "a\ufffd", f"an unfinished character at the end gave {got!r}"
-    got = "".join(stream([b"a\xff", b"b"]))
+    got = "".join(shown(b"a\xff", b"b"))
     assert got == "a\ufffdb", f"a byte that is no text gave {got!r}: show \ufffd, go on"
 
 
