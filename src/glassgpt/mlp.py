@@ -19,6 +19,14 @@ def gelu(x: Tensor) -> Tensor:
     return 0.5 * x * (1 + torch.tanh(root * (x + 0.044715 * x**3)))
 
 
+def pytorch_gelu(x: Tensor) -> Tensor:
+    """`gelu` by PyTorch's own kernel: one pass over x (...), the same numbers.
+
+    Book: 08_mlp.html#the-equation
+    """
+    return F.gelu(x, approximate="tanh")
+
+
 class MLP(nn.Module):
     """Two linear layers with a GELU between them: (B, T, C) in and out.
 
@@ -31,8 +39,9 @@ class MLP(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.expand = nn.Linear(width, 4 * width)
+        self.activation = pytorch_gelu
         self.projection = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = F.gelu(self.expand(x), approximate="tanh")  # (B, T, 4 C)
+        hidden = self.activation(self.expand(x))  # (B, T, 4 C)
         return self.projection(hidden)

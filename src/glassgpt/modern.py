@@ -2,7 +2,6 @@
 """What came after GPT-2: the same model, its parts exchanged one by one."""
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from glassgpt.checkpoints import ARCHITECTURES
 from glassgpt.embeddings import Embedding
 from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.heads import fused_attention, merge_heads, split_heads
+from glassgpt.mlp import pytorch_gelu
 
 
 def rotary_tables(
@@ -154,8 +154,8 @@ class ModernMLP(nn.Module):
         c = config
         self.expand = nn.Linear(c.width, 4 * c.width, bias=c.bias)
         self.projection = nn.Linear(4 * c.width, c.width, bias=c.bias)
-        gelu = partial(F.gelu, approximate="tanh")
-        self.activation = gelu if c.activation == "gelu" else squared_relu
+        gelu = c.activation == "gelu"
+        self.activation = pytorch_gelu if gelu else squared_relu
 
     def forward(self, x: Tensor) -> Tensor:
         return self.projection(self.activation(self.expand(x)))
