@@ -43,7 +43,9 @@ def hide_markers(app, docname, source):
                 default = name
                 tags.append("remove-cell")
             else:
-                folded = "check" if "hide-input" in tags else None
+                if "hide-input" in tags:
+                    checks = (name or "").startswith("checks")
+                    folded = "check" if checks else "code"
                 tags += ["export", f"enters-{name or default}"]
         elif title := TITLE.match(code):
             cell["source"] = code[title.end() :]
