@@ -59,14 +59,20 @@ def split_words(text: str) -> list[str]:
     return _WORD.findall(text)
 
 
+_PIECE = re.compile(r"[^\S\x1c-\x1f]*[\S\x1c-\x1f]+|\s+")  # as `regex` sees spaces
+
+
 def count_words(texts: Iterable[str]) -> Counter[str]:
     """How often each of GPT-2's words occurs in some texts.
 
     Book: 02_tokens.html#count-each-word-once
     """
-    words = Counter()
+    pieces, words = Counter(), Counter()
     for text in texts:
-        words.update(split_words(text))
+        pieces.update(_PIECE.findall(text))
+    for piece, times in pieces.items():
+        for word in split_words(piece):
+            words[word] += times
     return words
 
 
@@ -287,7 +293,6 @@ class CharTokenizer(Tokenizer):
 
 
 END = ("<|endoftext|>",)
-_PIECE = re.compile(r"[^\S\x1c-\x1f]*[\S\x1c-\x1f]+|\s+")  # as `regex` sees spaces
 _REMEMBERED = 2**17  # forget all when more pieces are kept
 _GPT2_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 
