@@ -7,6 +7,7 @@ import pickle
 import shutil
 import struct
 import subprocess
+import sys
 from dataclasses import replace
 from unittest.mock import patch
 
@@ -464,3 +465,10 @@ def test_a_pickle_with_the_right_hash_is_not_run(three, monkeypatch):
 def test_shapes_are_read_without_the_numbers(tmp_path):
     write_tensors(tmp_path / "x", {"a": torch.ones(2, 3), "b": torch.ones(()).half()})
     assert read_shapes(tmp_path / "x") == {"a": (2, 3), "b": ()}
+
+
+def test_loading_does_not_wait_for_the_compiler():
+    program = "import sys, glassgpt; glassgpt.load('shakespeare'); "
+    program += "print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True)
+    assert done.stdout == b"False\n", done.stderr

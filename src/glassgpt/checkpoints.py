@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.tokens import load_tokenizer
@@ -143,6 +144,25 @@ def build(config: GPTConfig) -> GPT:
     )
 
 
+class _NoStart(TorchFunctionMode):
+    """Nothing is drawn: on the meta device that makes PyTorch import its compiler."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, inputs: Any = (), options: Any = None
+    ) -> Any:
+        options = options or {}
+        drawing = ("normal_", "uniform_", "kaiming_uniform_")
+        if getattr(function, "__name__", "") in drawing:
+            return inputs[0] if inputs else options["tensor"]
+        return function(*inputs, **options)
+
+
+def _on_paper(config: GPTConfig) -> GPT:
+    """A model of shapes, without memory and in no time."""
+    with torch.device("meta"), _NoStart():
+        return build(config)
+
+
 def _config_to_json(config: GPTConfig, end: int | None) -> dict[str, Any]:
     """What stands in config.json: GPT-2's own keys where they fit, and all of ours."""
     ours = {"glassgpt": asdict(config)}
@@ -203,8 +223,7 @@ def save(directory: str | Path, model: GPT, tokenizer: Any) -> None:
 
     Book: 12_training.html#a-model-that-others-can-read
     """
-    with torch.device("meta"):
-        due = dict(build(model.config).named_parameters())
+    due = dict(_on_paper(model.config).named_parameters())
     if due.keys() != dict(model.named_parameters()).keys():
         raise ValueError("weights are missing: save the model before you lighten it")
     directory = Path(directory)
@@ -234,8 +253,7 @@ def _expected_parameters(config: GPTConfig, layers: int) -> dict[str, Tensor]:
     if layers != config.layers:
         raise ValueError(f"it has {layers} layers where {config.layers} are due")
     try:
-        with torch.device("meta"):
-            model = build(config)
+        model = _on_paper(config)
     except (RuntimeError, OverflowError, TypeError) as error:
         raise ValueError(f"no model can have these sizes: {error}") from None
     tables = sum(table.numel() for table in model.buffers())
