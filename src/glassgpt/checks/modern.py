@@ -1,5 +1,7 @@
 # Written by tools/tangle.py from book/14_after_gpt2.ipynb: change it there.
-"""Checks of rotary positions and norms that name the mistake they find."""
+
+
+"""Checks of rotary positions, norms and Muon that name the mistake they find."""
 
 import math
 from collections.abc import Callable
@@ -12,7 +14,7 @@ from torch import Tensor
 def _check_angle(angle: float) -> None:
     assert abs(angle - math.pi / 180) > 1e-4, "the angles are degrees, not radians"
     right = abs(angle - 1) < 1e-4
-    assert right, f"the first hand turns by {angle:.4f} a position, not by 1"
+    assert right, f"the first pair turns by {angle:.4f} a position, not by 1"
 
 
 def _check_far(hand: Tensor, position: int) -> None:
@@ -25,21 +27,21 @@ def _check_far(hand: Tensor, position: int) -> None:
 def check_rotary_tables(tables: Callable[..., tuple[Tensor, Tensor]]) -> None:
     """Cosines and sines of the position times the speed of each pair.
 
-    tables: called as tables(context, head_width) and tables(context, head_width, base).
+    tables: called as tables(positions, head_width) and with a third argument, base.
 
-    Book: 14_after_gpt2.html#the-check
+    Book: 14_after_gpt2.html#what-came-after-gpt-2
     """
-    cos, sin = (table.double() for table in tables(4000, 6))
+    cos, sin = (table.double() for table in tables(torch.arange(4000), 6))
     for name, table in (("cos", cos), ("sin", sin)):
         assert table.shape == (4000, 3), (
             f"{name} of 4000 positions and width 6 has shape {tuple(table.shape)}, "
             "not (4000, 3): one angle for each pair of columns"
         )
     still = (cos[0] == 1).all() and (sin[0] == 0).all()
-    assert still, "position 0 is turned: positions count from 0"
+    assert still, "position 0 is rotated: positions count from 0"
     _check_angle(math.atan2(sin[1, 0], cos[1, 0]))
     for base in (10000, 100):
-        row = [table[1, 1] for table in tables(2, 6, float(base))]  # cos, sin
+        row = [table[1, 1] for table in tables(torch.arange(2), 6, float(base))]
         speed, wanted = math.atan2(row[1], row[0]), base ** (-2 / 6)
         assert abs(speed - wanted) < 1e-5, (
             f"with base {base} pair 1 turns by {speed:.4f} a position, "
@@ -62,17 +64,17 @@ def _check_quarter_turn(apply: Callable[[Tensor, Tensor, Tensor], Tensor]) -> No
     assert got[1].tolist() != [0, 0, -1, 0], (
         "a quarter turn went backwards: swap the signs of the two sines"
     )
-    assert got[1].tolist() == [0, 0, 1, 0], (
+    assert torch.allclose(got[1], torch.tensor([0.0, 0, 1, 0]), atol=1e-6), (
         f"a quarter turn of (1, 0, 0, 0) gives {got[1].tolist()}, not (0, 0, 1, 0)"
     )
 
 
 def check_rotary(apply: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
-    """Turning keeps lengths, and dot products depend on the distance alone.
+    """Rotation keeps lengths, and dot products depend on the distance alone.
 
     apply: called as apply(x, cos, sin) with x (..., T, D) and cos, sin (T, D / 2).
 
-    Book: 14_after_gpt2.html#the-check
+    Book: 14_after_gpt2.html#what-came-after-gpt-2
     """
     _check_quarter_turn(apply)
     generator = torch.Generator().manual_seed(0)
@@ -92,7 +94,7 @@ def check_rotary(apply: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
 def check_rms_norm(rms_norm: Callable[[Tensor], Tensor]) -> None:
     """Each vector gets the root mean square 1 and keeps its direction.
 
-    Book: 14_after_gpt2.html#rms-norm
+    Book: 14_after_gpt2.html#what-came-after-gpt-2
     """
     x = torch.tensor([[2.0, 1.0, 0.0, 0.0], [300.0, -400.0, 0.0, 0.0]]).double()
     square, result = x.square(), rms_norm(x)
@@ -110,10 +112,58 @@ def check_rms_norm(rms_norm: Callable[[Tensor], Tensor]) -> None:
     assert (zeros == 0).all(), "a vector of zeros must stay zero: add eps to the square"
 
 
+def _smallest(
+    orthogonalize: Callable, left: Tensor, right: Tensor, rounds: int
+) -> float:
+    """What becomes of a singular value that is a hundredth of the largest."""
+    values = torch.tensor([1.0] + [0.01] * (left.shape[1] - 1))
+    values /= values.norm()
+    found = orthogonalize((left @ values.diag() @ right.T)[None], rounds, torch.float32)
+    return float((left.T @ found[0] @ right).diagonal()[-1])
+
+
+def check_orthogonalize(
+    orthogonalize: Callable[[Tensor, int, torch.dtype], Tensor],
+) -> None:
+    """An iteration brings each matrix's singular values near 1; directions stay.
+
+    Book: 14_after_gpt2.html#what-came-after-gpt-2
+    """
+    torch.manual_seed(0)
+    sides = []
+    for rows, columns in ((4, 8), (8, 4), (6, 6)):
+        count = min(rows, columns)
+        left = torch.linalg.qr(torch.randn(rows, count))[0]
+        right = torch.linalg.qr(torch.randn(columns, count))[0]
+        sides.append((left, right))
+        x = left @ torch.linspace(0.2, 1, count).diag() @ right.T
+        pair = orthogonalize(torch.stack([1000 * x, 0.001 * x]), 5, torch.float32)
+        assert pair.shape == (2, rows, columns), f"the shape became {pair.shape}"
+        for name, found in zip(("large", "small"), pair, strict=True):
+            inner = left.T @ found @ right
+            values, rest = inner.diagonal(), inner - inner.diagonal().diag()
+            turned = rest.abs().max() > 0.005 * values.abs().max()
+            assert not turned, "the directions of a matrix changed"
+            assert ((values > 0.5) & (values < 1.4)).all(), (
+                f"the singular values of a {name} matrix are now {values.min():.2g} to "
+                f"{values.max():.2g}: was each matrix divided by its own norm?"
+            )
+    zeros = orthogonalize(torch.zeros(1, 3, 3), 5, torch.float32)
+    assert not zeros.any(), "a gradient of zero should move nothing"
+    for pair in sides:
+        one, five = (_smallest(orthogonalize, *pair, rounds) for rounds in (1, 5))
+        assert one < 0.1 < 0.5 < five, (
+            f"one round makes {one:.2g} of a value of 0.01, five make {five:.2g}: it "
+            "should be near 1 after five, not after one"
+        )
+    narrow = orthogonalize(torch.ones(1, 3, 3), 5, torch.bfloat16).dtype
+    assert narrow == torch.bfloat16, f"asked for bfloat16, it returned {narrow}"
+
+
 def check_squared_relu_slope(slope: Callable[[Tensor], Tensor]) -> None:
     """The derivative of max(z, 0) squared, at each number.
 
-    Book: 14_after_gpt2.html#exercise-1-the-derivative-of-squared-relu
+    Book: 14_after_gpt2.html#what-came-after-gpt-2
     """
     z = torch.tensor([-2.0, -0.5, 0.0, 0.25, 3.0])
     found = slope(z)
@@ -133,7 +183,7 @@ def check_reorder(reorder: Callable[[Tensor], Tensor]) -> None:
 
     reorder: called as reorder(x) with x (..., D).
 
-    Book: 14_after_gpt2.html#exercise-3-from-one-convention-to-the-other
+    Book: 14_after_gpt2.html#what-came-after-gpt-2
     """
     got = reorder(torch.arange(8.0).expand(2, 8))
     assert got.shape == (2, 8), f"the shape changed to {tuple(got.shape)}"
