@@ -42,10 +42,10 @@ CHANGES: dict[str, dict[str, Any]] = {  # each rung keeps those above it
 BRANCHES: dict[str, tuple[str, dict[str, Any]]] = {  # from a rung, one thing changed
     "SwiGLU": ("squared ReLU", {"activation": "swiglu"}),
     "one key-value head for two": ("squared ReLU", {"key_value_heads": 2}),
-    "one key-value head for four": ("squared ReLU", {"key_value_heads": 1}),
-    "GPT-2, Muon": ("GPT-2, AdamW", {"optimizer": "muon"}),
     "Llama, AdamW": ("GPT-2, AdamW", {**LLAMA_CHOICES, **{
         "positions": "rotary", "norm": "rms", "bias": False, "tied": False}}),
+    "GPT-2, Muon": ("GPT-2, AdamW", {"optimizer": "muon"}),
+    "one key-value head for four": ("squared ReLU", {"key_value_heads": 1}),
 }  # fmt: skip
 
 

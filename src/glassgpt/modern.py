@@ -76,13 +76,13 @@ def swiglu(x: Tensor) -> Tensor:
 _ACTIVATIONS = {"squared_relu": squared_relu, "swiglu": swiglu, "gelu": pytorch_gelu}
 
 
+_YES_NO = ("norm_weight", "normalize_qk", "bias", "zero_projections")
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "positions": ("rotary", "learned"),
     "norm": ("rms", "layer"),
     "activation": tuple(_ACTIVATIONS),
+    **dict.fromkeys(_YES_NO, (True, False)),
 }
-_CHOICES |= dict.fromkeys(("norm_weight", "normalize_qk", "bias"), (True, False))
-_CHOICES |= {"zero_projections": (True, False)}
 
 
 @dataclass(frozen=True)
@@ -121,14 +121,12 @@ class ModernConfig(GPTConfig):
                 wanted = " or ".join(map(str, allowed))
                 raise ValueError(f"{name} is {wanted}, not {value!r}")
         for name in ("rotary_base", "norm_eps"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or not 0 < value < math.inf:
-                raise ValueError(f"{name} must be a positive number, not {value!r}")
+            if not 0 < (value := getattr(self, name)) < math.inf:
+                raise ValueError(f"{name} must be positive and finite, not {value}")
         for name in ("hidden", "key_value_heads"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
-                wanted = "a whole number from 1 up"
-                raise ValueError(f"{name} must be {wanted}, not {value!r}")
+                raise ValueError(f"{name} must be a positive whole number, not {value}")
         if self.heads % (self.key_value_heads or self.heads):
             shared = f"{self.key_value_heads} key-value heads"
             raise ValueError(f"{self.heads} heads can't share {shared} evenly")
@@ -182,13 +180,13 @@ class ModernAttention(nn.Module):
 
     def __init__(self, config: ModernConfig):
         super().__init__()
-        self.config, self.attend = config, fused_attention
-        width, head_width = config.width, config.width // config.heads
-        self.heads = config.heads
-        self.key_value_heads = config.key_value_heads or config.heads
-        self.widths = [width] + 2 * [self.key_value_heads * head_width]
-        self.qkv = nn.Linear(width, sum(self.widths), bias=config.bias)
-        self.projection = nn.Linear(width, width, bias=config.bias)
+        self.config = c = config
+        self.attend = fused_attention
+        shared = c.key_value_heads or c.heads
+        self.heads = (c.heads, shared, shared)  # of queries, keys and values
+        self.widths = [heads * (c.width // c.heads) for heads in self.heads]
+        self.qkv = nn.Linear(c.width, sum(self.widths), bias=c.bias)
+        self.projection = nn.Linear(c.width, c.width, bias=c.bias)
 
     def forward(
         self,
@@ -198,8 +196,7 @@ class ModernAttention(nn.Module):
         rotation: tuple[Tensor, ...] | None = None,
     ) -> Tensor:
         parts = self.qkv(x).split(self.widths, dim=-1)
-        heads = (self.heads, self.key_value_heads, self.key_value_heads)
-        queries, keys, values = map(split_heads, parts, heads)
+        queries, keys, values = map(split_heads, parts, self.heads)
         if self.config.normalize_qk:
             size = queries.shape[-1:]
             queries, keys = F.rms_norm(queries, size), F.rms_norm(keys, size)
@@ -222,11 +219,11 @@ class ModernMLP(nn.Module):
 
     def __init__(self, config: ModernConfig):
         super().__init__()
-        C, bias, gated = config.width, config.bias, config.activation == "swiglu"
-        hidden = config.hidden or (8 * round(C / 3) if gated else 4 * C)
-        self.expand = nn.Linear(C, 2 * hidden if gated else hidden, bias=bias)
-        self.projection = nn.Linear(hidden, C, bias=bias)
-        self.activation = _ACTIVATIONS[config.activation]
+        c, gated = config, config.activation == "swiglu"
+        hidden = c.hidden or (8 * round(c.width / 3) if gated else 4 * c.width)
+        self.expand = nn.Linear(c.width, hidden * (1 + gated), bias=c.bias)
+        self.projection = nn.Linear(hidden, c.width, bias=c.bias)
+        self.activation = _ACTIVATIONS[c.activation]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.projection(self.activation(self.expand(x)))
@@ -440,10 +437,8 @@ def muon_optimizers(
         (matrices if inside else rest).append(parameter)
     rate, decay = config.matrix_learning_rate, config.weight_decay
     muon = Muon(matrices, rate, decay, momentum=0.9, ns_steps=4, dtype=dtype)
-    parts = [{"params": rest, "weight_decay": 0.0}]
-    adamw = torch.optim.AdamW(
-        parts, config.learning_rate, betas=(0.9, 0.99), fused=True
-    )
+    options = {"betas": (0.9, 0.99), "weight_decay": 0.0, "fused": True}
+    adamw = torch.optim.AdamW(rest, config.learning_rate, **options)
     for group in muon.param_groups + adamw.param_groups:
         group["full_rate"] = group["lr"]  # what the schedule scales
     return [muon, adamw]
