@@ -186,7 +186,7 @@ def write(ladder: Ladder, steps: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--folder", type=Path, default=Path("ladder"))
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
@@ -199,7 +199,7 @@ def main() -> None:
         tokenize("shakespeare", tokenizer, folder) if fresh else TokenData.open(folder)
     )
     ladder = Ladder(options.folder / "runs.json", data, options.steps)
-    best: dict[str | None, float] = {None: 0.004}
+    best: dict[str | None, float] = {None: 0.008}
     for name, (before, choices) in rungs().items():
         best[name] = ladder.climb(name, choices, best[before])
     if options.write:
