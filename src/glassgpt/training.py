@@ -30,7 +30,7 @@ from glassgpt.checkpoints import (
     write_checkpoint,
     write_file,
 )
-from glassgpt.data import TokenData, Tokens, lock_folder
+from glassgpt.data import TokenData, Tokens
 from glassgpt.gpt import GPT
 from glassgpt.heads import fused_attention
 from glassgpt.mlp import pytorch_gelu
@@ -308,7 +308,9 @@ def evaluate(model: GPT, tokens: Tokens, config: TrainConfig) -> float:
     model.eval()
     total, count = torch.zeros((), device=device), 0
     for ids, targets in tokens.fixed_batches(
-        config.batch_size, model.config.context, config.evaluation_batches
+        config.batch_size * config.evaluation_batches,
+        model.config.context,
+        config.batch_size,
     ):
         total += loss(ids.to(device), targets.to(device)) * len(ids)
         count += len(ids)
@@ -572,7 +574,7 @@ def record(trainer: Trainer, extra: bool = False) -> None:
         "step": run.step,
         "train_loss": sum(run.recent) / len(run.recent),
         "validation_loss": loss,
-        "nats_per_character": loss * held_out.count / held_out.characters,
+        "nats_per_character": loss * len(held_out) / (held_out.characters or math.nan),
         "learning_rate": config.learning_rate * share,
         "tokens_per_second": trainer.rate,
         "seconds": run.seconds,
@@ -743,6 +745,23 @@ def _memory_advice() -> Iterator[None]:
             "training does not fit into memory: lower batch_size (and raise accumulate "
             "to learn from as much text a step), or the model's context, width, layers"
         ) from error
+
+
+def lock_folder(folder: Path, taken: str) -> Any:
+    """Lock a folder and return the lock, to be released; no other process gets it.
+
+    Raises FileExistsError with the message `taken` while another one has it.
+
+    Book: 12_training.html#leaving-politely
+    """
+    from filelock import FileLock, Timeout  # here: most programs never lock anything
+
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise FileExistsError(taken) from None
+    return lock
 
 
 @contextmanager

@@ -17,7 +17,7 @@ def check_split(
 
     split: called with documents in memory, returns ("train" or "validation", document).
 
-    Book: 11_data.html#the-split
+    Book: 11_data.html#the-leak
     """
     for count in (20, 5, 25):
         lines = [[f"Play {k}, line {i}\n" for i in range(20)] for k in range(count)]
