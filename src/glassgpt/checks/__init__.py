@@ -21,6 +21,12 @@ from glassgpt.checks.block import (
     check_post_norm,
 )
 from glassgpt.checks.cli import check_mistakes
+from glassgpt.checks.data import (
+    check_batches,
+    check_epochs,
+    check_nats_per_character,
+    check_split,
+)
 from glassgpt.checks.embeddings import (
     check_analogy,
     check_cosine_similarity,
@@ -96,6 +102,7 @@ __all__ = [
     "check_analogy",
     "check_attention",
     "check_batch",
+    "check_batches",
     "check_beam_search",
     "check_block",
     "check_budget",
@@ -113,6 +120,7 @@ __all__ = [
     "check_early_logits",
     "check_embedding",
     "check_embedding_gradient",
+    "check_epochs",
     "check_forbidden",
     "check_fused_attention",
     "check_gelu",
@@ -132,6 +140,7 @@ __all__ = [
     "check_mlp",
     "check_mlp_backward",
     "check_multi_head",
+    "check_nats_per_character",
     "check_one_not_both",
     "check_one_pass",
     "check_parameter_count",
@@ -144,6 +153,7 @@ __all__ = [
     "check_sinusoidal_positions",
     "check_softmax",
     "check_special_tokens",
+    "check_split",
     "check_split_heads",
     "check_split_numbers",
     "check_split_words",
