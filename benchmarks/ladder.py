@@ -1,106 +1,209 @@
 """From GPT-2 to a recipe of today, one change at a time, at equal steps.
 
-    python benchmarks/ladder.py --write
+    python benchmarks/ladder.py            # about an hour on one thread; goes on where
+    python benchmarks/ladder.py --write    # it stopped, from the file in --folder
 
-Every rung trains the same sizes on the plays, characters, with the same batches,
-learning rate and number of steps, in bfloat16 and without compiling. One seed a rung:
-small differences mean nothing. `--write` puts the numbers into book/runs/ladder.json,
-from which chapter 15 draws, and a table into README.md beside this file.
+Every rung trains the same sizes on the plays, characters, with the same batches and
+number of steps, in 32 bits and without compiling. Its learning rate is its own: rates
+that double from one to the next are tried with the first seed until the best one has a
+worse one on both sides, and the other seeds are run with the best. A branch takes one
+rung as it is and changes one thing. `--write` puts the numbers into
+book/runs/ladder.json, from which chapter 14 draws, and a table into README.md.
 """
 
 import argparse
 import json
-import tempfile
+import statistics
 from pathlib import Path
+from time import perf_counter
+from typing import Any
 
 import torch
 from training import machine, write_section
 
 from glassgpt.data import TokenData, shakespeare, tokenize
 from glassgpt.device import keep_freed_memory
-from glassgpt.modern import GPT2_CHOICES, ModernConfig, ModernGPT
+from glassgpt.modern import GPT2_CHOICES, LLAMA_CHOICES, ModernConfig, ModernGPT
 from glassgpt.tokens import CharTokenizer
 from glassgpt.training import TrainConfig, train
 
-# Each rung adds to those above it: changes of the model, and of the training.
-RUNGS = {
-    "GPT-2, AdamW": ({}, {}),
-    "rotary positions": ({"positions": "rotary"}, {}),
-    "RMS norm, no biases": ({"norm": "rms", "bias": False}, {}),
-    "normalized queries and keys": ({"normalize_qk": True}, {}),
-    "squared ReLU": ({"activation": "squared_relu"}, {}),
-    "projections start at zero, own head": (
-        {"zero_projections": True, "tied": False},
-        {},
-    ),
-    "Muon": ({}, {"optimizer": "muon"}),
+SIZES = {"context": 64, "layers": 4, "heads": 4, "width": 128}
+BATCH, SEEDS = 16, (0, 1, 2)
+CHANGES: dict[str, dict[str, Any]] = {  # each rung keeps those above it
+    "GPT-2, AdamW": {},
+    "rotary positions": {"positions": "rotary"},
+    "RMS norm, no biases": {"norm": "rms", "norm_weight": False, "bias": False},
+    "normalized queries and keys": {"normalize_qk": True},
+    "squared ReLU": {"activation": "squared_relu"},
+    "zero projections": {"zero_projections": True},
+    "own head": {"tied": False},
+    "Muon": {"optimizer": "muon"},
 }
-SIZES = {"context": 128, "layers": 4, "heads": 4, "width": 128}
+BRANCHES: dict[str, tuple[str, dict[str, Any]]] = {  # from a rung, one thing changed
+    "SwiGLU": ("squared ReLU", {"activation": "swiglu"}),
+    "one key-value head for two": ("squared ReLU", {"key_value_heads": 2}),
+    "Llama, AdamW": ("GPT-2, AdamW", {**LLAMA_CHOICES, **{
+        "positions": "rotary", "norm": "rms", "bias": False, "tied": False}}),
+    "GPT-2, Muon": ("GPT-2, AdamW", {"optimizer": "muon"}),
+    "one key-value head for four": ("squared ReLU", {"key_value_heads": 1}),
+}  # fmt: skip
 
 
-def climb(data: TokenData, steps: int, seed: int) -> list[dict[str, object]]:
-    """Train every rung and return its losses in nats a character."""
-    model_values, training_values, rungs = dict(GPT2_CHOICES), {}, []
-    for name, (model_change, training_change) in RUNGS.items():
-        model_values |= model_change
-        training_values |= training_change
-        torch.manual_seed(seed)
-        model = ModernGPT(ModernConfig(data.vocab_size, **SIZES, **model_values))
-        config = TrainConfig(
-            steps=steps,
-            batch_size=16,
-            schedule="linear",
-            final_rate=0.0,
-            precision="bfloat16",
-            evaluate_every=steps // 4,
-            evaluation_batches=40,
-            seed=seed,
-            **training_values,
+def rungs() -> dict[str, tuple[str | None, dict[str, Any]]]:
+    """The rung that each one starts from, and all its choices."""
+    found: dict[str, tuple[str | None, dict[str, Any]]] = {}
+    before, choices = None, dict(GPT2_CHOICES)
+    for name, change in CHANGES.items():
+        choices = choices | change
+        found[name] = (before, choices)
+        before = name
+    for name, (start, change) in BRANCHES.items():
+        found[name] = (start, found[start][1] | change)
+    return found
+
+
+def one_run(
+    data: TokenData, choices: dict[str, Any], rate: float, steps: int, seed: int
+) -> dict[str, Any]:
+    """Train once. rate: of AdamW; Muon's own is 3.2 times as high."""
+    model_values = dict(choices)
+    optimizer = model_values.pop("optimizer", "adamw")
+    torch.manual_seed(seed)
+    model = ModernGPT(ModernConfig(data.vocab_size, **SIZES, **model_values))
+    config = TrainConfig(
+        steps=steps,
+        batch_size=BATCH,
+        optimizer=optimizer,
+        learning_rate=rate,
+        matrix_learning_rate=3.2 * rate,
+        schedule="linear",
+        warmup=steps // 10,
+        final_rate=0.0,
+        evaluate_every=steps,
+        evaluation_batches=40,
+        seed=seed,
+    )
+    began = perf_counter()
+    run = train(model, data, config, progress=False)
+    return {
+        "rate": rate,
+        "seed": seed,
+        "loss": round(run.records[-1]["validation_loss"], 4),
+        "seconds": round(perf_counter() - began),
+        "parameters": model.parameter_count(),
+    }
+
+
+class Ladder:
+    """The runs so far, kept in a file after each of them."""
+
+    def __init__(self, path: Path, data: TokenData, steps: int):
+        self.path, self.data, self.steps = path, data, steps
+        self.runs = json.loads(path.read_text()) if path.exists() else {}
+
+    def loss(self, name: str, choices: dict[str, Any], rate: float, seed: int) -> float:
+        """The loss of a run, which is made unless it was made before."""
+        runs = self.runs.setdefault(name, [])
+        for run in runs:
+            if (run["rate"], run["seed"]) == (rate, seed):
+                return run["loss"]
+        run = one_run(self.data, choices, rate, self.steps, seed)
+        runs.append(run)
+        self.path.write_text(json.dumps(self.runs))
+        print(f"{name:30} rate {rate:.5f} seed {seed} {run['loss']:.4f}"
+              f" {run['seconds']:4} s", flush=True)  # fmt: skip
+        return run["loss"]
+
+    def climb(self, name: str, choices: dict[str, Any], start: float) -> float:
+        """Find the best rate of a rung, run the other seeds with it, and return it."""
+        tried = {
+            r: self.loss(name, choices, r, 0) for r in (start / 2, start, start * 2)
+        }
+        while (best := min(tried, key=tried.get)) in (min(tried), max(tried)):
+            further = best / 2 if best == min(tried) else best * 2
+            tried[further] = self.loss(name, choices, further, 0)
+        for seed in SEEDS[1:]:
+            self.loss(name, choices, best, seed)
+        return best
+
+    def result(self) -> list[dict[str, Any]]:
+        """One entry for each rung: its best rate, the losses of its seeds, all runs."""
+        entries = []
+        for name, (before, choices) in rungs().items():
+            runs = self.runs[name]
+            best = min((r for r in runs if r["seed"] == 0), key=lambda r: r["loss"])
+            losses = [r["loss"] for r in runs if r["rate"] == best["rate"]]
+            cache = choices.get("key_value_heads", SIZES["heads"]) / SIZES["heads"]
+            entries.append(
+                {
+                    "name": name,
+                    "from": before,
+                    "branch": name in BRANCHES,
+                    "parameters": best["parameters"],
+                    "cache": cache,
+                    "rate": best["rate"],
+                    "losses": losses,
+                    "tried": {r["rate"]: r["loss"] for r in runs if r["seed"] == 0},
+                    "seconds": round(statistics.median(r["seconds"] for r in runs)),
+                }
+            )
+        return entries
+
+
+def write(ladder: Ladder, steps: int) -> None:
+    """book/runs/ladder.json and the table in README.md."""
+    here = machine() | {"command": f"python benchmarks/ladder.py --steps {steps}"}
+    entries = ladder.result()
+    runs = Path(__file__).resolve().parent.parent / "book" / "runs"
+    content = {
+        "machine": here,
+        "sizes": SIZES,
+        "batch_size": BATCH,
+        "steps": steps,
+        "rungs": entries,
+    }
+    (runs / "ladder.json").write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+    rows = [
+        f"Validation loss in nats a character after {steps} steps of {BATCH} x "
+        f"{SIZES['context']} characters of the plays: the mean of {len(SEEDS)} seeds "
+        "at the best of at least three learning rates, and the lowest and highest of "
+        f"them. {here['date']}, {here['processor']}, one thread, torch "
+        f"{here['torch']}. Each rung keeps the changes above it; a branch changes one "
+        "thing of the rung it names.",
+        "",
+        "| change | best rate | loss | lowest to highest |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for e in entries:
+        name = f"{e['name']} (from: {e['from']})" if e["branch"] else e["name"]
+        low, high = min(e["losses"]), max(e["losses"])
+        mean = statistics.mean(e["losses"])
+        rows.append(
+            f"| {name} | {e['rate']:.4g} | {mean:.3f} | {low:.3f} to {high:.3f} |"
         )
-        run = train(model, data, config, progress=False)
-        rungs.append(
-            {
-                "name": name,
-                "steps": [r["step"] for r in run.records],
-                "losses": [round(r["validation_loss"], 4) for r in run.records],
-            }
-        )
-        print(
-            f"{name:40}{rungs[-1]['losses'][-1]:7.3f}{run.seconds:7.0f} s", flush=True
-        )
-    return rungs
+    write_section("ladder", "\n".join(rows))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--folder", type=Path, default=Path("ladder"))
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
     keep_freed_memory()
-    here = machine() | {
-        "command": f"python benchmarks/ladder.py --steps {options.steps}"
-    }
-    tokenizer = CharTokenizer.train("".join(p.text) for p in shakespeare())
-    with tempfile.TemporaryDirectory() as folder:
-        data = tokenize("shakespeare", tokenizer, Path(folder) / "data")
-        rungs = climb(data, options.steps, options.seed)
-    if not options.write:
-        return
-    runs = Path(__file__).resolve().parent.parent / "book" / "runs"
-    runs.mkdir(exist_ok=True)
-    content = {"machine": here, "sizes": SIZES, "batch_size": 16, "rungs": rungs}
-    (runs / "ladder.json").write_text(json.dumps(content, indent=1) + "\n", "utf-8")
-    rows = [
-        f"Validation loss in nats a character after {options.steps} steps of 16 x 128 "
-        f"characters of the plays, one seed, {here['date']}, {here['processor']}, "
-        f"torch {here['torch']}. Each rung adds to those above it.",
-        "",
-        "| added | loss |",
-        "| --- | ---: |",
-    ]
-    rows += [f"| {r['name']} | {r['losses'][-1]:.3f} |" for r in rungs]
-    write_section("ladder", "\n".join(rows))
+    options.folder.mkdir(exist_ok=True)
+    tokenizer = CharTokenizer.train("".join(p.text for p in shakespeare()))
+    folder = options.folder / "data"
+    fresh = not folder.exists()
+    data = (
+        tokenize("shakespeare", tokenizer, folder) if fresh else TokenData.open(folder)
+    )
+    ladder = Ladder(options.folder / "runs.json", data, options.steps)
+    best: dict[str | None, float] = {None: 0.004}
+    for name, (before, choices) in rungs().items():
+        best[name] = ladder.climb(name, choices, best[before])
+    if options.write:
+        write(ladder, options.steps)
 
 
 if __name__ == "__main__":

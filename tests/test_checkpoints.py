@@ -219,7 +219,6 @@ def test_a_truncated_file_is_refused(tmp_path, size):
         ({"vocab_size": 10**12}, "should be"),
         ({"vocab_size": 10**30}, "no model can have these sizes"),
         ({"context": 10**12, "positions": "learned"}, "should be"),
-        ({"context": 10**12}, "out of proportion"),
         ({"layers": 10**12}, "3 layers where 1000000000000 are due"),
         ({"width": 4 * 10**9}, "no model can have these sizes"),
         ({"heads": 0}, "heads must be a whole number"),

@@ -319,7 +319,7 @@ def by_count_of_keys(q, k, v):
 
 
 def always_three(q, k, v):
-    return fused_attention(q, k.repeat_interleave(3, 1), v.repeat_interleave(3, 1))
+    return all_at_once(q, k.repeat_interleave(3, 1), v.repeat_interleave(3, 1))
 
 
 def split_by_texts(x, heads):  # right only where D = H
@@ -385,7 +385,6 @@ WRONG = [
     ("check_multi_head", module_of(attend=scaled(1.1)), "differ from one after"),
     ("check_multi_head", Narrow, "3 heads differ from one after"),
     ("check_multi_head", Wasteful, "parameters, not 4 C^2 + 4 C"),
-    ("check_grouped_attention", fused_attention, "6 queries, 2 keys"),
     ("check_grouped_attention", all_at_once, "6 queries, 2 keys"),
     ("check_grouped_attention", by_count_of_keys, "6 queries, 2 keys"),
     ("check_grouped_attention", always_three, "6 queries, 1 keys"),

@@ -39,10 +39,11 @@ def fused_attention(
 ) -> Tensor:
     """Attention in one kernel that need not store the (T, S) weights.
 
-    queries: (B, H, T, D); keys, values: (B, H, S, D). Without a mask it is causal, and
-    the queries are the last T of S positions. A mask (bool, True = may look, broadcast
-    to (B, H, T, S)) replaces the causal one. dropout: the share of weights set to zero.
-    Returns the contexts (B, H, T, D). Source: Dao et al. (2022).
+    queries: (B, H, T, D); keys, values: (B, H, S, D), or with G heads, each for H / G
+    neighbors. Without a mask it is causal, and the queries are the last T of S
+    positions. A mask (bool, True = may look, broadcast to (B, H, T, S)) replaces the
+    causal one. dropout: the share of weights set to zero. Returns the contexts
+    (B, H, T, D). Source: Dao et al. (2022).
 
     Book: 07_multi_head_attention.html#three-ways-one-result
     """
@@ -53,8 +54,9 @@ def fused_attention(
         causal = True
     elif mask is None and T > 1:
         mask = causal_mask(S, device=keys.device)[S - T :]
+    shared = queries.shape[-3] != keys.shape[-3]
     return F.scaled_dot_product_attention(
-        queries, keys, values, mask, dropout, is_causal=causal
+        queries, keys, values, mask, dropout, is_causal=causal, enable_gqa=shared
     )
 
 

@@ -1,6 +1,7 @@
 # Written by tools/tangle.py from book/14_after_gpt2.ipynb: change it there.
 """What came after GPT-2: the same model, its parts exchanged one by one."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,29 +20,32 @@ from glassgpt.training import TrainConfig
 
 
 def rotary_tables(
-    context: int, head_width: int, base: float = 10000.0
+    positions: Tensor, head_width: int, base: float = 10_000.0
 ) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the rotation of each pair of columns at each position.
 
-    Returns (cos, sin), each (context, head_width / 2) in float32, for `apply_rotary`.
-    base: a larger one makes the slow pairs slower, for longer contexts.
-    Source: Su et al. (2021).
+    positions: (...) whole numbers. head_width: D, even. Returns (cos, sin), each
+    (..., D / 2) in float32, for `apply_rotary`. base: a larger one makes the slow pairs
+    slower, for longer contexts. Source: Su et al. (2021).
 
-    Book: 14_after_gpt2.html#the-module
+    Book: 14_after_gpt2.html#what-came-after-gpt-2
     """
-    exponents = torch.arange(0, head_width, 2, dtype=torch.float64) / head_width
-    angles = torch.arange(context, dtype=torch.float64)[:, None] * base**-exponents
+    # In 32 bits the angle at position 10,000 is off by 0.0005. Apple's GPUs have no 64.
+    exact = torch.float32 if positions.device.type == "mps" else torch.float64
+    columns = torch.arange(0, head_width, 2, dtype=exact, device=positions.device)
+    angles = positions[..., None] * base ** (-columns / head_width)
     return angles.cos().float(), angles.sin().float()
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate each pair of columns of queries or keys by the angle of its position.
 
-    x: (..., T, D); cos, sin: (T, D / 2), the rows of `rotary_tables` for the positions
-    of x. Column i is paired with column i + D / 2, as in the Llama of `transformers`.
-    Returns the shape and dtype of x. Source: Su et al. (2021), section 3.4.
+    x: (..., T, D); cos, sin: (T, D / 2), or more axes that broadcast, of
+    `rotary_tables` for the positions of x. Column i is paired with column i + D / 2,
+    as in the Llama of `transformers`. Returns the shape and dtype of x.
+    Source: Su et al. (2021), section 3.4.
 
-    Book: 14_after_gpt2.html#the-module
+    Book: 14_after_gpt2.html#what-came-after-gpt-2
     """
     first, second = x.chunk(2, dim=-1)
     rotated = (first * cos - second * sin, second * cos + first * sin)
@@ -51,36 +55,60 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def squared_relu(x: Tensor) -> Tensor:
     """max(x, 0) squared, on every number of x. Source: So et al. (2021).
 
-    Book: 14_after_gpt2.html#the-module
+    Book: 14_after_gpt2.html#what-came-after-gpt-2
     """
     positive = F.relu(x)
     return positive * positive  # autocast on a GPU would take `square` to 32 bits
 
 
-_CHOICES = {
+def swiglu(x: Tensor) -> Tensor:
+    """SiLU of the first half of x (..., 2 N), times the second half: (..., N).
+
+    Source: Shazeer (2020).
+
+    Book: 14_after_gpt2.html#what-came-after-gpt-2
+    """
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+_ACTIVATIONS = {"squared_relu": squared_relu, "swiglu": swiglu, "gelu": pytorch_gelu}
+
+
+_YES_NO = ("norm_weight", "normalize_qk", "bias", "zero_projections")
+_CHOICES: dict[str, tuple[Any, ...]] = {
     "positions": ("rotary", "learned"),
     "norm": ("rms", "layer"),
-    "activation": ("squared_relu", "gelu"),
+    "activation": tuple(_ACTIVATIONS),
+    **dict.fromkeys(_YES_NO, (True, False)),
 }
 
 
 @dataclass(frozen=True)
 class ModernConfig(GPTConfig):
-    """`GPTConfig` and seven choices; each can be made alone.
+    """`GPTConfig` and the choices of this chapter; each can be made alone.
 
-    positions: "rotary" or "learned". norm: "rms" or "layer". activation:
-    "squared_relu" or "gelu". normalize_qk: bring queries and keys to root mean square
-    1. bias: in linear layers and LayerNorm. zero_projections: start at zero what writes
-    into the residual stream, and an untied head.
-    Raises ValueError for choices that don't exist, or rotary heads of odd width.
+    positions: "rotary", whose slowest pairs slow down with rotary_base, or "learned".
+    norm: "rms" or "layer", with norm_weight or without, norm_eps inside the root.
+    activation: "squared_relu", "swiglu" or "gelu". hidden: the MLP's inner width, by
+    default 4 C, and 8 C / 3 rounded for "swiglu". key_value_heads: how many, each for
+    H / key_value_heads queries; H by default. normalize_qk: bring queries and keys to
+    root mean square 1. bias: in linear layers and LayerNorm. zero_projections: start at
+    zero what writes into the residual stream, and an untied head.
+    Raises ValueError for what no model can have.
 
-    Book: 14_after_gpt2.html#the-module
+    Book: 14_after_gpt2.html#what-came-after-gpt-2
     """
 
     tied: bool = False
     positions: str = "rotary"
+    rotary_base: float = 10_000.0
     norm: str = "rms"
+    norm_weight: bool = False
+    norm_eps: float = 1e-5
     activation: str = "squared_relu"
+    hidden: int | None = None
+    key_value_heads: int | None = None
     normalize_qk: bool = True
     bias: bool = False
     zero_projections: bool = True
@@ -89,75 +117,112 @@ class ModernConfig(GPTConfig):
         super().__post_init__()
         for name, allowed in _CHOICES.items():
             if (value := getattr(self, name)) not in allowed:
-                raise ValueError(f"{name} is {' or '.join(allowed)}, not {value!r}")
+                wanted = " or ".join(map(str, allowed))
+                raise ValueError(f"{name} is {wanted}, not {value!r}")
+        for name in ("rotary_base", "norm_eps"):
+            if not 0 < (value := getattr(self, name)) < math.inf:
+                raise ValueError(f"{name} must be positive and finite, not {value}")
+        for name in ("hidden", "key_value_heads"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be a positive whole number, not {value}")
+        if self.heads % (self.key_value_heads or self.heads):
+            shared = f"{self.key_value_heads} key-value heads"
+            raise ValueError(f"{self.heads} heads can't share {shared} evenly")
         head_width = self.width // self.heads
         if self.positions == "rotary" and head_width % 2:
             raise ValueError(f"rotary positions need an even width, not {head_width}")
 
 
 # What makes a ModernGPT a GPT-2 again.
-GPT2_CHOICES = {
+GPT2_CHOICES: dict[str, Any] = {
     "tied": True,
     "positions": "learned",
     "norm": "layer",
+    "norm_weight": True,
     "activation": "gelu",
     "normalize_qk": False,
     "bias": True,
     "zero_projections": False,
 }
+# And what makes it a Llama; sizes, rotary_base and tied differ from model to model.
+LLAMA_CHOICES: dict[str, Any] = {
+    "norm_weight": True,
+    "activation": "swiglu",
+    "normalize_qk": False,
+    "zero_projections": False,
+}
+
+
+def _positions_after(x: Tensor, cache: Any) -> Tensor:
+    """The positions (T,) of x (B, T, ...), which follow those that a cache holds."""
+    first = cache.length if cache is not None else 0
+    return torch.arange(first, first + x.shape[1], device=x.device)
+
+
+def _rotation(config: ModernConfig, positions: Tensor) -> tuple[Tensor, ...] | None:
+    """The rotary tables for (B, H, T, D), or None where nothing is rotated."""
+    if config.positions != "rotary":
+        return None
+    head_width = config.width // config.heads
+    tables = rotary_tables(positions, head_width, config.rotary_base)
+    return tuple(table.unsqueeze(-3) for table in tables)  # one for all heads
 
 
 class ModernAttention(nn.Module):
     """`MultiHeadAttention` with the choices of a ModernConfig: (B, T, C) in and out.
 
-    Book: 14_after_gpt2.html#the-module
+    rotation: of queries and keys; by default that of positions which follow the cache.
+
+    Book: 14_after_gpt2.html#what-came-after-gpt-2
     """
 
     def __init__(self, config: ModernConfig):
         super().__init__()
-        c = config
-        self.heads, self.dropout, self.attend = c.heads, c.dropout, fused_attention
-        self.rotary, self.normalize_qk = c.positions == "rotary", c.normalize_qk
-        self.qkv = nn.Linear(c.width, 3 * c.width, bias=c.bias)
+        self.config = c = config
+        self.attend = fused_attention
+        shared = c.key_value_heads or c.heads
+        self.heads = (c.heads, shared, shared)  # of queries, keys and values
+        self.widths = [heads * (c.width // c.heads) for heads in self.heads]
+        self.qkv = nn.Linear(c.width, sum(self.widths), bias=c.bias)
         self.projection = nn.Linear(c.width, c.width, bias=c.bias)
-        if self.rotary:
-            cos, sin = rotary_tables(c.context, c.width // c.heads)
-            self.register_buffer("cos", cos, persistent=False)
-            self.register_buffer("sin", sin, persistent=False)
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, cache: Any = None
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        cache: Any = None,
+        rotation: tuple[Tensor, ...] | None = None,
     ) -> Tensor:
-        parts = self.qkv(x).chunk(3, dim=-1)
-        queries, keys, values = (split_heads(part, self.heads) for part in parts)
-        if self.normalize_qk:
+        parts = self.qkv(x).split(self.widths, dim=-1)
+        queries, keys, values = map(split_heads, parts, self.heads)
+        if self.config.normalize_qk:
             size = queries.shape[-1:]
             queries, keys = F.rms_norm(queries, size), F.rms_norm(keys, size)
-        if self.rotary:
-            first = cache.length if cache is not None else 0
-            here = slice(first, first + x.shape[1])
-            queries = apply_rotary(queries, self.cos[here], self.sin[here])
-            keys = apply_rotary(keys, self.cos[here], self.sin[here])
+        if rotation is None:
+            rotation = _rotation(self.config, _positions_after(x, cache))
+        if rotation is not None:
+            queries, keys = (apply_rotary(part, *rotation) for part in (queries, keys))
         if cache is not None:
             keys, values = cache.append(keys, values)
-        dropout = self.dropout if self.training else 0.0
-        context = self.attend(queries, keys, values, mask, dropout)
-        return self.projection(merge_heads(context))
+        dropout = self.config.dropout if self.training else 0.0
+        contexts = self.attend(queries, keys, values, mask, dropout)
+        return self.projection(merge_heads(contexts))
 
 
 class ModernMLP(nn.Module):
     """`MLP` with the choices of a ModernConfig: (B, T, C) in and out.
 
-    Book: 14_after_gpt2.html#the-module
+    Book: 14_after_gpt2.html#what-came-after-gpt-2
     """
 
     def __init__(self, config: ModernConfig):
         super().__init__()
-        c = config
-        self.expand = nn.Linear(c.width, 4 * c.width, bias=c.bias)
-        self.projection = nn.Linear(4 * c.width, c.width, bias=c.bias)
-        gelu = c.activation == "gelu"
-        self.activation = pytorch_gelu if gelu else squared_relu
+        c, gated = config, config.activation == "swiglu"
+        hidden = c.hidden or (8 * round(c.width / 3) if gated else 4 * c.width)
+        self.expand = nn.Linear(c.width, hidden * (1 + gated), bias=c.bias)
+        self.projection = nn.Linear(hidden, c.width, bias=c.bias)
+        self.activation = _ACTIVATIONS[c.activation]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.projection(self.activation(self.expand(x)))
@@ -165,14 +230,14 @@ class ModernMLP(nn.Module):
 
 def _norm(c: ModernConfig) -> nn.Module:
     if c.norm == "rms":
-        return nn.RMSNorm(c.width, elementwise_affine=False)
-    return nn.LayerNorm(c.width, bias=c.bias)
+        return nn.RMSNorm(c.width, c.norm_eps, c.norm_weight)
+    return nn.LayerNorm(c.width, c.norm_eps, c.norm_weight, c.bias)
 
 
 class ModernBlock(Block):
     """`Block` with the choices of a ModernConfig: (B, T, C) in and out.
 
-    Book: 14_after_gpt2.html#the-module
+    Book: 14_after_gpt2.html#what-came-after-gpt-2
     """
 
     def __init__(self, config: ModernConfig):
@@ -181,11 +246,22 @@ class ModernBlock(Block):
         self.mlp_norm, self.mlp = _norm(config), ModernMLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        cache: Any = None,
+        rotation: tuple[Tensor, ...] | None = None,
+    ) -> Tensor:
+        normal = self.attention_norm(x)
+        x = x + self.dropout(self.attention(normal, mask, cache, rotation))
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+
 
 class ModernGPT(GPT):
     """`GPT` with the choices of a ModernConfig; same interface, same errors.
 
-    Book: 14_after_gpt2.html#the-module
+    Book: 14_after_gpt2.html#what-came-after-gpt-2
     """
 
     config: ModernConfig
@@ -205,11 +281,25 @@ class ModernGPT(GPT):
         self.initialize()
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """The vectors (B, T, C) that enter the first block."""
-        x = self.tokens(ids)
+        """What enters the first block, (B, T, C)."""
         if self.config.positions == "learned":
-            x = x + self.positions(positions)
-        return self.dropout(x)
+            return super().embed(ids, positions)
+        return self.dropout(self.tokens(ids))
+
+    def hidden_states(
+        self,
+        ids: Tensor,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        caches: list[Any] | None = None,
+    ) -> Tensor:
+        """As in `GPT`. The rotary tables are calculated once, for all blocks."""
+        if positions is None:
+            positions = _positions_after(ids, caches[0] if caches else None)
+        x, rotation = self.embed(ids, positions), _rotation(self.config, positions)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, mask, caches[layer] if caches else None, rotation)
+        return self.norm(x)
 
     @torch.no_grad()
     def initialize(self) -> None:
@@ -223,10 +313,11 @@ class ModernGPT(GPT):
                 self.head.weight.zero_()
 
 
-LLAMA_CHOICES = {}
-
-
 def build(config: GPTConfig) -> GPT:
+    """A new model of the class that belongs to a configuration.
+
+    Book: 14_after_gpt2.html#what-came-after-gpt-2
+    """
     return ModernGPT(config) if isinstance(config, ModernConfig) else GPT(config)
 
 
@@ -247,7 +338,7 @@ def orthogonalize(
     least 0.01 of its matrix's norm ends between 0.6 and 1.3 after 4 or 5 rounds.
     Source: Jordan et al. (2024), Newton-Schulz iteration; Zhang et al. (2026).
 
-    Book: 14_after_gpt2.html#the-module
+    Book: 14_after_gpt2.html#what-came-after-gpt-2
     """
     lengths = [matrix.norm().clamp(min=1e-7) for matrix in matrices]
     pairs = zip(matrices, lengths, strict=True)
@@ -270,7 +361,7 @@ class Muon(torch.optim.Muon):
     Raises ValueError for a rate below 0 or a parameter that isn't a matrix.
     Source: Jordan et al. (2024).
 
-    Book: 14_after_gpt2.html#the-module
+    Book: 14_after_gpt2.html#what-came-after-gpt-2
     """
 
     def __init__(
@@ -315,21 +406,33 @@ class Muon(torch.optim.Muon):
 
 @dataclass(frozen=True)
 class MuonConfig(TrainConfig):
+    """`TrainConfig` for two optimizers: matrix_learning_rate is Muon's.
+
+    learning_rate is AdamW's, for tables and vectors. The rate falls on a line to 0.
+
+    Book: 14_after_gpt2.html#what-came-after-gpt-2
+    """
+
+    matrix_learning_rate: float = 0.02
     schedule: str = "linear"
     final_rate: float = 0.0
-    matrix_learning_rate: float = 0.02
 
 
-def muon_optimizers(model, config, dtype=torch.bfloat16):
+def muon_optimizers(
+    model: nn.Module, config: MuonConfig, dtype: torch.dtype = torch.float32
+) -> list[torch.optim.Optimizer]:
+    """Muon for the blocks' matrices and AdamW for the rest, which doesn't decay.
+
+    dtype: in which Muon multiplies.
+
+    Book: 14_after_gpt2.html#what-came-after-gpt-2
+    """
     matrices, rest = [], []
     for name, parameter in model.named_parameters():
         inside = name.startswith("blocks.") and parameter.dim() > 1
         (matrices if inside else rest).append(parameter)
-    muon = Muon(
-        matrices, config.matrix_learning_rate, config.weight_decay, 0.9, 4, dtype
-    )
-    groups = [{"params": rest, "weight_decay": 0.0}]
-    return [
-        muon,
-        torch.optim.AdamW(groups, config.learning_rate, (0.9, 0.99), fused=True),
-    ]
+    rate, decay = config.matrix_learning_rate, config.weight_decay
+    muon = Muon(matrices, rate, decay, momentum=0.9, ns_steps=4, dtype=dtype)
+    options = {"betas": (0.9, 0.99), "weight_decay": 0.0, "fused": True}
+    adamw = torch.optim.AdamW(rest, config.learning_rate, **options)
+    return [muon, adamw]

@@ -72,6 +72,14 @@ from glassgpt.checks.mlp import (
     check_one_not_both,
     check_shared_weight,
 )
+from glassgpt.checks.modern import (
+    check_orthogonalize,
+    check_reorder,
+    check_rms_norm,
+    check_rotary,
+    check_rotary_tables,
+    check_squared_relu_slope,
+)
 from glassgpt.checks.positions import (
     check_add_positions,
     check_shift_matrix,
@@ -143,10 +151,15 @@ __all__ = [
     "check_nats_per_character",
     "check_one_not_both",
     "check_one_pass",
+    "check_orthogonalize",
     "check_parameter_count",
     "check_permutation_equivariant",
     "check_post_norm",
     "check_previous_word",
+    "check_reorder",
+    "check_rms_norm",
+    "check_rotary",
+    "check_rotary_tables",
     "check_sample",
     "check_shared_weight",
     "check_shift_matrix",
@@ -157,6 +170,7 @@ __all__ = [
     "check_split_heads",
     "check_split_numbers",
     "check_split_words",
+    "check_squared_relu_slope",
     "check_stream",
     "check_stream_text",
     "check_streaming_attention",

@@ -1,0 +1,197 @@
+# Written by tools/tangle.py from book/14_after_gpt2.ipynb: change it there.
+
+
+"""Checks of rotary positions, norms and Muon that name the mistake they find."""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _check_angle(angle: float) -> None:
+    assert abs(angle - math.pi / 180) > 1e-4, "the angles are degrees, not radians"
+    right = abs(angle - 1) < 1e-4
+    assert right, f"the first pair turns by {angle:.4f} a position, not by 1"
+
+
+def _check_far(hand: Tensor, position: int) -> None:
+    wanted = torch.tensor([math.sin(position), math.cos(position)], dtype=hand.dtype)
+    assert torch.allclose(hand, wanted, atol=1e-3), (
+        f"position {position} is imprecise: calculate the angles in 32 bits or more"
+    )
+
+
+def check_rotary_tables(tables: Callable[..., tuple[Tensor, Tensor]]) -> None:
+    """Cosines and sines of the position times the speed of each pair.
+
+    tables: called as tables(positions, head_width) and with a third argument, base.
+
+    Book: 14_after_gpt2.html#what-came-after-gpt-2
+    """
+    cos, sin = (table.double() for table in tables(torch.arange(4000), 6))
+    for name, table in (("cos", cos), ("sin", sin)):
+        assert table.shape == (4000, 3), (
+            f"{name} of 4000 positions and width 6 has shape {tuple(table.shape)}, "
+            "not (4000, 3): one angle for each pair of columns"
+        )
+    still = (cos[0] == 1).all() and (sin[0] == 0).all()
+    assert still, "position 0 is rotated: positions count from 0"
+    _check_angle(math.atan2(sin[1, 0], cos[1, 0]))
+    for base in (10000, 100):
+        row = [table[1, 1] for table in tables(torch.arange(2), 6, float(base))]
+        speed, wanted = math.atan2(row[1], row[0]), base ** (-2 / 6)
+        assert abs(speed - wanted) < 1e-5, (
+            f"with base {base} pair 1 turns by {speed:.4f} a position, "
+            f"not {wanted:.4f}: its speed is base ** (-2 * i / head_width)"
+        )
+    _check_far(torch.stack((sin[-1, 0], cos[-1, 0])), 3999)
+
+
+def _check_quarter_turn(apply: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+    """Position 0 stays; position 1 turns its first pair by a quarter."""
+    cos = torch.tensor([[1.0, 1.0], [0.0, 1.0]])
+    sin = torch.tensor([[0.0, 0.0], [1.0, 0.0]])
+    x = torch.tensor([[1.0, 2.0, 3.0, 4.0], [1.0, 0.0, 0.0, 0.0]])
+    got = apply(x, cos, sin)
+    assert got.shape == x.shape, f"the shape changed to {tuple(got.shape)}"
+    assert torch.equal(got[0], x[0]), f"position 0 changed to {got[0].tolist()}"
+    assert got[1].tolist() != [0, 1, 0, 0], (
+        "column 0 was paired with column 1: pair column i with column i + D / 2"
+    )
+    assert got[1].tolist() != [0, 0, -1, 0], (
+        "a quarter turn went backwards: swap the signs of the two sines"
+    )
+    assert torch.allclose(got[1], torch.tensor([0.0, 0, 1, 0]), atol=1e-6), (
+        f"a quarter turn of (1, 0, 0, 0) gives {got[1].tolist()}, not (0, 0, 1, 0)"
+    )
+
+
+def check_rotary(apply: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+    """Rotation keeps lengths, and dot products depend on the distance alone.
+
+    apply: called as apply(x, cos, sin) with x (..., T, D) and cos, sin (T, D / 2).
+
+    Book: 14_after_gpt2.html#what-came-after-gpt-2
+    """
+    _check_quarter_turn(apply)
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 3, 1, 8, generator=generator).expand(2, 3, 12, 8)
+    angles = torch.arange(12)[:, None] * torch.tensor([1.0, 0.3, 0.1, 0.03])
+    turned, keys = (apply(x, angles.cos(), angles.sin()) for x in (q, k))
+    grown = (turned.norm(dim=-1) / q.norm(dim=-1)).max().item()
+    assert grown < 1.001, f"a vector grew to {grown:.2f} times its length: check signs"
+    scores = turned @ keys.mT  # (heads, T, T)
+    assert torch.allclose(scores[:, :-3, :-3], scores[:, 3:, 3:], atol=1e-4), (
+        "moving query and key by 3 positions changed their dot product"
+    )
+    half = apply(q.bfloat16(), angles.cos(), angles.sin()).dtype
+    assert half == torch.bfloat16, f"x is bfloat16, but the result is {half}"
+
+
+def check_rms_norm(rms_norm: Callable[[Tensor], Tensor]) -> None:
+    """Each vector gets the root mean square 1 and keeps its direction.
+
+    Book: 14_after_gpt2.html#what-came-after-gpt-2
+    """
+    x = torch.tensor([[2.0, 1.0, 0.0, 0.0], [300.0, -400.0, 0.0, 0.0]]).double()
+    square, result = x.square(), rms_norm(x)
+    one = F.normalize(x, dim=-1)
+    mistakes = [
+        (one, "the vectors have length 1: divide by the mean square, not by the sum"),
+        (x / square.mean(-1, keepdim=True), "take the root of the mean square"),
+        (x / square.mean().sqrt(), "one number for everything: each row has its own"),
+        (F.layer_norm(x, (4,)), "the mean was subtracted: that is LayerNorm"),
+    ]
+    for wrong, mistake in mistakes:
+        assert not torch.allclose(result, wrong, rtol=1e-3), mistake
+    assert torch.allclose(result, 2 * one, rtol=1e-4), f"(2, 1, 0, 0) gives {result[0]}"
+    zeros = rms_norm(torch.zeros(1, 4))
+    assert (zeros == 0).all(), "a vector of zeros must stay zero: add eps to the square"
+
+
+def _smallest(
+    orthogonalize: Callable, left: Tensor, right: Tensor, rounds: int
+) -> float:
+    """What becomes of a singular value that is a hundredth of the largest."""
+    values = torch.tensor([1.0] + [0.01] * (left.shape[1] - 1))
+    values /= values.norm()
+    found = orthogonalize((left @ values.diag() @ right.T)[None], rounds, torch.float32)
+    return float((left.T @ found[0] @ right).diagonal()[-1])
+
+
+def check_orthogonalize(
+    orthogonalize: Callable[[Tensor, int, torch.dtype], Tensor],
+) -> None:
+    """An iteration brings each matrix's singular values near 1; directions stay.
+
+    Book: 14_after_gpt2.html#what-came-after-gpt-2
+    """
+    torch.manual_seed(0)
+    sides = []
+    for rows, columns in ((4, 8), (8, 4), (6, 6)):
+        count = min(rows, columns)
+        left = torch.linalg.qr(torch.randn(rows, count))[0]
+        right = torch.linalg.qr(torch.randn(columns, count))[0]
+        sides.append((left, right))
+        x = left @ torch.linspace(0.2, 1, count).diag() @ right.T
+        pair = orthogonalize(torch.stack([1000 * x, 0.001 * x]), 5, torch.float32)
+        assert pair.shape == (2, rows, columns), f"the shape became {pair.shape}"
+        for name, found in zip(("large", "small"), pair, strict=True):
+            inner = left.T @ found @ right
+            values, rest = inner.diagonal(), inner - inner.diagonal().diag()
+            turned = rest.abs().max() > 0.005 * values.abs().max()
+            assert not turned, "the directions of a matrix changed"
+            assert ((values > 0.5) & (values < 1.4)).all(), (
+                f"the singular values of a {name} matrix are now {values.min():.2g} to "
+                f"{values.max():.2g}: was each matrix divided by its own norm?"
+            )
+    zeros = orthogonalize(torch.zeros(1, 3, 3), 5, torch.float32)
+    assert not zeros.any(), "a gradient of zero should move nothing"
+    for pair in sides:
+        one, five = (_smallest(orthogonalize, *pair, rounds) for rounds in (1, 5))
+        assert one < 0.1 < 0.5 < five, (
+            f"one round makes {one:.2g} of a value of 0.01, five make {five:.2g}: it "
+            "should be near 1 after five, not after one"
+        )
+    narrow = orthogonalize(torch.ones(1, 3, 3), 5, torch.bfloat16).dtype
+    assert narrow == torch.bfloat16, f"asked for bfloat16, it returned {narrow}"
+
+
+def check_squared_relu_slope(slope: Callable[[Tensor], Tensor]) -> None:
+    """The derivative of max(z, 0) squared, at each number.
+
+    Book: 14_after_gpt2.html#what-came-after-gpt-2
+    """
+    z = torch.tensor([-2.0, -0.5, 0.0, 0.25, 3.0])
+    found = slope(z)
+    mistakes = [
+        (2 * z, "the slope must be 0 where z is negative: the parabola is cut off"),
+        (F.relu(z), "half of the slope: the derivative of z^2 is 2 z"),
+        ((z > 0).float(), "this is the slope of ReLU, not of its square"),
+        (F.relu(z).square(), "this is the function itself"),
+    ]
+    for wrong, mistake in mistakes:
+        assert not torch.allclose(found, wrong), mistake
+    assert torch.allclose(found, 2 * F.relu(z)), f"at {z.tolist()}: {found.tolist()}"
+
+
+def check_reorder(reorder: Callable[[Tensor], Tensor]) -> None:
+    """Columns paired as neighbors move to where halves are paired.
+
+    reorder: called as reorder(x) with x (..., D).
+
+    Book: 14_after_gpt2.html#what-came-after-gpt-2
+    """
+    got = reorder(torch.arange(8.0).expand(2, 8))
+    assert got.shape == (2, 8), f"the shape changed to {tuple(got.shape)}"
+    moved = got[0].int().tolist()
+    assert sorted(moved) == list(range(8)), f"columns were lost or repeated: {moved}"
+    pairs = [(moved[i], moved[i + 4]) for i in range(4)]
+    assert pairs[0] != (0, 4), f"nothing moved together: the pairs are now {pairs}"
+    for i, pair in enumerate(pairs):
+        assert pair == (2 * i, 2 * i + 1), (
+            f"pair {i} is made of columns {pair}, not {(2 * i, 2 * i + 1)}"
+        )
