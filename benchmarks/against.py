@@ -17,12 +17,14 @@ from pathlib import Path
 # What each checkout runs. Old and new names differ; the sizes and the work do not.
 WORKER = """
 import sys, time, torch
-from glassgpt.device import keep_freed_memory
+try:
+    from glassgpt.speed import keep_freed_memory
+except ImportError:
+    from glassgpt.device import keep_freed_memory
 keep_freed_memory()
-import glassgpt
 from glassgpt import BPETokenizer, GPT, GPTConfig, TokenData, TrainConfig
 from glassgpt import generate, lighten
-from glassgpt.training import Trainer, take_step
+from glassgpt.training import Trainer
 try:
     from glassgpt import ModernConfig, ModernGPT
 except ImportError:
@@ -35,12 +37,23 @@ def steps(make, config, sizes, count, **settings):
     torch.manual_seed(0)
     ids = torch.randint(1024, (100_000,)).tolist()
     data = TokenData.of(ids, ids[:5000], 1024)
-    model = make(config(1024, **sizes))
-    trainer = Trainer(model, data, TrainConfig(steps=10**6, **settings))
+    if hasattr(Trainer, "take_step"):
+        from glassgpt.device import Machine, Plan
+        from glassgpt.modern import MuonConfig
+        kind = {"muon": MuonConfig}.get(settings.pop("optimizer", ""), TrainConfig)
+        training = kind(steps=10**6, batch_size=settings.pop("batch_size"))
+        plan = Plan(config(1024, **sizes), training, Machine(**settings), 1.0)
+        trainer = plan.trainer(data)
+        step, unread = trainer.take_step, trainer.unread
+    else:
+        from glassgpt.training import take_step
+        training = TrainConfig(steps=10**6, **settings)
+        trainer = Trainer(make(config(1024, **sizes)), data, training)
+        step, unread = lambda: take_step(trainer), trainer.losses
     def run():
         for _ in range(count):
-            take_step(trainer)
-        trainer.losses.clear()
+            step()
+        unread.clear()
     return run
 
 def writing(make, config, sizes, count, weights=None):
@@ -52,8 +65,8 @@ def writing(make, config, sizes, count, weights=None):
 def bpe(work):
     text = " ".join(f"{n * n % 9973} word{n % 700} and" for n in range(60_000))
     if work == "train":
-        return lambda: BPETokenizer.train(text, 1024)
-    tokenizer = BPETokenizer.train(text, 1024)
+        return lambda: BPETokenizer.train([text], 1024)
+    tokenizer = BPETokenizer.train([text], 1024)
     fresh = lambda: BPETokenizer(tokenizer.merges)
     return lambda: fresh().encode(text)
 

@@ -21,7 +21,6 @@ import json
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from time import perf_counter
@@ -30,51 +29,54 @@ import numpy as np
 import torch
 from training import machine, write_section
 
-from glassgpt.checkpoints import build
 from glassgpt.data import TokenData
-from glassgpt.device import SIZES, peak_flops, pick_device, pick_precision
-from glassgpt.gpt import GPTConfig
-from glassgpt.modern import ModernConfig
-from glassgpt.training import TrainConfig, Trainer, take_step
+from glassgpt.device import (
+    SIZES,
+    Machine,
+    Plan,
+    count,
+    peak_flops,
+    pick_device,
+    pick_precision,
+)
+from glassgpt.modern import GPT2_CHOICES, ModernConfig, MuonConfig
+from glassgpt.training import TrainConfig
 
 GPT2, ROUND = 50_257, 50_304  # GPT-2's vocabulary, and the next multiple of 64
+PLAIN = {**GPT2_CHOICES, "bias": False}  # as nanoGPT has it
 OURS = {
-    "glassgpt GPT-2": (GPTConfig, GPT2, "adamw"),
-    "glassgpt GPT-2, vocabulary 50,304": (GPTConfig, ROUND, "adamw"),
-    "glassgpt modern, AdamW": (ModernConfig, ROUND, "adamw"),
-    "glassgpt modern, Muon": (ModernConfig, ROUND, "muon"),
+    "glassgpt GPT-2": (PLAIN, GPT2, TrainConfig),
+    "glassgpt GPT-2, vocabulary 50,304": (PLAIN, ROUND, TrainConfig),
+    "glassgpt modern, AdamW": ({}, ROUND, TrainConfig),
+    "glassgpt modern, Muon": ({}, ROUND, MuonConfig),
 }
 NANOGPT = ("nanoGPT", "nanoGPT, again")
 Step = Callable[[], float | None]
 
 
-def config_of(name: str, options: argparse.Namespace) -> GPTConfig:
+def config_of(name: str, options: argparse.Namespace) -> ModernConfig:
     """The model of a candidate; nanoGPT's counts as GPT-2."""
-    make, vocabulary, _ = OURS.get(name, (GPTConfig, ROUND, ""))
+    choices, vocabulary, _ = OURS.get(name, (PLAIN, ROUND, TrainConfig))
     layers, heads, width = SIZES[options.size]
     sizes = {"layers": layers, "heads": heads, "width": width}
-    return make(vocabulary, context=options.context, bias=False, **sizes)
+    return ModernConfig(vocabulary, context=options.context, **sizes, **choices)
+
+
+def machine_of(options: argparse.Namespace) -> Machine:
+    """The device, and the precision that suits it."""
+    device = pick_device(options.device)
+    return Machine(str(device), pick_precision(device), "all")
 
 
 def our_step(name: str, options: argparse.Namespace, ids: np.ndarray) -> Step:
-    """A step of glassgpt, as `fit` makes it."""
-    device = pick_device(options.device)
-    model = build(config_of(name, options)).to(device)
-    training = TrainConfig(
-        batch_size=options.batch_size,
-        optimizer=OURS[name][2],
-        precision=pick_precision(device),
-        compile="all",
-    )
-    data = TokenData.of(ids, ids[:5000], GPT2)
-    trainer = Trainer(model, data, replace(training, learning_rate=6e-4))
+    """A step of glassgpt, as `train` makes it."""
+    training = OURS[name][2](batch_size=options.batch_size, learning_rate=6e-4)
+    plan = Plan(config_of(name, options), training, machine_of(options), 1.0)
+    trainer = plan.trainer(TokenData.of(ids, ids[:5000], GPT2))
 
     def step() -> float | None:
-        take_step(trainer)
-        if len(trainer.losses) < 10:
-            return None
-        losses, trainer.losses = trainer.losses, []
-        return torch.stack(losses).tolist()[-1]
+        trainer.take_step()
+        return trainer.read_losses() if len(trainer.unread) == 10 else None
 
     return step
 
@@ -160,14 +162,12 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
     process.join()
     tokens = options.steps * options.batch_size * options.context
     speed = tokens / statistics.median(seconds)
-    device = pick_device(options.device)
-    with torch.device("meta"):
-        flops = build(config_of(name, options)).flops_per_token()
+    _, flops = count(config_of(name, options))
     return {
         "tokens/s": speed,
         "slowest": tokens / max(seconds),
         "fastest": tokens / min(seconds),
-        "MFU": speed * flops / peak_flops(device, pick_precision(device)),
+        "MFU": speed * flops / peak_flops(machine_of(options)),
         "GB": memory,
     }
 

@@ -1,4 +1,4 @@
-"""A step of Muon: PyTorch's own and chapter 12's, in bfloat16 and in float32.
+"""A step of Muon: PyTorch's own and chapter 14's, in bfloat16 and in float32.
 
     python benchmarks/muon.py
     ONEDNN_MAX_CPU_ISA=AVX2 python benchmarks/muon.py  # as if there were no more units
@@ -14,9 +14,8 @@ from time import perf_counter
 import torch
 from training import machine
 
-from glassgpt.device import keep_freed_memory
-from glassgpt.modern import ModernConfig, ModernGPT
-from glassgpt.training import Muon
+from glassgpt.modern import ModernConfig, ModernGPT, Muon
+from glassgpt.speed import keep_freed_memory
 
 SIZES = {
     "4 blocks of width 128": {"layers": 4, "heads": 4, "width": 128},

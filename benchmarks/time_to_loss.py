@@ -15,7 +15,7 @@ both texts for `--short` seconds and for `--seconds`. The short runs don't compi
 long one compiles the whole model; the clock starts before the compiler does.
 Evaluations don't count on either clock, and both use the same text.
 `--write` puts a table into README.md beside this file and the curves into
-book/runs/time_to_loss.json, from which chapter 14 draws.
+book/runs/time_to_loss.json, from which chapter 15 draws.
 """
 
 import argparse
@@ -27,6 +27,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 
@@ -34,10 +35,10 @@ import torch
 from training import machine, write_section
 
 from glassgpt.data import TokenData, read_documents, split_documents
-from glassgpt.device import keep_freed_memory, pick_precision
-from glassgpt.modern import ModernConfig, ModernGPT
+from glassgpt.device import Machine, Plan, pick_precision
+from glassgpt.modern import ModernConfig, MuonConfig
+from glassgpt.speed import keep_freed_memory
 from glassgpt.tokens import CharTokenizer
-from glassgpt.training import TrainConfig, Trainer, make_loss, take_step
 
 Curve = list[tuple[float, int, float]]  # seconds, steps, validation loss in nats
 MARKS = [*range(5, 60, 5), *range(60, 3600, 20)]  # seconds at which a curve has points
@@ -47,7 +48,7 @@ MARKS = [*range(5, 60, 5), *range(60, 3600, 20)]  # seconds at which a curve has
 def judge(loss_of: Callable, data: TokenData, context: int, tokens: int) -> float:
     """The mean loss on so many tokens of held-out text, always the same ones."""
     total, count = 0.0, 0
-    batches = data.validation.fixed_batches(128, context, tokens // context // 128)
+    batches = data.validation.fixed_batches(tokens // context, context, 128)
     for ids, targets in batches:
         total += float(loss_of(ids, targets)) * len(ids)
         count += len(ids)
@@ -76,37 +77,30 @@ def ours(data: TokenData, seconds: float, compile: str) -> Curve:
     keep_freed_memory()
     # What an earlier run compiled would spare this one the time.
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp()
-    torch.manual_seed(0)
-    model = ModernGPT(
-        ModernConfig(data.vocab_size, context=128, layers=4, heads=4, width=128)
-    )
-    config = TrainConfig(
+    config = ModernConfig(data.vocab_size, context=128, layers=4, heads=4, width=128)
+    training = MuonConfig(
         steps=100_000,
         batch_size=16,
-        optimizer="muon",
         learning_rate=0.8 / 128,  # that of a plan
         warmup=min(50, int(seconds)),
-        schedule="linear",
-        final_rate=0.0,
-        precision=pick_precision(torch.device("cpu")),
-        compile=compile,
     )
-    trainer, first = Trainer(model, data, config), []
+    machine = Machine(precision=pick_precision(torch.device("cpu")), compile=compile)
+    trainer, first = Plan(config, training, machine, 1.0).trainer(data), []
 
     def step(spent: float) -> bool:
-        take_step(trainer)
-        trainer.losses.clear()
-        done = trainer.run.step
+        trainer.take_step()
+        trainer.unread.clear()
+        done = trainer.step
         if done == 10:
             first.append(spent)  # compiled, and warm
-        if done > config.warmup:
+        if done > training.warmup:
             # The rate falls with the steps: how many does the rest of the time hold?
             each = (spent - first[0]) / (done - 10)
             rest = int((seconds - spent) / each)
-            config.steps = done + max(rest, 1)
+            trainer.config = replace(training, steps=done + max(rest, 1))
         return spent < seconds
 
-    return follow(step, make_loss(model, config), data, 128)
+    return follow(step, trainer.loss, data, 128)
 
 
 def nanogpt(data: TokenData, steps: int | None, seconds: float | None) -> Curve:

@@ -5,7 +5,7 @@
 
 A step is all that a step of a real run does: it cuts a random batch from the data,
 goes forward and backward, clips the gradient and lets the optimizer move the weights.
-Ours is `take_step` of `glassgpt.training`. Every candidate runs in two processes: one
+Ours is `Trainer.take_step`. Every candidate runs in two processes: one
 with the C library's allocator as it is, and one in which `keep_freed_memory` was called
 first. Each round runs all of them, one after the other, so that a slow moment of the
 machine hits all alike; the tables show medians. Dropout is 0 and the data random ids:
@@ -13,7 +13,7 @@ only the time counts here. Linear layers have no bias, as nanoGPT's don't by def
 Peak memory is that of three steps in a process of its own, in the state that a user
 gets: a peer's allocator as it comes, ours keeping memory. `--write` puts the tables
 into README.md beside this file and the numbers into book/runs/speed.json, from which
-chapter 14 draws.
+chapter 15 draws.
 """
 
 import argparse
@@ -40,22 +40,14 @@ SIZES = {
     "small": ({"layers": 4, "heads": 4, "width": 128, "context": 64}, 12, 30),
     "larger": ({"layers": 6, "heads": 6, "width": 384, "context": 256}, 8, 4),
 }
+_FAST = {"precision": "bfloat16", "compile": "all"}
 OURS = {
-    "glassgpt GPT-2, eager float32": ("gpt2", {}),
-    "glassgpt GPT-2, eager bfloat16": ("gpt2", {"precision": "bfloat16"}),
-    "glassgpt GPT-2, compiled float32": ("gpt2", {"compile": "all"}),
-    "glassgpt GPT-2, compiled bfloat16": (
-        "gpt2",
-        {"precision": "bfloat16", "compile": "all"},
-    ),
-    "glassgpt modern, compiled bfloat16, AdamW": (
-        "modern",
-        {"precision": "bfloat16", "compile": "all"},
-    ),
-    "glassgpt modern, compiled bfloat16, Muon": (
-        "modern",
-        {"precision": "bfloat16", "compile": "all", "optimizer": "muon"},
-    ),
+    "glassgpt GPT-2, eager float32": ("gpt2", "adamw", {}),
+    "glassgpt GPT-2, eager bfloat16": ("gpt2", "adamw", {"precision": "bfloat16"}),
+    "glassgpt GPT-2, compiled float32": ("gpt2", "adamw", {"compile": "all"}),
+    "glassgpt GPT-2, compiled bfloat16": ("gpt2", "adamw", _FAST),
+    "glassgpt modern, compiled bfloat16, AdamW": ("modern", "adamw", _FAST),
+    "glassgpt modern, compiled bfloat16, Muon": ("modern", "muon", _FAST),
 }
 PEERS = {
     "nanoGPT, its CPU recipe (eager float32)": ("nanogpt", False),
@@ -69,20 +61,22 @@ ROOT = Path(__file__).resolve().parent
 def our_step(size: str, name: str) -> Callable[[], None]:
     """One step of glassgpt, imported here: a peer's memory is counted without it."""
     from glassgpt.data import TokenData
-    from glassgpt.modern import GPT2_CHOICES, ModernConfig, ModernGPT
-    from glassgpt.training import TrainConfig, Trainer, take_step
+    from glassgpt.device import Machine, Plan
+    from glassgpt.modern import GPT2_CHOICES, ModernConfig, MuonConfig
+    from glassgpt.training import TrainConfig
 
     sizes, batch_size, _ = SIZES[size]
-    recipe, settings = OURS[name]
+    recipe, kind, machine = OURS[name]
     choices = {} if recipe == "modern" else {**GPT2_CHOICES, "bias": False}
-    model = ModernGPT(ModernConfig(VOCABULARY, **sizes, **choices))
+    config = ModernConfig(VOCABULARY, **sizes, **choices)
     ids = np.random.default_rng(0).integers(VOCABULARY, size=200_000)
     data = TokenData.of(ids[:180_000], ids[180_000:], VOCABULARY)
-    trainer = Trainer(model, data, TrainConfig(batch_size=batch_size, **settings))
+    training = (MuonConfig if kind == "muon" else TrainConfig)(batch_size=batch_size)
+    trainer = Plan(config, training, Machine(**machine), 1.0).trainer(data)
 
     def step() -> None:
-        take_step(trainer)
-        trainer.losses.clear()  # `fit` reads them every tenth step
+        trainer.take_step()
+        trainer.unread.clear()  # `train` reads them every tenth step
 
     return step
 
@@ -161,7 +155,7 @@ def prepare(
 ) -> dict[str, Callable[[], None]]:
     """A step of each candidate, compiled and ready."""
     if kept:
-        from glassgpt.device import keep_freed_memory
+        from glassgpt.speed import keep_freed_memory
 
         if not keep_freed_memory():
             raise SystemExit("this C library can't be told to keep memory")

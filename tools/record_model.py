@@ -42,11 +42,11 @@ FLAGS = {
     "context": ("model", "context"),
     "batch-size": ("training", "batch_size"),
     "steps": ("training", "steps"),
-    "precision": ("training", "precision"),
-    "compile": ("training", "compile"),
+    "precision": ("machine", "precision"),
+    "compile": ("machine", "compile"),
     "evaluate-every": ("training", "evaluate_every"),
-    "checkpoint-every": ("training", "checkpoint_every"),
-    "keep": ("training", "keep"),
+    "checkpoint-every": ("saving", "checkpoint_every"),
+    "keep": ("saving", "keep"),
 }
 
 

@@ -12,7 +12,7 @@ from glassgpt.attention import attention, causal_mask
 from glassgpt.block import Block, layer_norm
 from glassgpt.checkpoints import load, save
 from glassgpt.data import TokenData, tokenize
-from glassgpt.device import make_plan, pick_device
+from glassgpt.device import Machine, Plan, make_plan, pick_device
 from glassgpt.embeddings import Embedding, cosine_similarity, nearest_neighbors
 from glassgpt.generation import generate, lighten, sample, stream, stream_text
 from glassgpt.gpt import GPT, GPTConfig
@@ -26,9 +26,10 @@ from glassgpt.modern import (
     squared_relu,
 )
 from glassgpt.positions import sinusoidal_positions
+from glassgpt.runs import resume_run, start_run
 from glassgpt.softmax import cross_entropy, log_softmax, softmax
 from glassgpt.tokens import BPETokenizer, CharTokenizer, load_tokenizer
-from glassgpt.training import Run, TrainConfig, evaluate, train
+from glassgpt.training import TrainConfig, Trainer, evaluate, train
 
 __all__ = [
     "attention",
@@ -39,6 +40,8 @@ __all__ = [
     "save",
     "TokenData",
     "tokenize",
+    "Machine",
+    "Plan",
     "make_plan",
     "pick_device",
     "Embedding",
@@ -68,8 +71,10 @@ __all__ = [
     "BPETokenizer",
     "CharTokenizer",
     "load_tokenizer",
-    "Run",
+    "resume_run",
+    "start_run",
     "TrainConfig",
+    "Trainer",
     "evaluate",
     "train",
 ]

@@ -1,12 +1,9 @@
-# Written by tools/tangle.py from book/12_training.ipynb: change it there.
-"""Checkpoints: models and runs on disk, as safetensors and JSON, never pickle."""
+# Written by tools/tangle.py from book/20_runs_that_survive.ipynb: change it there.
+"""Models on disk, as safetensors and JSON, which other programs can read."""
 
-import hashlib
 import json
 import os
 import re
-import shutil
-from collections.abc import Iterable
 from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
@@ -16,16 +13,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
+from glassgpt.device import on_paper
 from glassgpt.gpt import GPT, GPTConfig
+from glassgpt.modern import ModernConfig, build
 from glassgpt.tokens import load_tokenizer
 
 
 def write_file(path: Path, content: bytes) -> None:
     """Write under another name, flush to the disk, and rename: all of it or nothing.
 
-    Book: 12_training.html#checkpoints
+    Book: 20_runs_that_survive.html#the-module
     """
     partial = path.with_name(path.name + ".partial")
     try:
@@ -44,7 +42,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
     Raises OSError where the disk is full or can't be written.
 
-    Book: 12_training.html#checkpoints
+    Book: 20_runs_that_survive.html#the-module
     """
     partial = path.with_name(path.name + ".partial")
     tensors = {
@@ -68,7 +66,7 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
     Raises ValueError where it is not a whole safetensors file.
 
-    Book: 12_training.html#checkpoints
+    Book: 20_runs_that_survive.html#the-module
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -111,7 +109,7 @@ def _transposed(name: str) -> bool:
 def to_gpt2(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Our parameters under GPT-2's names and in its layout.
 
-    Book: 12_training.html#a-model-that-others-can-read
+    Book: 20_runs_that_survive.html#the-module
     """
     return {
         _gpt2_name(name): value.T.contiguous() if _transposed(name) else value
@@ -122,45 +120,12 @@ def to_gpt2(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def from_gpt2(state: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
     """The inverse: GPT-2's parameters under our `names`.
 
-    Book: 12_training.html#a-model-that-others-can-read
+    Book: 20_runs_that_survive.html#the-module
     """
     theirs = {name: state[_gpt2_name(name)] for name in names}
     return {
         name: value.T if _transposed(name) else value for name, value in theirs.items()
     }
-
-
-# The classes that `model_type` in a config.json stands for; chapter 14 adds its own.
-ARCHITECTURES: dict[str, tuple[type[GPTConfig], type[GPT]]] = {"gpt2": (GPTConfig, GPT)}
-
-
-def build(config: GPTConfig) -> GPT:
-    """A new model of the class that belongs to a configuration.
-
-    Book: 12_training.html#a-model-that-others-can-read
-    """
-    return next(model for c, model in ARCHITECTURES.values() if c is type(config))(
-        config
-    )
-
-
-class _NoStart(TorchFunctionMode):
-    """Nothing is drawn: on the meta device that makes PyTorch import its compiler."""
-
-    def __torch_function__(
-        self, function: Any, types: Any, inputs: Any = (), options: Any = None
-    ) -> Any:
-        options = options or {}
-        drawing = ("normal_", "uniform_", "kaiming_uniform_")
-        if getattr(function, "__name__", "") in drawing:
-            return inputs[0] if inputs else options["tensor"]
-        return function(*inputs, **options)
-
-
-def _on_paper(config: GPTConfig) -> GPT:
-    """A model of shapes, without memory and in no time."""
-    with torch.device("meta"), _NoStart():
-        return build(config)
 
 
 def _config_to_json(config: GPTConfig, end: int | None) -> dict[str, Any]:
@@ -199,7 +164,7 @@ def _config_from_json(content: dict[str, Any]) -> GPTConfig:
     """The inverse, also for a GPT-2 written by `transformers`."""
     kind, ours = content.get("model_type"), content.get("glassgpt")
     if ours and kind == "glassgpt":
-        return ARCHITECTURES[kind][0](**ours)
+        return ModernConfig(**ours)
     if kind != "gpt2":
         raise ValueError(f"its model_type is {kind!r}, not a GPT-2")
     allowed = {**_GPT2_OPTIONS, "n_inner": (None, 4 * content["n_embd"])}
@@ -210,7 +175,10 @@ def _config_from_json(content: dict[str, Any]) -> GPTConfig:
     rest = {"tied": content.get("tie_word_embeddings", True)}
     if ours:  # what `transformers` has no single key for
         rest["dropout"] = ours["dropout"]
-    return GPTConfig(*(content[key] for key in keys), **rest)
+    config = GPTConfig(*(content[key] for key in keys), **rest)
+    if ours and GPTConfig(**ours) != config:
+        raise ValueError(f"it says {ours} and {asdict(config)}")
+    return config
 
 
 def save(directory: str | Path, model: GPT, tokenizer: Any) -> None:
@@ -218,15 +186,27 @@ def save(directory: str | Path, model: GPT, tokenizer: Any) -> None:
 
     A model with GPT-2's architecture is written so that `transformers` reads the
     directory with AutoModelForCausalLM and AutoTokenizer.
-    Raises OSError where the disk is full or can't be written, ValueError for a model
-    made lighter, whose weights are gone.
+    Raises OSError where the disk is full or can't be written, FileExistsError for the
+    folder of a run, ValueError for a model made lighter, whose weights are gone, or
+    one that `torch.compile` returned.
 
-    Book: 12_training.html#a-model-that-others-can-read
+    Book: 20_runs_that_survive.html#the-module
     """
-    due = dict(_on_paper(model.config).named_parameters())
+    if not isinstance(model, GPT):
+        raise ValueError(f"save a GPT, not {type(model).__name__}: its own model")
+    due = dict(on_paper(model.config).named_parameters())
     if due.keys() != dict(model.named_parameters()).keys():
         raise ValueError("weights are missing: save the model before you lighten it")
-    directory = Path(directory)
+    if (Path(directory) / "run.json").exists():
+        raise FileExistsError(f"{directory} holds a run: use another directory")
+    write_model(Path(directory), model, tokenizer)
+
+
+def write_model(directory: Path, model: GPT, tokenizer: Any) -> None:
+    """What `save` does, once it is known to be right.
+
+    Book: 20_runs_that_survive.html#the-module
+    """
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(directory / "tokenizer.json")
     special = "<|endoftext|>"
@@ -253,7 +233,7 @@ def _expected_parameters(config: GPTConfig, layers: int) -> dict[str, Tensor]:
     if layers != config.layers:
         raise ValueError(f"it has {layers} layers where {config.layers} are due")
     try:
-        model = _on_paper(config)
+        model = on_paper(config)
     except (RuntimeError, OverflowError, TypeError) as error:
         raise ValueError(f"no model can have these sizes: {error}") from None
     tables = sum(table.numel() for table in model.buffers())
@@ -267,7 +247,7 @@ def load_parameters(path: Path, config: GPTConfig) -> GPT:
 
     Raises ValueError for a file of another model, before memory is taken for it.
 
-    Book: 12_training.html#a-model-that-others-can-read
+    Book: 20_runs_that_survive.html#the-module
     """
     found = read_shapes(path)
     blocks = (re.search(r"(?:blocks|h)\.(\d+)\.", name) for name in found)
@@ -304,7 +284,7 @@ def load(name: str | Path) -> tuple[GPT, Any]:
     Raises FileNotFoundError for a missing file, ValueError for a damaged or foreign
     one, before memory is taken for it.
 
-    Book: 12_training.html#a-model-that-others-can-read
+    Book: 20_runs_that_survive.html#the-module
     """
     directory = Path(name)
     shipped = {path.name: path for path in MODELS.glob("*/")}
@@ -332,83 +312,3 @@ def load(name: str | Path) -> tuple[GPT, Any]:
             f"ids, the model only {config.vocab_size}"
         )
     return load_parameters(directory / "model.safetensors", config).eval(), tokenizer
-
-
-def checkpoints_in(directory: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first.
-
-    Book: 12_training.html#a-run-that-can-go-on
-    """
-    return _named(directory, r"checkpoint-\d{8,}")
-
-
-def _named(directory: Path, pattern: str) -> list[Path]:
-    """The folders in a directory whose whole name fits a pattern, sorted."""
-    folders = directory.glob("checkpoint-*/")
-    found = [path for path in folders if re.fullmatch(pattern, path.name)]
-    return sorted(found, key=lambda path: (len(path.name), path.name))
-
-
-def _hashes(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """The SHA-256 of files in a folder, by name."""
-    hashes = {}
-    for name in names:
-        with open(folder / Path(name).name, "rb") as file:
-            hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return hashes
-
-
-def write_checkpoint(
-    directory: Path,
-    step: int,
-    tensors: dict[str, dict[str, Tensor]],
-    state: dict[str, Any],
-    keep: int,
-) -> None:
-    """Write everything a run needs to go on, then drop all but the last `keep`.
-
-    tensors: the content of NAME.safetensors for each name. state: what JSON can hold.
-    Raises OSError where the disk is full; the checkpoints before stay as they were.
-
-    Book: 12_training.html#a-run-that-can-go-on
-    """
-    final = directory / f"checkpoint-{step:08d}"
-    partial = final.with_suffix(".partial")
-    for leftover in _named(directory, r"checkpoint-\d{8,}\.partial"):
-        shutil.rmtree(leftover)
-    partial.mkdir(parents=True)
-    try:
-        for name, content in tensors.items():
-            write_tensors(partial / f"{name}.safetensors", content)
-        write_file(partial / "state.json", json.dumps(state).encode())
-        hashes = _hashes(partial, sorted(path.name for path in partial.iterdir()))
-        write_file(partial / "hashes.json", json.dumps(hashes).encode())
-        os.replace(partial, final)
-    except OSError:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    for old in checkpoints_in(directory)[:-keep]:
-        shutil.rmtree(old.rename(old.with_suffix(".partial")))
-
-
-def read_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """The tensors and the state of a checkpoint.
-
-    Raises ValueError for a damaged one, naming the one before it.
-
-    Book: 12_training.html#a-run-that-can-go-on
-    """
-    try:
-        hashes = dict(json.loads((path / "hashes.json").read_text("utf-8")))
-        if "state.json" not in hashes or hashes != _hashes(path, hashes):
-            raise ValueError("its files don't match their hashes")
-        state = json.loads((path / "state.json").read_text("utf-8"))
-        files = [path / Path(name).name for name in hashes]
-        tensors = {f.stem: load_file(f) for f in files if f.suffix == ".safetensors"}
-        return tensors, state
-    except (OSError, ValueError, TypeError, RecursionError, SafetensorError) as error:
-        before = [p for p in checkpoints_in(path.parent) if p < path]
-        advice = "start anew"
-        if before:
-            advice = f"delete it to go on from {before[-1].name}"
-        raise ValueError(f"{path} is damaged ({error}): {advice}") from None

@@ -23,13 +23,7 @@ import torch
 from tqdm.auto import tqdm
 
 from glassgpt.checkpoints import build, checkpoints_in, load, save, write_file
-from glassgpt.data import (
-    TokenData,
-    lock_folder,
-    read_documents,
-    split_documents,
-    tokenize,
-)
+from glassgpt.data import TokenData, read_documents, split_documents, tokenize
 from glassgpt.device import (
     SIZES,
     Plan,
@@ -42,7 +36,7 @@ from glassgpt.generation import lighten, stream_text
 from glassgpt.gpt import GPTConfig
 from glassgpt.modern import ModernConfig
 from glassgpt.tokens import BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer
-from glassgpt.training import TrainConfig, train
+from glassgpt.training import TrainConfig, lock_folder, train
 
 HELP = {
     "context": "longest text it sees, in tokens",
@@ -122,8 +116,7 @@ def make_tokenizer(name: str, vocab_size: int | None, source: str) -> Tokenizer:
         return load_tokenizer(name)
     documents = split_documents(read_documents(source))
     if name == "char":
-        texts = [piece for _, document in documents for piece in document.pieces()]
-        return CharTokenizer.train("".join(texts))
+        return CharTokenizer.train(p for _, d in documents for p in d.pieces())
     learned = (d for split, d in documents if split == "train")
     pieces = (piece for document in learned for piece in document.pieces())
     return BPETokenizer.train(pieces, VOCABULARY if vocab_size is None else vocab_size)
@@ -334,8 +327,8 @@ def tensorboard(out: Path) -> Callable[[dict[str, float]], None]:
 def _describe(plan: Plan, data: TokenData) -> None:
     """Print what is going to happen."""
     print(plan.describe())
-    print(f"data    {data.train.count:,} tokens, {data.validation.count:,} held out")
-    if data.train.count < data.validation.count:
+    print(f"data    {len(data.train):,} tokens, {len(data.validation):,} held out")
+    if len(data.train) < len(data.validation):
         print("note    more is held out than trained on: of few files it is the last")
     training = plan.training
     if training.warmup >= training.steps:
@@ -457,11 +450,10 @@ def tokenize_command(options: argparse.Namespace) -> int:
         options.data,
         tokenizer,
         options.out,
-        options.workers,
         progress=sys.stderr.isatty(),
     )
     print(
-        f"{data.train.count:,} tokens to train on, {data.validation.count:,} held out, "
+        f"{len(data.train):,} tokens to train on, {len(data.validation):,} held out, "
         f"a vocabulary of {data.vocab_size:,}: {options.out}"
     )
     return 0

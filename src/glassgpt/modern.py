@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glassgpt.block import Block
-from glassgpt.checkpoints import ARCHITECTURES
 from glassgpt.embeddings import Embedding
 from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.heads import fused_attention, merge_heads, split_heads
@@ -322,9 +321,6 @@ def build(config: GPTConfig) -> GPT:
     return ModernGPT(config) if isinstance(config, ModernConfig) else GPT(config)
 
 
-ARCHITECTURES["glassgpt"] = (ModernConfig, ModernGPT)
-
-
 def _quintic(square: Tensor) -> Tensor:
     """The matrix a I + b S + c S S, by which a round multiplies X, from S = X X^T."""
     change = torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315)
@@ -408,7 +404,7 @@ class Muon(torch.optim.Muon):
             matrix.add_(update, alpha=-rate)
 
 
-@dataclass
+@dataclass(frozen=True)
 class MuonConfig(TrainConfig):
     """`TrainConfig` for two optimizers: matrix_learning_rate is Muon's.
 
@@ -439,6 +435,4 @@ def muon_optimizers(
     muon = Muon(matrices, rate, decay, momentum=0.9, ns_steps=4, dtype=dtype)
     options = {"betas": (0.9, 0.99), "weight_decay": 0.0, "fused": True}
     adamw = torch.optim.AdamW(rest, config.learning_rate, **options)
-    for group in muon.param_groups + adamw.param_groups:
-        group["full_rate"] = group["lr"]  # what the schedule scales
     return [muon, adamw]

@@ -27,13 +27,6 @@ from glassgpt.checks.data import (
     check_nats_per_character,
     check_split,
 )
-from glassgpt.checks.device import (
-    check_days,
-    check_fit_batch,
-    check_precision,
-    check_rounding,
-    check_scale,
-)
 from glassgpt.checks.embeddings import (
     check_analogy,
     check_cosine_similarity,
@@ -80,6 +73,7 @@ from glassgpt.checks.mlp import (
     check_shared_weight,
 )
 from glassgpt.checks.modern import (
+    check_orthogonalize,
     check_reorder,
     check_rms_norm,
     check_rotary,
@@ -108,20 +102,9 @@ from glassgpt.checks.tokens import (
     check_stream,
     check_tokenizer_round_trip,
 )
-from glassgpt.checks.training import (
-    check_accumulation,
-    check_adamw,
-    check_clipping,
-    check_orthogonalize,
-    check_resume,
-    check_schedule,
-    check_uneven_accumulation,
-)
 
 __all__ = [
     "catch",
-    "check_accumulation",
-    "check_adamw",
     "check_add_positions",
     "check_additions",
     "check_analogy",
@@ -136,19 +119,16 @@ __all__ = [
     "check_causal",
     "check_causal_attention",
     "check_causal_mask",
-    "check_clipping",
     "check_config",
     "check_contributions",
     "check_cosine_similarity",
     "check_cross_entropy",
     "check_cross_entropy_gradient",
-    "check_days",
     "check_each_alone",
     "check_early_logits",
     "check_embedding",
     "check_embedding_gradient",
     "check_epochs",
-    "check_fit_batch",
     "check_forbidden",
     "check_fused_attention",
     "check_gelu",
@@ -175,17 +155,12 @@ __all__ = [
     "check_parameter_count",
     "check_permutation_equivariant",
     "check_post_norm",
-    "check_precision",
     "check_previous_word",
     "check_reorder",
-    "check_resume",
     "check_rms_norm",
     "check_rotary",
     "check_rotary_tables",
-    "check_rounding",
     "check_sample",
-    "check_scale",
-    "check_schedule",
     "check_shared_weight",
     "check_shift_matrix",
     "check_sinusoidal_positions",
@@ -202,6 +177,5 @@ __all__ = [
     "check_tokenizer_round_trip",
     "check_top_k",
     "check_top_p",
-    "check_uneven_accumulation",
     "grade",
 ]

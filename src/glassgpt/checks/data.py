@@ -1,4 +1,6 @@
 # Written by tools/tangle.py from book/11_data.ipynb: change it there.
+
+
 """Checks of splits and batches that name the mistake they find."""
 
 from collections.abc import Callable, Sequence
@@ -17,7 +19,7 @@ def check_split(
 
     split: called with documents in memory, returns ("train" or "validation", document).
 
-    Book: 11_data.html#the-split
+    Book: 11_data.html#the-leak
     """
     for count in (20, 5, 25):
         lines = [[f"Play {k}, line {i}\n" for i in range(20)] for k in range(count)]
@@ -129,7 +131,7 @@ def check_batches(
     random_batch: called as random_batch(ids, batch_size, context, seed) with ids (N,)
     uint16, returns inputs and targets, each (B, T) int64.
 
-    Book: 11_data.html#the-check-of-a-batch
+    Book: 11_data.html#a-batch-by-hand
     """
     ids = _text(12)  # 8 crops of 4
     batches = [_draw(random_batch, ids, 97 * seed) for seed in range(20)]
