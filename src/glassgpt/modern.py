@@ -91,10 +91,10 @@ class ModernConfig(GPTConfig):
     positions: "rotary", whose slowest pairs slow down with rotary_base, or "learned".
     norm: "rms" or "layer", with norm_weight or without, norm_eps inside the root.
     activation: "squared_relu", "swiglu" or "gelu". hidden: the MLP's inner width, by
-    default 4 C, and 8 C / 3 rounded for "swiglu". key_value_heads: how many, each for
-    H / key_value_heads queries; H by default. normalize_qk: bring queries and keys to
-    root mean square 1. bias: in linear layers and LayerNorm. zero_projections: start at
-    zero what writes into the residual stream, and an untied head.
+    default 4 C, and 8 C / 3 rounded up for "swiglu". key_value_heads: G, for H / G
+    queries each; by default H. normalize_qk: bring queries and keys to root mean square
+    1. bias: in linear layers and LayerNorm. zero_projections: start at zero what writes
+    into the residual stream, and an untied head.
     Raises ValueError for what no model can have.
 
     Book: 14_after_gpt2.html#the-configuration
@@ -199,9 +199,8 @@ class ModernAttention(nn.Module):
         if self.config.normalize_qk:
             size = queries.shape[-1:]
             queries, keys = F.rms_norm(queries, size), F.rms_norm(keys, size)
-        if rotation is None:
-            rotation = _rotation(self.config, _positions_after(x, cache))
-        if rotation is not None:
+        if self.config.positions == "rotary":
+            rotation = rotation or _rotation(self.config, _positions_after(x, cache))
             queries, keys = (apply_rotary(part, *rotation) for part in (queries, keys))
         if cache is not None:
             keys, values = cache.append(keys, values)
@@ -219,7 +218,7 @@ class ModernMLP(nn.Module):
     def __init__(self, config: ModernConfig):
         super().__init__()
         c, gated = config, config.activation == "swiglu"
-        hidden = c.hidden or (8 * round(c.width / 3) if gated else 4 * c.width)
+        hidden = c.hidden or (8 * math.ceil(c.width / 3) if gated else 4 * c.width)
         self.expand = nn.Linear(c.width, hidden * (1 + gated), bias=c.bias)
         self.projection = nn.Linear(hidden, c.width, bias=c.bias)
         self.activation = _ACTIVATIONS[c.activation]
@@ -408,7 +407,8 @@ class Muon(torch.optim.Muon):
 class MuonConfig(TrainConfig):
     """`TrainConfig` for two optimizers: matrix_learning_rate is Muon's.
 
-    learning_rate is AdamW's, for tables and vectors. The rate falls on a line to 0.
+    learning_rate is AdamW's, for tables and vectors. Both fall on a line to 0.
+    Raises ValueError as `TrainConfig` does.
 
     Book: 14_after_gpt2.html#the-step-of-muon
     """
@@ -416,6 +416,12 @@ class MuonConfig(TrainConfig):
     matrix_learning_rate: float = 0.02
     schedule: str = "linear"
     final_rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.matrix_learning_rate < math.inf:
+            rate = self.matrix_learning_rate
+            raise ValueError(f"matrix_learning_rate must be positive, not {rate}")
 
 
 def muon_optimizers(
