@@ -17,7 +17,10 @@ from pathlib import Path
 # What each checkout runs. Old and new names differ; the sizes and the work do not.
 WORKER = """
 import sys, time, torch
-from glassgpt.device import keep_freed_memory
+try:
+    from glassgpt.speed import keep_freed_memory
+except ImportError:
+    from glassgpt.device import keep_freed_memory
 keep_freed_memory()
 import glassgpt
 from glassgpt import BPETokenizer, GPT, GPTConfig, TokenData, TrainConfig

@@ -17,8 +17,8 @@ import torch
 from training import machine, write_section
 
 from glassgpt.data import TokenData, shakespeare, tokenize
-from glassgpt.device import keep_freed_memory
 from glassgpt.modern import GPT2_CHOICES, ModernConfig, ModernGPT
+from glassgpt.speed import keep_freed_memory
 from glassgpt.tokens import CharTokenizer
 from glassgpt.training import TrainConfig, train
 

@@ -14,8 +14,8 @@ from time import perf_counter
 import torch
 from training import machine
 
-from glassgpt.device import keep_freed_memory
 from glassgpt.modern import ModernConfig, ModernGPT
+from glassgpt.speed import keep_freed_memory
 from glassgpt.training import Muon
 
 SIZES = {

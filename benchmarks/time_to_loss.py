@@ -34,8 +34,9 @@ import torch
 from training import machine, write_section
 
 from glassgpt.data import TokenData, read_documents, split_documents
-from glassgpt.device import keep_freed_memory, pick_precision
+from glassgpt.device import pick_precision
 from glassgpt.modern import ModernConfig, ModernGPT
+from glassgpt.speed import keep_freed_memory
 from glassgpt.tokens import CharTokenizer
 from glassgpt.training import TrainConfig, Trainer, make_loss, take_step
 

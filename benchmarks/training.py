@@ -161,7 +161,7 @@ def prepare(
 ) -> dict[str, Callable[[], None]]:
     """A step of each candidate, compiled and ready."""
     if kept:
-        from glassgpt.device import keep_freed_memory
+        from glassgpt.speed import keep_freed_memory
 
         if not keep_freed_memory():
             raise SystemExit("this C library can't be told to keep memory")

@@ -1,18 +1,14 @@
 # Written by tools/tangle.py from book/15_full_gpt.ipynb: change it there.
 """The machine: its device and precision, and what a training run will cost on it."""
 
-import ctypes
 import os
-import platform
 import re
 import time
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
-from functools import cache, partial
 from typing import Any
 
 import torch
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from glassgpt.checkpoints import build
 from glassgpt.gpt import GPT, GPTConfig
@@ -162,27 +158,6 @@ def peak_flops(device: torch.device, precision: str) -> float:
         if fitting and "MIG" not in words:  # the longest name says most
             return DATA_SHEETS[max(fitting, key=len)]
     return measure_flops(device, getattr(torch, precision))
-
-
-def keep_freed_memory() -> bool:
-    """Stop glibc from giving memory back after every step; True where that is possible.
-
-    Call it before the first tensor. A training step frees its activations and asks for
-    the same again: without this, the system clears every page of them each time. After
-    the first step what is free goes back once, for the start has left much behind.
-
-    Book: 15_full_gpt.html#memory-that-isn-t-given-back
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    libc = ctypes.CDLL(None)
-    trim_threshold, mmap_max = -1, -4  # names of the options in malloc.h
-    if not (libc.mallopt(mmap_max, 0) and libc.mallopt(trim_threshold, -1)):
-        return False
-    # Once: what building and compiling the model left behind is not needed again.
-    trim = cache(partial(libc.malloc_trim, 0))
-    register_optimizer_step_post_hook(lambda *_: trim())
-    return True
 
 
 def fit_batch(
