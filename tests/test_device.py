@@ -2,8 +2,6 @@
 
 import math
 import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -24,7 +22,6 @@ from glassgpt.device import (
     Plan,
     fit_batch,
     gpu_precision,
-    keep_freed_memory,
     make_plan,
     measure_flops,
     memory_needed,
@@ -277,50 +274,6 @@ def test_memory_with_recomputation(precision):
     counted = little + kept_bytes(one, ids, plain) + 16 * model.parameter_count()
     assert little < whole / 4
     assert 0.67 < memory_needed(config, training) / counted < 1.5
-
-
-def test_keep_freed_memory_elsewhere(monkeypatch):
-    monkeypatch.setattr(module.platform, "libc_ver", lambda: ("", ""))
-
-    def never(name):
-        raise AssertionError("another C library was touched")
-
-    monkeypatch.setattr(module.ctypes, "CDLL", never)
-    assert keep_freed_memory() is False
-
-
-@pytest.mark.skipif(module.platform.libc_ver()[0] != "glibc", reason="needs glibc")
-def test_keep_freed_memory_here():
-    program = "from glassgpt.device import keep_freed_memory as k; print(k())"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True)
-    assert done.stdout == b"True\n", done.stderr
-
-
-KEPT = """
-import torch
-from pathlib import Path
-from glassgpt.device import keep_freed_memory
-
-def resident():
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4 // 1024
-
-keep_freed_memory()
-weight = torch.zeros(2, requires_grad=True)
-optimizer = torch.optim.SGD([weight])
-for _ in range(2):
-    block = torch.ones(50_000_000)  # 200 MB
-    del block
-    before = resident()
-    weight.sum().backward()
-    optimizer.step()
-    print(before - resident() > 150)
-"""
-
-
-@pytest.mark.skipif(module.platform.libc_ver()[0] != "glibc", reason="needs glibc")
-def test_memory_goes_back_once_after_the_first_step():
-    done = subprocess.run([sys.executable, "-c", KEPT], capture_output=True, text=True)
-    assert done.stdout == "True\nFalse\n", done.stderr
 
 
 @pytest.mark.usefixtures("fast_cpu")
