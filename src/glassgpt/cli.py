@@ -122,8 +122,8 @@ def make_tokenizer(name: str, vocab_size: int | None, source: str) -> Tokenizer:
         return load_tokenizer(name)
     documents = split_documents(read_documents(source))
     if name == "char":
-        texts = [piece for _, document in documents for piece in document.pieces()]
-        return CharTokenizer.train("".join(texts))
+        texts = (piece for _, document in documents for piece in document.pieces())
+        return CharTokenizer.train(texts)
     learned = (d for split, d in documents if split == "train")
     pieces = (piece for document in learned for piece in document.pieces())
     return BPETokenizer.train(pieces, VOCABULARY if vocab_size is None else vocab_size)
