@@ -99,7 +99,6 @@ from glassgpt.checks.tokens import (
     check_special_tokens,
     check_split_numbers,
     check_split_words,
-    check_stream,
     check_tokenizer_round_trip,
 )
 from glassgpt.checks.training import (
@@ -185,7 +184,6 @@ __all__ = [
     "check_split_numbers",
     "check_split_words",
     "check_squared_relu_slope",
-    "check_stream",
     "check_stream_text",
     "check_streaming_attention",
     "check_tokenizer_round_trip",
