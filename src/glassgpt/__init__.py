@@ -26,11 +26,18 @@ from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.heads import MultiHeadAttention, merge_heads, split_heads
 from glassgpt.mlp import MLP, gelu
 from glassgpt.modern import (
+    GPT2_CHOICES,
+    LLAMA_CHOICES,
     ModernConfig,
     ModernGPT,
+    Muon,
+    MuonConfig,
     apply_rotary,
+    build,
+    muon_optimizers,
     rotary_tables,
     squared_relu,
+    swiglu,
 )
 from glassgpt.positions import sinusoidal_positions
 from glassgpt.runs import resume_run, start_run
@@ -68,11 +75,18 @@ __all__ = [
     "split_heads",
     "MLP",
     "gelu",
+    "GPT2_CHOICES",
+    "LLAMA_CHOICES",
     "ModernConfig",
     "ModernGPT",
+    "Muon",
+    "MuonConfig",
     "apply_rotary",
+    "build",
+    "muon_optimizers",
     "rotary_tables",
     "squared_relu",
+    "swiglu",
     "sinusoidal_positions",
     "cross_entropy",
     "log_softmax",

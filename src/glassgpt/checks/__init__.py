@@ -73,6 +73,7 @@ from glassgpt.checks.mlp import (
 )
 from glassgpt.checks.modern import (
     check_orthogonalize,
+    check_pool,
     check_reorder,
     check_rms_norm,
     check_rotary,
@@ -165,6 +166,7 @@ __all__ = [
     "check_orthogonalize",
     "check_parameter_count",
     "check_permutation_equivariant",
+    "check_pool",
     "check_post_norm",
     "check_previous_word",
     "check_reorder",
