@@ -158,7 +158,6 @@ class Ladder:
                     "rate": best["rate"],
                     "losses": losses,
                     "tried": {r["rate"]: r["loss"] for r in runs if r["seed"] == 0},
-                    "seconds": round(statistics.median(r["seconds"] for r in runs)),
                 }
             )
         return entries
@@ -167,6 +166,7 @@ class Ladder:
 def write(ladder: Ladder, steps: int) -> None:
     """book/runs/ladder.json and the table in README.md."""
     here = machine() | {"command": f"python benchmarks/ladder.py --steps {steps}"}
+    here = {key: value for key, value in here.items() if "GFLOP" not in key}
     entries = ladder.result()
     runs = Path(__file__).resolve().parent.parent / "book" / "runs"
     content = {
