@@ -61,7 +61,7 @@ class Document:
         yield self.text
 
     def cut(self) -> tuple["Document", "Document"]:
-        """Nine tenths of the text and the rest, cut after a line where one ends soon."""
+        """Nine tenths and the rest, cut after a line where one ends soon."""
         text, cut = self.text, len(self.text) * 9 // 10
         cut = text.find("\n", cut, (cut + len(text)) // 2) + 1 or cut
         return Document(self.name, text[:cut]), Document(self.name, text[cut:])
