@@ -47,8 +47,8 @@ MARKS = [*range(5, 60, 5), *range(60, 3600, 20)]  # seconds at which a curve has
 def judge(loss_of: Callable, data: TokenData, context: int, tokens: int) -> float:
     """The mean loss on so many tokens of held-out text, always the same ones."""
     total, count = 0.0, 0
-    batches = data.validation.fixed_batches(tokens // context // 128 * 128, context, 128)
-    for ids, targets in batches:
+    crops = tokens // context // 128 * 128
+    for ids, targets in data.validation.fixed_batches(crops, context, 128):
         total += float(loss_of(ids, targets)) * len(ids)
         count += len(ids)
     return total / count
