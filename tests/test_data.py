@@ -165,6 +165,7 @@ BAD = {
     "text.jsonl": b'{"text": "a tower"}\n{"txt": 1}\n',
     "number.jsonl": b'{"text": 3}\n',
     "list.jsonl": b"[1]\n",
+    "deep.jsonl": b"[" * 100_000,
 }
 
 
@@ -237,7 +238,7 @@ def test_a_folder_that_may_not_be_looked_into():
 
 def test_several_sources_and_patterns(tmp_path):
     files(tmp_path / "in", "a", "b", "c")
-    (tmp_path / "in" / "d.jsonl").write_text('{"text": "d"}\n{"text": "e é"}\n')
+    (tmp_path / "in" / "d.jsonl").write_text('{"text": "d"}\r\n\n{"text": "e é"}')
     found = read_documents("in/0[12].txt", tmp_path / "in" / "01.txt", "in/*.jsonl")
     assert list(map(text_of, found)) == ["b", "c", "d", "e é"]
     assert len(read_documents("**/*.txt", "shakespeare")) == 3 + 38
@@ -271,6 +272,14 @@ def test_the_plays_are_held_out_by_name(plays):
     held_out = {each.name for side, each in parts if side == "validation"}
     assert held_out == set(HELD_OUT_PLAYS)
     assert [each for _, each in parts] == plays
+
+
+def test_the_ids_of_the_plays_are_those_of_the_first_edition(plays):
+    tokenizer = CharTokenizer.train(play.text for play in plays)
+    tokenize("shakespeare", tokenizer, "out", progress=False)
+    files = json.loads(Path("out/tokens.json").read_text())["files"]
+    assert files["train.bin"]["sha256"].startswith("47cd63c74e5a283177f099bc42e8b59d")
+    assert files["validation.bin"]["sha256"].startswith("614c17fdce996d4c05bf0e682f87")
 
 
 @pytest.mark.parametrize(("count", "held_out"), [(2, [1]), (9, [8]), (25, [9, 19])])
@@ -669,8 +678,10 @@ def test_data_in_memory():
     for bad in ([3], [-1]):
         with pytest.raises(ValueError, match="don't fit a vocabulary of 3"):
             TokenData.of([0], bad, 3)
-    with pytest.raises(ValueError, match="whole numbers, not float64"):
+    with pytest.raises(ValueError, match="whole numbers, not float64 of shape"):
         TokenData.of([1.7], [0], 3)
+    with pytest.raises(ValueError, match="a row of whole numbers"):
+        TokenData.of([[0, 1]], [0], 3)
     assert len(TokenData.of([0], [], 3).validation) == 0
     with pytest.raises(ValueError, match="in the part for validation, 1 tokens"):
         data.check_context(2)

@@ -183,7 +183,7 @@ class FileDocument(Document):
                 if cut := _UP_TO_A_CUT.match(rest):
                     yield cut[0]
                     rest = rest[cut.end() :]
-        except (ValueError, LookupError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
             place = f"{self.path}, from byte {self.start} on,"
             raise ValueError(f"{place} can't be read as text: {error}") from None
         yield rest
@@ -204,8 +204,9 @@ class FileDocument(Document):
     def _texts(self) -> Iterator[str]:
         with open(self.path, "rb") as file:
             file.seek(self.start)
-            if self.path.suffix == ".jsonl":  # one line of it
-                yield json.loads(file.read(self.end - self.start))["text"]
+            if self.path.suffix == ".jsonl":
+                line = file.read(self.end - self.start).strip()
+                yield json.loads(line)["text"] if line else ""
                 return
             decode = codecs.getincrementaldecoder("utf-8-sig")().decode
             while block := file.read(min(PIECE, self.end - file.tell())):
@@ -285,8 +286,9 @@ def _dtype(vocab_size: int) -> str:
 def _packed(ids: Ids, vocab_size: int) -> np.ndarray:
     """Ids as the integers of a file. Raises ValueError for other ids."""
     array = np.asarray(ids)
-    if array.size and array.dtype.kind not in "iu":
-        raise ValueError(f"ids must be whole numbers, not {array.dtype}")
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        what = f"{array.dtype} of shape {array.shape}"
+        raise ValueError(f"ids must be a row of whole numbers, not {what}")
     if array.size and not 0 <= array.min() <= array.max() < vocab_size:
         wrong = f"ids from {array.min()} to {array.max()}"
         raise ValueError(f"{wrong} don't fit a vocabulary of {vocab_size}")
