@@ -36,16 +36,12 @@ from glassgpt.checks.embeddings import (
     check_matrix_product,
 )
 from glassgpt.checks.generation import (
-    check_batch,
     check_beam_search,
     check_cache,
-    check_cached,
-    check_forbidden,
+    check_generate,
     check_min_p,
     check_sample,
     check_stream_text,
-    check_top_k,
-    check_top_p,
 )
 from glassgpt.checks.gpt import (
     check_budget,
@@ -93,7 +89,13 @@ from glassgpt.checks.softmax import (
     check_one_pass,
     check_softmax,
 )
-from glassgpt.checks.speed import check_light
+from glassgpt.checks.speed import (
+    check_cached_words,
+    check_groups,
+    check_light,
+    check_limit,
+    check_round_rows,
+)
 from glassgpt.checks.tokens import (
     check_learn_merges,
     check_merge_word,
@@ -119,13 +121,12 @@ __all__ = [
     "check_additions",
     "check_analogy",
     "check_attention",
-    "check_batch",
     "check_batches",
     "check_beam_search",
     "check_block",
     "check_budget",
     "check_cache",
-    "check_cached",
+    "check_cached_words",
     "check_causal",
     "check_causal_attention",
     "check_causal_mask",
@@ -141,15 +142,17 @@ __all__ = [
     "check_embedding_gradient",
     "check_epochs",
     "check_evaluate",
-    "check_forbidden",
     "check_fused_attention",
     "check_gelu",
+    "check_generate",
     "check_gpt",
     "check_grouped_attention",
+    "check_groups",
     "check_layer_norm",
     "check_layer_norm_gradient",
     "check_learn_merges",
     "check_light",
+    "check_limit",
     "check_log_softmax",
     "check_lookup",
     "check_masked_softmax",
@@ -174,6 +177,7 @@ __all__ = [
     "check_rms_norm",
     "check_rotary",
     "check_rotary_tables",
+    "check_round_rows",
     "check_sample",
     "check_schedule",
     "check_shared_weight",
@@ -189,7 +193,5 @@ __all__ = [
     "check_stream_text",
     "check_streaming_attention",
     "check_tokenizer_round_trip",
-    "check_top_k",
-    "check_top_p",
     "grade",
 ]
