@@ -85,7 +85,7 @@ def make_optimizers(
 ) -> list[torch.optim.Optimizer]:
     """AdamW, with decay on matrices and tables. Source: Loshchilov and Hutter.
 
-    Book: 12_training.html#the-schedule
+    Book: 12_training.html#what-decays
     """
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() < 2]
@@ -208,6 +208,7 @@ class Trainer:
         self.loss = loss or token_loss(model)
         self.device = next(model.parameters()).device
         self.step, self.seconds, self.began = 0, 0.0, 0.0
+        self.last_loss = math.nan
         self.records: list[dict[str, float]] = []
         self.recent: list[float] = []  # the losses since the last record
         self.unread: list[Tensor] = []  # and those that are still on the device
@@ -255,12 +256,12 @@ class Trainer:
         if self.unread:
             self.recent += torch.stack(self.unread).tolist()
             self.seconds += time.perf_counter() - self.began
-            self.unread = []
+            self.unread, self.last_loss = [], self.recent[-1]
         for step, loss in enumerate(self.recent, self.step - len(self.recent) + 1):
             if not math.isfinite(loss):
                 what = f"the loss or its gradient at step {step} is not finite"
                 raise FloatingPointError(f"{what}: lower the learning rate")
-        return self.recent[-1] if self.recent else math.nan
+        return self.last_loss
 
     def evaluate(self) -> dict[str, float]:
         """Measure the model on held-out text, and add a record of all steps since."""
