@@ -308,7 +308,7 @@ class Trainer:
         self.records, self.recent = list(state["records"]), list(state["recent"])
 
 
-_one_at_a_time = threading.Lock()  # all threads share PyTorch's random numbers
+_one_at_a_time = threading.RLock()  # all threads share PyTorch's random numbers
 
 
 @contextmanager
