@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from functools import cache
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ def pick_device(name: str | None = None) -> torch.device:
             raise RuntimeError("it computes nothing")
         return torch.ones(1, device=name).add_(1).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0].split(". ")[0]
+        reason = shorten(str(error) or type(error).__name__, 80, placeholder=" ...")
         raise ValueError(
             f"there is no device {name!r} to use: {reason}. Try cpu, cuda or mps"
         ) from None
@@ -329,8 +330,8 @@ def count(config: GPTConfig) -> tuple[int, int]:
     return one[0] + more * (two[0] - one[0]), one[1] + more * (two[1] - one[1])
 
 
-def kept_by_block(model: GPTConfig, machine: Machine) -> int:
-    """Bytes that one block keeps of one token for the backward pass.
+def kept_by_token(model: GPTConfig, machine: Machine, layers: int | None = None) -> int:
+    """Bytes kept of one token for the backward pass, by all layers or by so many.
 
     Counted for these blocks; Korthikanti et al. (2022) have the same terms.
 
@@ -346,8 +347,9 @@ def kept_by_block(model: GPTConfig, machine: Machine) -> int:
     if machine.suits_short_attention(model.context):
         numbers += model.heads * model.context
     weighted = getattr(model, "norm_weight", False) and model.norm == "rms"
-    wide = 1 + getattr(model, "normalize_qk", False) + weighted  # in 32 bits
-    return round(each * numbers + 8 * C * wide)
+    wide = 1 + getattr(model, "normalize_qk", False) + weighted  # 8 C in 32 bits
+    block = round(each * numbers + 8 * C * wide)
+    return (layers or model.layers) * block + 12 * model.vocab_size
 
 
 def memory_needed(model: GPTConfig, training: TrainConfig, machine: Machine) -> int:
@@ -360,11 +362,11 @@ def memory_needed(model: GPTConfig, training: TrainConfig, machine: Machine) -> 
     Book: 15_full_gpt.html#the-module
     """
     each = 16 if machine.precision == "float32" else 18
-    layers = model.layers * kept_by_block(model, machine)
+    kept = kept_by_token(model, machine)
     if machine.recompute:
-        layers = layers // model.layers + model.layers * 4 * model.width
+        kept = kept_by_token(model, machine, 1) + model.layers * 4 * model.width
     tokens = -(-training.batch_size // training.accumulate) * model.context
-    return each * count(model)[0] + tokens * (layers + 12 * model.vocab_size)
+    return each * count(model)[0] + tokens * kept
 
 
 # FLOP a second of dense 16-bit matrix products, from the makers' data sheets.
@@ -414,9 +416,22 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """About how long the run will take."""
-        work = self.flops * (4 / 3 if self.machine.recompute else 1)
-        return work / (0.2 * self.peak_flops)
+        """About how long the run will take, evaluations included.
+
+        On a CPU the products at their measured speed, and a nanosecond for each byte
+        that is kept, shared by the threads: so it was measured. Of a GPU's data sheet
+        a third is assumed.
+        """
+        m, t, threads = self.model, self.training, torch.get_num_threads()
+        looks = t.steps // t.evaluate_every * t.evaluation_crops * m.context
+        again = 4 / 3 if self.machine.recompute else 1
+        work = (self.tokens * again + looks / 3) * count(m)[1]
+        if isinstance(t, MuonConfig):  # its products, 4 rounds a step
+            work += t.steps * 176 * m.layers * m.width**3
+        if self.machine.device.startswith("cuda"):
+            return 3 * work / self.peak_flops
+        kept = self.tokens * kept_by_token(m, self.machine)
+        return work / self.peak_flops + 1e-9 * kept / threads
 
     @property
     def memory(self) -> int:
