@@ -19,6 +19,13 @@ from torch.profiler import profile
 
 from glassgpt import device as module
 from glassgpt.block import Block
+from glassgpt.checks.device import (
+    check_days,
+    check_fit_memory,
+    check_padded_logits,
+    check_rounding,
+    check_scale,
+)
 from glassgpt.data import TokenData
 from glassgpt.device import (
     DATA_SHEETS,
@@ -90,12 +97,101 @@ def fast_cpu(monkeypatch):
     return speeds
 
 
+def test_checks_pass():
+    check_padded_logits(padded_logits)
+    check_fit_memory(fit_memory)
+    check_rounding(lambda x: torch.tensor(x).bfloat16().item())
+
+
+def whole_batch(plan, memory, given):
+    return plan
+
+
+def with_less_to_learn_from(plan, memory, given):
+    half = replace(plan.training, batch_size=8)
+    return replace(plan, training=half) if plan.memory > memory else plan
+
+
+def recomputing_first(plan, memory, given):
+    if plan.memory > memory:
+        plan = replace(plan, machine=Machine(recompute=True))
+    return fit_memory(plan, memory, given)
+
+
+def never_refusing(plan, memory, given):
+    try:
+        return fit_memory(plan, memory, set())
+    except ValueError:
+        return plan
+
+
+def another_rate(plan, memory, given):
+    found = fit_memory(plan, memory, given)
+    if found is plan:
+        return plan
+    return replace(found, training=replace(found.training, learning_rate=1.0))
+
+
+def padded(value, multiple):
+    def logits(x, weight):
+        missing = -len(weight) % multiple
+        bias = F.pad(x.new_zeros(len(weight)), (0, missing), value=value)
+        return F.linear(x, F.pad(weight, (0, 0, 0, missing)), bias)
+
+    return logits
+
+
+@pytest.mark.parametrize(
+    ("check", "wrong", "message"),
+    [
+        (check_padded_logits, padded(0.0, 64), "have a probability"),
+        (check_padded_logits, padded(-math.inf, 8), "no multiple"),
+        (check_padded_logits, padded(-math.inf, 256), "more than needed"),
+        (check_padded_logits, lambda x, w: padded_logits(x, 2 * w), "logits differ"),
+        (check_fit_memory, whole_batch, "don't fit"),
+        (check_fit_memory, with_less_to_learn_from, "from 8 crops, not 64"),
+        (check_fit_memory, recomputing_first, "recompute only"),
+        (check_fit_memory, never_refusing, "must be refused"),
+        (check_fit_memory, another_rate, "only accumulate may change"),
+        (check_days, lambda N, t, p, u: 2 * N * t / (u * p) / 86_400, "forward"),
+        (check_days, lambda N, t, p, u: 6 * N * t / p / 86_400, "missing"),
+        (check_days, lambda N, t, p, u: 6 * N * t / (u * p), "seconds"),
+        (check_days, lambda N, t, p, u: 120 * N * N / (u * p) / 86_400, "days, not"),
+        (check_scale, lambda scale, streak, finite: (scale, streak + 1), "halves"),
+        (
+            check_scale,
+            lambda scale, streak, finite: (
+                (scale * 2, 0)
+                if streak == 1999
+                else ((scale, streak + 1) if finite else (scale / 2, 0))
+            ),
+            "infinite at the 2,000th step",
+        ),
+        (
+            check_scale,
+            lambda scale, streak, finite: (
+                (min(scale * 2, 2.0**16), 0)
+                if streak == 1999 and finite
+                else ((scale, streak + 1) if finite else (scale / 2, 0))
+            ),
+            "no bounds",
+        ),
+        (check_rounding, lambda x: float(round(x)), "1.7 became 2.0"),
+        (check_rounding, lambda x: float(int(x)), "257.5"),
+        (check_rounding, lambda x: x, "spacing"),
+    ],
+)
+def test_checks_name_the_mistake(check, wrong, message):
+    with pytest.raises(AssertionError, match=message):
+        check(wrong)
+
+
 # Devices, precisions and speeds.
 
 
 @pytest.mark.parametrize("name", ["abacus", "cuda:99", "meta", ""])
 def test_a_device_that_is_not_here(name):
-    with pytest.raises(ValueError, match="device") as refused:
+    with pytest.raises(ValueError, match="no device") as refused:
         pick_device(name)
     assert len(str(refused.value)) < 160
 
@@ -109,7 +205,7 @@ def test_the_best_device(monkeypatch):
     )
     assert pick_device() == CPU
     found.append(torch.device("cuda", 99))  # it is listed, and can't add
-    with pytest.raises(ValueError, match="no device 'cuda' to use"):
+    with pytest.raises(ValueError, match="no device 'cuda:99'"):
         pick_device()
 
 
@@ -415,9 +511,10 @@ def test_float16_skips_a_step_whose_gradient_overflows(training):
 
 def test_float16_that_never_steps_is_told():
     trainer = spoiled(trained(0, precision="float16"), math.inf, at=200)
-    with pytest.raises(FloatingPointError, match="overflow in float16 however"):
+    with pytest.raises(FloatingPointError, match="not finite"):
         for _ in range(200):
             trainer.take_step()
+            trainer.read_losses()
 
 
 def test_a_scaled_run_goes_on_where_it_was():
@@ -519,6 +616,22 @@ def test_memory_is_fitted_by_splitting_and_then_by_recomputing():
             fit_memory(plan, memory, kept)
 
 
+@pytest.mark.parametrize("scope", ["off", "all"])
+def test_a_model_takes_the_gelu_of_its_machine(scope):
+    model = GPT(SHAPE)
+    make_loss(model, Machine(compile="all"))
+    make_loss(model, Machine(compile=scope))
+    wanted = module.compiled_gelu if scope == "all" else module.pytorch_gelu
+    assert all(block.mlp.activation is wanted for block in model.blocks)
+    x = torch.linspace(-9, 9, 999, dtype=torch.float64)
+    torch.testing.assert_close(module.compiled_gelu(x), module.pytorch_gelu(x))
+    relu = ModernConfig(**{**asdict(SHAPE), "tied": False})
+    other = build(relu)
+    before = other.blocks[0].mlp.activation
+    make_loss(other, Machine(compile=scope))
+    assert other.blocks[0].mlp.activation is before
+
+
 def test_parts_never_outnumber_the_crops():
     model = GPTConfig(1000, context=512, layers=4, heads=4, width=128)
     plan = Plan(model, TrainConfig(batch_size=12), Machine(), 1e9)
@@ -579,7 +692,7 @@ class TestPlan:
         ("wrong", "message"),
         [
             ({"size": "huge"}, "micro"),
-            ({"size": ""}, "size"),
+            ({"size": ""}, "micro"),
             ({"recipe": "bert"}, "modern"),
             ({"optimizer": "sgd"}, "adamw, muon"),
             ({"learnig_rate": 1.0}, "learnig_rate"),
@@ -644,8 +757,9 @@ class TestCards:
         plan = make_plan(50_257, "medium")
         assert plan.training.accumulate > 1
         assert plan.training.batch_size == 64
-        assert "in 8 parts" in plan.describe() or "parts" in plan.describe()
-        with pytest.raises(ValueError, match="of which there are 13"):
+        parts = plan.training.accumulate
+        assert f"batches of 64 in {parts} parts" in plan.describe()
+        with pytest.raises(ValueError, match="13.4 there for tensors"):
             make_plan(50_257, "xl")
 
     def test_recomputation_where_one_crop_is_too_much(self, monkeypatch):
@@ -654,7 +768,7 @@ class TestCards:
         assert plan.training.accumulate == plan.training.batch_size
         assert plan.machine.recompute
         assert "recomputed" in plan.describe()
-        with pytest.raises(ValueError, match="of which there are 13"):
+        with pytest.raises(ValueError, match="13.4 there for tensors"):
             make_plan(50_257, "medium", context=8192, recompute=False)
 
 
@@ -687,7 +801,7 @@ def test_a_description():
         "2 layers",
         "width 16",
         "1,000 steps",
-        "cpu, bfloat16, compiled",
+        "cpu, bfloat16, compile all",
         "muon, rate 0.03 (AdamW 0.003)",
     ):
         assert part in text
