@@ -4,9 +4,9 @@
     python benchmarks/estimates.py --write    # also into README.md and book/runs
 
 One thread; times are those of the processor, not of the clock, so that other programs
-disturb less. A step is a whole one of a `Trainer`: batch, forward, backward, clipping and
-the optimizer; the shortest of several counts. The speed of the products, from which a
-plan predicts, is measured beside each in the same way.
+disturb less. A step is a whole one of a `Trainer`: batch, forward, backward, clipping
+and the optimizer; the shortest of several counts. The speed of the products, from which
+a plan predicts, is measured beside each in the same way.
 """
 
 import argparse
@@ -103,8 +103,8 @@ def main() -> None:
     place.write_text(json.dumps(record, indent=1) + "\n")
     table = [
         f"One thread of an {record['processor']}, {record['date']}, torch "
-        f"{torch.__version__}: the shortest of several steps, in processor time, and the "
-        "estimate of the plan divided by it.",
+        f"{torch.__version__}: the shortest of several steps, in processor time, and "
+        "the estimate of the plan divided by it.",
         "",
         "| step | milliseconds | estimate |",
         "| --- | ---: | ---: |",

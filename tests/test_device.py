@@ -49,7 +49,7 @@ from glassgpt.device import (
 from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.heads import fused_attention
 from glassgpt.modern import LLAMA_CHOICES, ModernConfig, MuonConfig, build
-from glassgpt.training import TrainConfig, Trainer, token_loss
+from glassgpt.training import TrainConfig, Trainer, token_loss, train
 
 needs_compiler = pytest.mark.skipif(not which("c++"), reason="needs a C++ compiler")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -510,11 +510,10 @@ def test_float16_skips_a_step_whose_gradient_overflows(training):
 
 
 def test_float16_that_never_steps_is_told():
-    trainer = spoiled(trained(0, precision="float16"), math.inf, at=200)
+    training = replace(TRAINING, steps=60, evaluate_every=60)
+    trainer = spoiled(trained(0, training, precision="float16"), math.inf, at=60)
     with pytest.raises(FloatingPointError, match="not finite"):
-        for _ in range(200):
-            trainer.take_step()
-            trainer.read_losses()
+        train(trainer, progress=False)
 
 
 def test_a_scaled_run_goes_on_where_it_was():
@@ -782,7 +781,7 @@ def test_cost_of_a_plan(monkeypatch):
     empty = replace(training, batch_size=1, steps=1)
     kept = plan.memory - memory_needed(plan.model, empty, Machine())
     looks = 2 * 640 * 32 * flops / 3
-    seconds = (plan.flops + looks) / 1e9 + 10 * kept * 12 / 11 / 2e9
+    seconds = (plan.flops + looks) / 1e9 + 1.2 * 10 * kept * 12 / 11 / 2e9
     assert plan.seconds == pytest.approx(seconds)
     again = replace(plan, machine=Machine(recompute=True))
     assert again.seconds - plan.seconds == pytest.approx(plan.flops / 3e9)
@@ -802,7 +801,7 @@ def test_a_description():
         "width 16",
         "1,000 steps",
         "cpu, bfloat16, compile all",
-        "muon, rate 0.03 (AdamW 0.003)",
+        "muon, rate 0.03 (adamw, rate 0.003)",
     ):
         assert part in text
     assert text.count("\n") == 3

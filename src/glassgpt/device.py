@@ -409,7 +409,7 @@ class Plan:
     def seconds(self) -> float:
         """About how long the run will take, evaluations included.
 
-        On a CPU the products at their measured speed, and a nanosecond for each byte
+        On a CPU the products at their measured speed, and 1.2 nanoseconds for each byte
         that is kept, shared by the threads: so it was measured. Of a GPU's data sheet
         a third is assumed.
         """
@@ -422,7 +422,7 @@ class Plan:
         if self.machine.device.startswith("cuda"):
             return 3 * work / self.peak_flops
         kept = self.tokens * kept_by_token(m, self.machine)
-        return work / self.peak_flops + 1e-9 * kept / threads
+        return work / self.peak_flops + 1.2e-9 * kept / threads
 
     @property
     def memory(self) -> int:
@@ -446,16 +446,17 @@ class Plan:
     def describe(self) -> str:
         """The plan in a few lines, for people."""
         m, t, machine = self.model, self.training, self.machine
-        rates = f"rate {t.learning_rate:.2g}"
+        rates = f"adamw, rate {t.learning_rate:.2g}"
         if isinstance(t, MuonConfig):
-            rates = f"muon, rate {t.matrix_learning_rate:.2g} (AdamW {rates[5:]})"
+            rates = f"muon, rate {t.matrix_learning_rate:.2g} ({rates})"
         how = f"{machine.precision}, compile {machine.compile}"
         how += ", activations recomputed" * machine.recompute
+        parts = f" in {t.accumulate} parts" * (t.accumulate > 1)
         return f"""\
 model   {count(m)[0] / 1e6:.2f} M parameters: {m.layers} layers, {m.heads} heads, \
 width {m.width}, context {m.context}
 run     {t.steps:,} steps, {self.tokens / 1e6:.1f} M tokens, {self.flops:.1e} FLOPs
-recipe  {rates}, batches of {t.batch_size} in {t.accumulate} parts
+recipe  {rates}, batches of {t.batch_size}{parts}
 machine {machine.device}, {how}: about {self.memory / 1e9:.2f} GB of tensors, \
 {timedelta(seconds=round(self.seconds))}"""
 
