@@ -1,7 +1,7 @@
 """How well a plan predicts the time of a step: estimates beside measured steps.
 
     python benchmarks/estimates.py            # print
-    python benchmarks/estimates.py --write    # also into README.md and book/runs
+    python benchmarks/estimates.py --write    # also into README.md
 
 One thread; times are those of the processor, not of the clock, so that other programs
 disturb less. A step is a whole one of a `Trainer`: batch, forward, backward, clipping
@@ -10,7 +10,6 @@ a plan predicts, is measured beside each in the same way.
 """
 
 import argparse
-import json
 import os
 import platform
 import re
@@ -91,18 +90,9 @@ def main() -> None:
         return
     text = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
     found = re.search(r"model name\s*: (.*)", text)
-    record = {
-        "command": "python benchmarks/estimates.py --write",
-        "date": date.today().isoformat(),
-        "processor": found[1] if found else platform.processor(),
-        "threads": 1,
-        "torch": torch.__version__,
-        "steps": rows,
-    }
-    place = ROOT.parent / "book" / "runs" / "estimates.json"
-    place.write_text(json.dumps(record, indent=1) + "\n")
+    processor = found[1] if found else platform.processor()
     table = [
-        f"One thread of an {record['processor']}, {record['date']}, torch "
+        f"One thread of an {processor}, {date.today()}, torch "
         f"{torch.__version__}: the shortest of several steps, in processor time, and "
         "the estimate of the plan divided by it.",
         "",

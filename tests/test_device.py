@@ -2,10 +2,13 @@
 
 import ast
 import inspect
+import json
 import math
 import os
+import re
 from copy import deepcopy
 from dataclasses import asdict, replace
+from pathlib import Path
 from shutil import which
 from unittest.mock import patch
 
@@ -790,6 +793,19 @@ def test_cost_of_a_plan(monkeypatch):
     assert muon.seconds - plan.seconds == pytest.approx(more)
     card = replace(plan, machine=Machine("cuda"))
     assert card.seconds == pytest.approx(3 * (plan.flops + looks) / 1e9)
+
+
+def test_the_chapter_shows_what_was_measured():
+    root = Path(__file__).parents[1]
+    readme = (root / "benchmarks" / "README.md").read_text("utf-8")
+    cells = json.loads((root / "book" / "15_full_gpt.ipynb").read_text("utf-8"))[
+        "cells"
+    ]
+    source = next("".join(c["source"]) for c in cells if c["id"] == "estimates")
+    rows = re.findall(r'\("(.+)", (\d+), ([\d.]+)\)', source)
+    assert len(rows) == 10
+    for name, milliseconds, ratio in rows:
+        assert f"| {name} | {milliseconds} | x {float(ratio):.2f} |" in readme
 
 
 def test_a_description():
