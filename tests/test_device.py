@@ -1,46 +1,65 @@
-"""Plans: what is chosen for a machine, what is refused, and what a run will cost."""
+"""The machine: what is chosen for it, what training computes on it, what it costs."""
 
+import ast
+import inspect
 import math
 import os
-import subprocess
-import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
+from shutil import which
+from unittest.mock import patch
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.utils import counters
+from torch._functorch.aot_autograd import make_boxed_compiler
+from torch.profiler import profile
 
 from glassgpt import device as module
-from glassgpt.checkpoints import build
-from glassgpt.checks.device import (
-    check_days,
-    check_fit_batch,
-    check_precision,
-    check_rounding,
-    check_scale,
-)
+from glassgpt.data import TokenData
 from glassgpt.device import (
     DATA_SHEETS,
     SIZES,
+    Machine,
     Plan,
-    fit_batch,
-    gpu_precision,
-    keep_freed_memory,
+    ScaledTrainer,
+    compiled,
+    count,
+    fit_memory,
+    make_loss,
     make_plan,
     measure_flops,
     memory_needed,
+    padded_logits,
     peak_flops,
     pick_device,
     pick_precision,
+    short_attention,
 )
 from glassgpt.gpt import GPT, GPTConfig
-from glassgpt.modern import ModernConfig
-from glassgpt.training import (
-    TrainConfig,
-    make_loss,
-    short_attention,
-    suits_short_attention,
-    use_attention,
-)
+from glassgpt.heads import fused_attention
+from glassgpt.modern import LLAMA_CHOICES, ModernConfig, MuonConfig, build
+from glassgpt.training import TrainConfig, Trainer, token_loss
+
+needs_compiler = pytest.mark.skipif(not which("c++"), reason="needs a C++ compiler")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+SHAPE = GPTConfig(11, context=8, layers=2, heads=2, width=16)
+TRAINING = TrainConfig(steps=6, batch_size=4, warmup=3, evaluate_every=3)
+IDS = [n * n % 11 for n in range(400)]
+DATA = TokenData.of(IDS[:300], IDS[300:], 11)
+
+
+def trained(steps=3, training=TRAINING, model=SHAPE, **machine):
+    """A trainer after a few steps."""
+    trainer = Plan(model, training, Machine(**machine), 1e9).trainer(DATA)
+    for _ in range(steps):
+        trainer.take_step()
+    return trainer
+
+
+def weights(trainer):
+    return torch.nn.utils.parameters_to_vector(trainer.model.parameters()).detach()
 
 
 class FakeCard:
@@ -49,142 +68,46 @@ class FakeCard:
     def __init__(self, monkeypatch, name, capability, gigabytes):
         properties = type("Properties", (), {"total_memory": int(gigabytes * 1e9)})
         cuda = torch.cuda
-        monkeypatch.setattr(cuda, "is_available", lambda: True)
         monkeypatch.setattr(cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(cuda, "get_device_name", lambda device: name)
         monkeypatch.setattr(cuda, "get_device_properties", lambda device: properties)
+        monkeypatch.setattr(module, "pick_device", lambda name: CUDA)
+
+
+def no_measuring(device, dtype, *shape):
+    raise AssertionError("measured")
 
 
 @pytest.fixture
 def fast_cpu(monkeypatch):
     """A CPU whose speed is known, so that nothing is timed."""
     speeds = {torch.float32: 1e11, torch.bfloat16: 3e11}
-    monkeypatch.setattr(module, "measure_flops", lambda device, dtype: speeds[dtype])
+    known = lambda device, dtype, *shape: speeds[dtype]  # noqa: E731
+    monkeypatch.setattr(module, "measure_flops", known)
     return speeds
 
 
-def test_checks_pass():
-    check_precision(gpu_precision)
-    check_fit_batch(fit_batch)
-
-
-@pytest.mark.parametrize(
-    ("check", "wrong", "message"),
-    [
-        (check_precision, lambda c: "bfloat16", "emulated"),
-        (check_precision, lambda c: "float16", "not bfloat16"),
-        (check_fit_batch, lambda m, t, b: t, "does not fit"),
-        (check_days, lambda N, t, p, u: 2 * N * t / (u * p) / 86_400, "forward"),
-        (check_days, lambda N, t, p, u: 6 * N * t / p / 86_400, "missing"),
-        (check_days, lambda N, t, p, u: 6 * N * t / (u * p), "seconds"),
-        (check_scale, lambda scale, streak, finite: (scale, streak + 1), "halves"),
-        (check_days, lambda N, t, p, u: 120 * N * N / (u * p) / 86_400, "days, not"),
-        (
-            check_scale,
-            lambda scale, streak, finite: (
-                (scale * 2, 0)
-                if streak == 1999
-                else ((scale, streak + 1) if finite else (scale / 2, 0))
-            ),
-            "infinite at the 2,000th step",
-        ),
-        (
-            check_fit_batch,
-            lambda m, t, b: (
-                fit_batch(m, replace(t, accumulate=1), b)
-                if b < memory_needed(m, t)
-                else t
-            ),
-            "accumulate what you split off",
-        ),
-        (
-            check_fit_batch,
-            lambda m, t, b: (
-                replace(found, learning_rate=1.0)
-                if (found := fit_batch(m, t, b)) != t
-                else t
-            ),
-            "only batch_size and accumulate",
-        ),
-        (
-            check_precision,
-            lambda c: (
-                "bfloat16"
-                if f"{c[0]}.{c[1]}" >= "8.0"
-                else gpu_precision(min(c, (7, 5)))
-            ),
-            "B200",
-        ),
-        (
-            check_scale,
-            lambda scale, streak, finite: (
-                (min(scale * 2, 2.0**16), 0)
-                if streak == 1999 and finite
-                else ((scale, streak + 1) if finite else (scale / 2, 0))
-            ),
-            "no bounds",
-        ),
-        (check_rounding, lambda x: float(round(x)), "1.7 became 2.0"),
-        (check_rounding, lambda x: float(int(x)), "257.5"),
-        (check_rounding, lambda x: x, "spacing"),
-    ],
-)
-def test_checks_name_the_mistake(check, wrong, message):
-    with pytest.raises(AssertionError, match=message):
-        check(wrong)
-
-
-def test_rounding_check_agrees_with_torch():
-    check_rounding(lambda x: torch.tensor(x).bfloat16().item())
-
-
-def test_the_learning_rate_falls_with_the_width():
-    def rate(**values):
-        plan = make_plan(80, device="cpu", precision="float32", **values)
-        return plan.training.learning_rate
-
-    assert rate(optimizer="adamw") == pytest.approx(0.4 / 128)
-    assert rate(optimizer="adamw", size="mini") == pytest.approx(0.4 / 384)
-    assert rate(optimizer="adamw", width=64) == pytest.approx(0.4 / 64)
-    assert rate() == pytest.approx(0.8 / 128)  # Muon, since the run is short
-    assert rate(learning_rate=0.005) == 0.005
+# Devices, precisions and speeds.
 
 
 @pytest.mark.parametrize("name", ["abacus", "cuda:99", "meta", ""])
 def test_a_device_that_is_not_here(name):
     with pytest.raises(ValueError, match="device") as refused:
         pick_device(name)
-    assert len(str(refused.value)) < 120
+    assert len(str(refused.value)) < 160
 
 
 def test_the_best_device(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert pick_device() == torch.device("cpu")
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert pick_device() == torch.device("mps")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    found = []
+    monkeypatch.setattr(
+        torch.accelerator,
+        "current_accelerator",
+        lambda check_available: found[0] if found else None,
+    )
+    assert pick_device() == CPU
+    found.append(torch.device("cuda", 99))  # it is listed, and can't add
     with pytest.raises(ValueError, match="no device 'cuda' to use"):
-        pick_device()  # it is listed, and can't add
-
-
-class Works:
-    """What adding two numbers on a GPU gives, without one."""
-
-    device = torch.device("cuda")
-
-    def add_(self, other):
-        return self
-
-    def item(self):
-        return 2.0
-
-
-def test_a_gpu_that_works(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch, "empty", lambda *_, device: Works)
-    monkeypatch.setattr(torch, "ones", lambda *_, device: Works())
-    assert pick_device() == pick_device("cuda") == torch.device("cuda")
+        pick_device()
 
 
 @pytest.mark.parametrize(
@@ -204,123 +127,403 @@ def test_a_gpu_that_works(monkeypatch):
 )
 def test_known_cards(monkeypatch, name, capability, precision, peak):
     FakeCard(monkeypatch, name, capability, 40)
-    device = torch.device("cuda")
-    assert pick_precision(device) == precision
-    assert peak_flops(device, precision) == peak
-    monkeypatch.setattr(module, "measure_flops", lambda device, dtype: (dtype, 1.0))
-    tf32 = peak_flops(device, "tf32")
-    newer = capability >= (8, 0)  # than those without TF32, which are measured
-    assert tf32 == (peak / 2 if newer else (torch.float32, 1.0))
+    monkeypatch.setattr(module, "measure_flops", no_measuring)
+    assert pick_precision(CUDA) == precision
+    assert peak_flops(Machine("cuda", precision)) == peak
 
 
 def test_an_unknown_card_is_measured(monkeypatch, fast_cpu):
-    FakeCard(monkeypatch, "NVIDIA L40S", (8, 9), 48)
-    assert peak_flops(torch.device("cuda"), "bfloat16") == fast_cpu[torch.bfloat16]
-    FakeCard(monkeypatch, "NVIDIA A100-SXM4-40GB MIG 1g.5gb", (8, 0), 5)
-    assert peak_flops(torch.device("cuda"), "bfloat16") == fast_cpu[torch.bfloat16]
-    FakeCard(monkeypatch, "NVIDIA L40S", (8, 9), 48)
-    half = fast_cpu[torch.bfloat16] / 2
-    assert peak_flops(torch.device("cuda"), "tf32") == half
+    for name in ("NVIDIA L40S", "NVIDIA A100-SXM4-40GB MIG 1g.5gb"):
+        FakeCard(monkeypatch, name, (8, 9), 48)
+        found = peak_flops(Machine("cuda", "bfloat16"))
+        assert found == fast_cpu[torch.bfloat16]
     FakeCard(monkeypatch, "NVIDIA L4", (8, 9), 24)
-    assert peak_flops(torch.device("cuda"), "float32") == fast_cpu[torch.float32]
+    assert peak_flops(Machine("cuda", "float32")) == fast_cpu[torch.float32]
+    FakeCard(monkeypatch, "Quadro P6000", (6, 1), 24)
+    assert pick_precision(CUDA) == "float32"
 
 
 def test_precision_of_a_cpu_is_measured(fast_cpu):
-    assert pick_precision(torch.device("cpu")) == "bfloat16"
+    assert pick_precision(CPU) == "bfloat16"
     fast_cpu[torch.bfloat16] = 1.2e11
-    assert pick_precision(torch.device("cpu")) == "float32"
+    assert pick_precision(CPU) == "float32"
     assert pick_precision(torch.device("mps")) == "float32"
 
 
-def test_measured_flops_are_plausible():
-    assert 1e7 < measure_flops(torch.device("cpu"), torch.float32) < 1e15
+def test_a_precision_without_units_is_given_up_after_small_products(monkeypatch):
+    """Emulated bfloat16 takes seconds for a large product."""
+    now, products = [0.0], []
+    speed = 2e9  # FLOP a second, as it was seen
+    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
+    real = torch.Tensor.__matmul__
+
+    def product(a, b):
+        products.append(2 * a.shape[0] * b.numel())
+        now[0] += products[-1] / speed
+        return real(a, b)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", product)
+    measure = measure_flops.__wrapped__
+    assert measure(CPU, torch.float32, 2048, 512) == pytest.approx(speed)
+    assert now[0] < 0.5  # seconds of that processor
+    speed, now[0] = 1e11, 0.0
+    products.clear()
+    assert measure(CPU, torch.float32, 2048, 512) == pytest.approx(speed)
+    assert max(products) == 8 * 2048 * 512 * 512
+    assert now[0] < 0.5
 
 
-def kept_bytes(model, ids, training):
-    """Bytes of what the forward pass keeps, parameters aside."""
-    if suits_short_attention(model.config.context, training):
-        use_attention(model, short_attention)
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+def test_a_start_measures_each_precision_once():
+    measure_flops.cache_clear()
+    for _ in range(2):  # the command plans before it reads the text, and after
+        make_plan(80, device="cpu")
+    assert measure_flops.cache_info().misses == 2
+    make_plan(90, device="cpu", precision="float32")
+    assert measure_flops.cache_info().misses == 2
+    measure_flops.cache_clear()
+    make_plan(80, device="cpu", precision="float32")
+    assert measure_flops.cache_info().misses == 1
+
+
+def test_nothing_private_is_imported_at_the_top():
+    tree = ast.parse(inspect.getsource(module))
+    found = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    assert not [node.module for node in found if "._" in node.module]
+
+
+def test_names_of_a_machine():
+    for wrong in ({"precision": "int4"}, {"compile": "yes"}, {"precision": "tf32"}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            Machine(**wrong)
+
+
+# What training computes.
+
+
+@pytest.mark.parametrize("config", [SHAPE, ModernConfig(**asdict(SHAPE))])
+def test_the_loss_is_that_of_chapter_12(config):
+    torch.manual_seed(0)
+    model, ids = build(config), torch.randint(11, (3, 8))
+    usual = token_loss(model)(ids, ids)
+    torch.testing.assert_close(make_loss(model, Machine())(ids, ids), usual)
+    for precision in ("bfloat16", "float16"):
+        narrow = make_loss(model, Machine(precision=precision))(ids, ids)
+        assert narrow.dtype == torch.float32
+        torch.testing.assert_close(narrow, usual, atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("shared", [1, 2])
+@pytest.mark.parametrize("queries", [1, 5, 8])
+def test_short_attention_is_attention(shared, queries):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 4, 8, 6, dtype=torch.float64) for _ in range(3))
+    q, k, v = q[:, :, -queries:], k[:, ::shared], v[:, ::shared]
+    found = short_attention(q.requires_grad_(), k, v)
+    torch.testing.assert_close(found, fused_attention(q, k, v))
+    mask = torch.rand(queries, 8) < 0.7
+    mask[:, 0] = True
+    found = short_attention(q, k, v, mask)
+    torch.testing.assert_close(found, fused_attention(q, k, v, mask))
+    assert (short_attention(q, k, v, dropout=0.5) != found).any()
+
+
+@pytest.mark.parametrize("vocabulary", [50, 64, 65])
+def test_a_padded_vocabulary_changes_no_loss_and_no_gradient(vocabulary):
+    torch.manual_seed(0)
+    x = torch.randn(6, 8, dtype=torch.float64)
+    table = torch.randn(vocabulary, 8, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(vocabulary, (6,))
+    padded = padded_logits(x, table)
+    assert padded.shape == (6, 64 if vocabulary <= 64 else 128)
+    losses = [F.cross_entropy(x @ table.T, targets), F.cross_entropy(padded, targets)]
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, table) for loss in losses))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", [GPTConfig, ModernConfig])
+def test_recomputing_learns_the_same(precision, kind):
+    model = kind(11, context=8, layers=2, heads=2, width=16, dropout=0.1)
+    plain = trained(model=model, precision=precision)
+    again = trained(model=model, precision=precision, recompute=True)
+    assert torch.equal(weights(plain), weights(again))
+
+
+def test_a_split_batch_learns_the_same():
+    parts = trained(training=replace(TRAINING, accumulate=2))
+    torch.testing.assert_close(weights(trained()), weights(parts), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("scope", ["blocks", "all"])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("kind", [GPTConfig, ModernConfig])
+def test_compiled_trains_like_plain(scope, recompute, kind):
+    model = kind(11, context=8, layers=2, heads=2, width=16)
+    real, used = torch.compile, []
+
+    def counting(function):
+        used.append(function)
+        return real(function, backend="aot_eager")
+
+    with patch("torch.compile", counting):
+        fast = trained(model=model, compile=scope, recompute=recompute)
+    assert len(used) == 1
+    plain = trained(model=model)
+    torch.testing.assert_close(weights(plain), weights(fast), atol=1e-5, rtol=1e-4)
+
+
+@needs_compiler
+@pytest.mark.parametrize("scope", ["blocks", "all"])
+def test_a_compiled_program_can_be_stored_for_the_next_run(scope):
+    torch.compiler.reset()  # nothing from another test in memory
+    before = counters["aot_autograd"].copy()
+    fast = trained(steps=1, precision="bfloat16", compile=scope)
+    since = counters["aot_autograd"] - before
+    assert since["total"] == 1
+    assert since["autograd_cache_bypass"] == 0
+    plain = trained(steps=1, precision="bfloat16")
+    torch.testing.assert_close(weights(plain), weights(fast), atol=1e-2, rtol=0)
+
+
+def kept_bytes(function, *inputs):
+    """What a call keeps for its backward pass, each storage counted once."""
     kept = {}
 
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        make_loss(model, training, stepping=True)(ids, ids)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        function(*inputs)
     return sum(storage.nbytes() for storage in kept.values())
 
 
+@needs_compiler
+def test_compiled_runs_compute_again_what_is_cheap():
+    model = GPT(GPTConfig(11, context=64, layers=2, heads=2, width=32))
+    ids = torch.zeros(8, 64, dtype=torch.int64)
+    keeping = torch.compile(make_loss(model, Machine()))
+    thrifty = make_loss(model, Machine(compile="all"))
+    with patch("torch.cuda.is_available", return_value=False):
+        ours = kept_bytes(thrifty, ids, ids)
+    torch.compiler.reset()
+    assert ours < 0.8 * kept_bytes(keeping, ids, ids)
+
+
+def test_without_a_compiler_it_goes_on(capsys):
+    with patch("torch.compile", side_effect=RuntimeError("no C++ compiler\nat all")):
+        slow = trained(compile="blocks")
+    assert torch.equal(weights(trained()), weights(slow))
+    said = capsys.readouterr()
+    assert (said.out + said.err).count("no C++ compiler") == 1
+
+
+def test_programs_are_stored_by_their_precision():
+    tags = []
+
+    def telling(function):
+        def call(*arguments):
+            tags.append(torch.compiler.config.cache_key_tag)
+            return function(*arguments)
+
+        return call
+
+    with patch("torch.compile", telling):
+        for dtype in (torch.bfloat16, torch.float16):
+            with torch.autocast("cpu", dtype):
+                compiled(torch.add)(1, 2)
+    assert len(set(tags)) == 2
+
+
+def test_a_compiler_that_fails_at_the_first_call():
+    def broken(function):
+        def call(*arguments):
+            raise RuntimeError("")
+
+        return call
+
+    with patch("torch.compile", broken):
+        loss = compiled(lambda a, b: a + b)
+        assert [loss(1, 2), loss(3, 4)] == [3, 7]
+
+
+def backward_is_broken(graph, example_inputs):
+    raise RuntimeError("no backward program")
+
+
+def test_a_compiler_that_fails_at_the_backward_program(capsys):
+    backend = aot_autograd(
+        fw_compiler=make_boxed_compiler(lambda graph, inputs: graph),
+        bw_compiler=backward_is_broken,
+    )
+    real = torch.compile
+    x = torch.ones(3, requires_grad=True)
+    with patch("torch.compile", lambda function: real(function, backend=backend)):
+        compiled(torch.exp)(x).sum().backward()
+    assert torch.allclose(x.grad, x.exp())
+    said = capsys.readouterr()
+    assert "no backward program" in said.out + said.err
+
+
+def test_a_ninth_model_is_compiled_too():
+    torch.compiler.reset()
+    graphs, real = [], torch.compile
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def use(layer):
+        return lambda x: layer(x)
+
+    with patch("torch.compile", lambda function: real(function, backend=backend)):
+        for width in range(1, 12):
+            compiled(use(torch.nn.Linear(2, width)))(torch.ones(1, 2))
+    assert len(graphs) == 11
+
+
+# float16 and its scale.
+
+
+def spoiled(trainer, value, at):
+    """Let the gradient of the loss be a value, the first `at` times."""
+    loss, left = trainer.loss, [at]
+
+    def wrong(*batch):
+        result = loss(*batch)
+        if left[0] and torch.is_grad_enabled():
+            left[0] -= 1
+            result.register_hook(lambda gradient: gradient * value)
+        return result
+
+    trainer.loss = wrong
+    return trainer
+
+
+@pytest.mark.parametrize("training", [TRAINING, MuonConfig(**asdict(TRAINING))])
+def test_float16_skips_a_step_whose_gradient_overflows(training):
+    trainer = spoiled(trained(0, training, precision="float16"), math.inf, at=1)
+    assert isinstance(trainer, ScaledTrainer)
+    before, scale = weights(trainer), trainer.scaler.get_scale()
+    trainer.take_step()
+    trainer.read_losses()  # a skipped step is no error
+    assert torch.equal(weights(trainer), before)
+    assert trainer.scaler.get_scale() == scale / 2
+    trainer.take_step()
+    assert not torch.equal(weights(trainer), before)
+
+
+def test_float16_that_never_steps_is_told():
+    trainer = spoiled(trained(0, precision="float16"), math.inf, at=200)
+    with pytest.raises(FloatingPointError, match="overflow in float16 however"):
+        for _ in range(200):
+            trainer.take_step()
+
+
+def test_a_scaled_run_goes_on_where_it_was():
+    whole = spoiled(trained(0, precision="float16"), math.inf, at=2)
+    for _ in range(3):
+        whole.take_step()
+    other = trained(0, precision="float16")
+    other.load_state_dict(whole.state_dict())
+    assert other.scaler.get_scale() == whole.scaler.get_scale()
+    for trainer in (whole, other):
+        trainer.take_step()
+    assert torch.equal(weights(whole), weights(other))
+    elsewhere = trained(0)  # a machine with another precision takes the rest
+    elsewhere.load_state_dict(whole.state_dict())
+    assert type(elsewhere) is Trainer
+    assert elsewhere.step == 4
+
+
+# Counting.
+
+
+@pytest.mark.parametrize("kind", [GPTConfig, ModernConfig])
+@pytest.mark.parametrize("layers", [1, 2, 7])
+def test_a_model_is_counted_from_two_layers(kind, layers):
+    config = kind(80, context=32, layers=layers, heads=2, width=16)
+    model = build(config)
+    assert count(config) == (model.parameter_count(), model.flops_per_token())
+
+
+def test_too_many_layers_are_refused_at_once(fast_cpu, monkeypatch):
+    made = []
+    real = module.build
+    monkeypatch.setattr(module, "build", lambda c: made.append(c.layers) or real(c))
+    with pytest.raises(ValueError, match="layers"):
+        make_plan(80, device="cpu", layers=100_000_000)
+    assert made == [1, 2]
+
+
+def peak_of(plan):
+    """Bytes of tensors at the peak of two steps, the model's making counted in."""
+    with profile(profile_memory=True) as profiler:
+        trainer = plan.trainer(DATA)
+        for _ in range(2):
+            trainer.take_step()
+    events = profiler.profiler.kineto_results.events()
+    events = [event for event in events if event.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+LLAMA = {**LLAMA_CHOICES, "key_value_heads": 2, "hidden": 200}
+
+
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("make", [GPTConfig, ModernConfig])
-@pytest.mark.parametrize("context", [64, 256, 512])
-def test_memory_is_estimated_closely(precision, make, context):
-    config = make(80, context=context, layers=3, heads=2, width=64)
-    model, ids = build(config), torch.zeros(4, context, dtype=torch.int64)
-    training = TrainConfig(batch_size=4, precision=precision)
-    counted = kept_bytes(model, ids, training)
-    counted += 16 * model.parameter_count()  # what autocast copies is in the count
-    assert 0.85 < memory_needed(config, training) / counted < 1.25
+@pytest.mark.parametrize(
+    ("kind", "choices"),
+    [(GPTConfig, {}), (ModernConfig, {}), (ModernConfig, LLAMA)],
+)
+@pytest.mark.parametrize("context", [64, 280])
+def test_memory_is_estimated_closely(recompute, precision, kind, choices, context):
+    config = kind(80, context=context, layers=3, heads=4, width=64, **choices)
+    machine = Machine(precision=precision, recompute=recompute)
+    plan = Plan(config, replace(TRAINING, batch_size=4), machine, 1e9)
+    assert 0.8 < plan.memory / peak_of(plan) < 1.25
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_memory_with_recomputation(precision):
-    config = GPTConfig(80, context=128, layers=12, heads=2, width=64)
-    model, ids = GPT(config), torch.zeros(4, 128, dtype=torch.int64)
-    training = TrainConfig(batch_size=4, precision=precision, recompute=True)
-    plain = replace(training, recompute=False)
-    whole, little = (kept_bytes(model, ids, how) for how in (plain, training))
-    one = GPT(replace(config, layers=1))  # what the backward pass makes again, at once
-    counted = little + kept_bytes(one, ids, plain) + 16 * model.parameter_count()
-    assert little < whole / 4
-    assert 0.67 < memory_needed(config, training) / counted < 1.5
+def test_a_split_batch_takes_less_memory():
+    model = GPTConfig(80, context=128, layers=3, heads=4, width=64)
+    whole, split = (
+        Plan(model, replace(TRAINING, batch_size=8, accumulate=n), Machine(), 1e9)
+        for n in (1, 4)
+    )
+    assert split.memory < 0.5 * whole.memory
+    assert 0.8 < split.memory / peak_of(split) < 1.25
 
 
-def test_keep_freed_memory_elsewhere(monkeypatch):
-    monkeypatch.setattr(module.platform, "libc_ver", lambda: ("", ""))
-
-    def never(name):
-        raise AssertionError("another C library was touched")
-
-    monkeypatch.setattr(module.ctypes, "CDLL", never)
-    assert keep_freed_memory() is False
+# Plans.
 
 
-@pytest.mark.skipif(module.platform.libc_ver()[0] != "glibc", reason="needs glibc")
-def test_keep_freed_memory_here():
-    program = "from glassgpt.device import keep_freed_memory as k; print(k())"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True)
-    assert done.stdout == b"True\n", done.stderr
+def test_memory_is_fitted_by_splitting_and_then_by_recomputing():
+    model = GPTConfig(1000, context=512, layers=4, heads=4, width=128)
+    plan = Plan(model, TrainConfig(batch_size=64), Machine(), 1e9)
+    assert fit_memory(plan, plan.memory, set()) is plan
+    fitted = fit_memory(plan, plan.memory // 5, set())
+    assert fitted.training == replace(plan.training, accumulate=8)
+    assert fitted.memory <= plan.memory // 5
+    assert not fitted.machine.recompute
+    one = replace(plan, training=replace(plan.training, accumulate=64))
+    fitted = fit_memory(plan, one.memory - 1, set())
+    assert fitted.training.accumulate == 64
+    assert fitted.machine.recompute
+    given = {"accumulate", "recompute"}
+    for memory, kept in ((1000, set()), (plan.memory - 1, given)):
+        with pytest.raises(ValueError, match="lower width"):
+            fit_memory(plan, memory, kept)
 
 
-KEPT = """
-import torch
-from pathlib import Path
-from glassgpt.device import keep_freed_memory
-
-def resident():
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4 // 1024
-
-keep_freed_memory()
-weight = torch.zeros(2, requires_grad=True)
-optimizer = torch.optim.SGD([weight])
-for _ in range(2):
-    block = torch.ones(50_000_000)  # 200 MB
-    del block
-    before = resident()
-    weight.sum().backward()
-    optimizer.step()
-    print(before - resident() > 150)
-"""
-
-
-@pytest.mark.skipif(module.platform.libc_ver()[0] != "glibc", reason="needs glibc")
-def test_memory_goes_back_once_after_the_first_step():
-    done = subprocess.run([sys.executable, "-c", KEPT], capture_output=True, text=True)
-    assert done.stdout == "True\nFalse\n", done.stderr
+def test_parts_never_outnumber_the_crops():
+    model = GPTConfig(1000, context=512, layers=4, heads=4, width=128)
+    plan = Plan(model, TrainConfig(batch_size=12), Machine(), 1e9)
+    one = replace(plan, training=replace(plan.training, accumulate=12))
+    assert fit_memory(plan, one.memory, set()).training.accumulate == 12
 
 
 @pytest.mark.usefixtures("fast_cpu")
@@ -329,7 +532,8 @@ class TestPlan:
         plan = make_plan(80, device="cpu")
         assert plan.model == GPTConfig(80, context=64, layers=4, heads=4, width=128)
         assert plan.training.batch_size == 16
-        assert plan.training.precision == "bfloat16"
+        assert isinstance(plan.training, MuonConfig)
+        assert plan.machine.precision == "bfloat16"
         assert plan.peak_flops == 3e11
 
     @pytest.mark.parametrize("size", SIZES)
@@ -338,32 +542,51 @@ class TestPlan:
         model = make_plan(80, size, device="cpu").model
         assert (model.layers, model.heads, model.width) == SIZES[size]
 
-    def test_modern_recipe(self):
+    def test_recipes(self):
+        sizes = {"context": 64, "layers": 4, "heads": 4, "width": 128}
         plan = make_plan(80, recipe="modern", device="cpu")
-        wanted = ModernConfig(80, context=64, layers=4, heads=4, width=128)
-        assert plan.model == wanted
-        assert plan.training.optimizer == "muon"
-        assert plan.training.schedule == "linear"
-        assert plan.training.final_rate == 0
+        assert plan.model == ModernConfig(80, **sizes)
+        assert (plan.training.schedule, plan.training.final_rate) == ("linear", 0)
+        plan = make_plan(80, recipe="llama", device="cpu", optimizer="adamw")
+        assert plan.model == ModernConfig(80, **sizes, **LLAMA_CHOICES)
+        assert type(plan.training) is TrainConfig
+
+    def test_a_single_choice_makes_a_modern_model_of_gpt2(self):
+        model = make_plan(80, device="cpu", norm="rms").model
+        assert isinstance(model, ModernConfig)
+        assert (model.norm, model.activation, model.tied) == ("rms", "gelu", True)
+
+    def test_the_learning_rate_falls_with_the_width(self):
+        def rate(**values):
+            return make_plan(80, device="cpu", **values).training.learning_rate
+
+        assert rate(optimizer="adamw") == pytest.approx(0.4 / 128)
+        assert rate(optimizer="adamw", size="mini") == pytest.approx(0.4 / 384)
+        assert rate(optimizer="adamw", width=64) == pytest.approx(0.4 / 64)
+        assert rate() == pytest.approx(0.8 / 128)  # Muon, since the run is short
+        assert rate(learning_rate=0.005) == 0.005
 
     def test_given_values_win(self):
         values = {"optimizer": "adamw", "width": 64, "batch_size": 3, "bias": True}
         plan = make_plan(80, "mini", "modern", "cpu", heads=2, compile="all", **values)
-        assert plan.training.optimizer == "adamw"
+        assert type(plan.training) is TrainConfig
         assert (plan.model.width, plan.model.layers) == (64, 6)
         assert plan.model.bias is True
         assert plan.training.batch_size == 3
-        assert plan.training.compile == "all"
+        assert plan.machine.compile == "all"
 
     @pytest.mark.parametrize(
         ("wrong", "message"),
         [
             ({"size": "huge"}, "micro"),
             ({"size": ""}, "size"),
-            ({"recipe": "llama"}, "modern"),
+            ({"recipe": "bert"}, "modern"),
+            ({"optimizer": "sgd"}, "adamw, muon"),
             ({"learnig_rate": 1.0}, "learnig_rate"),
+            ({"optimizer": "adamw", "matrix_learning_rate": 1.0}, "matrix_learning"),
             ({"width": 10}, "width"),
             ({"steps": 0}, "steps"),
+            ({"batch_size": 0}, "batch_size"),
             ({"precision": "int4"}, "precision"),
             ({"device": "abacus"}, "abacus"),
         ],
@@ -373,106 +596,85 @@ class TestPlan:
             make_plan(80, **{"device": "cpu", **wrong})
 
     def test_only_long_runs_compile(self):
-        for steps, wanted in ((10, "off"), (5000, "blocks"), (10**6, "all")):
-            assert make_plan(80, device="cpu", steps=steps).training.compile == wanted
+        for steps, wanted in ((10, "off"), (8000, "blocks"), (10**6, "all")):
+            assert make_plan(80, device="cpu", steps=steps).machine.compile == wanted
 
-    def test_a_small_card(self, monkeypatch):
-        FakeCard(monkeypatch, "Tesla T4", (7, 5), 15.8)
-        monkeypatch.setattr(module, "pick_device", lambda name: torch.device("cuda"))
-        plan = make_plan(1024)
-        assert (plan.model.layers, plan.model.width) == (6, 384)
-        assert plan.training.precision == "float16"
-        assert plan.peak_flops == DATA_SHEETS["T4"]
-
-    def test_a_batch_is_split_until_it_fits(self, monkeypatch):
-        FakeCard(monkeypatch, "Tesla T4", (7, 5), 15.8)
-        monkeypatch.setattr(module, "pick_device", lambda name: torch.device("cuda"))
-        training = make_plan(50_257, "medium").training
-        assert training.accumulate > 1
-        assert training.accumulate * training.batch_size == 64
-        assert make_plan(50_257, "medium", batch_size=8).training.accumulate == 1
-        with pytest.raises(ValueError, match="smaller size"):
-            make_plan(50_257, "xl")
-
-    def test_a_batch_that_was_given_is_refused_where_it_does_not_fit(self, monkeypatch):
-        FakeCard(monkeypatch, "Tesla T4", (7, 5), 15.8)
-        monkeypatch.setattr(module, "pick_device", lambda name: torch.device("cuda"))
-        with pytest.raises(ValueError, match="of which there are 16"):
-            make_plan(50_257, "xl", batch_size=64)
-        with pytest.raises(ValueError, match="of which there are 16"):
-            make_plan(50_257, "medium", context=1024, batch_size=8, recompute=False)
-
-    def test_what_may_not_recompute_does_not(self, monkeypatch):
-        values = {"device": "cpu", "context": 512, "batch_size": 32}
+    def test_a_run_that_memory_can_not_hold_is_refused(self, monkeypatch):
+        values = {"device": "cpu", "context": 512, "batch_size": 32, "steps": 10}
         normal = make_plan(80, **values)
-        needed = memory_needed(normal.model, normal.training)
-        monkeypatch.setattr(os, "sysconf", lambda name: math.isqrt(needed) - 1)
+        monkeypatch.setattr(os, "sysconf", lambda name: math.isqrt(normal.memory) - 1)
+        assert make_plan(80, **values).training.accumulate > 1
         with pytest.raises(ValueError, match="lower width"):
-            make_plan(80, **values, recompute=False)
+            make_plan(80, **values, recompute=False, accumulate=1)
+        assert make_plan(80, **values, accumulate=1).machine.recompute
 
     def test_what_compiling_needs_is_counted(self, monkeypatch):
         """A table of attention weights is kept in float32 only when compiled."""
         values = {"device": "cpu", "precision": "float32", "steps": 50_000}
         plain = make_plan(80, **values, compile="off")
-        needed = memory_needed(plain.model, plain.training)
-        monkeypatch.setattr(os, "sysconf", lambda name: math.isqrt(needed) + 1)
-        assert not make_plan(80, **values, compile="off").training.recompute
-        chosen = make_plan(80, **values).training
-        assert chosen.compile != "off"
-        assert chosen.recompute
+        monkeypatch.setattr(
+            module, "memory_of", lambda device: int(plain.memory / 0.85) + 1
+        )
+        assert make_plan(80, **values, compile="off").training.accumulate == 1
+        chosen = make_plan(80, **values)
+        assert chosen.machine.compile != "off"
+        assert chosen.training.accumulate == 2
 
-    def test_a_gpu_compiles_the_whole_model_or_nothing(self, monkeypatch):
-        FakeCard(monkeypatch, "NVIDIA H100 80GB HBM3", (9, 0), 85)
-        monkeypatch.setattr(module, "pick_device", lambda name: torch.device("cuda"))
-        assert make_plan(50_257, steps=50).training.compile == "off"
-        assert make_plan(50_257, steps=2000).training.compile == "all"
 
-    def test_recomputation_where_one_crop_is_too_much(self, monkeypatch):
-        monkeypatch.setattr(module, "pick_device", lambda name: torch.device("cuda"))
+class TestCards:
+    def test_a_small_card(self, monkeypatch):
         FakeCard(monkeypatch, "Tesla T4", (7, 5), 15.8)
-        plan = make_plan(50_257, "medium", context=8192)
-        assert (plan.training.batch_size, plan.training.recompute) == (1, True)
-        assert "recomputed" in plan.describe()
-
-    def test_recomputation_on_a_cpu(self, monkeypatch):
-        values = {"device": "cpu", "context": 512, "batch_size": 32}
-        normal = make_plan(80, **values)
-        needed = memory_needed(normal.model, normal.training)
-        monkeypatch.setattr(os, "sysconf", lambda name: math.isqrt(needed) - 1)
-        assert make_plan(80, **values).training.recompute
-        assert not normal.training.recompute
+        plan = make_plan(1024)
+        assert (plan.model.layers, plan.model.width) == (6, 384)
+        assert plan.machine.precision == "float16"
+        assert plan.peak_flops == DATA_SHEETS["T4"]
+        assert type(plan.training) is TrainConfig
 
     def test_a_large_card(self, monkeypatch):
         FakeCard(monkeypatch, "NVIDIA H100 80GB HBM3", (9, 0), 85)
-        monkeypatch.setattr(module, "pick_device", lambda name: torch.device("cuda"))
         plan = make_plan(50_257)
         assert plan.model == GPTConfig(50_257)
-        assert plan.training.precision == "bfloat16"
-        assert memory_needed(plan.model, plan.training) < 85e9
+        assert plan.machine.precision == "bfloat16"
+        assert plan.machine.compile == "all"
+        assert memory_needed(plan.model, plan.training, plan.machine) < 85e9
+        assert make_plan(50_257, steps=50).machine.compile == "off"
+
+    def test_a_batch_is_split_until_it_fits(self, monkeypatch):
+        FakeCard(monkeypatch, "Tesla T4", (7, 5), 15.8)
+        plan = make_plan(50_257, "medium")
+        assert plan.training.accumulate > 1
+        assert plan.training.batch_size == 64
+        assert "in 8 parts" in plan.describe() or "parts" in plan.describe()
+        with pytest.raises(ValueError, match="of which there are 13"):
+            make_plan(50_257, "xl")
+
+    def test_recomputation_where_one_crop_is_too_much(self, monkeypatch):
+        FakeCard(monkeypatch, "Tesla T4", (7, 5), 15.8)
+        plan = make_plan(50_257, "medium", context=8192)
+        assert plan.training.accumulate == plan.training.batch_size
+        assert plan.machine.recompute
+        assert "recomputed" in plan.describe()
+        with pytest.raises(ValueError, match="of which there are 13"):
+            make_plan(50_257, "medium", context=8192, recompute=False)
 
 
 def test_cost_of_a_plan():
-    model = GPTConfig(80, context=32, layers=2, heads=2, width=16)
-    training = TrainConfig(steps=10, batch_size=4, accumulate=3)
-    plan = Plan(model, training, torch.device("cpu"), 1e9)
-    assert plan.tokens == 10 * 4 * 3 * 32
-    assert plan.flops == plan.tokens * GPT(model).flops_per_token()
-    assert plan.seconds == pytest.approx(plan.flops / 2e8)
+    training = TrainConfig(steps=10, batch_size=12)
+    plan = Plan(replace(SHAPE, context=32), training, Machine(), 1e9)
+    assert plan.tokens == 10 * 12 * 32
+    assert plan.flops == plan.tokens * GPT(plan.model).flops_per_token()
 
 
-def test_description():
-    model = GPTConfig(80, context=32, layers=2, heads=2, width=16)
-    training = TrainConfig(
-        steps=1000, batch_size=4, precision="bfloat16", compile="all"
-    )
-    text = Plan(model, training, torch.device("cpu"), 1e9).describe()
-    for part in ("2 layers", "width 16", "1,000 steps", "cpu, bfloat16, compiled"):
+def test_a_description():
+    training = MuonConfig(steps=1000, batch_size=4, matrix_learning_rate=0.03)
+    machine = Machine(precision="bfloat16", compile="all")
+    text = Plan(SHAPE, training, machine, 1e9).describe()
+    for part in (
+        "2 layers",
+        "width 16",
+        "1,000 steps",
+        "cpu, bfloat16, compiled",
+        "muon, rate 0.03 (AdamW 0.003)",
+    ):
         assert part in text
     assert text.count("\n") == 3
-
-
-def test_description_names_both_rates():
-    model = GPTConfig(80, context=32, layers=2, heads=2, width=16)
-    training = TrainConfig(optimizer="muon", matrix_learning_rate=0.03)
-    text = Plan(model, training, torch.device("cpu"), 1e9).describe()
-    assert "muon, rate 0.03 (AdamW 0.003)" in text

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,7 +22,6 @@ from glassgpt.attention import causal_mask
 from glassgpt.data import TokenData
 from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.heads import fused_attention
-from glassgpt.mlp import pytorch_gelu
 from glassgpt.modern import (
     GPT2_CHOICES,
     LLAMA_CHOICES,
@@ -54,28 +54,36 @@ def pick_device(name: str | None = None) -> torch.device:
         ) from None
 
 
-def measure_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP a second of matrix products, the best of several; takes under a second.
+@cache
+def measure_flops(
+    device: torch.device, dtype: torch.dtype, rows: int = 2048, width: int = 512
+) -> float:
+    """FLOP a second of products (rows, width) x (width, 4 width): the best of several.
+
+    It begins with few rows, and stops where more would take over a second. What was
+    measured once is not measured again.
 
     Book: 15_full_gpt.html#the-module
     """
+    weights = torch.ones(width, 4 * width, dtype=dtype, device=device)
     best = 0.0
-    for size in (256, 1024, 8192):
-        a, b = torch.ones(2, size, size, dtype=dtype, device=device)
+    for part in sorted({min(32, rows), min(256, rows), rows}):
+        flops = 8 * part * width * width
+        if best and 4 * flops / best > 0.4:
+            break
+        x = torch.ones(part, width, dtype=dtype, device=device)
         for _ in range(4):
             began = time.perf_counter()
-            (a @ b)[0, 0].item()  # reading a number waits for the device
-            best = max(best, 2 * size**3 / (time.perf_counter() - began))
-        if 2 * (4 * size) ** 3 / best > 0.1:  # the next size would take too long
-            break
+            (x @ weights)[0, 0].item()  # reading a number waits for the device
+            best = max(best, flops / (time.perf_counter() - began))
     return best
 
 
-def pick_precision(device: torch.device) -> str:
+def pick_precision(device: torch.device, *shape: int) -> str:
     """The precision in which a device multiplies matrices best.
 
-    A GPU says it by its compute capability: 16 bits where it has tensor cores, units
-    for products of small matrices. A CPU is measured.
+    A GPU says it by its compute capability: 16 bits where it has tensor cores. A CPU
+    is measured, by products of a shape, rows and width.
 
     Book: 15_full_gpt.html#the-module
     """
@@ -86,8 +94,11 @@ def pick_precision(device: torch.device) -> str:
         return "float16" if capability >= (7, 0) else "float32"
     if device.type != "cpu":
         return "float32"
-    gain = measure_flops(device, torch.bfloat16) / measure_flops(device, torch.float32)
-    return "bfloat16" if gain > 1.3 else "float32"
+    narrow, wide = (
+        measure_flops(device, dtype, *shape)
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    return "bfloat16" if narrow > 1.3 * wide else "float32"
 
 
 @dataclass(frozen=True)
@@ -105,17 +116,23 @@ class Machine:
     recompute: bool = False  # keep less for the backward pass, compute it again
 
     def __post_init__(self) -> None:
-        if self.precision not in ("float32", "bfloat16", "float16"):
-            raise ValueError(
-                f"precision is float32, bfloat16 or float16, not {self.precision!r}"
-            )
-        if self.compile not in ("off", "blocks", "all"):
-            raise ValueError(f"compile is off, blocks or all, not {self.compile!r}")
+        for name, known in (
+            ("precision", ("float32", "bfloat16", "float16")),
+            ("compile", ("off", "blocks", "all")),
+        ):
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"{name} is one of {', '.join(known)}, not {value!r}")
 
     @property
     def dtype(self) -> torch.dtype:
         """In which matrices are multiplied."""
         return getattr(torch, self.precision)
+
+    def suits_short_attention(self, context: int) -> bool:
+        """Whether `short_attention` is faster than the fused kernel."""
+        wide = 64 if self.compile != "off" else 0
+        limit = wide if self.precision == "float32" else 256
+        return self.device.startswith("cpu") and context <= limit
 
 
 def short_attention(
@@ -132,47 +149,15 @@ def short_attention(
     if not torch.is_grad_enabled():
         return fused_attention(queries, keys, values, mask, dropout)
     T, S = queries.shape[-2], keys.shape[-2]
+    if (shared := queries.shape[-3] // keys.shape[-3]) > 1:
+        keys, values = (x.repeat_interleave(shared, dim=-3) for x in (keys, values))
     if mask is None:
         mask = causal_mask(S, device=keys.device)[S - T :]
     # Adding one table to all heads is cheaper than filling their scores in.
     penalty = torch.zeros_like(mask, dtype=queries.dtype).masked_fill(~mask, -math.inf)
-    scores = (queries / math.sqrt(queries.shape[-1])) @ keys.transpose(-2, -1)
+    scores = (queries / math.sqrt(queries.shape[-1])) @ keys.mT
     weights = F.dropout((scores + penalty).softmax(dim=-1), dropout)
     return weights @ values
-
-
-def compiled_gelu(x: Tensor) -> Tensor:
-    """GELU's tanh form by a sigmoid: a compiled program is faster with it.
-
-    Book: 15_full_gpt.html#the-module
-    """
-    inner = 2 * math.sqrt(2 / math.pi) * x * (1 + 0.044715 * x * x)
-    return x * torch.sigmoid(inner)
-
-
-def suits_short_attention(context: int, machine: Machine) -> bool:
-    """Whether `short_attention` is the faster one.
-
-    Book: 15_full_gpt.html#the-module
-    """
-    limit = 64 if machine.compile != "off" else 0
-    limit = limit if machine.precision == "float32" else 256
-    return torch.device(machine.device).type == "cpu" and context <= limit
-
-
-def choose_kernels(model: GPT, machine: Machine) -> None:
-    """Let attention and GELU of a model compute in the way that is fastest here.
-
-    Book: 15_full_gpt.html#the-module
-    """
-    short = suits_short_attention(model.config.context, machine)
-    old, new = pytorch_gelu, compiled_gelu
-    if machine.compile == "off":
-        old, new = new, old
-    for block in model.blocks:
-        block.attention.attend = short_attention if short else fused_attention
-        if getattr(block.mlp, "activation", None) is old:
-            block.mlp.activation = new
 
 
 def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -182,39 +167,38 @@ def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     Book: 15_full_gpt.html#the-module
     """
-    chosen: list[Callable[..., Tensor]] = []
+    fast: Callable[..., Tensor] | None = None
 
     def first_call(*inputs: Any) -> Tensor:
+        nonlocal fast
         from torch._functorch import config as functorch  # private: it may change
-        from torch.compiler import config as compiler
 
-        choices: dict[str, Any] = {"force_non_lazy_backward_lowering": True}
-        choices["activation_memory_budget"] = 1.0 if torch.cuda.is_available() else 0.9
-        known = {k: v for k, v in choices.items() if hasattr(functorch, k)}
+        wanted = {"force_non_lazy_backward_lowering": True}  # failures show up here
+        if not torch.cuda.is_available():
+            wanted["activation_memory_budget"] = 0.9  # what is cheap is not kept
+        known = {k: v for k, v in wanted.items() if hasattr(functorch, k)}
         # PyTorch before 2.13 stores a program without the precision it was made for.
-        types = [str(torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")]
+        tag = " ".join(str(torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda"))
         try:
-            fast = torch.compile(function)
             with (
                 functorch.patch(known),
                 torch._dynamo.config.patch(recompile_limit=256),
-                compiler.patch(cache_key_tag=" ".join(types)),
+                torch.compiler.config.patch(cache_key_tag=tag),
             ):
-                result = fast(*inputs)
+                fast = torch.compile(function)
+                return fast(*inputs)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a missing compiler raises
+            fast = function
             reason = " ".join((str(error).strip() or repr(error)).splitlines()[:2])
             tqdm.write(f"torch.compile does not work here, going on without: {reason}")
-            chosen.append(function)
             return function(*inputs)
-        chosen.append(fast)
-        return result
 
     def call(*inputs: Any) -> Tensor:
         if not torch.is_grad_enabled():
             return function(*inputs)
-        return (chosen or [first_call])[0](*inputs)
+        return (fast or first_call)(*inputs)
 
     return call
 
@@ -236,8 +220,10 @@ def make_loss(model: GPT, machine: Machine) -> Callable[[Tensor, Tensor], Tensor
 
     Book: 15_full_gpt.html#the-module
     """
-    device, cuda = torch.device(machine.device), "cuda" in machine.device
-    choose_kernels(model, machine)
+    device, cuda = torch.device(machine.device), machine.device.startswith("cuda")
+    short = machine.suits_short_attention(model.config.context)
+    for block in model.blocks:
+        block.attention.attend = short_attention if short else fused_attention
 
     def call(block: nn.Module, x: Tensor) -> Tensor:
         return block(x)
@@ -259,9 +245,9 @@ def make_loss(model: GPT, machine: Machine) -> Callable[[Tensor, Tensor], Tensor
 
     # Outside: a compiled program that switches autocast can't be stored.
     def loss(*batch: Tensor) -> Tensor:
-        if cuda:  # copied while the GPU computes; that takes memory in one piece
-            batch = tuple(ids.contiguous().pin_memory() for ids in batch)
-        ids, targets = (ids.to(device, non_blocking=cuda) for ids in batch)
+        if cuda:  # so they are copied while the GPU computes
+            batch = tuple(rows.pin_memory() for rows in batch)
+        ids, targets = (rows.to(device, non_blocking=cuda) for rows in batch)
         narrow = machine.dtype != torch.float32
         with torch.autocast(device.type, machine.dtype, enabled=narrow):
             return whole(ids, targets)
@@ -331,32 +317,37 @@ def on_paper(config: GPTConfig) -> GPT:
         return build(config)
 
 
+@cache
 def count(config: GPTConfig) -> tuple[int, int]:
-    """Parameters and FLOPs a token of a model, without making its layers.
+    """Parameters and FLOPs a token of a model, from those of one layer and of two.
 
     Book: 15_full_gpt.html#the-module
     """
-    one, two = (on_paper(replace(config, layers=layers)) for layers in (1, 2))
-    counts = []
-    for a, b in (
-        (one.parameter_count(), two.parameter_count()),
-        (one.flops_per_token(), two.flops_per_token()),
-    ):
-        counts.append(a + (config.layers - 1) * (b - a))
-    return counts[0], counts[1]
+    models = (on_paper(replace(config, layers=layers)) for layers in (1, 2))
+    one, two = ((m.parameter_count(), m.flops_per_token()) for m in models)
+    more = config.layers - 1
+    return one[0] + more * (two[0] - one[0]), one[1] + more * (two[1] - one[1])
 
 
-def _kept_by_block(model: GPTConfig, machine: Machine) -> int:
-    """Bytes that one block keeps of one token for the backward pass."""
-    narrow = machine.precision != "float32"
-    numbers = 36 if narrow else 64
-    if getattr(model, "normalize_qk", False):
-        numbers += 14 if narrow else 12
-    elif getattr(model, "positions", "learned") == "rotary":
-        numbers += 6 if narrow else 12
-    short = suits_short_attention(model.context, machine)
-    table = (2 if narrow else 4) * model.heads * model.context if short else 0
-    return numbers * model.width + table
+def kept_by_block(model: GPTConfig, machine: Machine) -> int:
+    """Bytes that one block keeps of one token for the backward pass.
+
+    Counted for these blocks; Korthikanti et al. (2022) have the same terms.
+
+    Book: 15_full_gpt.html#the-module
+    """
+    C, gated = model.width, getattr(model, "activation", "gelu") == "swiglu"
+    hidden = getattr(model, "hidden", None) or (8 * C // 3 if gated else 4 * C)
+    shared = (getattr(model, "key_value_heads", None) or model.heads) / model.heads
+    each = 4 if machine.precision == "float32" else 2
+    numbers = 4 * C + 2 * shared * C + (4 if gated else 2) * hidden
+    if getattr(model, "positions", "learned") == "rotary":
+        numbers += 3 * C
+    if machine.suits_short_attention(model.context):
+        numbers += model.heads * model.context
+    weighted = getattr(model, "norm_weight", False) and model.norm == "rms"
+    wide = 1 + getattr(model, "normalize_qk", False) + weighted  # in 32 bits
+    return round(each * numbers + 8 * C * wide)
 
 
 def memory_needed(model: GPTConfig, training: TrainConfig, machine: Machine) -> int:
@@ -365,12 +356,11 @@ def memory_needed(model: GPTConfig, training: TrainConfig, machine: Machine) -> 
     16 for every parameter (weight, gradient, AdamW's two means), 18 in 16 bits. For
     every token what the blocks keep, and 12 a logit. With recomputation one block's,
     and the 4 C that flow into each. Compiled programs take less.
-    Source: Korthikanti et al. (2022), section 4; counted for these blocks.
 
     Book: 15_full_gpt.html#the-module
     """
     each = 16 if machine.precision == "float32" else 18
-    layers = model.layers * _kept_by_block(model, machine)
+    layers = model.layers * kept_by_block(model, machine)
     if machine.recompute:
         layers = layers // model.layers + model.layers * 4 * model.width
     tokens = -(-training.batch_size // training.accumulate) * model.context
@@ -378,22 +368,26 @@ def memory_needed(model: GPTConfig, training: TrainConfig, machine: Machine) -> 
 
 
 # FLOP a second of dense 16-bit matrix products, from the makers' data sheets.
-DATA_SHEETS = {"T4": 65e12, "V100": 125e12, "A100": 312e12, "L4": 121e12}
-DATA_SHEETS |= {"H100": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H200": 989e12}
+DATA_SHEETS = {"T4": 65e12, "V100": 125e12, "V100 PCIE": 112e12, "L4": 121e12}
+DATA_SHEETS |= {"A100": 312e12, "H100": 989e12, "H100 PCIe": 756e12}
+DATA_SHEETS |= {"H100 NVL": 835e12, "H200": 989e12, "H200 NVL": 835e12}
 
 
-def peak_flops(machine: Machine) -> float:
+def peak_flops(machine: Machine, *shape: int) -> float:
     """FLOP a second that it can do: a GPU's data sheet, otherwise measured.
+
+    shape: rows and width of the products to measure, as in `measure_flops`.
 
     Book: 15_full_gpt.html#the-module
     """
     device = torch.device(machine.device)
-    if device.type == "cuda" and machine.precision != "float32":
+    if device.type == "cuda":
+        shape = (8192, 4096)
         words = set(re.split(r"[\s-]", torch.cuda.get_device_name(device)))
         fitting = [name for name in DATA_SHEETS if set(name.split()) <= words]
-        if fitting and "MIG" not in words:  # the longest name says most
-            return DATA_SHEETS[max(fitting, key=len)]
-    return measure_flops(device, machine.dtype)
+        if fitting and "MIG" not in words and machine.precision != "float32":
+            return DATA_SHEETS[max(fitting, key=len)]  # the longest name says most
+    return measure_flops(device, machine.dtype, *shape)
 
 
 @dataclass(frozen=True)
@@ -451,7 +445,7 @@ class Plan:
         if isinstance(training, MuonConfig):
             rate = training.matrix_learning_rate
             rates = f"muon, rate {rate:.2g} (AdamW {training.learning_rate:.2g})"
-        how = [machine.precision]
+        how = [machine.device, machine.precision]
         how += [f"compiled ({machine.compile})"] * (machine.compile != "off")
         how += ["activations recomputed"] * machine.recompute
         how += [f"batches in {training.accumulate} parts"] * (training.accumulate > 1)
@@ -461,21 +455,15 @@ class Plan:
             f"run     {training.steps:,} steps, {self.tokens / 1e6:.1f} M tokens, "
             f"{self.flops:.1e} FLOPs\n"
             f"recipe  {rates}, batches of {training.batch_size}\n"
-            f"machine {machine.device}, {', '.join(how)}: about "
-            f"{self.memory / 1e9:.2f} GB of tensors, "
+            f"machine {', '.join(how)}: about {self.memory / 1e9:.2f} GB of tensors, "
             f"{timedelta(seconds=round(self.seconds))}"
         )
 
 
 # Layers, heads and width. "small" to "xl" are GPT-2's four.
-SIZES = {
-    "micro": (4, 4, 128),
-    "mini": (6, 6, 384),
-    "small": (12, 12, 768),
-    "medium": (24, 16, 1024),
-    "large": (36, 20, 1280),
-    "xl": (48, 25, 1600),
-}
+SIZES = {"micro": (4, 4, 128), "mini": (6, 6, 384), "small": (12, 12, 768)}
+SIZES |= {"medium": (24, 16, 1024), "large": (36, 20, 1280), "xl": (48, 25, 1600)}
+RECIPES = {"gpt2": GPT2_CHOICES, "modern": {}, "llama": LLAMA_CHOICES}
 
 
 def memory_of(device: torch.device) -> int | None:
@@ -526,7 +514,20 @@ def preset(device: torch.device) -> dict[str, Any]:
     return {**large, "evaluate_every": 1000}
 
 
-RECIPES = {"gpt2": GPT2_CHOICES, "modern": {}, "llama": LLAMA_CHOICES}
+def names(*kinds: Any) -> set[str]:
+    """The fields of dataclasses.
+
+    Book: 15_full_gpt.html#the-module
+    """
+    return {field.name for kind in kinds for field in fields(kind)}
+
+
+def take(kind: Any, values: dict[str, Any]) -> Any:
+    """A dataclass made of those values that it has fields for.
+
+    Book: 15_full_gpt.html#the-module
+    """
+    return kind(**{k: v for k, v in values.items() if k in names(kind)})
 
 
 def make_plan(
@@ -546,54 +547,43 @@ def make_plan(
     Book: 15_full_gpt.html#the-module
     """
     chosen = pick_device(device)
-    suited = preset(chosen)
-    size = size or suited["size"]
-    if size not in SIZES:
-        raise ValueError(f"size must be one of {', '.join(SIZES)}, not {size!r}")
-    if recipe not in RECIPES:
-        raise ValueError(f"recipe is {', '.join(RECIPES)}, not {recipe!r}")
-    given = set(values)
-    short = chosen.type != "cuda" or recipe == "modern"
-    optimizer = values.pop("optimizer", "muon" if short else "adamw")
-    if optimizer not in ("adamw", "muon"):
-        raise ValueError(f"optimizer is adamw or muon, not {optimizer!r}")
-    sizes = dict(zip(("layers", "heads", "width"), SIZES[size], strict=True))
-    values = {**suited, **sizes, **RECIPES[recipe], **values, "device": str(chosen)}
-    del values["size"]
-    kinds: list[Any] = [
-        ModernConfig,
-        MuonConfig if optimizer == "muon" else TrainConfig,
-    ]
-    if recipe == "gpt2" and not (given & _names(ModernConfig)) - _names(GPTConfig):
-        kinds[0] = GPTConfig
-        values = {
-            k: v for k, v in values.items() if k not in GPT2_CHOICES or k in given
-        }
-    if unknown := given - {"optimizer"} - _names(*kinds, Machine):
+    suited, given = preset(chosen), set(values)
+    best = "muon" if chosen.type != "cuda" or recipe == "modern" else "adamw"
+    optimizer, usual = values.pop("optimizer", best), suited.pop("size")
+    size = usual if size is None else size
+    for name, value, known in (
+        ("size", size, SIZES),
+        ("recipe", recipe, RECIPES),
+        ("optimizer", optimizer, ("adamw", "muon")),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} is one of {', '.join(known)}, not {value!r}")
+    single = given & (names(ModernConfig) - names(GPTConfig))
+    model_kind = ModernConfig if single or recipe != "gpt2" else GPTConfig
+    kind = MuonConfig if optimizer == "muon" else TrainConfig
+    if unknown := given - {"optimizer"} - names(model_kind, kind, Machine):
         raise ValueError(
             f"nothing is called {', '.join(sorted(unknown))}: see ModernConfig, "
-            "TrainConfig and Machine"
+            f"{kind.__name__} and Machine"
         )
-    if "precision" not in values:
-        values["precision"] = pick_precision(chosen)
-    model = _take(kinds[0], {"vocab_size": vocab_size, **values})
-    rate = (0.8 if optimizer == "muon" else 0.4) / model.width
-    values.setdefault("learning_rate", rate)
-    values.setdefault("warmup", min(50, values["steps"] // 10))
-    machine = _take(Machine, values)
-    plan = Plan(model, _take(kinds[1], values), machine, peak_flops(machine))
+    sizes = dict(zip(("layers", "heads", "width"), SIZES[size], strict=True))
+    values = {**suited, **sizes, **RECIPES[recipe], **values, "device": str(chosen)}
+    model = take(model_kind, {"vocab_size": vocab_size, **values})
+    values.setdefault(
+        "learning_rate", (2 if kind is MuonConfig else 1) * 0.4 / model.width
+    )
+    training = take(kind, values)
+    if "warmup" not in given:
+        training = replace(training, warmup=min(50, training.steps // 10))
+    shape = (training.batch_size * model.context, model.width)
+    shape = tuple(map(min, shape, (2048, 1024)))  # larger ones are no faster
+    if "precision" not in given:
+        values["precision"] = pick_precision(chosen, *shape)
+    machine = take(Machine, values)
+    plan = Plan(model, training, machine, peak_flops(machine, *shape))
     if "compile" not in given and chosen.type in ("cpu", "cuda") and plan.seconds > 120:
         whole = chosen.type == "cuda" or plan.seconds > 600  # it takes longer to begin
         machine = replace(machine, compile="all" if whole else "blocks")
         plan = replace(plan, machine=machine)
     memory = memory_of(chosen)
     return fit_memory(plan, int(0.85 * memory), given) if memory else plan
-
-
-def _names(*kinds: Any) -> set[str]:
-    return {field.name for kind in kinds for field in fields(kind)}
-
-
-def _take(kind: Any, values: dict[str, Any]) -> Any:
-    """A dataclass made of those values that it has fields for."""
-    return kind(**{k: v for k, v in values.items() if k in _names(kind)})
