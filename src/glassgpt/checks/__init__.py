@@ -88,6 +88,15 @@ from glassgpt.checks.positions import (
     check_shift_matrix,
     check_sinusoidal_positions,
 )
+from glassgpt.checks.runs import (
+    check_interval,
+    check_names,
+    check_resume,
+    check_round_trip,
+    check_state,
+    check_stop,
+    check_whole_file,
+)
 from glassgpt.checks.softmax import (
     check_cross_entropy,
     check_cross_entropy_gradient,
@@ -157,6 +166,7 @@ __all__ = [
     "check_gpt",
     "check_grouped_attention",
     "check_groups",
+    "check_interval",
     "check_layer_norm",
     "check_layer_norm_gradient",
     "check_learn_merges",
@@ -172,6 +182,7 @@ __all__ = [
     "check_mlp",
     "check_mlp_backward",
     "check_multi_head",
+    "check_names",
     "check_nats_per_character",
     "check_one_not_both",
     "check_one_pass",
@@ -188,6 +199,7 @@ __all__ = [
     "check_rotary",
     "check_rotary_tables",
     "check_round_rows",
+    "check_round_trip",
     "check_rounding",
     "check_sample",
     "check_scale",
@@ -202,8 +214,11 @@ __all__ = [
     "check_split_numbers",
     "check_split_words",
     "check_squared_relu_slope",
+    "check_state",
+    "check_stop",
     "check_stream_text",
     "check_streaming_attention",
     "check_tokenizer_round_trip",
+    "check_whole_file",
     "grade",
 ]
