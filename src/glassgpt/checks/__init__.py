@@ -41,7 +41,6 @@ from glassgpt.checks.generation import (
     check_cache,
     check_cached,
     check_forbidden,
-    check_light,
     check_min_p,
     check_sample,
     check_stream_text,
@@ -93,6 +92,7 @@ from glassgpt.checks.softmax import (
     check_one_pass,
     check_softmax,
 )
+from glassgpt.checks.speed import check_light
 from glassgpt.checks.tokens import (
     check_learn_merges,
     check_merge_word,

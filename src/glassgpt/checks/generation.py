@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from glassgpt.generation import Sampling
 from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.tokens import BPETokenizer, CharTokenizer
 
@@ -80,10 +81,10 @@ def _check_top_p_edges(keep_top_p: Callable[[Tensor, float], Tensor]) -> None:
     assert _kept(keep_top_p(high, 0.9)[0]) == [0, 1], "logits too large for exp"
 
 
-def _shares(sample: Callable[..., Tensor], **settings: Any) -> Tensor:
+def _shares(sample: Callable[..., Tensor], sampling: Sampling) -> Tensor:
     """How often each of five tokens is drawn (5,)."""
-    generator = torch.Generator().manual_seed(0)
-    drawn = sample(_FIVE.log().expand(20_000, 5), generator=generator, **settings)
+    generator = sampling.generator()
+    drawn = sample(_FIVE.log().expand(20_000, 5), sampling, generator)
     assert drawn.shape == (20_000,), f"ids have shape {tuple(drawn.shape)}, not (B,)"
     return drawn.bincount(minlength=5) / 20_000
 
@@ -91,12 +92,12 @@ def _shares(sample: Callable[..., Tensor], **settings: Any) -> Tensor:
 def check_sample(sample: Callable[..., Tensor]) -> None:
     """Tokens come as often as temperature, top-k and top-p in this order allow.
 
-    sample: called as sample(logits, generator=) with some of temperature, top_k and
-    top_p, by name.
+    sample: called as sample(logits, sampling, generator).
 
     Book: 13_generation.html#the-order-of-the-filters
     """
-    assert _shares(sample, top_k=1)[1] == 1, "top_k=1 must take the likeliest token"
+    greedy = _shares(sample, Sampling(top_k=1, seed=0))
+    assert greedy[1] == 1, "top_k=1 must take the likeliest token"
     cases = [
         ({}, _FIVE, "tokens don't come as often as their probability says"),
         ({"temperature": 0.5}, _FIVE**2, "the temperature must divide the logits"),
@@ -114,7 +115,8 @@ def check_sample(sample: Callable[..., Tensor]) -> None:
         ),
     ]
     for settings, weights, mistake in cases:
-        gap = (_shares(sample, **settings) - weights / weights.sum()).abs().max()
+        shares = _shares(sample, Sampling(**settings, seed=0))
+        gap = (shares - weights / weights.sum()).abs().max()
         assert gap < 0.02, f"{mistake} (off by {gap:.2f} with {settings})"
     _check_rows_and_dice(sample)
 
@@ -122,13 +124,13 @@ def check_sample(sample: Callable[..., Tensor]) -> None:
 def _check_rows_and_dice(sample: Callable[..., Tensor]) -> None:
     """Each row is drawn by its own logits, by the generator and nothing else."""
     rows = torch.stack((_FIVE, _FIVE.flip(0))).log().repeat(500, 1)  # (1000, 5)
-    dice = torch.Generator().manual_seed(0)
-    one, two = sample(rows, generator=dice), sample(rows, generator=dice)
+    free, dice = Sampling(), torch.Generator().manual_seed(0)
+    one, two = sample(rows, free, dice), sample(rows, free, dice)
     high = (one[::2] == 1).sum(), (one[1::2] == 3).sum()
     assert min(high) > 150, "every row has its own logits: some drew by another's"
     assert one[:200].unique().numel() > 1, "all rows get one draw"
     assert not torch.equal(one, two), "two draws in a row are the same: seed them once"
-    again = sample(rows, generator=torch.Generator().manual_seed(0))
+    again = sample(rows, free, torch.Generator().manual_seed(0))
     assert torch.equal(one, again), "draw from the generator, and only from it"
 
 
@@ -301,57 +303,6 @@ def _check_settings_arrive(stream_text: Callable[..., Iterator[str]]) -> None:
     greedy = write(top_k=1)
     assert write(top_p=1e-6, seed=1) == greedy, "top_p is ignored"
     assert write(temperature=1e-6, seed=1) == greedy, "the temperature is ignored"
-
-
-def _check_layer(light: Any, linear: torch.nn.Linear, weights: str) -> None:
-    """One layer with light weights against the one that it came from."""
-    if weights != "int8":
-        dtype = getattr(torch, weights)
-        assert light.weight.dtype == dtype, f"{weights} was not stored"
-        rounded = torch.equal(light.weight, linear.weight.to(dtype))
-        assert rounded, f"the weights are not the nearest numbers in {weights}"
-        return
-    assert light.weight.dtype == torch.int8, f"{weights} was not stored"
-    assert light.scale.unique().numel() > 1, "one scale for all rows: give each its own"
-    assert (light.weight.abs().amax(dim=1) == 127).all(), (
-        "int8 goes to 127: the largest of each row should be there"
-    )
-    scale = light.scale.float()[:, None]
-    off = (light.weight * scale - linear.weight).abs()
-    assert (off <= 0.501 * scale).all(), (
-        "a weight is off by more than half a scale: round to the nearest"
-    )
-
-
-@torch.no_grad()
-def check_light(lighten: Callable[[GPT, str], Any]) -> None:
-    """Lighter weights change a model's logits little, and the model not at all.
-
-    lighten: called as lighten(model, weights); each linear layer of what it returns has
-    a weight (out, in), and for int8 a scale (out,).
-
-    Book: 13_generation.html#lighter-weights
-    """
-    ids = torch.tensor([[3, 1, 4, 1, 5]])
-    model = _small_gpt().float()
-    model.blocks[0].mlp.expand.weight[0] *= 1000
-    for weights in ("bfloat16", "float16", "int8"):
-        light = lighten(model, weights)
-        for name, layer in model.named_modules():
-            if isinstance(layer, torch.nn.Linear):
-                _check_layer(light.get_submodule(name), layer, weights)
-    model = _small_gpt().float()
-    before = model(ids)
-    for weights, most in (("bfloat16", 0.1), ("float16", 0.01), ("int8", 0.3)):
-        changes = lighten(model, weights)(ids).log_softmax(-1)
-        gap = (changes - before.log_softmax(-1)).abs().mean().item()
-        assert gap < most, f"{weights} changes log-probabilities by {gap:.3f}"
-        assert torch.equal(model(ids), before), "the model itself was changed"
-    try:
-        lighten(model, "int3")
-    except ValueError:
-        return
-    raise AssertionError("unknown weights were accepted: raise a ValueError")
 
 
 def check_min_p(min_p: Callable[[Tensor, float], Tensor]) -> None:
