@@ -102,9 +102,19 @@ from glassgpt.checks.tokens import (
     check_stream,
     check_tokenizer_round_trip,
 )
+from glassgpt.checks.training import (
+    check_accumulation,
+    check_adamw,
+    check_clipping,
+    check_evaluate,
+    check_resume,
+    check_schedule,
+)
 
 __all__ = [
     "catch",
+    "check_accumulation",
+    "check_adamw",
     "check_add_positions",
     "check_additions",
     "check_analogy",
@@ -119,6 +129,7 @@ __all__ = [
     "check_causal",
     "check_causal_attention",
     "check_causal_mask",
+    "check_clipping",
     "check_config",
     "check_contributions",
     "check_cosine_similarity",
@@ -129,6 +140,7 @@ __all__ = [
     "check_embedding",
     "check_embedding_gradient",
     "check_epochs",
+    "check_evaluate",
     "check_forbidden",
     "check_fused_attention",
     "check_gelu",
@@ -157,10 +169,12 @@ __all__ = [
     "check_post_norm",
     "check_previous_word",
     "check_reorder",
+    "check_resume",
     "check_rms_norm",
     "check_rotary",
     "check_rotary_tables",
     "check_sample",
+    "check_schedule",
     "check_shared_weight",
     "check_shift_matrix",
     "check_sinusoidal_positions",
