@@ -612,9 +612,9 @@ def test_right_versions_pass():
     checks.check_clipping(clip)
     checks.check_evaluate(evaluate)
     checks.check_evaluate(judge)
-    checks.check_resume(Trainer)
+    checks.check_state_dict(Trainer)
     before = torch.get_rng_state()
-    checks.check_resume(forgetful(lambda made, before: None))
+    checks.check_state_dict(forgetful(lambda made, before: None))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -699,7 +699,7 @@ WRONG = {
         (judge_unless_it_fails, "after an error"),
         (lambda *arguments: 2 * judge(*arguments), "the mean surprise"),
     ],
-    checks.check_resume: [
+    checks.check_state_dict: [
         (forgetful(weights_of_before), "weights were not restored"),
         (
             forgetful(lambda made, _: made.optimizers[0].state.clear()),

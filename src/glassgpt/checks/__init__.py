@@ -125,8 +125,8 @@ from glassgpt.checks.training import (
     check_adamw,
     check_clipping,
     check_evaluate,
-    check_resume,
     check_schedule,
+    check_state_dict,
 )
 
 __all__ = [
@@ -215,6 +215,7 @@ __all__ = [
     "check_split_words",
     "check_squared_relu_slope",
     "check_state",
+    "check_state_dict",
     "check_stop",
     "check_stream_text",
     "check_streaming_attention",
