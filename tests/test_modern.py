@@ -713,9 +713,9 @@ def test_two_optimizers_share_the_parameters():
 
 @pytest.mark.parametrize("rate", [0.0, -1.0, math.inf, math.nan])
 def test_impossible_rates_of_muon_are_refused(rate):
-    with pytest.raises(ValueError, match="matrix_learning_rate must be a number"):
+    with pytest.raises(ValueError, match="matrix_learning_rate must be"):
         MuonConfig(matrix_learning_rate=rate)
-    with pytest.raises(ValueError, match="learning_rate must be a number"):
+    with pytest.raises(ValueError, match="learning_rate must be"):
         MuonConfig(learning_rate=rate)
 
 
