@@ -417,12 +417,6 @@ class MuonConfig(TrainConfig):
     schedule: str = "linear"
     final_rate: float = 0.0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.matrix_learning_rate < math.inf:
-            rate = self.matrix_learning_rate
-            raise ValueError(f"matrix_learning_rate must be positive, not {rate}")
-
 
 def muon_optimizers(
     model: nn.Module, config: MuonConfig, dtype: torch.dtype = torch.float32
