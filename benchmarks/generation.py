@@ -28,8 +28,9 @@ from time import perf_counter
 
 import torch
 
-from glassgpt.generation import generate, lighten
+from glassgpt.generation import generate
 from glassgpt.gpt import GPT, GPTConfig
+from glassgpt.speed import lighten
 
 PROMPT = [64, 29350, 412, 733, 417, 10580, 318, 257]
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}

@@ -22,10 +22,16 @@ import torch
 from training import machine, write_section
 
 from glassgpt.data import TokenData, shakespeare, tokenize
-from glassgpt.device import keep_freed_memory
-from glassgpt.modern import GPT2_CHOICES, LLAMA_CHOICES, ModernConfig, ModernGPT
+from glassgpt.modern import (
+    GPT2_CHOICES,
+    LLAMA_CHOICES,
+    ModernConfig,
+    ModernGPT,
+    MuonConfig,
+    muon_optimizers,
+)
 from glassgpt.tokens import CharTokenizer
-from glassgpt.training import TrainConfig, train
+from glassgpt.training import TrainConfig, Trainer, train
 
 SIZES = {"context": 64, "layers": 4, "heads": 4, "width": 128}
 BATCH, SEEDS = 16, (0, 1, 2)
@@ -67,28 +73,35 @@ def one_run(
 ) -> dict[str, Any]:
     """Train once. rate: of AdamW; Muon's own is 3.2 times as high."""
     model_values = dict(choices)
-    optimizer = model_values.pop("optimizer", "adamw")
+    muon = model_values.pop("optimizer", "adamw") == "muon"
     torch.manual_seed(seed)
     model = ModernGPT(ModernConfig(data.vocab_size, **SIZES, **model_values))
-    config = TrainConfig(
-        steps=steps,
-        batch_size=BATCH,
-        optimizer=optimizer,
-        learning_rate=rate,
-        matrix_learning_rate=3.2 * rate,
-        schedule="linear",
-        warmup=steps // 10,
-        final_rate=0.0,
-        evaluate_every=steps,
-        evaluation_batches=40,
-        seed=seed,
-    )
+    values = {
+        "steps": steps,
+        "batch_size": BATCH,
+        "learning_rate": rate,
+        "schedule": "linear",
+        "warmup": steps // 10,
+        "final_rate": 0.0,
+        "evaluate_every": steps,
+        "evaluation_crops": 640,
+        "seed": seed,
+    }
+    if muon:
+        config: TrainConfig = MuonConfig(**values, matrix_learning_rate=3.2 * rate)
+        optimizers = muon_optimizers(model, config)
+    else:
+        config, optimizers = TrainConfig(**values), None
     began = perf_counter()
-    run = train(model, data, config, progress=False)
+    trainer = Trainer(model, data, config, optimizers)
+    try:
+        loss = round(train(trainer, progress=False)[-1]["validation_loss"], 4)
+    except FloatingPointError:  # it diverged
+        loss = float("inf")
     return {
         "rate": rate,
         "seed": seed,
-        "loss": round(run.records[-1]["validation_loss"], 4),
+        "loss": loss,
         "seconds": round(perf_counter() - began),
         "parameters": model.parameter_count(),
     }
@@ -186,20 +199,18 @@ def write(ladder: Ladder, steps: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--folder", type=Path, default=Path("ladder"))
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
-    keep_freed_memory()
     options.folder.mkdir(exist_ok=True)
     tokenizer = CharTokenizer.train("".join(p.text for p in shakespeare()))
-    folder = options.folder / "data"
-    fresh = not folder.exists()
-    data = (
-        tokenize("shakespeare", tokenizer, folder) if fresh else TokenData.open(folder)
-    )
+    folder = options.folder / "tokens"
+    if not folder.exists():
+        tokenize("shakespeare", tokenizer, folder)
+    data = TokenData.open(folder)
     ladder = Ladder(options.folder / "runs.json", data, options.steps)
-    best: dict[str | None, float] = {None: 0.004}
+    best: dict[str | None, float] = {None: 0.008}
     for name, (before, choices) in rungs().items():
         best[name] = ladder.climb(name, choices, best[before])
     if options.write:

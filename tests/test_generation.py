@@ -1,6 +1,7 @@
 """Generation: filters by property, caches and batches by parity, and bad input."""
 
 import math
+from dataclasses import FrozenInstanceError, replace
 
 import numpy as np
 import pytest
@@ -9,15 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import glassgpt.checks.generation as checks
-from glassgpt.checkpoints import save
-from glassgpt.data import TokenData
 from glassgpt.generation import (
     KeyValueCache,
-    LightLinear,
+    Sampling,
     generate,
     keep_top_k,
     keep_top_p,
-    lighten,
+    log_probabilities,
     pad_left,
     sample,
     stream,
@@ -27,7 +26,6 @@ from glassgpt.generation import (
 from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.modern import ModernConfig, ModernGPT
 from glassgpt.tokens import BPETokenizer, CharTokenizer
-from glassgpt.training import TrainConfig, train
 
 ROWS = st.lists(
     st.lists(
@@ -73,6 +71,27 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(logits, p):
         assert stays.all() or weights[stays].min() >= weights[~stays].max()
 
 
+@pytest.mark.parametrize(
+    "keep", [lambda x: keep_top_k(x, 2), lambda x: keep_top_p(x, 0.8)]
+)
+def test_filters_change_nothing_given_and_take_more_axes(keep):
+    logits = checks._FIVE.log().repeat(2, 3, 1) + 3
+    given = logits.clone()
+    found = keep(given)
+    assert torch.equal(given, logits)
+    assert torch.equal(found[1, 2], keep(logits[0, 0]))
+    assert torch.equal(found[found > -math.inf], logits[found > -math.inf])
+
+
+def test_filters_at_their_edges():
+    tied = keep_top_k(torch.tensor([[1.0, 0.0, 1.0, 1.0]]), 2)
+    assert (tied[0] > -math.inf).tolist() == [True, False, True, True]
+    assert torch.equal(keep_top_k(tied, 9), tied)
+    high = torch.tensor([[1000.0, 999.0, 0.0]])  # too large for exp
+    assert (keep_top_p(high, 0.9)[0] > -math.inf).tolist() == [True, True, False]
+    assert torch.equal(keep_top_p(high, 1.0), high)
+
+
 @settings(deadline=None)
 @given(
     ROWS,
@@ -82,7 +101,7 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(logits, p):
 )
 def test_sample_draws_what_the_filters_leave(logits, temperature, k, p):
     generator = torch.Generator().manual_seed(0)
-    drawn = sample(logits, temperature, k, p, generator)
+    drawn = sample(logits, Sampling(temperature, k, p), generator)
     assert drawn.shape == (len(logits),)
     assert drawn.dtype == torch.int64
     if k is not None:
@@ -92,7 +111,7 @@ def test_sample_draws_what_the_filters_leave(logits, temperature, k, p):
 
 def test_a_tiny_temperature_is_greedy():
     logits = torch.tensor([[1.0, 1.1, 0.9]])
-    assert sample(logits, temperature=1e-40).item() == 1
+    assert sample(logits, Sampling(temperature=1e-40)).item() == 1
 
 
 @pytest.mark.parametrize(
@@ -114,7 +133,7 @@ def test_a_tiny_temperature_is_greedy():
 )
 def test_impossible_settings(model, wrong, message):
     with pytest.raises(ValueError, match=message):
-        sample(torch.zeros(1, 11), **wrong)
+        Sampling(**wrong)
     with pytest.raises(ValueError, match=message):
         generate(model, [1], 0, **wrong)
     with pytest.raises(ValueError, match=message):
@@ -134,8 +153,8 @@ def test_impossible_settings(model, wrong, message):
         (torch.tensor([0.5]), 3, "whole numbers"),
         ([1], -1, "from 0 up, not -1"),
         ([1], "3", "max_new_tokens must be a whole number"),
-        ("a tower", 3, "encode the text"),
-        (["a", "tower"], 3, "encode the text"),
+        ("a tower", 3, "ids of tokens"),
+        (["a", "tower"], 3, "ids of tokens"),
     ],
 )
 def test_impossible_prompts(model, ids, count, message):
@@ -166,14 +185,25 @@ def test_a_long_prompt_goes_on_from_its_window(model):
     assert generate(model, prompt, 1, top_k=1) == [*prompt, wanted]
 
 
+@torch.no_grad()
+def starting_over(model, prompt, count, sampling):
+    """What `generate` returns for one prompt, without a cache."""
+    ids, dice = list(prompt), sampling.generator()
+    for _ in range(count):
+        window = ids[window_start(len(ids), model.config.context) :]
+        logits = model(torch.tensor([window]))[:, -1]
+        ids.append(sample(logits, sampling, dice).item())
+    return ids
+
+
 @pytest.mark.parametrize("modern", [False, True])
 @pytest.mark.parametrize("length", [1, 3, 7, 8, 9, 17])
 def test_the_cache_changes_nothing(modern, length):
     model = small_modern() if modern else checks._small_gpt()
-    prompts = [[(3 * i) % 11 for i in range(length)], [4, 2]]
-    for options in ({"top_k": 1}, {"temperature": 0.8, "top_p": 0.9, "seed": 3}):
-        cached = list(stream(model, prompts, 20, **options))
-        assert cached == list(stream(model, prompts, 20, **options, use_cache=False))
+    prompt = [(3 * i) % 11 for i in range(length)]
+    for how in ({"top_k": 1}, {"temperature": 0.8, "top_p": 0.9, "seed": 3}):
+        wanted = starting_over(model, prompt, 20, Sampling(**how))
+        assert generate(model, prompt, 20, **how) == wanted
 
 
 @pytest.mark.parametrize("modern", [False, True])
@@ -266,6 +296,65 @@ def test_the_mode_comes_back_and_dropout_is_off(training):
     assert model.training is training
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_between_two_steps_the_model_is_as_it_was(training):
+    model = GPT(GPTConfig(11, 8, 2, 2, 8, dropout=0.5)).train(training)
+    steps = stream(model, [[1]], 5)
+    modes = {module.training for _ in steps for module in model.modules()}
+    assert modes == {training}
+    other = stream(model, [[1]], 5)
+    next(other)  # and then nobody goes on
+    assert model.training is training
+    with torch.no_grad():
+        model.head.weight.fill_(math.nan)
+    with pytest.raises(ValueError, match="damaged"):
+        next(stream(model, [[1]], 5))
+    assert model.training is training
+    log_probabilities(model, [1, 2])
+    assert model.training is training
+
+
+@pytest.mark.parametrize("modern", [False, True])
+def test_log_probabilities(modern):
+    model = small_modern() if modern else checks._small_gpt()
+    ids = [3, 1, 4, 1, 5, 9, 2, 6, 5]  # one more than the context
+    found = log_probabilities(model, ids)
+    assert found.shape == (8,)
+    with torch.no_grad():
+        for t in range(1, 9):
+            wanted = model(torch.tensor([ids[:t]]))[0, -1].log_softmax(-1)[ids[t]]
+            assert abs(found[t - 1] - wanted) < 1e-5
+    assert torch.equal(log_probabilities(model, torch.tensor(ids)), found)
+    likeliest = generate(model, ids[:2], 1, top_k=1)
+    others = [log_probabilities(model, [*ids[:2], token])[1] for token in range(11)]
+    assert int(torch.stack(others).argmax()) == likeliest[2]
+
+
+@pytest.mark.parametrize("ids", [[], [1], [1, 11], [-1, 1], [1] * 10, [1.5, 2.0]])
+def test_impossible_texts(model, ids):
+    with pytest.raises(ValueError, match=r"id|context"):
+        log_probabilities(model, ids)
+
+
+def test_settings_are_frozen_and_seed_a_source_of_their_own():
+    sampling = Sampling(seed=5)
+    with pytest.raises(FrozenInstanceError):
+        sampling.seed = 6
+    state = torch.get_rng_state()
+    one, two = (torch.rand(3, generator=sampling.generator()) for _ in range(2))
+    assert torch.equal(one, two)
+    assert (
+        Sampling().generator().initial_seed() != Sampling().generator().initial_seed()
+    )
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_row_that_has_ended_yields_none():
+    parrot = checks._parrot([1, 4, 2, 7, 3, 9], 11)
+    steps = list(stream(parrot, [[1], [5, 4]], 5, stop=[3], top_k=1))
+    assert steps == [[4, 2], [2, 7], [7, None]]
+
+
 def test_a_cache_that_is_full():
     cache = KeyValueCache(2)
     part = torch.zeros(1, 1, 3, 4)
@@ -308,48 +397,11 @@ def test_stream_text_of_characters():
         next(stream_text(parrot, tokenizer, "", 3))
 
 
-@pytest.mark.parametrize("weights", ["bfloat16", "float16", "int8"])
-def test_a_light_layer_is_near_the_heavy_one(weights):
-    torch.manual_seed(0)
-    for bias in (True, False):
-        layer = torch.nn.Linear(33, 17, bias=bias)
-        light = LightLinear(layer, weights)
-        for shape in ((33,), (1, 33), (2, 5, 33)):
-            x = torch.randn(shape)
-            wanted, found = layer(x), light(x)
-            assert found.shape == wanted.shape
-            assert found.dtype == torch.float32
-            assert (found - wanted).abs().max() < 0.05
-    zeros = torch.nn.Linear(4, 3)
-    zeros.weight.data.zero_()
-    assert torch.equal(LightLinear(zeros, weights)(torch.zeros(1, 4))[0], zeros.bias)
-
-
-@pytest.mark.parametrize("weights", ["bfloat16", "float16", "int8"])
-def test_a_light_model_generates(weights):
-    model = checks._small_gpt().float()
-    light = lighten(model, weights)
-    assert all(type(layer) is not torch.nn.Linear for layer in light.modules())
-    assert light.head.weight.data_ptr() != model.head.weight.data_ptr()
-    assert light.tokens.weight is model.tokens.weight  # not copied: half the memory
-    assert len(generate(light, [[1], [2, 3]], 12, top_k=1)[1]) == 14
-
-
-@pytest.mark.parametrize("weights", ["float32", "int4", "", None])
-def test_unknown_weights(model, weights):
-    with pytest.raises(ValueError, match="weights must be"):
-        lighten(model, weights)
-
-
 RIGHT = {
-    "check_top_k": keep_top_k,
-    "check_top_p": keep_top_p,
     "check_sample": sample,
     "check_cache": KeyValueCache,
-    "check_cached": generate,
-    "check_batch": generate,
+    "check_generate": generate,
     "check_stream_text": stream_text,
-    "check_light": lighten,
 }
 
 
@@ -358,28 +410,14 @@ def test_checks_pass(check):
     getattr(checks, check)(RIGHT[check])
 
 
-def drops_the_crossing_token(logits, p):
-    ordered, order = logits.sort(dim=-1, descending=True)
-    ordered[ordered.softmax(-1).cumsum(-1) > p] = -math.inf
-    return torch.empty_like(logits).scatter(-1, order, ordered)
+def filters_before_temperature(logits, sampling, generator):
+    if sampling.top_p is not None:
+        logits = keep_top_p(logits, sampling.top_p)
+    return sample(logits, replace(sampling, top_p=None), generator)
 
 
-def keeps_the_unlikely(logits, p):
-    ordered, order = logits.sort(dim=-1)
-    before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-    ordered[before >= p] = -math.inf
-    return torch.empty_like(logits).scatter(-1, order, ordered)
-
-
-def filters_before_temperature(
-    logits, temperature=1.0, top_k=None, top_p=None, generator=None
-):
-    logits = logits if top_p is None else keep_top_p(logits, top_p)
-    return sample(logits, temperature, top_k, None, generator)
-
-
-def ignores_temperature(logits, temperature=1.0, **options):
-    return sample(logits, 1.0, **options)
+def ignores_temperature(logits, sampling, generator):
+    return sample(logits, replace(sampling, temperature=1.0), generator)
 
 
 class NoOffset(KeyValueCache):
@@ -412,7 +450,13 @@ def generates_without_offset(model, ids, count, top_k):
     return ids
 
 
+def single(prompts):
+    return isinstance(prompts[0], int)
+
+
 def attends_to_padding(model, prompts, count, top_k):
+    if single(prompts):
+        return generate(model, prompts, count, top_k=top_k)
     ids, starts = pad_left(prompts)
     rows = generate(model, ids, count, top_k=top_k)
     return [row[start:] for row, start in zip(rows, starts.tolist(), strict=True)]
@@ -427,16 +471,6 @@ def shows_the_stop(model, tokenizer, prompt, count, top_k, stop=()):
     yield from stream_text(model, tokenizer, prompt, count, top_k=top_k)
 
 
-def one_scale(model, weights):
-    light = lighten(model, weights)
-    for layer in light.modules():
-        if getattr(layer, "scale", None) is not None:
-            real = layer.weight * layer.scale[:, None]
-            layer.scale = real.abs().max() / 127 * torch.ones_like(layer.scale)
-            layer.weight = (real / layer.scale[:, None]).round().to(torch.int8)
-    return light
-
-
 def beams_capped(model, ids, length, beams):
     return checks._beams(model, ids, length, min(beams, 2))[0][1]
 
@@ -449,29 +483,6 @@ def beams_at_first_only(model, ids, length, beams):
 def beam_that_appends(model, ids, length, beams):
     ids += checks._beams(model, list(ids), length, beams)[0][1][len(ids) :]
     return ids
-
-
-def forbidden(ids, n):
-    start = tuple(ids[len(ids) - n + 1 :])
-    runs = (tuple(ids[place : place + n]) for place in range(len(ids) - n + 1))
-    return {run[-1] for run in runs if run[:-1] == start}
-
-
-def forbidden_after_a_jump(ids, n):
-    found, place, start = set(), 0, ids[len(ids) - n + 1 :]
-    while place + n <= len(ids):
-        if ids[place : place + n - 1] == start:
-            found.add(ids[place + n - 1])
-            place += n - 1
-        else:
-            place += 1
-    return found
-
-
-def forbidden_in_any_order(ids, n):
-    start = sorted(ids[len(ids) - n + 1 :])
-    runs = (ids[place : place + n] for place in range(len(ids) - n + 1))
-    return {run[-1] for run in runs if sorted(run[:-1]) == start}
 
 
 def min_p_of_batch(logits, share):
@@ -489,43 +500,16 @@ def min_p_in_place(logits, share):
     return logits.masked_fill_(p < share * p.amax(-1, keepdim=True), -math.inf)
 
 
-def top_k_in_place(logits, k):
-    lowest = logits.topk(min(k, logits.shape[-1])).values[..., -1:]
-    return logits.masked_fill_(logits < lowest, -math.inf)
+def rows_of_the_first(logits, sampling, generator):
+    return sample(logits[:1].expand_as(logits), sampling, generator)
 
 
-def top_k_without_ties(logits, k):
-    places = logits.topk(min(k, logits.shape[-1])).indices
-    kept = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, places, True)
-    return logits.masked_fill(~kept, -math.inf)
+def without_generator(logits, sampling, generator):
+    return sample(logits, sampling)
 
 
-def top_p_with(exp=False, dim=-1):
-    """A top-p whose exponential or axis can be wrong."""
-
-    def top_p(logits, p):
-        ordered, order = logits.sort(dim=dim, descending=True)
-        weights = ordered.softmax(dim)
-        if exp:
-            weights = ordered.exp() / ordered.exp().sum(dim, keepdim=True)
-        forbidden = (weights.cumsum(dim) - weights >= p) & (p < 1)
-        ordered = ordered.masked_fill(forbidden, -math.inf)
-        return torch.empty_like(logits).scatter(dim, order, ordered)
-
-    return top_p
-
-
-def rows_of_the_first(logits, generator=None, **options):
-    return sample(logits[:1].expand_as(logits), generator=generator, **options)
-
-
-def without_generator(logits, generator=None, **options):
-    return sample(logits, **options)
-
-
-def seeded_anew(logits, generator=None, **options):
-    dice = torch.Generator().manual_seed(0)
-    return sample(logits, generator=dice, **options)
+def seeded_anew(logits, sampling, generator):
+    return sample(logits, sampling, torch.Generator().manual_seed(0))
 
 
 class Overflows(KeyValueCache):
@@ -539,10 +523,14 @@ class Overflows(KeyValueCache):
 
 
 def sorted_by_length(model, prompts, count, top_k):
+    if single(prompts):
+        return generate(model, prompts, count, top_k=top_k)
     return generate(model, sorted(prompts, key=len)[::-1], count, top_k=top_k)
 
 
 def one_window_for_all(model, prompts, count, top_k):
+    if single(prompts):
+        return generate(model, prompts, count, top_k=top_k)
     rows = [list(prompt) for prompt in prompts]
     for _ in range(count):
         start = window_start(max(map(len, rows)), model.config.context)
@@ -575,77 +563,18 @@ def ignoring(name):
     return write
 
 
-def changed_layers(change):
-    """`lighten` with something done to its int8 layers."""
-
-    def worse(model, weights):
-        light = lighten(model, weights)
-        for name, layer in model.named_modules():
-            if isinstance(layer, torch.nn.Linear) and weights == "int8":
-                change(name, light.get_submodule(name), layer)
-        return light
-
-    return worse
-
-
-def five_bits(name, light, linear):
-    light.scale = linear.weight.detach().abs().amax(1) / 15
-    light.weight = (linear.weight / light.scale[:, None]).round().to(torch.int8)
-
-
-def truncated(name, light, linear):
-    light.weight = (linear.weight / light.scale[:, None]).trunc().to(torch.int8)
-    largest = linear.weight.abs().argmax(1, keepdim=True)
-    sign = (127 * linear.weight.gather(1, largest).sign()).to(torch.int8)
-    light.weight.scatter_(1, largest, sign)
-
-
-def head_left_out(name, light, linear):
-    if name == "head":
-        light.weight = linear.weight.detach()
-
-
-def text_forbidden(ids, n):
-    text, start = " ".join(map(str, ids)), " ".join(map(str, ids[len(ids) - n + 1 :]))
-    found, place = set(), text.find(start + " ")
-    while len(ids) >= n > 1 and place >= 0:
-        found.add(int(text[place + len(start) + 1 :].split()[0]))
-        place = text.find(start + " ", place + 1)
-    return set(ids) if n == 1 else found
-
-
 WRONG = [
-    ("check_top_k", top_k_in_place, "were changed"),
-    ("check_top_k", top_k_without_ties, "ties with the k-th stay"),
-    (
-        "check_top_k",
-        lambda x, k: x if k > 5 else keep_top_k(x, 2),
-        "top_k=1 kept 2 tokens",
-    ),
-    (
-        "check_top_k",
-        lambda x, k: x.masked_fill(
-            x < x.topk(min(k, x.shape[1]), dim=1).values[:, -1:], -math.inf
-        ),
-        "more axes",
-    ),
-    ("check_top_p", top_p_with(exp=True), "too large for exp"),
-    ("check_top_p", top_p_with(dim=1), "more axes"),
     ("check_sample", rows_of_the_first, "every row has its own logits"),
     ("check_sample", without_generator, "draw from the generator"),
     ("check_sample", seeded_anew, "seed them once"),
     ("check_cache", Overflows, "a full cache took"),
-    ("check_batch", sorted_by_length, "come back in its place"),
-    ("check_batch", one_window_for_all, "is its window its own"),
-    ("check_cached", moves_too_early, "positions and window"),
+    ("check_generate", sorted_by_length, "come back in its place"),
+    ("check_generate", one_window_for_all, "is its window its own"),
+    ("check_generate", moves_too_early, "positions and window"),
     ("check_stream_text", all_at_the_end, "yield each as it comes"),
     ("check_stream_text", ignoring("seed"), "the seed must decide"),
     ("check_stream_text", ignoring("top_p"), "top_p is ignored"),
     ("check_stream_text", ignoring("temperature"), "temperature is ignored"),
-    ("check_light", changed_layers(five_bits), "int8 goes to 127"),
-    ("check_light", changed_layers(truncated), "round to the nearest"),
-    ("check_light", changed_layers(head_left_out), "int8 was not stored"),
-    ("check_forbidden", text_forbidden, "21 2 is not the start"),
     ("check_beam_search", beams_capped, "3 beams from"),
     ("check_beam_search", beams_at_first_only, "extend every text that was kept"),
     ("check_beam_search", beam_that_appends, "copy it"),
@@ -654,9 +583,6 @@ WRONG = [
         lambda m, ids, n, b: checks._beams(m, ids, 3, b)[0][1],
         "not 5",
     ),
-    ("check_forbidden", forbidden_in_any_order, "not the start"),
-    ("check_forbidden", forbidden_after_a_jump, "runs may overlap"),
-    ("check_forbidden", lambda ids, n: forbidden(ids, min(n, 3)), "n=4"),
     (
         "check_beam_search",
         lambda m, ids, n, b: checks._beams(m, ids, n, min(b, 7))[0][1],
@@ -665,27 +591,20 @@ WRONG = [
     ("check_min_p", min_p_of_batch, "each row has its own"),
     ("check_min_p", min_p_without_ties, "mind ties"),
     ("check_min_p", min_p_in_place, "were changed"),
-    ("check_top_k", lambda x, k: keep_top_k(-x, k), "lowest"),
-    ("check_top_k", lambda x, k: x[..., :k], "shape"),
-    ("check_top_p", drops_the_crossing_token, "crosses p was dropped"),
-    ("check_top_p", keeps_the_unlikely, "sort from high to low"),
     ("check_sample", filters_before_temperature, "temperature must come before top-p"),
     ("check_sample", ignores_temperature, "divide the logits"),
     ("check_cache", NoOffset, "wrong position"),
     ("check_cache", OnlyTheNew, "without a cache"),
     ("check_cache", ValuesReversed, "without a cache"),
-    ("check_cached", generates_without_offset, "without a cache"),
-    ("check_batch", attends_to_padding, "takes its padding for words"),
+    ("check_generate", generates_without_offset, "without a cache"),
+    ("check_generate", attends_to_padding, "takes its padding for words"),
     ("check_stream_text", cuts_characters, "cut in two"),
     ("check_stream_text", shows_the_stop, "stop token"),
-    ("check_light", one_scale, "one scale for all rows"),
-    ("check_light", lambda model, weights: lighten(model, "int8"), "was not stored"),
     (
         "check_min_p",
         lambda x, s: x.masked_fill(x.softmax(-1) < s, -math.inf),
         "largest",
     ),
-    ("check_forbidden", lambda ids, n: {ids[ids.index(ids[-1]) + 1]}, "first earlier"),
     (
         "check_beam_search",
         lambda model, ids, n, beams: generate(model, ids, n, top_k=1),
@@ -705,16 +624,18 @@ def test_check_names_the_mistake(check, wrong, message):
 @pytest.mark.parametrize("k", [1, None])
 def test_scores_that_are_no_numbers(bad, k):
     with pytest.raises(ValueError, match="weights damaged"):
-        sample(torch.full((1, 3), bad), top_k=k)
+        sample(torch.full((1, 3), bad), Sampling(top_k=k))
 
 
 def test_top_k_tells_scores_apart_that_the_subtraction_would_make_equal():
     rows = torch.tensor([[0.0, 1.0, -5.6e-37]]).expand(2000, 3)
-    assert set(sample(rows, temperature=2.0, top_k=2).tolist()) == {0, 1}
+    assert set(sample(rows, Sampling(temperature=2.0, top_k=2)).tolist()) == {0, 1}
 
 
 def test_a_tiny_top_p_keeps_the_likeliest():
-    assert sample(torch.tensor([[1.0, 3.0, 2.0]]), top_p=1e-46).tolist() == [1]
+    assert sample(torch.tensor([[1.0, 3.0, 2.0]]), Sampling(top_p=1e-46)).tolist() == [
+        1
+    ]
 
 
 def test_a_cache_refuses_another_shape():
@@ -729,9 +650,9 @@ def test_a_cache_refuses_another_shape():
 
 @pytest.mark.parametrize("stop", [5, np.int64(5), None, ["a"], "a"])
 def test_stop_is_a_list(model, stop):
-    with pytest.raises(ValueError, match="list of ids"):
+    with pytest.raises(ValueError, match="stop must be whole numbers"):
         next(stream_text(model, CharTokenizer("abcdefghijk"), "a", 2, stop=stop))
-    with pytest.raises(ValueError, match="list of ids"):
+    with pytest.raises(ValueError, match="stop must be whole numbers"):
         generate(model, [1], 2, stop=stop)
 
 
@@ -740,32 +661,3 @@ def test_whole_numbers_of_numpy_will_do(model):
     assert generate(model, np.array([1]), np.int64(9), seed=np.int64(3)) == ids
     until = ids[: 1 + ids[1:].index(ids[5])]
     assert generate(model, [1], 9, seed=3, stop=np.array(ids[5:6])) == until
-
-
-def test_a_light_model_is_not_saved_over_a_good_one(tmp_path):
-    model = GPT(GPTConfig(50, context=8, layers=1, heads=1, width=8)).eval()
-    tokenizer = CharTokenizer.train("abc")
-    save(tmp_path, model, tokenizer)
-    before = (tmp_path / "model.safetensors").read_bytes()
-    with pytest.raises(ValueError, match="before you lighten it"):
-        save(tmp_path, lighten(model, "int8"), tokenizer)
-    assert (tmp_path / "model.safetensors").read_bytes() == before
-
-
-def test_a_light_model_is_neither_trained_nor_made_lighter():
-    light = lighten(GPT(GPTConfig(11, 4, 1, 1, 8)), "int8")
-    data = TokenData.of([1, 2, 3] * 9, [1, 2, 3] * 9, 11)
-    with pytest.raises(ValueError, match="train the one it comes from"):
-        train(light, data, TrainConfig(steps=1))
-    with pytest.raises(ValueError, match="is light already"):
-        lighten(light, "bfloat16")
-
-
-def test_light_products_leave_onednn_as_it_was():
-    assert torch.backends.mkldnn.enabled
-    light = lighten(GPT(GPTConfig(11, 8, 1, 1, 8)), "bfloat16")
-    generate(light, [1], 3, top_k=1)
-    assert torch.backends.mkldnn.enabled
-    with pytest.raises(RuntimeError):
-        light.head(torch.zeros(1, 7))
-    assert torch.backends.mkldnn.enabled

@@ -14,20 +14,35 @@ from glassgpt.checkpoints import load, save
 from glassgpt.data import TokenData, tokenize
 from glassgpt.device import Machine, Plan, make_plan, pick_device
 from glassgpt.embeddings import Embedding, cosine_similarity, nearest_neighbors
-from glassgpt.generation import generate, lighten, sample, stream, stream_text
+from glassgpt.generation import (
+    Sampling,
+    generate,
+    log_probabilities,
+    sample,
+    stream,
+    stream_text,
+)
 from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.heads import MultiHeadAttention, merge_heads, split_heads
 from glassgpt.mlp import MLP, gelu
 from glassgpt.modern import (
+    GPT2_CHOICES,
+    LLAMA_CHOICES,
     ModernConfig,
     ModernGPT,
+    Muon,
+    MuonConfig,
     apply_rotary,
+    build,
+    muon_optimizers,
     rotary_tables,
     squared_relu,
+    swiglu,
 )
 from glassgpt.positions import sinusoidal_positions
 from glassgpt.runs import resume_run, start_run
 from glassgpt.softmax import cross_entropy, log_softmax, softmax
+from glassgpt.speed import keep_freed_memory, lighten
 from glassgpt.tokens import BPETokenizer, CharTokenizer, load_tokenizer
 from glassgpt.training import TrainConfig, Trainer, evaluate, train
 
@@ -47,8 +62,9 @@ __all__ = [
     "Embedding",
     "cosine_similarity",
     "nearest_neighbors",
+    "Sampling",
     "generate",
-    "lighten",
+    "log_probabilities",
     "sample",
     "stream",
     "stream_text",
@@ -59,15 +75,24 @@ __all__ = [
     "split_heads",
     "MLP",
     "gelu",
+    "GPT2_CHOICES",
+    "LLAMA_CHOICES",
     "ModernConfig",
     "ModernGPT",
+    "Muon",
+    "MuonConfig",
     "apply_rotary",
+    "build",
+    "muon_optimizers",
     "rotary_tables",
     "squared_relu",
+    "swiglu",
     "sinusoidal_positions",
     "cross_entropy",
     "log_softmax",
     "softmax",
+    "keep_freed_memory",
+    "lighten",
     "BPETokenizer",
     "CharTokenizer",
     "load_tokenizer",

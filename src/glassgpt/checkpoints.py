@@ -4,6 +4,8 @@
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
@@ -16,62 +18,64 @@ from torch import Tensor
 
 from glassgpt.device import on_paper
 from glassgpt.gpt import GPT, GPTConfig
-from glassgpt.modern import ModernConfig, build
-from glassgpt.tokens import load_tokenizer
+from glassgpt.modern import ModernConfig
+from glassgpt.tokens import Tokenizer, load_tokenizer
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield another name to write to; then flush that file to the disk and rename it.
+
+    Raises OSError where the disk is full or can't be written; an old file stays.
+
+    Book: 20_runs_that_survive.html#the-module
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        yield partial
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # PyTorch's, safetensors'
+        partial.unlink(missing_ok=True)  # on a full disk it would be in the way
+        raise OSError(f"{path} could not be written: {error}") from error
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write under another name, flush to the disk, and rename: all of it or nothing.
+    """Write all of a file or nothing. Raises OSError, as `whole_file`.
 
     Book: 20_runs_that_survive.html#the-module
     """
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError:
-        partial.unlink(missing_ok=True)  # on a full disk it would be in the way
-        raise
+    with whole_file(path) as partial:
+        partial.write_bytes(content)
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Tensors as a safetensors file, whole or not at all.
-
-    Raises OSError where the disk is full or can't be written.
+    """Tensors as a safetensors file, whole or not at all. Raises OSError.
 
     Book: 20_runs_that_survive.html#the-module
     """
-    partial = path.with_name(path.name + ".partial")
-    tensors = {
-        name: value.detach().cpu().contiguous() for name, value in tensors.items()
-    }
-    partial.touch()
-    mode = partial.stat().st_mode  # the library makes it private
-    try:
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    with whole_file(path) as partial:
+        partial.touch()
+        mode = partial.stat().st_mode  # the library makes it private
         save_file(tensors, partial, metadata={"format": "pt"})
         partial.chmod(mode)
-    except SafetensorError as error:
-        partial.unlink(missing_ok=True)
-        raise OSError(f"{path} could not be written: {error}") from error
-    with open(partial, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """The names and shapes in a safetensors file; reads its header only.
+    """The names and shapes of the real numbers in a file; reads its header only.
 
     Raises ValueError where it is not a whole safetensors file.
 
     Book: 20_runs_that_survive.html#the-module
     """
+    real = ("F32", "F16", "BF16", "F64")
     try:
         with safe_open(path, framework="pt") as file:
-            names = file.keys()
-            return {name: tuple(file.get_slice(name).get_shape()) for name in names}
+            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            numbers = {n: part for n, part in parts.items() if part.get_dtype() in real}
+            return {name: tuple(part.get_shape()) for name, part in numbers.items()}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged or no safetensors file: {error}") from None
 
@@ -123,35 +127,20 @@ def from_gpt2(state: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
     Book: 20_runs_that_survive.html#the-module
     """
     theirs = {name: state[_gpt2_name(name)] for name in names}
-    return {
-        name: value.T if _transposed(name) else value for name, value in theirs.items()
-    }
+    return {n: value.T if _transposed(n) else value for n, value in theirs.items()}
 
 
-def _config_to_json(config: GPTConfig, end: int | None) -> dict[str, Any]:
-    """What stands in config.json: GPT-2's own keys where they fit, and all of ours."""
-    ours = {"glassgpt": asdict(config)}
-    if type(config) is not GPTConfig:
-        return {"model_type": "glassgpt", **ours}
-    return {
-        "model_type": "gpt2",
-        "architectures": ["GPT2LMHeadModel"],
-        "vocab_size": config.vocab_size,
-        "n_positions": config.context,
-        "n_embd": config.width,
-        "n_layer": config.layers,
-        "n_head": config.heads,
-        "activation_function": "gelu_new",
-        "layer_norm_epsilon": 1e-5,
-        **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout),
-        "tie_word_embeddings": config.tied,
-        **dict.fromkeys(("bos_token_id", "eos_token_id"), end),
-        **ours,
-    }
-
-
+# Our fields and GPT-2's keys for them in config.json.
+_KEYS = {
+    "vocab_size": "vocab_size",
+    "context": "n_positions",
+    "layers": "n_layer",
+    "heads": "n_head",
+    "width": "n_embd",
+    "tied": "tie_word_embeddings",
+}
 # What GPT-2's other options must be, for ours to be the same function.
-_GPT2_OPTIONS = {
+_OPTIONS = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
     "layer_norm_epsilon": (1e-5,),
     "scale_attn_weights": (True,),
@@ -160,62 +149,91 @@ _GPT2_OPTIONS = {
 }
 
 
+def _config_to_json(config: GPTConfig, end: int | None) -> dict[str, Any]:
+    """What stands in config.json: GPT-2's own keys where they fit, and all of ours."""
+    if type(config) is not GPTConfig:
+        return {"model_type": "glassgpt", "glassgpt": asdict(config)}
+    return {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        **{key: getattr(config, name) for name, key in _KEYS.items()},
+        **{name: allowed[0] for name, allowed in _OPTIONS.items()},
+        **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout),
+        **dict.fromkeys(("bos_token_id", "eos_token_id"), end),
+        "glassgpt": asdict(config),
+    }
+
+
 def _config_from_json(content: dict[str, Any]) -> GPTConfig:
     """The inverse, also for a GPT-2 written by `transformers`."""
-    kind, ours = content.get("model_type"), content.get("glassgpt")
-    if ours and kind == "glassgpt":
-        return ModernConfig(**ours)
+    if (kind := content.get("model_type")) == "glassgpt":
+        return ModernConfig(**content["glassgpt"])
     if kind != "gpt2":
         raise ValueError(f"its model_type is {kind!r}, not a GPT-2")
-    allowed = {**_GPT2_OPTIONS, "n_inner": (None, 4 * content["n_embd"])}
-    for name, values in allowed.items():
-        if content.get(name, values[0]) not in values:
+    content = {"tie_word_embeddings": True, **content}
+    if missing := sorted(set(_KEYS.values()) - set(content)):
+        raise ValueError(f"{', '.join(missing)} is missing")
+    for name, allowed in {**_OPTIONS, "n_inner": (None, 4 * content["n_embd"])}.items():
+        if content.get(name, allowed[0]) not in allowed:
             raise ValueError(f"its {name} is {content[name]!r}, not what GPT-2 has")
-    keys = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
-    rest = {"tied": content.get("tie_word_embeddings", True)}
-    if ours:  # what `transformers` has no single key for
-        rest["dropout"] = ours["dropout"]
-    config = GPTConfig(*(content[key] for key in keys), **rest)
-    if ours and GPTConfig(**ours) != config:
-        raise ValueError(f"it says {ours} and {asdict(config)}")
-    return config
+    theirs = {name: content[key] for name, key in _KEYS.items()}
+    ours = {**theirs, **content.get("glassgpt", {})}
+    ours["vocab_size"] = theirs["vocab_size"]  # `transformers` can enlarge it
+    for name, value in theirs.items():
+        if ours[name] != value:
+            raise ValueError(
+                f"its {name} is {value}, and in another place {ours[name]}"
+            )
+    return GPTConfig(**ours)
 
 
-def save(directory: str | Path, model: GPT, tokenizer: Any) -> None:
+def make_folder(directory: Path) -> None:
+    """Make a folder and those above it, if they aren't there. Raises OSError.
+
+    Book: 20_runs_that_survive.html#the-module
+    """
+    if os.path.lexists(directory) and not directory.is_dir():
+        raise FileExistsError(f"{directory} is a file or a broken link, no folder")
+    directory.mkdir(parents=True, exist_ok=True)
+
+
+def save(directory: str | Path, model: GPT, tokenizer: Tokenizer) -> None:
     """Write model.safetensors, config.json and tokenizer.json into a directory.
 
     A model with GPT-2's architecture is written so that `transformers` reads the
     directory with AutoModelForCausalLM and AutoTokenizer.
     Raises OSError where the disk is full or can't be written, FileExistsError for the
-    folder of a run, ValueError for a model made lighter, whose weights are gone, or
-    one that `torch.compile` returned.
+    folder of a run, of a checkpoint or of tokens, ValueError for a model made lighter,
+    whose weights are gone, or what `torch.compile` returned.
 
     Book: 20_runs_that_survive.html#the-module
     """
+    directory = Path(directory)
     if not isinstance(model, GPT):
-        raise ValueError(f"save a GPT, not {type(model).__name__}: its own model")
+        kind = type(model).__name__
+        raise ValueError(f"only a GPT can be saved, not a {kind}: save what is in it")
     due = dict(on_paper(model.config).named_parameters())
     if due.keys() != dict(model.named_parameters()).keys():
         raise ValueError("weights are missing: save the model before you lighten it")
-    if (Path(directory) / "run.json").exists():
-        raise FileExistsError(f"{directory} holds a run: use another directory")
-    write_model(Path(directory), model, tokenizer)
+    for name, what in (("run", "run"), ("hashes", "checkpoint"), ("tokens", "corpus")):
+        if (directory / f"{name}.json").exists():
+            raise FileExistsError(f"{directory} holds a {what}: use another folder")
+    write_model(directory, model, tokenizer)
 
 
-def write_model(directory: Path, model: GPT, tokenizer: Any) -> None:
+def write_model(directory: Path, model: GPT, tokenizer: Tokenizer) -> None:
     """What `save` does, once it is known to be right.
 
     Book: 20_runs_that_survive.html#the-module
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    make_folder(directory)
     tokenizer.save(directory / "tokenizer.json")
-    special = "<|endoftext|>"
-    end = tokenizer.special_tokens.get(special)
+    end = tokenizer.special_tokens.get("<|endoftext|>")
     kind: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    kind["clean_up_tokenization_spaces"] = False
-    kind["model_max_length"] = model.config.context
+    kind |= {"clean_up_tokenization_spaces": False}
+    kind |= {"model_max_length": model.config.context}
     if end is not None:
-        kind |= {"bos_token": special, "eos_token": special}
+        kind |= dict.fromkeys(("bos_token", "eos_token"), "<|endoftext|>")
     write_file(directory / "tokenizer_config.json", json.dumps(kind, indent=1).encode())
     content = _config_to_json(model.config, end)
     write_file(directory / "config.json", json.dumps(content, indent=1).encode())
@@ -225,48 +243,36 @@ def write_model(directory: Path, model: GPT, tokenizer: Any) -> None:
     write_tensors(directory / "model.safetensors", parameters)
 
 
-def _expected_parameters(config: GPTConfig, layers: int) -> dict[str, Tensor]:
-    """The parameters of such a model, as shapes without memory.
-
-    Raises ValueError for a model that can't be that of a file with so many layers.
-    """
-    if layers != config.layers:
-        raise ValueError(f"it has {layers} layers where {config.layers} are due")
-    try:
-        model = on_paper(config)
-    except (RuntimeError, OverflowError, TypeError) as error:
-        raise ValueError(f"no model can have these sizes: {error}") from None
-    tables = sum(table.numel() for table in model.buffers())
-    if tables > max(model.parameter_count(), 1 << 24):
-        raise ValueError(f"a context of {config.context} is out of proportion")
-    return dict(model.named_parameters())
-
-
 def load_parameters(path: Path, config: GPTConfig) -> GPT:
     """A GPT with the parameters of a file, ours or GPT-2's, after all shapes agree.
 
-    Raises ValueError for a file of another model, before memory is taken for it.
+    Draws no random numbers. Raises ValueError for a file of another model, before
+    memory is taken for it.
 
     Book: 20_runs_that_survive.html#the-module
     """
     found = read_shapes(path)
-    blocks = (re.search(r"(?:blocks|h)\.(\d+)\.", name) for name in found)
-    layers = len({block[1] for block in blocks if block})
     theirs = type(config) is GPTConfig and "tokens.weight" not in found
     prefix = "transformer." if theirs and "wte.weight" in found else ""
     found = {prefix + name: shape for name, shape in found.items()}
+    blocks = (re.search(r"(?:blocks|h)\.(\d+)\.", name) for name in found)
+    layers = len({block[1] for block in blocks if block})
     try:
-        ours = _expected_parameters(config, layers)
+        if layers != config.layers:
+            raise ValueError(f"it has {layers} layers where {config.layers} are due")
+        model = on_paper(config)
+        ours = dict(model.named_parameters())
         for name, value in (to_gpt2(ours) if theirs else ours).items():
-            if found.get(name) != tuple(value.shape):
-                has = found.get(name, "nothing")
-                raise ValueError(f"{name} should be {tuple(value.shape)}, it has {has}")
-    except ValueError as error:
+            if (has := found.get(name)) != tuple(value.shape):
+                due = f"{tuple(value.shape)} real numbers"
+                raise ValueError(f"{name} should be {due}, it has {has or 'none'}")
+    except (ValueError, RuntimeError, OverflowError, TypeError) as error:
         raise ValueError(f"{path} does not fit its config.json: {error}") from None
     state = {prefix + name: value for name, value in load_file(path).items()}
-    with torch.random.fork_rng(devices=[]):  # its start is thrown away
-        model = build(config)
     state = from_gpt2(state, list(ours)) if theirs else state
+    model.to_empty(device="cpu")
+    if config.tied:  # PyTorch has made two tensors out of the one
+        model.head.weight = model.tokens.weight
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(state[name])
@@ -276,7 +282,7 @@ def load_parameters(path: Path, config: GPTConfig) -> GPT:
 MODELS = Path(str(files("glassgpt")), "models")  # what comes with the package
 
 
-def load(name: str | Path) -> tuple[GPT, Any]:
+def load(name: str | Path) -> tuple[GPT, Tokenizer]:
     """The model, ready to generate, and the tokenizer of a name or from a directory.
 
     name: a folder that `save` or `train` filled, or else "shakespeare", the small model
@@ -299,11 +305,7 @@ def load(name: str | Path) -> tuple[GPT, Any]:
     path = directory / "config.json"
     try:
         config = _config_from_json(json.loads(path.read_text("utf-8")))
-    except KeyError as error:
-        raise ValueError(
-            f"{path} does not describe a GPT: {error} is missing"
-        ) from None
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} does not describe a GPT: {error}") from None
     tokenizer = load_tokenizer(directory / "tokenizer.json")
     if tokenizer.vocab_size > config.vocab_size:

@@ -27,14 +27,14 @@ from glassgpt.data import TokenData, read_documents, split_documents, tokenize
 from glassgpt.device import (
     SIZES,
     Plan,
-    keep_freed_memory,
     make_plan,
     peak_flops,
     pick_device,
 )
-from glassgpt.generation import lighten, stream_text
+from glassgpt.generation import stream_text
 from glassgpt.gpt import GPTConfig
 from glassgpt.modern import ModernConfig
+from glassgpt.speed import keep_freed_memory, lighten
 from glassgpt.tokens import BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer
 from glassgpt.training import TrainConfig, lock_folder, train
 

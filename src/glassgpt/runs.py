@@ -3,33 +3,29 @@
 
 import hashlib
 import json
+import math
 import os
+import pickletools
 import re
 import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
+import numpy as np
 import torch
 
-from glassgpt.checkpoints import load, write_file, write_model
-from glassgpt.data import TokenData
-from glassgpt.device import (
-    Machine,
-    Plan,
-    fit_memory,
-    memory_of,
-    peak_flops,
-    pick_device,
-    pick_precision,
-)
+from glassgpt.checkpoints import load, make_folder, whole_file, write_file, write_model
+from glassgpt.data import SPLITS, TokenData, write_tokens
+from glassgpt.device import Machine, Plan, pick_device, pick_precision
 from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.modern import ModernConfig, MuonConfig
-from glassgpt.tokens import Tokenizer, load_tokenizer
+from glassgpt.tokens import Tokenizer
 from glassgpt.training import TrainConfig, Trainer, train
 
 
@@ -38,19 +34,23 @@ def checkpoints_in(directory: Path) -> list[Path]:
 
     Book: 20_runs_that_survive.html#the-module
     """
-    named = (p for p in directory.glob("checkpoint-*/"))
-    found = [p for p in named if re.fullmatch(r"checkpoint-\d{8,}", p.name)]
-    return sorted(found, key=lambda path: (len(path.name), path.name))
+    folders = directory.glob("checkpoint-*/")
+    found = [p for p in folders if re.fullmatch(r"checkpoint-\d{8,}", p.name)]
+    return sorted(found, key=lambda path: int(path.name[11:]))
 
 
 def _hashes(folder: Path) -> dict[str, str]:
     """The SHA-256 of the files in a folder, by name."""
     hashes = {}
-    for path in sorted(folder.iterdir()):
-        if path.name != "hashes.json":
-            with open(path, "rb") as file:
-                hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    for path in sorted(p for p in folder.iterdir() if p.is_file()):
+        with open(path, "rb") as file:
+            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
     return hashes
+
+
+def _drop(checkpoint: Path) -> None:
+    """Delete it, its name first: what is called a checkpoint is always whole."""
+    shutil.rmtree(checkpoint.rename(checkpoint.with_suffix(".partial")))
 
 
 def write_checkpoint(
@@ -65,72 +65,123 @@ def write_checkpoint(
     """
     final = directory / f"checkpoint-{trainer.step:08d}"
     partial = final.with_suffix(".partial")
-    for leftover in directory.glob("checkpoint-*.partial"):
+    for leftover in directory.glob("checkpoint-*.partial"):  # of a killed run
         shutil.rmtree(leftover)
+    if final.exists():
+        _drop(final)
     state = trainer.state_dict()
     del state["model"]  # it has a file of its own
     try:
         write_model(partial, trainer.model, tokenizer)
-        with open(partial / "trainer.pt", "wb") as file:
+        with whole_file(partial / "trainer.pt") as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
         hashes = json.dumps(_hashes(partial), indent=1)
         write_file(partial / "hashes.json", hashes.encode())
-        if final.exists():  # of a run that went back to an earlier one
-            shutil.rmtree(final)
         os.replace(partial, final)
-    except (OSError, RuntimeError) as error:  # torch.save raises the second
+    except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f"{final} could not be written: {error}") from error
     for old in checkpoints_in(directory)[:-keep]:
-        shutil.rmtree(old.rename(old.with_suffix(".partial")))
+        _drop(old)
 
 
-def read_checkpoint(path: Path, trainer: Trainer) -> None:
-    """Bring a trainer, whose model `load` has read, to the moment of a checkpoint.
+@contextmanager
+def _damaged(path: Path) -> Iterator[None]:
+    """Turn any error into a ValueError that says how to go on without a checkpoint."""
+    try:
+        yield
+    except Exception as error:  # a forged file can raise anything
+        others = [p.name for p in checkpoints_in(path.parent) if p != path][-1:]
+        advice = f"delete it to go on from {others[0]}" if others else "start anew"
+        raise ValueError(f"{path} is damaged ({error}): {advice}") from error
 
-    A forged file runs no code and takes no memory. Raises ValueError for a damaged
-    checkpoint, or one of another run.
+
+# All that the pickle in a checkpoint may name: tensors of 32-bit numbers.
+_NAMES = {"torch._utils _rebuild_tensor_v2", "torch FloatStorage"}
+_NAMES |= {"collections OrderedDict"}
+
+
+def _check_archive(path: Path) -> None:
+    """Raise ValueError where a file could take more memory than it has bytes."""
+    with ZipFile(path) as archive:
+        entries = archive.infolist()
+        (pickle,) = (e.filename for e in entries if e.filename.endswith("data.pkl"))
+        if sum(entry.file_size for entry in entries) > path.stat().st_size:
+            raise ValueError(f"{path.name} unpacks to more than it is")
+        if min(entry.header_offset for entry in entries) > 0:
+            raise ValueError(f"{path.name} has something before its first entry")
+        for code, name, _ in pickletools.genops(archive.read(pickle)):
+            if "GLOBAL" in code.name and name not in _NAMES:
+                raise ValueError(f"{path.name} asks for {name or code.name}")
+
+
+def read_checkpoint(path: Path) -> tuple[GPT, Tokenizer, dict[str, Any]]:
+    """The model, the tokenizer, and the rest of what a step changes.
+
+    A forged file runs no code and takes no memory. Raises ValueError for a damaged one.
 
     Book: 20_runs_that_survive.html#the-module
     """
-    try:
+    needed = {"config.json", "model.safetensors", "tokenizer.json", "trainer.pt"}
+    with _damaged(path):
         due = json.loads((path / "hashes.json").read_text("utf-8"))
-        if due != _hashes(path) or "trainer.pt" not in due:
+        if not needed <= due.keys() or not due.items() <= _hashes(path).items():
             raise ValueError("its files don't match their hashes")
+        _check_archive(path / "trainer.pt")
+        model, tokenizer = load(path)
         state = torch.load(
             path / "trainer.pt", map_location="cpu", mmap=True, weights_only=True
         )
-        for optimizer, saved in zip(
-            trainer.optimizers, state["optimizers"], strict=True
-        ):
-            ours = [p for group in optimizer.param_groups for p in group["params"]]
+    return model, tokenizer, state
+
+
+_MOMENTS = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "Muon": ("momentum_buffer",)}
+
+
+def restore(trainer: Trainer, state: dict[str, Any], path: Path) -> None:
+    """Bring a trainer, which has the model of a checkpoint, to its moment.
+
+    Raises ValueError where the rest of the state is not that of this model.
+
+    Book: 20_runs_that_survive.html#the-module
+    """
+    with _damaged(path):
+        pairs = zip(trainer.optimizers, state["optimizers"], strict=True)
+        for optimizer, saved in pairs:
+            ours = [
+                p.shape for group in optimizer.param_groups for p in group["params"]
+            ]
+            names = _MOMENTS[type(optimizer).__name__]
             for number, moments in saved["state"].items():
+                due = {name: () if name == "step" else ours[number] for name in names}
+                if {name: value.shape for name, value in moments.items()} != due:
+                    raise ValueError(f"parameter {number} has moments of other shapes")
                 for name, value in moments.items():
-                    if value.shape not in ((), ours[number].shape):
-                        raise ValueError(f"{name} of {number} has another shape")
-                    moments[name] = value.clone()  # out of the file
+                    moments[name] = value.detach().clone()  # out of the file
+        numbers = [
+            state["seconds"],
+            *state["recent"],
+            *state.get("scaler", {}).values(),
+        ]
+        numbers += [value for record in state["records"] for value in record.values()]
+        if not all(isinstance(number, int | float) for number in numbers):
+            raise ValueError("its records are no numbers")
+        if path.name != f"checkpoint-{state['step']:08d}":
+            raise ValueError(f"it is of step {state['step']}")
         state["model"] = dict(trainer.model.named_parameters())
         trainer.load_state_dict(state)
-    except Exception as error:  # a forged file can raise anything
-        before = [p.name for p in checkpoints_in(path.parent) if p < path][-1:]
-        advice = f"delete it to go on from {before[0]}" if before else "start anew"
-        raise ValueError(f"{path} is damaged ({error!r}): {advice}") from error
 
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
     """Note the first Ctrl-C, SIGTERM or SIGHUP in a list; the second interrupts.
 
+    A signal that is ignored, as SIGHUP is under nohup, stays ignored.
+
     Book: 20_runs_that_survive.html#the-module
     """
     caught: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield caught  # Python lets only the main thread handle signals.
-        return
-    names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    before: dict[int, Any] = {}
 
     def restore() -> None:
         for number, handler in before.items():
@@ -140,7 +191,11 @@ def stop_signals() -> Iterator[list[int]]:
         restore()
         caught.append(number)
 
-    before = {number: signal.signal(number, on_signal) for number in numbers}
+    if threading.current_thread() is threading.main_thread():  # no other may
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number and signal.getsignal(number) not in (signal.SIG_IGN, None):
+                before[number] = signal.signal(number, on_signal)
     try:
         yield caught
     finally:
@@ -159,10 +214,8 @@ def memory_advice() -> Iterator[None]:
         signs = ("allocate memory", "out of memory", "ALLOC_FAILED", "Invalid buffer")
         if not any(sign in str(error) for sign in signs):
             raise
-        raise MemoryError(
-            "training does not fit into memory: raise accumulate, or lower the "
-            "model's context, width or layers"
-        ) from error
+        advice = "raise accumulate, or lower the model's context, width or layers"
+        raise MemoryError(f"training does not fit into memory: {advice}") from error
 
 
 @contextmanager
@@ -175,7 +228,7 @@ def locked(directory: Path) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout  # here: most programs never lock anything
 
-    directory.mkdir(parents=True, exist_ok=True)
+    make_folder(directory)
     lock = FileLock(directory / ".lock", timeout=0)
     try:
         lock.acquire()
@@ -199,12 +252,15 @@ class Run:
     stopped_by: int = 0
 
 
+OnRecord = Callable[[dict[str, float]], None]
+
+
 def _go_on(
     directory: Path,
     trainer: Trainer,
     tokenizer: Tokenizer,
-    saving: dict[str, int],
-    on_record: Callable[[dict[str, float]], None] | None,
+    settings: dict[str, Any],
+    on_record: OnRecord | None,
     progress: bool,
 ) -> Run:
     """Train in a folder that is ours until the end or a signal."""
@@ -220,8 +276,8 @@ def _go_on(
             if on_record:
                 on_record(records[-1])
         last = step == trainer.config.steps
-        if caught or last or step % saving["checkpoint_every"] == 0:
-            write_checkpoint(directory, trainer, tokenizer, saving["keep"])
+        if caught or last or step % settings["checkpoint_every"] == 0:
+            write_checkpoint(directory, trainer, tokenizer, settings["keep"])
         return bool(caught) and not last
 
     with stop_signals() as caught, memory_advice():
@@ -232,20 +288,78 @@ def _go_on(
     return Run(directory, trainer, caught[0] if stopped else 0)
 
 
+# What may be another than before when a run goes on.
+CHANGEABLE = {"steps", "learning_rate", "matrix_learning_rate", "accumulate"}
+CHANGEABLE |= {"evaluate_every", "checkpoint_every", "keep"}
+CHANGEABLE |= {field.name for field in fields(Machine)}
+
+
+def _parts(settings: dict[str, Any]) -> tuple[Any, ...]:
+    """The TrainConfig and the Machine in a run's settings. Raises ValueError."""
+    for name in ("checkpoint_every", "keep"):
+        if not isinstance(settings[name], int) or settings[name] < 1:
+            raise ValueError(f"{name} must be at least 1, not {settings[name]!r}")
+    kinds = (MuonConfig if "matrix_learning_rate" in settings else TrainConfig, Machine)
+    names = [{field.name: settings[field.name] for field in fields(k)} for k in kinds]
+    return tuple(kind(**values) for kind, values in zip(kinds, names, strict=True))
+
+
+def _read_run(directory: Path) -> dict[str, Any]:
+    """What stands in run.json. Raises ValueError where it is damaged."""
+    path = directory / "run.json"
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        kind = ModernConfig if "positions" in content["model"] else GPTConfig
+        content["model"] = kind(**content["model"])
+        _parts(content["settings"])
+        torch.device(content["settings"]["device"]), Path(content["data"])
+        return content
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}): start a new run") from None
+
+
+def _write_run(directory: Path, content: dict[str, Any]) -> None:
+    """Write run.json, which makes a folder a run."""
+    content = {**content, "model": asdict(content["model"])}
+    write_file(directory / "run.json", json.dumps(content, indent=1).encode())
+
+
+def _place(data: TokenData, directory: Path) -> str:
+    """Where tokens are; those in a run's own folder move with it."""
+    place, own = data.directory.resolve(), directory.resolve() / "data"
+    return "data" if place == own else str(place)
+
+
 def refuse_occupied(directory: Path) -> None:
     """Raise FileExistsError for a folder with anything in it but tokens.
 
+    What a start leaves that was killed before its run.json is none of it.
+
     Book: 20_runs_that_survive.html#the-module
     """
-    if directory.exists() and not directory.is_dir():
-        raise FileExistsError(f"{directory} is a file: choose another folder")
     if (directory / "run.json").exists():
         raise FileExistsError(f"{directory} holds a run: resume it, or choose another")
-    names = sorted(path.name for path in directory.glob("[!.]*"))
-    if names and names != ["data"]:
-        raise FileExistsError(
-            f"{directory} is not empty, {names[0]} is in it: choose another folder"
-        )
+    ours = re.compile(r"data|checkpoint-00000000|.*\.partial(\.lock)?")
+    for name in sorted(path.name for path in directory.glob("[!.]*")):
+        if not ours.fullmatch(name):
+            what = f"{directory} is not empty, {name} is in it"
+            raise FileExistsError(f"{what}: choose another folder")
+
+
+def _on_disk(data: TokenData, folder: Path, tokenizer: Tokenizer) -> TokenData:
+    """Data in files, which are written now if there are none."""
+    if data.directory:
+        return data
+    parts = {split: getattr(data, split) for split in SPLITS}
+    if not folder.exists():  # else a start was killed after it
+        splits = {split: [(part.ids, part.characters)] for split, part in parts.items()}
+        write_tokens(folder, splits, tokenizer)
+    found = TokenData.open(folder)
+    if all(
+        np.array_equal(getattr(found, split).ids, parts[split].ids) for split in SPLITS
+    ):
+        return found
+    raise FileExistsError(f"{folder} holds other tokens: choose another folder")
 
 
 def start_run(
@@ -256,7 +370,7 @@ def start_run(
     model: GPT | None = None,
     checkpoint_every: int = 250,
     keep: int = 2,
-    on_record: Callable[[dict[str, float]], None] | None = None,
+    on_record: OnRecord | None = None,
     progress: bool = True,
 ) -> Run:
     """Train by a plan in a new folder, which `resume_run` and `load` can read.
@@ -277,100 +391,59 @@ def start_run(
             f"the data has {data.vocab_size} token ids and the tokenizer "
             f"{tokenizer.vocab_size}: it is not the one that made them"
         )
+    if model is not None and model.config != plan.model:
+        raise ValueError(f"the model has {model.config}, the plan {plan.model}")
     with memory_advice():
         trainer = plan.trainer(data, model)
+    settings = {**asdict(plan.training), **asdict(plan.machine)}
+    settings |= {"checkpoint_every": checkpoint_every, "keep": keep}
+    _parts(settings)
     with locked(directory):
         refuse_occupied(directory)  # again, now that it is ours
-        place = data.directory or data.save(directory / "data", tokenizer)
-        inside = place.resolve() == (directory / "data").resolve()
-        saving = {"checkpoint_every": checkpoint_every, "keep": keep}
-        content = {
-            "model": asdict(plan.model),
-            "training": asdict(plan.training),
-            "machine": asdict(plan.machine),
-            "saving": saving,
-            "data": "data" if inside else str(place.resolve()),
-            "fingerprint": data.fingerprint,
-        }
-        tokenizer.save(directory / "tokenizer.json")
-        write_file(directory / "run.json", json.dumps(content, indent=1).encode())
-        if model is not None:  # what it began with
-            write_checkpoint(directory, trainer, tokenizer, keep)
-        return _go_on(directory, trainer, tokenizer, saving, on_record, progress)
+        data = _on_disk(data, directory / "data", tokenizer)
+        content = {"model": plan.model, "settings": settings}
+        content |= {"data": _place(data, directory), "fingerprint": data.fingerprint}
+        write_checkpoint(directory, trainer, tokenizer, keep)
+        _write_run(directory, content)  # from here on there is a run
+        return _go_on(directory, trainer, tokenizer, settings, on_record, progress)
 
 
-# What may be another than before when a run goes on.
-CHANGEABLE = {"steps", "learning_rate", "matrix_learning_rate", "accumulate"}
-CHANGEABLE |= {"evaluate_every", "evaluation_crops", "checkpoint_every", "keep"}
-CHANGEABLE |= {field.name for field in fields(Machine)}
+def _changed(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Other settings, also where the device of before does not exist here.
 
-
-def _read_run(
-    directory: Path, changes: dict[str, Any], data: str | Path | None
-) -> tuple[Plan, dict[str, int], TokenData, list[str]]:
-    """The plan, what is saved when, and the tokens of a run; and what has changed.
-
-    Raises FileNotFoundError and ValueError.
+    Raises ValueError for a change of what must stay.
     """
-    path = directory / "run.json"
-    if not path.exists():
-        raise FileNotFoundError(f"{directory} holds no run: {path.name} is missing")
-    try:
-        content = json.loads(path.read_text("utf-8"))
-        parts = {
-            k: dict(content[k]) for k in ("model", "training", "machine", "saving")
-        }
-        modern, muon = "norm" in parts["model"], "schedule" in parts["training"]
-        muon = "matrix_learning_rate" in parts["training"]
-        model = (ModernConfig if modern else GPTConfig)(**parts["model"])
-        training = (MuonConfig if muon else TrainConfig)(**parts["training"])
-        machine, saving = Machine(**parts["machine"]), parts["saving"]
-        place, fingerprint = Path(directory, content["data"]), content["fingerprint"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}): start a new run") from None
-    before = {**asdict(training), **asdict(machine), **saving}
-    if kept := sorted(set(changes) - (CHANGEABLE & set(before))):
+    if kept := sorted(set(changes) - (CHANGEABLE & set(settings))):
         raise ValueError(f"a resumed run keeps its {', '.join(kept)}")
     try:
-        device = pick_device(changes.get("device", machine.device))
+        device = pick_device(changes.get("device", settings["device"]))
     except ValueError:
         if "device" in changes:
             raise
-        device = pick_device()  # another machine than the run began on
-    if device.type != torch.device(machine.device).type:
-        changes = {"precision": pick_precision(device), **changes}
-    now = {**before, **changes, "device": str(device)}
-    notes = [f"{k} {v} (was {before[k]})" for k, v in now.items() if v != before[k]]
+        device = pick_device()
+    now = {**settings, **changes, "device": str(device)}
+    moved = device.type != torch.device(settings["device"]).type
+    if moved and "precision" not in changes:
+        now["precision"] = pick_precision(device)
+    return now
 
-    def take(old: Any) -> Any:
-        return replace(old, **{f.name: now[f.name] for f in fields(old)})
 
-    training, machine = take(training), take(machine)
-    saving = {name: now[name] for name in saving}
-    tokens = Path(data) if data else place
-    if not tokens.exists():
-        raise FileNotFoundError(
-            f"{tokens}, the tokens of this run, is gone: say where it is now (--data)"
-        )
-    opened = TokenData.open(tokens)
-    if opened.fingerprint != fingerprint:
-        raise ValueError(f"{tokens} holds other tokens than those of this run")
-    opened.verify()
-    plan = Plan(model, training, machine, peak_flops(machine))
-    if memory := memory_of(device):
-        plan = fit_memory(plan, int(0.85 * memory), set(changes))
-    content |= {"training": asdict(plan.training), "machine": asdict(plan.machine)}
-    content |= {"saving": saving}
-    if data:
-        content["data"] = str(tokens.resolve())
-    write_file(path, json.dumps(content, indent=1).encode())
-    return plan, saving, opened, notes
+def _find_tokens(place: Path, fingerprint: str) -> TokenData:
+    """The tokens of a run, read whole once. Raises ValueError for others."""
+    if not place.exists():
+        what = f"{place}, the tokens of this run, is gone"
+        raise FileNotFoundError(f"{what}: say where it is now (data)")
+    data = TokenData.open(place)
+    if data.fingerprint != fingerprint:
+        raise ValueError(f"{place} holds other tokens than those of this run")
+    data.verify()
+    return data
 
 
 def resume_run(
     directory: str | Path,
     data: str | Path | None = None,
-    on_record: Callable[[dict[str, float]], None] | None = None,
+    on_record: OnRecord | None = None,
     progress: bool = True,
     say: Callable[[str], None] = print,
     **changes: Any,
@@ -385,17 +458,29 @@ def resume_run(
     Book: 20_runs_that_survive.html#the-module
     """
     directory = Path(directory)
-    if not directory.is_dir():
-        raise FileNotFoundError(f"there is no folder {directory}")
+    if not (directory / "run.json").exists():
+        raise FileNotFoundError(f"{directory} holds no run: run.json is missing")
     with locked(directory):
-        plan, saving, tokens, notes = _read_run(directory, changes, data)
-        last = checkpoints_in(directory)[-1:]
+        content = _read_run(directory)
+        before, now = content["settings"], _changed(content["settings"], changes)
+        training, machine = _parts(now)
+        place = Path(data) if data else directory / content["data"]
+        tokens = _find_tokens(place, content["fingerprint"])
+        if not (found := checkpoints_in(directory)):
+            raise FileNotFoundError(f"{directory} has lost its checkpoints: start anew")
+        model, tokenizer, state = read_checkpoint(found[-1])
+        if model.config != content["model"]:
+            raise ValueError(f"run.json describes another model than {found[-1]}")
         with memory_advice():
-            model = load(last[0])[0] if last else None
+            plan = Plan(model.config, training, machine, math.nan)
             trainer = plan.trainer(tokens, model)
-        if last:
-            read_checkpoint(last[0], trainer)
-        place = last[0].name if last else "the start: there is no checkpoint yet"
-        say("; ".join([f"going on from {place}", *notes]))
-        tokenizer = load_tokenizer(directory / "tokenizer.json")
-        return _go_on(directory, trainer, tokenizer, saving, on_record, progress)
+        restore(trainer, state, found[-1])
+        if trainer.step > training.steps:
+            raise ValueError(
+                f"steps can't be {training.steps}: {trainer.step} are done"
+            )
+        content |= {"settings": now, "data": _place(tokens, directory)}
+        _write_run(directory, content)
+        notes = [f"{k} {v} (was {before[k]})" for k, v in now.items() if v != before[k]]
+        say("; ".join([f"going on from {found[-1].name}", *notes]))
+        return _go_on(directory, trainer, tokenizer, now, on_record, progress)

@@ -1,7 +1,7 @@
 # Written by tools/tangle.py from book/13_generation.ipynb: change it there.
 
 
-"""Checks of sampling, caches, batches and light models that name the mistake."""
+"""Checks of sampling, caches, batches and streams that name the mistake."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -10,80 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from glassgpt.generation import Sampling
 from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.tokens import BPETokenizer, CharTokenizer
 
 _FIVE = torch.tensor([0.05, 0.40, 0.15, 0.10, 0.30])
 
 
-def _kept(logits: Tensor) -> list[int]:
-    """The places of a row that are not forbidden."""
-    return [place for place, score in enumerate(logits.tolist()) if score > -math.inf]
-
-
-def check_top_k(keep_top_k: Callable[[Tensor, int], Tensor]) -> None:
-    """Of each row the k highest logits stay as they are, the others become -inf.
-
-    Book: 13_generation.html#the-filters
-    """
-    logits = torch.stack((_FIVE, _FIVE.flip(0))).log()  # (2, 5)
-    given = logits.clone()
-    found = keep_top_k(given, 2)
-    assert torch.equal(given, logits), "the logits given were changed: return new ones"
-    assert found.shape == logits.shape, f"the shape changed to {tuple(found.shape)}"
-    kept = _kept(found[0])
-    assert kept != [0, 3], "the k lowest were kept, not the highest"
-    assert kept != [0, 1], "the first k were kept, not the highest"
-    assert kept == [1, 4], f"top_k=2 kept the places {kept}, not 1 and 4"
-    assert _kept(found[1]) == [0, 3], "each row must be filtered by itself"
-    assert torch.equal(found[0, kept], logits[0, kept]), "logits that stay changed"
-    assert torch.equal(keep_top_k(logits, 9), logits), "top_k above V must keep all"
-    for k in (1, 3):
-        kept = _kept(keep_top_k(logits, k)[0])
-        assert len(kept) == k, f"top_k={k} kept {len(kept)} tokens"
-    tied = _kept(keep_top_k(torch.tensor([[1.0, 0.0, 1.0, 1.0]]), 2)[0])
-    assert tied == [0, 2, 3], f"ties with the k-th stay: {tied} of 1, 0, 1, 1 for k=2"
-    deep = keep_top_k(logits.expand(2, 2, 5).clone(), 2)
-    assert torch.equal(deep[1], found), "more axes in front changed the result"
-
-
-def check_top_p(keep_top_p: Callable[[Tensor, float], Tensor]) -> None:
-    """The likeliest tokens stay until they reach p together, the crossing one too.
-
-    Book: 13_generation.html#the-filters
-    """
-    logits = torch.stack((_FIVE, _FIVE.flip(0))).log() + 3  # (2, 5)
-    given = logits.clone()
-    found = keep_top_p(given, 0.8)
-    assert torch.equal(given, logits), "the logits given were changed: return new ones"
-    assert found.shape == logits.shape, f"the shape changed to {tuple(found.shape)}"
-    kept = _kept(found[0])
-    assert kept != [1, 4], "the token that crosses p was dropped"
-    assert 1 in kept, "the likeliest token was dropped: sort from high to low"
-    assert kept != [0, 1, 2], "the first places stayed: put scores back in their places"
-    assert 0 not in kept, "the least likely token stayed: sort from high to low"
-    assert kept == [1, 2, 4], f"top_p=0.8 kept the places {kept}, not 1, 2 and 4"
-    assert _kept(found[1]) == [0, 2, 3], (
-        "a row in another order is wrong: were the scores put back in their places?"
-    )
-    assert torch.equal(found[0, kept], logits[0, kept]), "logits that stay changed"
-    assert _kept(keep_top_p(logits, 0.1)[0]) == [1], "the likeliest token always stays"
-    _check_top_p_edges(keep_top_p)
-    deep = keep_top_p(logits[:, None], 0.8)  # (2, 1, 5)
-    assert torch.equal(deep[:, 0], found), "more axes in front changed the result"
-
-
-def _check_top_p_edges(keep_top_p: Callable[[Tensor, float], Tensor]) -> None:
-    kept = _kept(keep_top_p(torch.tensor([[2.0, 1.0, 0.0]]), 1.0)[0])
-    assert kept == [0, 1, 2], f"top_p=1 must keep all, it kept {kept}"
-    high = torch.tensor([[1000.0, 999.0, 0.0]])
-    assert _kept(keep_top_p(high, 0.9)[0]) == [0, 1], "logits too large for exp"
-
-
-def _shares(sample: Callable[..., Tensor], **settings: Any) -> Tensor:
+def _shares(sample: Callable[..., Tensor], sampling: Sampling) -> Tensor:
     """How often each of five tokens is drawn (5,)."""
-    generator = torch.Generator().manual_seed(0)
-    drawn = sample(_FIVE.log().expand(20_000, 5), generator=generator, **settings)
+    generator = sampling.generator()
+    drawn = sample(_FIVE.log().expand(20_000, 5), sampling, generator)
     assert drawn.shape == (20_000,), f"ids have shape {tuple(drawn.shape)}, not (B,)"
     return drawn.bincount(minlength=5) / 20_000
 
@@ -91,17 +28,21 @@ def _shares(sample: Callable[..., Tensor], **settings: Any) -> Tensor:
 def check_sample(sample: Callable[..., Tensor]) -> None:
     """Tokens come as often as temperature, top-k and top-p in this order allow.
 
-    sample: called as sample(logits, generator=) with some of temperature, top_k and
-    top_p, by name.
+    sample: called as sample(logits, sampling, generator).
 
     Book: 13_generation.html#the-order-of-the-filters
     """
-    assert _shares(sample, top_k=1)[1] == 1, "top_k=1 must take the likeliest token"
+    greedy = _shares(sample, Sampling(top_k=1, seed=0))
+    assert greedy[1] == 1, "top_k=1 must take the likeliest token"
     cases = [
         ({}, _FIVE, "tokens don't come as often as their probability says"),
         ({"temperature": 0.5}, _FIVE**2, "the temperature must divide the logits"),
         ({"top_k": 2}, _FIVE * (_FIVE > 0.2), "top_k=2 must leave two tokens"),
-        ({"top_p": 0.8}, _FIVE * (_FIVE > 0.12), "top_p=0.8 must leave three tokens"),
+        (
+            {"top_p": 0.8},
+            _FIVE * (_FIVE > 0.12),
+            "top_p=0.8 must leave the three likeliest tokens, the crossing one too",
+        ),
         (
             {"temperature": 0.5, "top_p": 0.8},
             _FIVE**2 * (_FIVE > 0.2),
@@ -114,7 +55,8 @@ def check_sample(sample: Callable[..., Tensor]) -> None:
         ),
     ]
     for settings, weights, mistake in cases:
-        gap = (_shares(sample, **settings) - weights / weights.sum()).abs().max()
+        shares = _shares(sample, Sampling(**settings, seed=0))
+        gap = (shares - weights / weights.sum()).abs().max()
         assert gap < 0.02, f"{mistake} (off by {gap:.2f} with {settings})"
     _check_rows_and_dice(sample)
 
@@ -122,13 +64,13 @@ def check_sample(sample: Callable[..., Tensor]) -> None:
 def _check_rows_and_dice(sample: Callable[..., Tensor]) -> None:
     """Each row is drawn by its own logits, by the generator and nothing else."""
     rows = torch.stack((_FIVE, _FIVE.flip(0))).log().repeat(500, 1)  # (1000, 5)
-    dice = torch.Generator().manual_seed(0)
-    one, two = sample(rows, generator=dice), sample(rows, generator=dice)
+    free, dice = Sampling(), torch.Generator().manual_seed(0)
+    one, two = sample(rows, free, dice), sample(rows, free, dice)
     high = (one[::2] == 1).sum(), (one[1::2] == 3).sum()
     assert min(high) > 150, "every row has its own logits: some drew by another's"
     assert one[:200].unique().numel() > 1, "all rows get one draw"
     assert not torch.equal(one, two), "two draws in a row are the same: seed them once"
-    again = sample(rows, generator=torch.Generator().manual_seed(0))
+    again = sample(rows, free, torch.Generator().manual_seed(0))
     assert torch.equal(one, again), "draw from the generator, and only from it"
 
 
@@ -186,11 +128,11 @@ def _greedy(
     return ids
 
 
-def check_cached(generate: Callable[..., list]) -> None:
-    """With the cache come the tokens that come without, past the context as well.
+def check_generate(generate: Callable[..., list]) -> None:
+    """Tokens come as without a cache, past the context too, and in a batch as alone.
 
-    generate: called as generate(model, ids, max_new_tokens, top_k=1); its window is
-    that of `window_start`.
+    generate: called as generate(model, ids, max_new_tokens, top_k=1), with a prompt
+    or several; its window is that of `window_start`.
 
     Book: 13_generation.html#the-loop
     """
@@ -206,15 +148,6 @@ def check_cached(generate: Callable[..., list]) -> None:
             f" {same.index(False)} differs from a pass without a cache:"
             " are positions and window the same?"
         )
-
-
-def check_batch(generate: Callable[..., list]) -> None:
-    """Prompts of different length in one batch get the tokens that they get alone.
-
-    generate: called as generate(model, prompts, max_new_tokens, top_k=1).
-
-    Book: 13_generation.html#the-loop
-    """
     prompts = [[9, 2], [3, 1, 4, 1, 5], [6]]
     for context in (32, 8):  # with 8 the window moves on, for each row by itself
         model = _small_gpt(context)
@@ -303,55 +236,9 @@ def _check_settings_arrive(stream_text: Callable[..., Iterator[str]]) -> None:
     assert write(temperature=1e-6, seed=1) == greedy, "the temperature is ignored"
 
 
-def _check_layer(light: Any, linear: torch.nn.Linear, weights: str) -> None:
-    """One layer with light weights against the one that it came from."""
-    if weights != "int8":
-        dtype = getattr(torch, weights)
-        assert light.weight.dtype == dtype, f"{weights} was not stored"
-        rounded = torch.equal(light.weight, linear.weight.to(dtype))
-        assert rounded, f"the weights are not the nearest numbers in {weights}"
-        return
-    assert light.weight.dtype == torch.int8, f"{weights} was not stored"
-    assert light.scale.unique().numel() > 1, "one scale for all rows: give each its own"
-    assert (light.weight.abs().amax(dim=1) == 127).all(), (
-        "int8 goes to 127: the largest of each row should be there"
-    )
-    scale = light.scale.float()[:, None]
-    off = (light.weight * scale - linear.weight).abs()
-    assert (off <= 0.501 * scale).all(), (
-        "a weight is off by more than half a scale: round to the nearest"
-    )
-
-
-@torch.no_grad()
-def check_light(lighten: Callable[[GPT, str], Any]) -> None:
-    """Lighter weights change a model's logits little, and the model not at all.
-
-    lighten: called as lighten(model, weights); each linear layer of what it returns has
-    a weight (out, in), and for int8 a scale (out,).
-
-    Book: 13_generation.html#lighter-weights
-    """
-    ids = torch.tensor([[3, 1, 4, 1, 5]])
-    model = _small_gpt().float()
-    model.blocks[0].mlp.expand.weight[0] *= 1000
-    for weights in ("bfloat16", "float16", "int8"):
-        light = lighten(model, weights)
-        for name, layer in model.named_modules():
-            if isinstance(layer, torch.nn.Linear):
-                _check_layer(light.get_submodule(name), layer, weights)
-    model = _small_gpt().float()
-    before = model(ids)
-    for weights, most in (("bfloat16", 0.1), ("float16", 0.01), ("int8", 0.3)):
-        changes = lighten(model, weights)(ids).log_softmax(-1)
-        gap = (changes - before.log_softmax(-1)).abs().mean().item()
-        assert gap < most, f"{weights} changes log-probabilities by {gap:.3f}"
-        assert torch.equal(model(ids), before), "the model itself was changed"
-    try:
-        lighten(model, "int3")
-    except ValueError:
-        return
-    raise AssertionError("unknown weights were accepted: raise a ValueError")
+def _kept(logits: Tensor) -> list[int]:
+    """The places of a row that are not forbidden."""
+    return [place for place, score in enumerate(logits.tolist()) if score > -math.inf]
 
 
 def check_min_p(min_p: Callable[[Tensor, float], Tensor]) -> None:
@@ -380,28 +267,6 @@ def check_min_p(min_p: Callable[[Tensor, float], Tensor]) -> None:
         "of the logits 1000, 1000 and 990 with share=1 the first two stay: mind ties, "
         "and numbers too large for exp"
     )
-
-
-def check_forbidden(forbidden: Callable[[list[int], int], set[int]]) -> None:
-    """The tokens that would complete a run of n tokens that occurred before.
-
-    Book: 13_generation.html#exercise-2-never-the-same-three-words
-    """
-    ids = [1, 2, 3, 1, 2, 4, 1, 2]
-    found = set(forbidden(ids, 3))
-    assert ids == [1, 2, 3, 1, 2, 4, 1, 2], "the ids given were changed"
-    assert found != {3}, "only the first earlier run was found"
-    assert found != {4}, "only the last earlier run was found"
-    assert found == {3, 4}, f"after 1 2 3 1 2 4 1 2 these are forbidden: {found}"
-    assert set(forbidden([5, 5, 5], 3)) == {5}, "runs may overlap"
-    assert set(forbidden([1, 1, 1, 2, 1, 1], 3)) == {1, 2}, "runs may overlap"
-    four = forbidden([1, 2, 3, 4, 9, 2, 3, 5, 1, 2, 3], 4)
-    assert set(four) == {4}, "n=4: three tokens are the start"
-    assert set(forbidden([1, 2], 3)) == set(), "too short a text forbids nothing"
-    assert set(forbidden([1, 2, 1], 1)) == {1, 2}, "n=1 forbids all that occurred"
-    assert set(forbidden([1, 2, 1, 3, 1], 2)) == {2, 3}, "n=2: one token is the start"
-    assert set(forbidden([2, 1, 5, 1, 2], 3)) == set(), "2 1 is not the start 1 2"
-    assert set(forbidden([21, 2, 3, 1, 2], 3)) == set(), "21 2 is not the start 1 2"
 
 
 @torch.no_grad()

@@ -1,0 +1,178 @@
+# Written by tools/tangle.py from book/21_speed.ipynb: change it there.
+
+
+"""Speed: lighter weights, and memory that is not given back."""
+
+import copy
+import ctypes
+import math
+import platform
+from collections.abc import Sequence
+from functools import cache, partial
+from time import perf_counter
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from glassgpt.gpt import GPT
+
+FORMATS = ("float32", "bfloat16", "float16", "int8")
+
+
+def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row of x (N, C) as whole numbers from -127 to 127, and its scale (N, 1).
+
+    Source: Dettmers et al. (2022).
+
+    Book: 21_speed.html#rounding-rows
+    """
+    largest = torch.linalg.vector_norm(x, torch.inf, dim=1, keepdim=True)
+    scale = largest / 127 + 1e-30  # a row of zeros divides by more than 0
+    return (x / scale).round_().to(torch.int8), scale
+
+
+class Int8Product:
+    """x (..., in) times int8 weights (out, in), plus the bias (out,).
+
+    On anything but a CPU the weights go back to 32 bits at each call: it saves memory.
+
+    Book: 21_speed.html#a-light-layer
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype):
+        # In pieces, so that no large copy is made on the way.
+        pieces = [round_rows(part.float()) for part in weight.split(4096)]
+        whole, scale = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+        self.whole, self.scale, self.bias = whole.t(), scale[:, 0], bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not x.is_cpu:  # a GPU's product of whole numbers wants many rows
+            return x @ self.whole.float() * self.scale + self.bias
+        whole, scale = round_rows(x.view(-1, x.shape[-1]))
+        sums = torch._int_mm(whole, self.whole)  # (N, out) int32
+        y = torch.addcmul(self.bias, sums, scale * self.scale)
+        return y.view(*x.shape[:-1], -1)
+
+
+class HalfProduct:
+    """x (..., in) times weights (out, in) of 16 bits, plus the bias (out,).
+
+    dtype: to which the weights are rounded, torch.float16 or torch.bfloat16.
+
+    Book: 21_speed.html#a-light-layer
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype):
+        self.weight, self.bias = weight.to(dtype), bias
+        engine = torch.backends.quantized.engine
+        self.packed = None
+        if weight.is_cpu and engine in ("x86", "fbgemm"):
+            pack = torch.ops.quantized.linear_prepack_fp16
+            self.packed, self.weight = pack(self.weight.float(), bias), None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.packed is not None:
+            return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
+        return F.linear(x.to(self.weight.dtype), self.weight) + self.bias
+
+
+class LightLinear(nn.Module):
+    """A linear layer with lighter weights, for generation: (B, T, in) to (B, T, out).
+
+    weights: "int8", which also rounds each vector that comes in to 8 bits, "bfloat16"
+    or "float16". It stays on the device of `linear`, and its `state_dict` raises
+    ValueError: save the model it comes from.
+    Source of the scales: Dettmers et al. (2022).
+
+    Book: 21_speed.html#a-light-layer
+    """
+
+    def __init__(self, linear: nn.Linear, weights: str):
+        super().__init__()
+        weight = linear.weight.detach()
+        bias = weight.new_zeros(len(weight)) if linear.bias is None else linear.bias
+        make = Int8Product if weights == "int8" else HalfProduct
+        self.product = make(weight, bias.detach().float(), getattr(torch, weights))
+        self.register_state_dict_pre_hook(_refuse)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(x.float()).to(x.dtype)
+
+
+def _refuse(*_: Any) -> None:
+    raise ValueError("a lightened model can't be saved: save the one it comes from")
+
+
+@torch.inference_mode()
+def fastest_weights(layers: Sequence[nn.Linear]) -> str:
+    """Which of FORMATS takes one vector through these layers fastest, as measured.
+
+    On anything but a CPU "float16", unmeasured.
+
+    Book: 21_speed.html#which-is-fastest-here
+    """
+    if not layers[0].weight.is_cpu:
+        return "float16"
+    inputs = [layer.weight[:1].clone() for layer in layers]  # any vector will do
+    ways: dict[str, list[Any]] = {
+        name: [LightLinear(layer, name) for layer in layers] for name in FORMATS[1:]
+    }
+    ways["float32"] = list(layers)
+    seconds = dict.fromkeys(FORMATS, math.inf)
+    for _ in range(7):  # in turn, so that a slow moment hits all of them
+        for name, way in ways.items():
+            start = perf_counter()
+            for layer, x in zip(way, inputs, strict=True):
+                layer(x)
+            seconds[name] = min(seconds[name], perf_counter() - start)
+    return min(FORMATS, key=seconds.__getitem__)
+
+
+def lighten(model: GPT, weights: str | None = None) -> GPT:
+    """A model for generation, with lighter weights in its linear layers.
+
+    weights: one of FORMATS; without it, the fastest here for the model's first block.
+    Tables, norms and biases it shares with the model that it comes from, which is the
+    one to train and to save. Raises ValueError for other weights, and for a model that
+    is light already.
+
+    Book: 21_speed.html#which-is-fastest-here
+    """
+    linear = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+    if not linear:
+        raise ValueError("this model is light already: lighten the one it comes from")
+    if weights is None:
+        weights = fastest_weights(linear[:4])
+    if weights not in FORMATS:
+        raise ValueError(f"weights must be {', '.join(FORMATS)}, not {weights!r}")
+    # deepcopy takes what `memo` has for an object instead of copying it.
+    memo: dict[int, Any] = {id(part): part for part in model.parameters()}
+    if weights != "float32":
+        memo |= {id(layer): LightLinear(layer, weights) for layer in linear}
+    drops = [part for part in model.modules() if isinstance(part, nn.Dropout)]
+    memo |= {id(part): nn.Identity() for part in drops}  # nothing is dropped: no call
+    return copy.deepcopy(model, memo).eval()
+
+
+def keep_freed_memory() -> bool:
+    """Stop glibc from giving memory back after every step; True where that is possible.
+
+    Call it before the first tensor. A training step frees its activations and asks for
+    the same again: without this, the system clears every page of them each time. After
+    the first step what is free goes back once, for the start has left much behind.
+
+    Book: 21_speed.html#memory-that-isn-t-given-back
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    libc = ctypes.CDLL(None)
+    trim_threshold, mmap_max = -1, -4  # names of the options in malloc.h
+    if not (libc.mallopt(mmap_max, 0) and libc.mallopt(trim_threshold, -1)):
+        return False
+    # Once: what building and compiling the model left behind is not needed again.
+    trim = cache(partial(libc.malloc_trim, 0))
+    register_optimizer_step_post_hook(lambda *_: trim())
+    return True
