@@ -246,8 +246,9 @@ def make_loss(model: GPT, machine: Machine) -> Loss:
 
     # Outside: a compiled program that switches autocast can't be stored.
     def loss(ids: Tensor, targets: Tensor) -> Tensor:
-        batch = (ids.pin_memory(), targets.pin_memory()) if cuda else (ids, targets)
-        batch = [rows.to(device, non_blocking=cuda) for rows in batch]
+        if cuda:
+            ids, targets = ids.pin_memory(), targets.pin_memory()
+        batch = [rows.to(device, non_blocking=cuda) for rows in (ids, targets)]
         narrow = machine.dtype != torch.float32
         with torch.autocast(device.type, machine.dtype, enabled=narrow):
             return whole(*batch)
@@ -336,7 +337,8 @@ def kept_by_token(model: GPTConfig, machine: Machine, layers: int | None = None)
         numbers += 3 * C
     if machine.suits_short_attention(model.context):
         numbers += model.heads * model.context
-    weighted = getattr(model, "norm_weight", False) and model.norm == "rms"
+    rms = getattr(model, "norm", "layer") == "rms"
+    weighted = rms and getattr(model, "norm_weight", False)
     wide = 1 + getattr(model, "normalize_qk", False) + weighted  # 8 C in 32 bits
     block = round(each * numbers + 8 * C * wide)
     return (layers or model.layers) * block + 12 * model.vocab_size
