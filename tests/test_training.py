@@ -350,8 +350,9 @@ def test_the_training_loss_is_the_mean_since_the_last_record():
         value = token_loss(model)(ids, targets)
         return 0 * value + next(numbers) if torch.is_grad_enabled() else value
 
-    means = [record["train_loss"] for record in run(model, loss=loss).records]
-    assert means == [2.5, 6.5, 10.5]
+    made = run(model, loss=loss)
+    assert [record["train_loss"] for record in made.records] == [2.5, 6.5, 10.5]
+    assert made.read_losses() == 12
 
 
 def test_nats_a_character_only_where_characters_are_known():
@@ -611,9 +612,9 @@ def test_right_versions_pass():
     checks.check_clipping(clip)
     checks.check_evaluate(evaluate)
     checks.check_evaluate(judge)
-    checks.check_resume(Trainer)
+    checks.check_state_dict(Trainer)
     before = torch.get_rng_state()
-    checks.check_resume(forgetful(lambda made, before: None))
+    checks.check_state_dict(forgetful(lambda made, before: None))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -698,7 +699,7 @@ WRONG = {
         (judge_unless_it_fails, "after an error"),
         (lambda *arguments: 2 * judge(*arguments), "the mean surprise"),
     ],
-    checks.check_resume: [
+    checks.check_state_dict: [
         (forgetful(weights_of_before), "weights were not restored"),
         (
             forgetful(lambda made, _: made.optimizers[0].state.clear()),

@@ -610,6 +610,7 @@ _AROUND = [
     (1, "01_introduction", "the whole"),
     (14, "14_after_gpt2", "after GPT-2"),
     (15, "15_full_gpt", "on a GPU"),
+    (20, "20_runs_that_survive", "runs"),
     (21, "21_speed", "speed"),
     (23, "23_command_line", "commands"),
 ]

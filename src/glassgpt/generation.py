@@ -56,10 +56,10 @@ class Sampling:
     Book: 13_generation.html#the-order-of-the-filters
     """
 
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    seed: int | None = None
+    temperature: float = 1.0  # below 1: more careful; above: bolder
+    top_k: int | None = None  # draw from the k likeliest; 1: always the likeliest
+    top_p: float | None = None  # draw from the likeliest whose shares reach p
+    seed: int | None = None  # the same text every time
 
     def __post_init__(self) -> None:
         t, k, p, seed = self.temperature, self.top_k, self.top_p, self.seed

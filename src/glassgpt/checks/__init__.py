@@ -27,6 +27,13 @@ from glassgpt.checks.data import (
     check_nats_per_character,
     check_split,
 )
+from glassgpt.checks.device import (
+    check_days,
+    check_fit_memory,
+    check_padded_logits,
+    check_rounding,
+    check_scale,
+)
 from glassgpt.checks.embeddings import (
     check_analogy,
     check_cosine_similarity,
@@ -81,6 +88,15 @@ from glassgpt.checks.positions import (
     check_shift_matrix,
     check_sinusoidal_positions,
 )
+from glassgpt.checks.runs import (
+    check_interval,
+    check_names,
+    check_resume,
+    check_round_trip,
+    check_state,
+    check_stop,
+    check_whole_file,
+)
 from glassgpt.checks.softmax import (
     check_cross_entropy,
     check_cross_entropy_gradient,
@@ -109,8 +125,8 @@ from glassgpt.checks.training import (
     check_adamw,
     check_clipping,
     check_evaluate,
-    check_resume,
     check_schedule,
+    check_state_dict,
 )
 
 __all__ = [
@@ -136,18 +152,21 @@ __all__ = [
     "check_cosine_similarity",
     "check_cross_entropy",
     "check_cross_entropy_gradient",
+    "check_days",
     "check_each_alone",
     "check_early_logits",
     "check_embedding",
     "check_embedding_gradient",
     "check_epochs",
     "check_evaluate",
+    "check_fit_memory",
     "check_fused_attention",
     "check_gelu",
     "check_generate",
     "check_gpt",
     "check_grouped_attention",
     "check_groups",
+    "check_interval",
     "check_layer_norm",
     "check_layer_norm_gradient",
     "check_learn_merges",
@@ -163,10 +182,12 @@ __all__ = [
     "check_mlp",
     "check_mlp_backward",
     "check_multi_head",
+    "check_names",
     "check_nats_per_character",
     "check_one_not_both",
     "check_one_pass",
     "check_orthogonalize",
+    "check_padded_logits",
     "check_parameter_count",
     "check_permutation_equivariant",
     "check_pool",
@@ -178,7 +199,10 @@ __all__ = [
     "check_rotary",
     "check_rotary_tables",
     "check_round_rows",
+    "check_round_trip",
+    "check_rounding",
     "check_sample",
+    "check_scale",
     "check_schedule",
     "check_shared_weight",
     "check_shift_matrix",
@@ -190,8 +214,12 @@ __all__ = [
     "check_split_numbers",
     "check_split_words",
     "check_squared_relu_slope",
+    "check_state",
+    "check_state_dict",
+    "check_stop",
     "check_stream_text",
     "check_streaming_attention",
     "check_tokenizer_round_trip",
+    "check_whole_file",
     "grade",
 ]

@@ -258,7 +258,7 @@ def _run(
     return weights, trainer.records
 
 
-def check_resume(trainer: Callable[..., Any]) -> None:
+def check_state_dict(trainer: Callable[..., Any]) -> None:
     """A run that goes on from its state ends with the same weights, bit for bit.
 
     trainer: called as `Trainer` is, with model, data and config.
