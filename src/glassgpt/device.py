@@ -32,7 +32,7 @@ from glassgpt.modern import (
     build,
     muon_optimizers,
 )
-from glassgpt.training import TrainConfig, Trainer, make_optimizers
+from glassgpt.training import Loss, TrainConfig, Trainer, make_optimizers
 
 
 def pick_device(name: str | None = None) -> torch.device:
@@ -214,7 +214,7 @@ def padded_logits(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, F.pad(weight, (0, 0, 0, missing)), bias)
 
 
-def make_loss(model: GPT, machine: Machine) -> Callable[[Tensor, Tensor], Tensor]:
+def make_loss(model: GPT, machine: Machine) -> Loss:
     """The loss of a `Trainer` at a machine's precision, compiled and recomputed.
 
     Book: 15_full_gpt.html#all-together-the-loss
@@ -246,8 +246,9 @@ def make_loss(model: GPT, machine: Machine) -> Callable[[Tensor, Tensor], Tensor
 
     # Outside: a compiled program that switches autocast can't be stored.
     def loss(ids: Tensor, targets: Tensor) -> Tensor:
-        batch = (ids.pin_memory(), targets.pin_memory()) if cuda else (ids, targets)
-        batch = [rows.to(device, non_blocking=cuda) for rows in batch]
+        if cuda:
+            ids, targets = ids.pin_memory(), targets.pin_memory()
+        batch = [rows.to(device, non_blocking=cuda) for rows in (ids, targets)]
         narrow = machine.dtype != torch.float32
         with torch.autocast(device.type, machine.dtype, enabled=narrow):
             return whole(*batch)
@@ -277,7 +278,6 @@ class ScaledTrainer(Trainer):
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
         if norm.isfinite():
             super().update()
-        self.model.zero_grad()
         self.scaler.update()
         hopeless = self.scaler.get_scale() < 1e-3
         return norm if hopeless else norm.nan_to_num(0.0, 0.0)  # skipping is no error
@@ -337,7 +337,8 @@ def kept_by_token(model: GPTConfig, machine: Machine, layers: int | None = None)
         numbers += 3 * C
     if machine.suits_short_attention(model.context):
         numbers += model.heads * model.context
-    weighted = getattr(model, "norm_weight", False) and model.norm == "rms"
+    rms = getattr(model, "norm", "layer") == "rms"
+    weighted = rms and getattr(model, "norm_weight", False)
     wide = 1 + getattr(model, "normalize_qk", False) + weighted  # 8 C in 32 bits
     block = round(each * numbers + 8 * C * wide)
     return (layers or model.layers) * block + 12 * model.vocab_size
