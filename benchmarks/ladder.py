@@ -51,6 +51,7 @@ BRANCHES: dict[str, tuple[str, dict[str, Any]]] = {  # from a rung, one thing ch
     "Llama, AdamW": ("GPT-2, AdamW", {**LLAMA_CHOICES, **{
         "positions": "rotary", "norm": "rms", "bias": False, "tied": False}}),
     "GPT-2, Muon": ("GPT-2, AdamW", {"optimizer": "muon"}),
+    "Muon, tied head": ("Muon", {"tied": True}),
     "one key-value head for four": ("squared ReLU", {"key_value_heads": 1}),
 }  # fmt: skip
 
@@ -143,7 +144,7 @@ class Ladder:
         """One entry for each rung: its best rate, the losses of its seeds, all runs."""
         entries = []
         for name, (before, choices) in rungs().items():
-            runs = self.runs[name]
+            runs = sorted(self.runs[name], key=lambda run: (run["rate"], run["seed"]))
             best = min((r for r in runs if r["seed"] == 0), key=lambda r: r["loss"])
             losses = [r["loss"] for r in runs if r["rate"] == best["rate"]]
             cache = choices.get("key_value_heads", SIZES["heads"]) / SIZES["heads"]
@@ -157,7 +158,6 @@ class Ladder:
                     "rate": best["rate"],
                     "losses": losses,
                     "tried": {r["rate"]: r["loss"] for r in runs if r["seed"] == 0},
-                    "seconds": round(statistics.median(r["seconds"] for r in runs)),
                 }
             )
         return entries
@@ -166,6 +166,7 @@ class Ladder:
 def write(ladder: Ladder, steps: int) -> None:
     """book/runs/ladder.json and the table in README.md."""
     here = machine() | {"command": f"python benchmarks/ladder.py --steps {steps}"}
+    here = {key: value for key, value in here.items() if "GFLOP" not in key}
     entries = ladder.result()
     runs = Path(__file__).resolve().parent.parent / "book" / "runs"
     content = {

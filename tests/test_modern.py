@@ -2,7 +2,9 @@
 
 import copy
 import dataclasses
+import json
 import math
+from pathlib import Path
 from types import MethodType
 
 import pytest
@@ -711,7 +713,21 @@ def test_two_optimizers_share_the_parameters():
 
 @pytest.mark.parametrize("rate", [0.0, -1.0, math.inf, math.nan])
 def test_impossible_rates_of_muon_are_refused(rate):
-    with pytest.raises(ValueError, match="matrix_learning_rate must be positive"):
+    with pytest.raises(ValueError, match="matrix_learning_rate must be"):
         MuonConfig(matrix_learning_rate=rate)
-    with pytest.raises(ValueError, match="learning_rate must be positive"):
+    with pytest.raises(ValueError, match="learning_rate must be"):
         MuonConfig(learning_rate=rate)
+
+
+def test_the_chapter_shows_the_recorded_ladder():
+    book = Path(__file__).parent.parent / "book"
+    record = json.loads((book / "runs" / "ladder.json").read_text("utf-8"))["rungs"]
+    chapter = json.loads((book / "14_after_gpt2.ipynb").read_text("utf-8"))
+    sources = {cell["id"]: "".join(cell["source"]) for cell in chapter["cells"]}
+    shown: dict = {}
+    exec(sources["ladder-numbers"], shown)
+    for (*row, tried), rung in zip(shown["LADDER"], record, strict=True):
+        assert row == [rung[key] for key in ("name", "from", "rate", "losses")]
+        assert {str(rate): loss for rate, loss in tried.items()} == rung["tried"]
+    assert shown["BRANCHES"] == [rung["name"] for rung in record if rung["branch"]]
+    assert all(len(rung["losses"]) == 3 <= len(rung["tried"]) for rung in record)

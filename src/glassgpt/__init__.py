@@ -5,8 +5,10 @@ Every line of this package comes from a chapter of the book of the same name, an
 docstring ends in the page and section that explain it.
 """
 
+from contextlib import suppress
 from importlib import import_module
-from types import ModuleType
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from glassgpt.attention import attention, causal_mask
 from glassgpt.block import Block, layer_norm
@@ -26,18 +28,11 @@ from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.heads import MultiHeadAttention, merge_heads, split_heads
 from glassgpt.mlp import MLP, gelu
 from glassgpt.modern import (
-    GPT2_CHOICES,
-    LLAMA_CHOICES,
     ModernConfig,
     ModernGPT,
-    Muon,
-    MuonConfig,
     apply_rotary,
-    build,
-    muon_optimizers,
     rotary_tables,
     squared_relu,
-    swiglu,
 )
 from glassgpt.positions import sinusoidal_positions
 from glassgpt.runs import resume_run, start_run
@@ -75,18 +70,11 @@ __all__ = [
     "split_heads",
     "MLP",
     "gelu",
-    "GPT2_CHOICES",
-    "LLAMA_CHOICES",
     "ModernConfig",
     "ModernGPT",
-    "Muon",
-    "MuonConfig",
     "apply_rotary",
-    "build",
-    "muon_optimizers",
     "rotary_tables",
     "squared_relu",
-    "swiglu",
     "sinusoidal_positions",
     "cross_entropy",
     "log_softmax",
@@ -105,8 +93,12 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> ModuleType:
-    """The module `checks`, imported when it is first asked for."""
+def __getattr__(name: str) -> Any:
+    """The module `checks` and the version, looked up when they are asked for."""
     if name == "checks":
         return import_module("glassgpt.checks")
+    if name == "__version__":
+        with suppress(PackageNotFoundError):  # files that nobody installed
+            return version("glassgpt")
+        return "unknown"
     raise AttributeError(f"module 'glassgpt' has no attribute {name!r}")

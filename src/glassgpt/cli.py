@@ -1,587 +1,530 @@
 # Written by tools/tangle.py from book/23_command_line.ipynb: change it there.
-"""The command line: glassgpt train, generate and tokenize."""
+"""The command line: glassgpt train, resume, generate, evaluate and tokenize."""
 
-import argparse
 import io
 import json
+import math
 import os
+import re
 import shutil
 import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, fields
-from importlib.metadata import version
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import redirect_stderr, suppress
+from dataclasses import asdict, dataclass, field, fields, replace
+from dis import opname
+from functools import cache, partial
 from importlib.util import find_spec
+from inspect import getsource
 from pathlib import Path
 from shlex import quote
-from typing import Any
+from typing import Annotated, Any, Literal, TypedDict, TypeVar, Union
 
-import torch
+import numpy as np
+import tyro
 from tqdm.auto import tqdm
+from tyro.conf import OmitArgPrefixes, Positional
 
-from glassgpt.checkpoints import build, checkpoints_in, load, save, write_file
-from glassgpt.data import TokenData, read_documents, split_documents, tokenize
-from glassgpt.device import (
-    SIZES,
-    Plan,
-    make_plan,
-    peak_flops,
-    pick_device,
-)
-from glassgpt.generation import stream_text
-from glassgpt.gpt import GPTConfig
-from glassgpt.modern import ModernConfig
-from glassgpt.speed import keep_freed_memory, lighten
+import glassgpt
+from glassgpt.checkpoints import write_file
+from glassgpt.data import TokenData, Tokens, read_documents, split_documents
+from glassgpt.device import RECIPES, SIZES, Machine, names
+from glassgpt.generation import Sampling
+from glassgpt.gpt import GPT
+from glassgpt.modern import ModernConfig, MuonConfig
+from glassgpt.runs import CHANGEABLE, Run, refuse_occupied
 from glassgpt.tokens import BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer
-from glassgpt.training import TrainConfig, lock_folder, train
 
-HELP = {
-    "context": "longest text it sees, in tokens",
-    "layers": "number of blocks",
-    "heads": "in each block; divides the width",
-    "width": "numbers in the vector of a token",
-    "dropout": "share that is dropped in training",
-    "positions": "learned or rotary",
-    "norm": "layer or rms",
-    "activation": "gelu or squared_relu",
-    "normalize_qk": "normalize queries and keys",
-    "bias": "in linear layers and norms",
-    "tied": "the head shares the token table",
-    "zero_projections": "projections start at zero",
+
+def comments(kind: type) -> dict[str, str]:
+    """The comments at the ends of a dataclass's lines, by the field they explain.
+
+    Book: 23_command_line.html#given-or-not-given
+    """
+    source = "".join(getsource(base) for base in reversed(kind.__mro__[:-1]))
+    return dict(re.findall(r"^    (\w+): .*?  # (.+)$", source, re.MULTILINE))
+
+
+def options(*kinds: type, usual: Callable[[str, Any], str]) -> dict[str, Any]:
+    """An option of the command line for each field of some dataclasses.
+
+    usual: what --help adds to the comment, of a field's name and default.
+
+    Book: 23_command_line.html#given-or-not-given
+    """
+    found = {}
+    for kind in kinds:
+        about = comments(kind)
+        for f in fields(kind):
+            hint = partial(usual, f.name, f.default)
+            found[f.name] = option(f.type, about.get(f.name), hint)
+    return found
+
+
+def option(kind: Any, about: str | None, hint: Callable[[], str] = str) -> Any:
+    """The type of an option, with its help and what a function adds to that.
+
+    Book: 23_command_line.html#given-or-not-given
+    """
+    return Annotated[
+        kind, tyro.conf.arg(help=about, help_behavior_hint=lambda _: hint())
+    ]
+
+
+def given(found: dict[str, Any]) -> Any:
+    """Options that end up in a dict if they are given, and nowhere if they aren't.
+
+    Book: 23_command_line.html#given-or-not-given
+    """
+    return OmitArgPrefixes[TypedDict("Options", found, total=False)]
+
+
+@cache
+def suited() -> dict[str, Any]:
+    """What `make_plan` chooses on this machine, where nothing else is said.
+
+    Book: 23_command_line.html#given-or-not-given
+    """
+    plan = glassgpt.make_plan(1024)
+    return {**asdict(plan.model), **asdict(plan.training), **asdict(plan.machine)}
+
+
+def _here(name: str, default: Any) -> str:
+    return f"({suited()[name]} here)" if name in suited() else f"(modern: {default})"
+
+
+def _default(_: str, default: Any) -> str:
+    return "" if default is None else f"(default: {default})"
+
+
+_SIZES = ", ".join(f"{name} {'/'.join(map(str, s))}" for name, s in SIZES.items())
+_SAVING = {
+    "checkpoint_every": option(int, "steps from one checkpoint to the next"),
+    "keep": option(int, "how many checkpoints stay"),
 }
-
-
-HELP |= {
-    "steps": "how often the optimizer moves the weights",
-    "batch_size": "texts in a batch",
-    "accumulate": "batches in a step",
-    "optimizer": "adamw, or muon for the matrices",
-    "learning_rate": "the highest, of AdamW",
-    "matrix_learning_rate": "the highest, of Muon",
-    "schedule": "cosine, linear or stable",
-    "warmup": "steps in which the rate rises",
-    "final_rate": "share of the rate that is left at the end",
-    "weight_decay": "of matrices",
-    "clip": "a longer gradient is cut to this length",
-    "precision": "float32, tf32, bfloat16 or float16",
-    "compile": "off, blocks or all, for faster steps",
-    "recompute": "less memory, more time",
-    "evaluate_every": "steps from one look at the held-out text to the next",
-    "evaluation_batches": "of held-out text, at each look",
-    "checkpoint_every": "steps from one checkpoint to the next",
-    "keep": "how many checkpoints stay",
-    "seed": "of weights, batches and dropout",
+SETTINGS = {
+    "size": option(Literal[tuple(SIZES)], f"layers/heads/width: {_SIZES}"),
+    "recipe": option(Literal[tuple(RECIPES)], "default: gpt2, which others can read"),
+    "optimizer": option(Literal["adamw", "muon"], "default: muon for short runs"),
+    **options(ModernConfig, MuonConfig, Machine, usual=_here),
+    **_SAVING,
 }
+del SETTINGS["vocab_size"]  # it is the tokenizer's
+CHANGES = options(MuonConfig, Machine, usual=lambda *_: "(default: as before)")
+CHANGES = {k: v for k, v in {**CHANGES, **_SAVING}.items() if k in CHANGEABLE}
 
 
-def add_fields(parser: argparse.ArgumentParser, kind: type, without: set[str]) -> None:
-    """An option for every field of a dataclass, absent from the result unless given.
+T = TypeVar("T")
+Maybe = Annotated[T | None, tyro.conf.arg(help_behavior_hint="")]  # None: not given
+Flag = Annotated[Maybe[bool], tyro.conf.FlagCreatePairsOff]  # there is no --no-skip
+Weights = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 
-    Book: 23_command_line.html#options-that-can-t-be-forgotten
+
+@dataclass
+class Text:
+    """Where text comes from, and its tokenizer: what `train` and `tokenize` share.
+
+    Book: 23_command_line.html#from-text-to-tokens
     """
-    for field in fields(kind):
-        if field.name in without:
-            continue
-        settings: dict[str, Any] = {"default": argparse.SUPPRESS}
-        settings["help"] = HELP[field.name]
-        if field.type is bool:
-            settings["action"] = argparse.BooleanOptionalAction
-        else:
-            settings |= {
-                "type": field.type,
-                "metavar": field.name.split("_")[-1].upper(),
-            }
-        parser.add_argument(f"--{field.name.replace('_', '-')}", **settings)
 
+    data: tuple[str, ...] = ("shakespeare",)  # files, folders, "*.txt"
+    tokenizer: Maybe[str] = None  # bpe, char, gpt2 or a tokenizer.json; default: bpe
+    vocab_size: Maybe[int] = None  # of bpe; default: 1024
+    skip: Flag = False  # leave out what isn't text, and name it
 
-VOCABULARY = 1024  # of byte pairs, where nobody chooses
+    @property
+    def tokens(self) -> Path | None:
+        """The folder that `tokenize` made, where --data is one."""
+        folder = Path(*self.data[:1])
+        return folder if (folder / "tokens.json").exists() else None
 
+    def ready_tokenizer(self) -> Tokenizer | None:
+        """The tokenizer that was asked for, None if it has yet to learn."""
+        chosen, sized = self.tokenizer or "bpe", self.vocab_size is not None
+        if self.tokens:
+            if self.tokenizer or sized:
+                wrong = "leave out --tokenizer and --vocab-size"
+                raise ValueError(f"{self.tokens} is tokenized: {wrong}")
+            return load_tokenizer(self.tokens / "tokenizer.json")
+        if sized and chosen != "bpe":
+            raise ValueError("--vocab-size is for --tokenizer bpe: leave it out")
+        if chosen == "gpt2":
+            return BPETokenizer.gpt2()
+        return None if chosen in ("bpe", "char") else load_tokenizer(chosen)
 
-def make_tokenizer(name: str, vocab_size: int | None, source: str) -> Tokenizer:
-    """The tokenizer called "char", "bpe" or "gpt2", or the one saved at a path.
+    def learn_tokenizer(self) -> Tokenizer:
+        """A new tokenizer. What is held out teaches byte pairs nothing."""
+        parts = split_documents(read_documents(*self.data, skip=self.skip))
+        if self.tokenizer == "char":
+            return CharTokenizer.train(piece for _, d in parts for piece in d.pieces())
+        learned = (d for split, d in parts if split == "train")
+        size = 1024 if self.vocab_size is None else self.vocab_size
+        return BPETokenizer.train((p for d in learned for p in d.pieces()), size)
 
-    The first two learn from the part of the source that is trained on. Raises
-    ValueError for a vocab_size where the tokenizer decides it by itself.
-
-    Book: 23_command_line.html#which-tokenizer
-    """
-    if name != "bpe" and vocab_size is not None:
-        raise ValueError("--vocab-size goes with --tokenizer bpe only: leave it out")
-    if name == "gpt2":
-        return BPETokenizer.gpt2()
-    if name not in ("char", "bpe"):
-        return load_tokenizer(name)
-    documents = split_documents(read_documents(source))
-    if name == "char":
-        return CharTokenizer.train(p for _, d in documents for p in d.pieces())
-    learned = (d for split, d in documents if split == "train")
-    pieces = (piece for document in learned for piece in document.pieces())
-    return BPETokenizer.train(pieces, VOCABULARY if vocab_size is None else vocab_size)
-
-
-def refuse_occupied(out: Path) -> None:
-    """Raise FileExistsError for anything but a new folder or an empty one.
-
-    Book: 23_command_line.html#starting-a-run-or-going-on-with-one
-    """
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"{out} is a file: choose another --out")
-    if checkpoints_in(out):
-        raise FileExistsError(
-            f"{out} holds a run: add --resume, or choose another --out"
+    def encode(self, tokenizer: Tokenizer, folder: str | Path) -> TokenData:
+        """The texts in a new folder of token ids."""
+        shown = sys.stderr.isatty()
+        data = glassgpt.tokenize(self.data, tokenizer, folder, shown, self.skip)
+        train, rest, size = len(data.train), len(data.validation), data.vocab_size
+        print(
+            f"{folder}: {train:,} tokens, {rest:,} held out, a vocabulary of {size:,}"
         )
-    if (out / "run.json").exists():
-        raise FileExistsError(
-            f"{out} holds a run that has no checkpoint yet: let it go on, begin it "
-            "again with --resume, or, if it failed, delete the folder"
-        )
-    if names := sorted(path.name for path in out.glob("[!.]*")):
-        raise FileExistsError(
-            f"{out} is not empty, {names[0]} is in it: choose another --out"
-        )
+        return data
 
 
-@contextmanager
-def new_folder(folder: Path) -> Iterator[None]:
-    """Make a folder if there is none, and remove it again when what follows fails.
+@dataclass
+class Tokenize(Text):
+    """Turn texts into a folder of token ids, for `glassgpt train --data`.
 
-    Raises FileExistsError while another command fills it.
-
-    Book: 23_command_line.html#starting-a-run-or-going-on-with-one
+    Book: 23_command_line.html#from-text-to-tokens
     """
-    made = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = lock_folder(folder, f"another command is filling {folder}")
-    try:
-        yield
-    except BaseException:
-        lock.release()
-        if made:
-            shutil.rmtree(folder)
-        raise
-    lock.release()
+
+    out: str = "tokens"  # the new folder
+
+    def run(self) -> int:
+        """Learn a tokenizer and encode the texts."""
+        if self.tokens:
+            raise ValueError(f"{self.tokens} is tokenized already: train on it")
+        if os.path.lexists(self.out):  # before the learning
+            raise FileExistsError(f"{self.out} exists already: choose another --out")
+        self.encode(self.ready_tokenizer() or self.learn_tokenizer(), self.out)
+        return 0
 
 
-@contextmanager
-def size_advice() -> Iterator[None]:
-    """Turn PyTorch's refusal of a far too large model into advice, a MemoryError.
+def telling(out: Path, tensorboard: bool) -> dict[str, Any]:
+    """How a run tells of itself: a line for each evaluation, and a board if asked.
 
-    Book: 23_command_line.html#starting-a-run-or-going-on-with-one
+    Book: 23_command_line.html#a-run-and-going-on-with-it
     """
-    try:
-        yield
-    except torch.AcceleratorError:  # of a driver or a kernel, about no size
-        raise
-    except (RuntimeError, TypeError, OverflowError) as error:
-        raise MemoryError(
-            "such a model does not fit into memory: choose a smaller --size, or less "
-            "of --layers, --width and --context"
-        ) from error
+    if tensorboard and find_spec("tensorboard") is None:
+        raise ModuleNotFoundError("tensorboard: pip install 'glassgpt[tensorboard]'")
 
-
-def _values(options: argparse.Namespace) -> dict[str, Any]:
-    """The fields of the two configurations that were given."""
-    names = {
-        field.name for kind in (ModernConfig, TrainConfig) for field in fields(kind)
+    said = {
+        "train_loss": "training loss {:.3f}",
+        "validation_loss": "validation loss {:.3f}",
+        "nats_per_character": "{:.3f} nats a character",
+        "tokens_per_second": "{:,.0f} tokens/s",
     }
-    return {k: v for k, v in vars(options).items() if k in names - {"vocab_size"}}
+
+    def on_record(record: dict[str, float]) -> None:
+        words = [text.format(record[k]) for k, text in said.items() if k in record]
+        tqdm.write(f"step {record['step']}: {', '.join(words)}")
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+            with SummaryWriter(out) as board:
+                for name, value in record.items():
+                    board.add_scalar(name, value, int(record["step"]))
+
+    return {"on_record": on_record, "progress": sys.stderr.isatty()}
 
 
-def _plan(vocab_size: int, options: argparse.Namespace) -> Plan:
-    """What the options ask for, refused before any work if no memory could hold it."""
-    with size_advice():
-        given = (options.size, options.recipe, options.device)
-        plan = make_plan(vocab_size, *given, **_values(options))
-        with torch.device("meta"):
-            build(plan.model)
-    return plan
+def ended(run: Run) -> int:
+    """Say what to do next. The exit code: 0, or 128 + the signal that stopped it.
 
-
-def _tokenized(data: str) -> bool:
-    """Whether this is a folder that `tokenize` made."""
-    names = ("header.json", "tokenizer.json")
-    return all((Path(data) / name).exists() for name in names)
-
-
-def _tokens(options: argparse.Namespace) -> Path | None:
-    """The folder of --data if it is tokenized already. Raises ValueError."""
-    if not _tokenized(options.data):
-        return None
-    usual = make_parser().parse_args(["train"]).tokenizer
-    if options.tokenizer != usual or options.vocab_size is not None:
-        raise ValueError(
-            f"{options.data} is tokenized: leave out --tokenizer and --vocab-size"
-        )
-    return Path(options.data)
-
-
-def start_run(options: argparse.Namespace) -> tuple[Plan, TokenData, Path]:
-    """Plan a new run, its tokens and their folder; leaves nothing when it fails.
-
-    Book: 23_command_line.html#starting-a-run-or-going-on-with-one
+    Book: 23_command_line.html#a-run-and-going-on-with-it
     """
-    out, place = Path(options.out), _tokens(options)
-    refuse_occupied(out)
-    _plan(max(options.vocab_size or VOCABULARY, 1), options)
-    with new_folder(out):
-        refuse_occupied(out)  # again, now that it is locked
-        if place:
-            tokenizer = load_tokenizer(place / "tokenizer.json")
-            plan = _plan(tokenizer.vocab_size, options)
-            data = TokenData.open(place)
-            data.check_context(plan.model.context)
-        else:
-            tokenizer = make_tokenizer(
-                options.tokenizer, options.vocab_size, options.data
+    name = quote(str(run.directory))
+    if run.stopped_by:
+        print(f"stopped after step {run.trainer.step}: glassgpt resume {name} goes on")
+        return 128 + run.stopped_by
+    print(f"write with it: glassgpt generate {name}")
+    return 0
+
+
+@dataclass
+class Resume:
+    """Go on with a run, to the same weights as if it had never stopped.
+
+    Book: 23_command_line.html#a-run-and-going-on-with-it
+    """
+
+    directory: Positional[str]  # of the run: what `train` called --out
+    data: Maybe[str] = None  # where its tokens are now, if they moved
+    tensorboard: Flag = False  # draw the curves for TensorBoard, too
+    changes: given(CHANGES) = field(default_factory=dict)
+
+    def run(self) -> int:
+        """Go on to the end; --steps may put it further away."""
+        glassgpt.keep_freed_memory()
+        how = {**telling(Path(self.directory), self.tensorboard), **self.changes}
+        return ended(glassgpt.resume_run(self.directory, self.data, **how))
+
+
+def _flags(names: Iterable[str]) -> str:
+    return ", ".join(f"--{name.replace('_', '-')}" for name in sorted(names))
+
+
+@dataclass
+class Train(Text):
+    """Train a GPT on a text.
+
+    Book: 23_command_line.html#a-run-and-going-on-with-it
+    """
+
+    out: Maybe[str] = None  # the run's folder; default: runs/ and the text's name
+    resume: Flag = False  # go on, if --out holds the run that these options began
+    init_from: Maybe[str] = None  # start from this model's weights
+    tensorboard: Flag = False  # draw the curves for TensorBoard, too
+    settings: given(SETTINGS) = field(default_factory=dict)
+
+    def run(self) -> int:
+        """Begin a run; with --resume go on with it, where there is one."""
+        name = Path(*self.data[:1]).resolve().stem
+        out = Path("runs", name) if self.out is None else Path(self.out)
+        own = ("out", "resume", "tensorboard", "settings")
+        asked = {k: v for k, v in vars(self).items() if v and k not in own}
+        asked = json.loads(json.dumps(asked | self.settings))  # a tuple is a list there
+        path = out / ".command.json"
+        if not (self.resume and (out / "run.json").exists()):
+            return self.start(out, path, asked)
+        begun = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        if kept := {k for k, v in asked.items() if begun.get(k) != v} - CHANGEABLE:
+            raise ValueError(
+                f"{out} did not begin with this {_flags(kept)}: leave it out"
             )
-            plan = _plan(tokenizer.vocab_size, options)
-            shown = sys.stderr.isatty()
-            tokenize(options.data, tokenizer, out / "data", progress=shown)
-            try:
-                data = TokenData.open(out / "data")
-                data.check_context(plan.model.context)
-            except BaseException:
-                shutil.rmtree(out / "data")
-                raise
-        content = {
-            "data": str(place.resolve()) if place else "data",
-            "device": str(plan.device),
-            "model": asdict(plan.model),
-            "training": asdict(plan.training),
-        }
-        write_file(out / "run.json", json.dumps(content, indent=1).encode())
-    return plan, data, place or out / "data"
+        changes = {k: v for k, v in asked.items() if k in CHANGEABLE}
+        return Resume(str(out), None, self.tensorboard, changes).run()
+
+    def start(self, out: Path, path: Path, asked: dict[str, Any]) -> int:
+        """Plan, tokenize, train. Where no run begins, nothing is left behind."""
+        refuse_occupied(out)
+        if os.path.lexists(out) and not out.is_dir():  # a file, or a link to nothing
+            raise FileExistsError(f"{out} is no folder: choose another --out")
+        how, values = telling(out, self.tensorboard), dict(self.settings)
+        how |= {name: values.pop(name) for name in _SAVING if name in values}
+        model, tokenizer = None, self.ready_tokenizer()
+        if self.init_from:
+            model, tokenizer, values = self.origin(tokenizer, values, asked)
+        known, size = model.config if model else tokenizer, self.vocab_size
+        size = known.vocab_size if known else 1024 if size is None else size
+        plan = glassgpt.make_plan(size, **values)  # refuses before any work
+        ours = False
+        glassgpt.keep_freed_memory()
+        try:
+            tokenizer = tokenizer or self.learn_tokenizer()
+            size = (model.config if model else tokenizer).vocab_size
+            plan = replace(plan, model=replace(plan.model, vocab_size=size))
+            if self.tokens:
+                data = TokenData.open(self.tokens)
+            else:
+                data, ours = self.encode(tokenizer, out / "data"), True
+            data.check_context(plan.model.context)
+            print(plan.describe(), flush=True)
+            out.mkdir(parents=True, exist_ok=True)
+            write_file(path, json.dumps(asked).encode())
+            return ended(glassgpt.start_run(out, plan, data, tokenizer, model, **how))
+        finally:
+            if not (out / "run.json").exists():
+                path.unlink(missing_ok=True)
+                if ours:
+                    shutil.rmtree(out / "data")
+                with suppress(OSError):
+                    out.rmdir()  # where it is empty
+
+    def origin(
+        self, tokenizer: Tokenizer | None, values: dict[str, Any], asked: dict[str, Any]
+    ) -> tuple[GPT, Tokenizer, dict[str, Any]]:
+        """The model and tokenizer of --init-from, and the values of its plan."""
+        model, theirs = glassgpt.load(str(self.init_from))
+        config = asdict(model.config)
+        sizes = {*names(ModernConfig), "size", "recipe", "tokenizer"}
+        if wrong := sizes & asked.keys():
+            brings = f"{self.init_from} brings its own model and tokenizer"
+            raise ValueError(f"{brings}: leave out {_flags(wrong)}")
+        both = (tokenizer or theirs, theirs)
+        one, two = ([t.decode_bytes([n]) for n in range(t.vocab_size)] for t in both)
+        if one != two:
+            made = f"{self.tokens} was made by another tokenizer"
+            raise ValueError(f"{made} than that of {self.init_from}")
+        recipe = "modern" if isinstance(model.config, ModernConfig) else "gpt2"
+        # A tenth of the usual rate: what was learned should stay.
+        usual = {"optimizer": "adamw", "learning_rate": 0.04 / model.config.width}
+        del config["vocab_size"]
+        return model, theirs, {**usual, "recipe": recipe, **config, **values}
 
 
-def _tokens_of_run(options: argparse.Namespace, data: str, usual: str) -> Path:
-    """Where the tokens of a run are now. Raises FileNotFoundError."""
-    out = Path(options.out)
-    if data != "data" and options.data != usual:
-        return Path(options.data)  # moved
-    if not (out / data).exists():
-        raise FileNotFoundError(
-            f"{out / data}, where the tokens of this run were, is gone: give the "
-            "folder they are in now with --data"
+@dataclass
+class Generate:
+    """Write with a trained GPT.
+
+    Book: 23_command_line.html#writing-and-measuring
+    """
+
+    model: Positional[str]  # a run's folder, a checkpoint, or a name: shakespeare
+    prompt: Maybe[str] = None  # the text to go on with; default: a new line
+    prompt_file: Maybe[str] = None  # a file that holds it; -: what is piped in
+    tokens: int = 200  # at most
+    samples: int = 1  # how many texts
+    weights: Weights = "float32"  # lighter ones: faster for large models; or auto
+    device: Maybe[str] = None  # cpu, cuda or mps; default: the best one here
+    sampling: given(options(Sampling, usual=_default)) = field(default_factory=dict)
+
+    def read_prompt(self, tokenizer: Tokenizer) -> str:
+        """The prompt, as UTF-8 whatever the terminal has; by default a new line."""
+        if None not in (self.prompt, self.prompt_file):
+            raise ValueError("--prompt and --prompt-file contradict: leave one out")
+        usual = "\n" if isinstance(tokenizer, BPETokenizer) else tokenizer.decode([0])
+        raw = os.fsencode(usual if self.prompt is None else self.prompt)
+        if self.prompt_file == "-":
+            raw = sys.stdin.buffer.read()
+        elif self.prompt_file is not None:
+            raw = Path(self.prompt_file).read_bytes()
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError:
+            raise ValueError("the prompt is not UTF-8 text") from None
+
+    def run(self) -> int:
+        """Write on from the prompt, piece by piece."""
+        device = glassgpt.pick_device(self.device)
+        model, tokenizer = glassgpt.load(self.model)
+        model, prompt = model.to(device), self.read_prompt(tokenizer)
+        if self.weights != "float32":
+            weights = None if self.weights == "auto" else self.weights
+            model = glassgpt.lighten(model, weights)
+        ends, drawing = tuple(tokenizer.special_tokens.values()), dict(self.sampling)
+        for number in range(self.samples):
+            if number:
+                print("---")
+                drawing |= {"seed": drawing["seed"] + 1} if "seed" in drawing else {}
+            pieces = glassgpt.stream_text(
+                model, tokenizer, prompt, self.tokens, stop=ends, **drawing
+            )
+            first = next(pieces, "")  # settings are refused before the prompt is shown
+            print(prompt + first, end="", flush=True)
+            for piece in pieces:
+                print(piece, end="", flush=True)
+            print()
+        return 0
+
+
+@dataclass
+class Evaluate:
+    """Measure how well a GPT predicts a text.
+
+    Book: 23_command_line.html#writing-and-measuring
+    """
+
+    model: Positional[str]  # a run's folder, a checkpoint, or a name: shakespeare
+    text: Positional[str]  # a file, a folder, or a pattern such as "*.txt"
+    more: Positional[tuple[str, ...]] = ()  # more of them
+    skip: Flag = False  # leave out what isn't text, and name it
+    device: Maybe[str] = None  # cpu, cuda or mps; default: the best one here
+
+    def run(self) -> int:
+        """Print the mean loss over the whole text."""
+        device = glassgpt.pick_device(self.device)
+        model, tokenizer = glassgpt.load(self.model)
+        ids, characters = [], 0
+        end = [i for s, i in tokenizer.special_tokens.items() if s == "<|endoftext|>"]
+        for document in read_documents(self.text, *self.more, skip=self.skip):
+            for piece in document.pieces():
+                ids += tokenizer.encode(piece)
+                characters += len(piece)
+            ids += end
+        tokens = Tokens(np.array(ids))
+        loss = glassgpt.evaluate(model.to(device), tokens, crops=len(ids))
+        print(
+            f"loss {loss:.4f} nats a token, {loss * len(ids) / characters:.4f} nats a "
+            f"character, perplexity {math.exp(loss):.2f}: {len(ids):,} tokens, "
+            f"{characters:,} characters"
         )
-    return out / data
+        return 0
 
 
-def resume_run(options: argparse.Namespace) -> tuple[Plan, TokenData, Path]:
-    """The plan, the tokens and their folder of a run that goes on.
-
-    Book: 23_command_line.html#starting-a-run-or-going-on-with-one
-    """
-    out, usual = Path(options.out), vars(make_parser().parse_args(["train"]))
-    path = out / "run.json"
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{out} holds no run to resume: {path.name}, which `glassgpt train` "
-            "writes, is missing. Name the folder of the run with --out"
-        )
-    try:
-        content = json.loads(path.read_text("utf-8"))
-        known = {**content["model"], **content["training"], "device": content["device"]}
-        kind = ModernConfig if "norm" in content["model"] else GPTConfig
-        model = kind(**content["model"])
-        training = TrainConfig(**content["training"])
-        device = pick_device(content["device"])
-        place = _tokens_of_run(options, content["data"], usual["data"])
-        data = TokenData.open(place)
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}): start a new run") from None
-    free = ["out", "resume", "tensorboard"]
-    free += ["data"] if place.parent != out else []
-    given = {k: v for k, v in vars(options).items() if k not in free}
-    other = [k for k, v in given.items() if v not in (usual.get(k), known.get(k))]
-    if other:
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(other))
-        raise ValueError(f"a resumed run keeps its settings: leave out {names}")
-    last = [checkpoint.name for checkpoint in checkpoints_in(out)][-1:]
-    print("going on from", *(last or ["the start: there is no checkpoint yet"]))
-    if last and int(last[0].split("-")[1]) == training.steps:
-        print(f"that is its end: all {training.steps} steps are done")
-    peak = peak_flops(device, training.precision)
-    return Plan(model, training, device, peak), data, place
+COMMANDS = (Train, Resume, Generate, Evaluate, Tokenize)
 
 
-def tensorboard(out: Path) -> Callable[[dict[str, float]], None]:
-    """A function that hands every record to TensorBoard.
+def parse(words: Sequence[str]) -> Any:
+    """The command that words ask for, as an object of its class.
 
-    Book: 23_command_line.html#starting-a-run-or-going-on-with-one
-    """
-    from torch.utils.tensorboard import SummaryWriter
-
-    writer = SummaryWriter(out)
-
-    def write(record: dict[str, float]) -> None:
-        for name, value in record.items():
-            writer.add_scalar(name, value, int(record["step"]))
-        writer.flush()
-
-    return write
-
-
-def _describe(plan: Plan, data: TokenData) -> None:
-    """Print what is going to happen."""
-    print(plan.describe())
-    print(f"data    {len(data.train):,} tokens, {len(data.validation):,} held out")
-    if len(data.train) < len(data.validation):
-        print("note    more is held out than trained on: of few files it is the last")
-    training = plan.training
-    if training.warmup >= training.steps:
-        print(f"note    the learning rate only rises: warmup {training.warmup} steps")
-
-
-def _folder_of_run(options: argparse.Namespace) -> Path:
-    """The folder in --out, or runs/ and the name of the text. Raises ValueError."""
-    if options.out == "":
-        raise ValueError("--out is empty: name a folder, or leave it out")
-    if options.out is None:
-        options.out = str(Path("runs", Path(options.data).resolve().stem))
-        if options.resume:  # it has told us where the run is
-            options.data = make_parser().parse_args(["train"]).data
-    return Path(options.out)
-
-
-def _reporter(board: Callable | None) -> Callable[[dict[str, float]], None]:
-    """A function that prints a record and hands it to a board, if there is one."""
-
-    def report(record: dict[str, float]) -> None:
-        tqdm.write(
-            f"step {record['step']}: validation loss {record['validation_loss']:.3f} "
-            f"nats a token, {record['nats_per_character']:.3f} a character"
-        )
-        if board:
-            board(record)
-
-    return report
-
-
-def train_command(options: argparse.Namespace) -> int:
-    """Tokenize, plan, train, and say where the model is. Returns the exit code.
-
-    Book: 23_command_line.html#the-three-commands
-    """
-    if options.tensorboard and find_spec("tensorboard") is None:
-        raise ModuleNotFoundError(
-            "--tensorboard needs: pip install 'glassgpt[tensorboard]'"
-        )
-    keep_freed_memory()
-    out = _folder_of_run(options)
-    start = resume_run if options.resume else start_run
-    plan, data, place = start(options)
-    tokenizer = load_tokenizer(place / "tokenizer.json")
-    _describe(plan, data)
-    torch.manual_seed(plan.training.seed)
-    with size_advice():
-        model = build(plan.model).to(plan.device)
-    run = train(
-        model,
-        data,
-        plan.training,
-        out,
-        tokenizer,
-        resume=options.resume,
-        progress=sys.stderr.isatty(),
-        peak_flops=plan.peak_flops,
-        on_record=_reporter(tensorboard(out) if options.tensorboard else None),
-    )
-    if run.stopped:
-        print(f"stopped; go on with: glassgpt train --out {quote(str(out))} --resume")
-        return 130
-    if not (out / "model.safetensors").exists():  # somebody took it away
-        save(out, model, tokenizer)
-    print(f"write with it: glassgpt generate {quote(str(out))}")
-    return 0
-
-
-def _first_prompt(tokenizer: Tokenizer) -> str:
-    """A prompt for who gave none."""
-    with suppress(ValueError):
-        tokenizer.encode("\n")
-        return "\n"
-    return tokenizer.decode([0])
-
-
-def generate_command(options: argparse.Namespace) -> int:
-    """Write on from a prompt, piece by piece. Returns the exit code.
-
-    Book: 23_command_line.html#the-three-commands
-    """
-    device = pick_device(options.device)
-    model, tokenizer = load(options.model)
-    model = model.to(device)
-    if options.weights != "float32":
-        model = lighten(model, options.weights)
-    prompt = _first_prompt(tokenizer) if options.prompt is None else options.prompt
-    pieces = stream_text(
-        model,
-        tokenizer,
-        prompt,
-        options.tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        seed=options.seed,
-        stop=tuple(tokenizer.special_tokens.values()),
-    )
-    first = next(pieces, "")  # raises what the settings deserve, before the prompt
-    print(prompt + first, end="", flush=True)
-    for piece in pieces:
-        print(piece, end="", flush=True)
-    print()
-    return 0
-
-
-def tokenize_command(options: argparse.Namespace) -> int:
-    """Write token files that `glassgpt train --data` takes. Returns the exit code.
-
-    Book: 23_command_line.html#the-three-commands
-    """
-    if _tokenized(options.data):
-        raise ValueError(f"{options.data} is tokenized already: train on it")
-    if Path(options.out).exists():  # `tokenize` asks too, but after the learning
-        raise FileExistsError(f"{options.out} exists already: choose another --out")
-    tokenizer = make_tokenizer(options.tokenizer, options.vocab_size, options.data)
-    data = tokenize(
-        options.data,
-        tokenizer,
-        options.out,
-        progress=sys.stderr.isatty(),
-    )
-    print(
-        f"{len(data.train):,} tokens to train on, {len(data.validation):,} held out, "
-        f"a vocabulary of {data.vocab_size:,}: {options.out}"
-    )
-    return 0
-
-
-def _add_train(commands: Any, text: argparse.ArgumentParser) -> None:
-    """The command `train` and its options."""
-    part = commands.add_parser("train", parents=[text], help="train a GPT on a text")
-    part.add_argument("--out", help="folder of the run; default: runs/ and --data")
-    part.add_argument(
-        "--resume", action="store_true", help="go on with the run in --out"
-    )
-    part.add_argument("--size", choices=SIZES, help="default: what suits this machine")
-    part.add_argument(
-        "--recipe",
-        choices=("gpt2", "modern"),
-        default="gpt2",
-        help="default: gpt2, which other programs can read",
-    )
-    part.add_argument("--device", help="cpu, cuda, ...; default: the best one here")
-    part.add_argument(
-        "--tensorboard", action="store_true", help="write its curves into --out, too"
-    )
-    more = part.add_argument_group(
-        "any of these overrides what the size and machine suggest"
-    )
-    add_fields(more, ModernConfig, {"vocab_size"})
-    add_fields(more, TrainConfig, set())
-    part.set_defaults(run=train_command)
-
-
-def _count(text: str) -> int:
-    """A whole number from 0 up, or the parser's own kind of error."""
-    if not (text.isascii() and text.isdigit()):
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 up")
-    return int(text)
-
-
-def _add_generate(commands: Any) -> None:
-    """The command `generate` and its options."""
-    part = commands.add_parser("generate", help="write with a trained GPT")
-    part.add_argument("model", help="folder of a run or a saved model")
-    part.add_argument("--prompt", help="default: a new line")
-    part.add_argument(
-        "--tokens", type=_count, default=200, help="at most; default: 200"
-    )
-    part.add_argument("--temperature", type=float, default=0.8, help="default: 0.8")
-    part.add_argument("--top-k", type=int, help="draw from the k likeliest; 1: greedy")
-    part.add_argument(
-        "--top-p", type=float, help="draw from the likeliest whose shares reach p"
-    )
-    part.add_argument("--seed", type=_count, help="the same text every time")
-    part.add_argument(
-        "--weights",
-        choices=("float32", "bfloat16", "float16", "int8"),
-        default="float32",
-        help="lighter ones are faster where the model is large",
-    )
-    part.add_argument("--device", help="cpu, cuda, ...; default: the best one here")
-    part.set_defaults(run=generate_command)
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """The options of all commands.
-
-    Book: 23_command_line.html#the-three-commands
-    """
-    parser = argparse.ArgumentParser("glassgpt", description="Train a GPT, and write.")
-    parser.add_argument("--version", action="version", version=version("glassgpt"))
-    commands = parser.add_subparsers(dest="command", required=True)
-    text = argparse.ArgumentParser(add_help=False)
-    text.add_argument(
-        "--data",
-        default="shakespeare",
-        help="a text file, a folder of them, or shakespeare, the default; train: also "
-        "a tokenized one",
-    )
-    text.add_argument(
-        "--tokenizer",
-        default="bpe",
-        help="bpe, char, gpt2, or a tokenizer.json; default: bpe",
-    )
-    text.add_argument("--vocab-size", type=int, help=f"of bpe; default: {VOCABULARY}")
-
-    _add_train(commands, text)
-    _add_generate(commands)
-    part = commands.add_parser(
-        "tokenize", parents=[text], help="turn a text into token files"
-    )
-    part.add_argument("--out", required=True, help="new folder for them")
-    part.add_argument("--workers", type=int, default=1, help="processes; default: 1")
-    part.set_defaults(run=tokenize_command)
-    return parser
-
-
-MISTAKES = (ValueError, OSError, ModuleNotFoundError, FloatingPointError, MemoryError)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command. A user's mistake gives one line and exit code 2.
+    Raises ValueError for words that make no sense; --help leaves with SystemExit.
 
     Book: 23_command_line.html#mistakes-get-a-sentence
     """
-    options = make_parser().parse_args(arguments)
+    kinds = []
+    for kind in COMMANDS:
+        name, about = kind.__name__.lower(), str(kind.__doc__).split("\n")[0]
+        kinds.append(Annotated[kind, tyro.conf.subcommand(name, description=about)])
+    errors, settings = (
+        io.StringIO(),
+        (tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName),
+    )
+    try:
+        with redirect_stderr(errors):
+            every: Any = Union[tuple(kinds)]  # noqa: UP007
+            return tyro.cli(every, prog="glassgpt", args=words, config=settings)
+    except SystemExit as leaving:
+        if leaving.code != 2:
+            raise
+    # A box with a title, then parts: what is wrong, what may be meant, where to look.
+    rows = [row.strip("│╭╮╰╯|+ ") for row in errors.getvalue().splitlines()]
+    text = "\n".join(re.sub("[─-]{3,}", "", row) for row in rows[1:])
+    wrong, *near, see = [" ".join(part.split()) for part in text.split("\n\n")]
+    meant = {*re.findall(r"--[\w-]+", " ".join(near))} - {*words, "--help"}
+    near = [f"Do you mean {' or '.join(sorted(meant))}?"] if meant else []
+    raise ValueError(" ".join([wrong.rstrip(".") + ".", *near, see]))
 
-    def show_warning(message: Warning | str, *_: Any) -> None:
-        print(f"glassgpt: {message}", file=sys.stderr)
+
+def is_mistake(error: BaseException) -> bool:
+    """Whether a user can mend it: the system's answer, or a `raise` of this package.
+
+    Everything else, such as a ValueError that some library raised, is a fault of ours.
+
+    Book: 23_command_line.html#mistakes-get-a-sentence
+    """
+    if isinstance(error, (OSError, MemoryError)):
+        return True
+    at: Any = error.__traceback__
+    while at.tb_next:
+        at = at.tb_next
+    ours = str(at.tb_frame.f_globals.get("__name__")).startswith("glassgpt.")
+    raised = opname[at.tb_frame.f_code.co_code[at.tb_lasti]] == "RAISE_VARARGS"
+    kinds = (ValueError, FloatingPointError, ModuleNotFoundError)
+    return isinstance(error, kinds) and ours and raised
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code: 2, and a sentence, for a mistake.
+
+    Book: 23_command_line.html#mistakes-get-a-sentence
+    """
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    told: set[str] = set()
+
+    def tell(message: object, *_: Any) -> None:
+        if str(message) not in told:
+            print(f"glassgpt: {message}", file=sys.stderr)
+        told.add(str(message))
 
     def on_end(number: int, _: Any) -> None:
         raise SystemExit(128 + number)
 
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
-    main_thread = threading.current_thread() is threading.main_thread()
-    if main_thread:  # no other may handle signals
-        before = signal.signal(signal.SIGTERM, on_end)
-    with warnings.catch_warnings():
-        warnings.showwarning = show_warning
-        try:
-            return options.run(options)
-        except BrokenPipeError:  # whoever read the output has gone, as `head` does
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 141
-        except MISTAKES as error:
-            print(f"glassgpt: {error}", file=sys.stderr)
-            return 2
-        except KeyboardInterrupt:
-            return 130
-        finally:
-            if main_thread:  # a program that called us has its own way back
-                signal.signal(signal.SIGTERM, before)
+    if main_thread := threading.current_thread() is threading.main_thread():
+        before = signal.signal(signal.SIGTERM, on_end)  # no other thread may do this
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", UserWarning)
+            warnings.showwarning = tell
+            if words == ["--version"]:
+                print(glassgpt.__version__)
+                return 0
+            return parse(words).run()
+    except BrokenPipeError:  # whoever read the output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if not is_mistake(error):
+            raise
+        tell(error if str(error) else type(error).__name__)
+        return 2
+    finally:
+        if main_thread:  # a program that called us has its own way to end
+            signal.signal(signal.SIGTERM, before)

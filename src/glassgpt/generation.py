@@ -18,46 +18,6 @@ from glassgpt.gpt import GPT, check_ids
 from glassgpt.softmax import log_softmax, softmax
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How a token is drawn: temperature first, then top-k, then top-p.
-
-    temperature: above 0. top_k: only so many tokens; 1 is greedy. top_p: only the
-    likeliest tokens that reach this probability together. seed: the same text every
-    time. Raises ValueError for settings that no token could be drawn with.
-
-    Book: 13_generation.html#the-filters
-    """
-
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        t, k, p, seed = self.temperature, self.top_k, self.top_p, self.seed
-        if not isinstance(t, Real) or not 0 < t < math.inf:
-            raise ValueError(
-                f"temperature must be positive and finite, not {t!r}: for the "
-                "likeliest token every time use top_k=1"
-            )
-        if k is not None and not (isinstance(k, Integral) and k >= 1):
-            raise ValueError(f"top_k must be a whole number from 1 up, not {k!r}")
-        if p is not None and not (isinstance(p, Real) and 0 < p <= 1):
-            raise ValueError(f"top_p must lie in (0, 1], not {p!r}")
-        if seed is not None and not (isinstance(seed, Integral) and 0 <= seed < 2**64):
-            raise ValueError(f"seed must be a whole number of 64 bits, not {seed!r}")
-
-    def generator(self, device: torch.device | str = "cpu") -> torch.Generator:
-        """A source of randomness of its own, started from the seed if there is one."""
-        generator = torch.Generator(device)
-        if self.seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(int(self.seed))
-        return generator
-
-
 def keep_top_k(logits: Tensor, top_k: int) -> Tensor:
     """Logits (..., V) where all but the k highest are -inf; ties with the k-th stay.
 
@@ -83,6 +43,46 @@ def keep_top_p(logits: Tensor, top_p: float, temperature: float = 1.0) -> Tensor
     forbidden[..., 0] = False  # the smallest p is 0 once it is rounded
     ordered = ordered.masked_fill(forbidden, -math.inf)
     return torch.empty_like(logits).scatter(-1, order, ordered)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn: temperature first, then top-k, then top-p.
+
+    temperature: above 0. top_k: only so many tokens; 1 is greedy. top_p: only the
+    likeliest tokens that reach this probability together. seed: the same text every
+    time. Raises ValueError for settings that no token could be drawn with.
+
+    Book: 13_generation.html#the-order-of-the-filters
+    """
+
+    temperature: float = 1.0  # below 1: more careful; above: bolder
+    top_k: int | None = None  # draw from the k likeliest; 1: always the likeliest
+    top_p: float | None = None  # draw from the likeliest whose shares reach p
+    seed: int | None = None  # the same text every time
+
+    def __post_init__(self) -> None:
+        t, k, p, seed = self.temperature, self.top_k, self.top_p, self.seed
+        if not isinstance(t, Real) or not 0 < t < math.inf:
+            raise ValueError(
+                f"temperature must be positive and finite, not {t!r}: for the "
+                "likeliest token every time use top_k=1"
+            )
+        if k is not None and not (isinstance(k, Integral) and k >= 1):
+            raise ValueError(f"top_k must be a whole number from 1 up, not {k!r}")
+        if p is not None and not (isinstance(p, Real) and 0 < p <= 1):
+            raise ValueError(f"top_p must lie in (0, 1], not {p!r}")
+        if seed is not None and not (isinstance(seed, Integral) and 0 <= seed < 2**64):
+            raise ValueError(f"seed must be a whole number of 64 bits, not {seed!r}")
+
+    def generator(self, device: torch.device | str = "cpu") -> torch.Generator:
+        """A source of randomness of its own, started from the seed if there is one."""
+        generator = torch.Generator(device)
+        if self.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(int(self.seed))
+        return generator
 
 
 def sample(
@@ -140,10 +140,11 @@ class KeyValueCache:
         elif self.keys.shape != (B, H, self.context, D):
             due = tuple(self.keys[:, :, end - new : end].shape)
             raise ValueError(f"keys {tuple(keys.shape)} after others of {due}")
-        self.keys[:, :, self.length : end] = keys
-        self.values[:, :, self.length : end] = values
+        # narrow(axis, start, length) is a view of a part.
+        self.keys.narrow(2, self.length, new).copy_(keys)
+        self.values.narrow(2, self.length, new).copy_(values)
         self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        return self.keys.narrow(2, 0, end), self.values.narrow(2, 0, end)
 
 
 def window_start(length: int, context: int) -> int:
@@ -347,7 +348,7 @@ def log_probabilities(model: GPT, ids: Sequence[int] | Tensor) -> Tensor:
     second token, given the first; the sum is that of the whole text, given the first.
     Raises ValueError for fewer than two ids and for what the model refuses.
 
-    Book: 13_generation.html#text-as-it-comes
+    Book: 13_generation.html#how-likely-is-a-given-text
     """
     device = next(model.parameters()).device
     ids = torch.as_tensor(ids, device=device)[None]  # (1, T)

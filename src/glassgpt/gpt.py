@@ -23,13 +23,13 @@ class GPTConfig:
     Book: 10_gpt.html#the-sizes
     """
 
-    vocab_size: int
-    context: int = 1024
-    layers: int = 12
-    heads: int = 12
-    width: int = 768
-    dropout: float = 0.0
-    tied: bool = True
+    vocab_size: int  # V
+    context: int = 1024  # the longest T
+    layers: int = 12  # L, the number of blocks
+    heads: int = 12  # H, of each block
+    width: int = 768  # C, numbers in a token's vector
+    dropout: float = 0.0  # share dropped in training
+    tied: bool = True  # the head is the token table
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "context", "layers", "heads", "width"):

@@ -45,7 +45,7 @@ def check_mistakes(main: Callable[[list[str]], int]) -> None:
             ["train", "--data", str(folder / "picture.png"), *out],
             ["train", "--data", str(folder / "short.txt"), "--heads", "7", *out],
             ["train", "--size", "huge", *out],
-            ["train", "--resume", *out],
+            ["resume", str(folder / "missing")],
             ["generate", str(folder / "missing")],
             ["tokenize", "--data", str(folder / "empty.txt"), *out],
         ]
