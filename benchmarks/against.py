@@ -2,9 +2,11 @@
 
     git worktree add /tmp/before COMMIT
     python benchmarks/against.py /tmp/before
+    python benchmarks/against.py /tmp/before --cpu    # where others use the machine too
 
 One process for each checkout sets everything up; then they work in turn, round by
 round. Printed are the medians and the ratio before / now: 1.05 is five percent faster.
+With --cpu each process has one thread, and its processor time counts.
 """
 
 import argparse
@@ -29,7 +31,8 @@ try:
     from glassgpt import ModernConfig, ModernGPT
 except ImportError:
     ModernConfig, ModernGPT = GPTConfig.modern, GPT
-torch.set_num_threads(2)
+torch.set_num_threads(THREADS)
+clock = time.perf_counter if THREADS > 1 else time.process_time
 MICRO = dict(context=64, layers=4, heads=4, width=128)
 MINI = dict(context=256, layers=6, heads=6, width=384)
 
@@ -95,17 +98,17 @@ for line in sys.stdin:
         run(), run()
         print("made", flush=True)
     else:
-        began = time.perf_counter()
+        began = clock()
         run()
-        print(time.perf_counter() - began, flush=True)
+        print(clock() - began, flush=True)
 """
 
 
-def worker(checkout: Path) -> subprocess.Popen[str]:
-    """A process that runs the package of a checkout."""
+def worker(checkout: Path, threads: int) -> subprocess.Popen[str]:
+    """A process that runs the package of a checkout with so many threads."""
     environment = os.environ | {"PYTHONPATH": str(checkout / "src")}
     return subprocess.Popen(
-        [sys.executable, "-c", WORKER],
+        [sys.executable, "-c", f"THREADS = {threads}\n{WORKER}"],
         env=environment,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -127,9 +130,12 @@ def main() -> None:
     parser.add_argument("before", type=Path)
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--only", default="", help="cases that hold this word")
+    parser.add_argument("--cpu", action="store_true", help="one thread, its time")
     options = parser.parse_args()
+    threads = 1 if options.cpu else 2
     here = Path(__file__).resolve().parent.parent
-    workers = {"before": worker(options.before.resolve()), "now": worker(here)}
+    places = {"before": options.before.resolve(), "now": here}
+    workers = {key: worker(place, threads) for key, place in places.items()}
     names = [line.split('"')[1] for line in WORKER.splitlines() if line[:5] == '    "']
     print("| case | before, s | now, s | before / now |\n| --- | ---: | ---: | ---: |")
     for name in (name for name in names if options.only in name):

@@ -22,10 +22,16 @@ import torch
 from training import machine, write_section
 
 from glassgpt.data import TokenData, shakespeare, tokenize
-from glassgpt.device import keep_freed_memory
-from glassgpt.modern import GPT2_CHOICES, LLAMA_CHOICES, ModernConfig, ModernGPT
+from glassgpt.modern import (
+    GPT2_CHOICES,
+    LLAMA_CHOICES,
+    ModernConfig,
+    ModernGPT,
+    MuonConfig,
+    muon_optimizers,
+)
 from glassgpt.tokens import CharTokenizer
-from glassgpt.training import TrainConfig, train
+from glassgpt.training import TrainConfig, Trainer, train
 
 SIZES = {"context": 64, "layers": 4, "heads": 4, "width": 128}
 BATCH, SEEDS = 16, (0, 1, 2)
@@ -45,6 +51,7 @@ BRANCHES: dict[str, tuple[str, dict[str, Any]]] = {  # from a rung, one thing ch
     "Llama, AdamW": ("GPT-2, AdamW", {**LLAMA_CHOICES, **{
         "positions": "rotary", "norm": "rms", "bias": False, "tied": False}}),
     "GPT-2, Muon": ("GPT-2, AdamW", {"optimizer": "muon"}),
+    "Muon, tied head": ("Muon", {"tied": True}),
     "one key-value head for four": ("squared ReLU", {"key_value_heads": 1}),
 }  # fmt: skip
 
@@ -67,28 +74,35 @@ def one_run(
 ) -> dict[str, Any]:
     """Train once. rate: of AdamW; Muon's own is 3.2 times as high."""
     model_values = dict(choices)
-    optimizer = model_values.pop("optimizer", "adamw")
+    muon = model_values.pop("optimizer", "adamw") == "muon"
     torch.manual_seed(seed)
     model = ModernGPT(ModernConfig(data.vocab_size, **SIZES, **model_values))
-    config = TrainConfig(
-        steps=steps,
-        batch_size=BATCH,
-        optimizer=optimizer,
-        learning_rate=rate,
-        matrix_learning_rate=3.2 * rate,
-        schedule="linear",
-        warmup=steps // 10,
-        final_rate=0.0,
-        evaluate_every=steps,
-        evaluation_batches=40,
-        seed=seed,
-    )
+    values = {
+        "steps": steps,
+        "batch_size": BATCH,
+        "learning_rate": rate,
+        "schedule": "linear",
+        "warmup": steps // 10,
+        "final_rate": 0.0,
+        "evaluate_every": steps,
+        "evaluation_crops": 640,
+        "seed": seed,
+    }
+    if muon:
+        config: TrainConfig = MuonConfig(**values, matrix_learning_rate=3.2 * rate)
+        optimizers = muon_optimizers(model, config)
+    else:
+        config, optimizers = TrainConfig(**values), None
     began = perf_counter()
-    run = train(model, data, config, progress=False)
+    trainer = Trainer(model, data, config, optimizers)
+    try:
+        loss = round(train(trainer, progress=False)[-1]["validation_loss"], 4)
+    except FloatingPointError:  # it diverged
+        loss = float("inf")
     return {
         "rate": rate,
         "seed": seed,
-        "loss": round(run.records[-1]["validation_loss"], 4),
+        "loss": loss,
         "seconds": round(perf_counter() - began),
         "parameters": model.parameter_count(),
     }
@@ -130,7 +144,7 @@ class Ladder:
         """One entry for each rung: its best rate, the losses of its seeds, all runs."""
         entries = []
         for name, (before, choices) in rungs().items():
-            runs = self.runs[name]
+            runs = sorted(self.runs[name], key=lambda run: (run["rate"], run["seed"]))
             best = min((r for r in runs if r["seed"] == 0), key=lambda r: r["loss"])
             losses = [r["loss"] for r in runs if r["rate"] == best["rate"]]
             cache = choices.get("key_value_heads", SIZES["heads"]) / SIZES["heads"]
@@ -144,7 +158,6 @@ class Ladder:
                     "rate": best["rate"],
                     "losses": losses,
                     "tried": {r["rate"]: r["loss"] for r in runs if r["seed"] == 0},
-                    "seconds": round(statistics.median(r["seconds"] for r in runs)),
                 }
             )
         return entries
@@ -153,6 +166,7 @@ class Ladder:
 def write(ladder: Ladder, steps: int) -> None:
     """book/runs/ladder.json and the table in README.md."""
     here = machine() | {"command": f"python benchmarks/ladder.py --steps {steps}"}
+    here = {key: value for key, value in here.items() if "GFLOP" not in key}
     entries = ladder.result()
     runs = Path(__file__).resolve().parent.parent / "book" / "runs"
     content = {
@@ -186,20 +200,18 @@ def write(ladder: Ladder, steps: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--folder", type=Path, default=Path("ladder"))
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
-    keep_freed_memory()
     options.folder.mkdir(exist_ok=True)
     tokenizer = CharTokenizer.train("".join(p.text for p in shakespeare()))
-    folder = options.folder / "data"
-    fresh = not folder.exists()
-    data = (
-        tokenize("shakespeare", tokenizer, folder) if fresh else TokenData.open(folder)
-    )
+    folder = options.folder / "tokens"
+    if not folder.exists():
+        tokenize("shakespeare", tokenizer, folder)
+    data = TokenData.open(folder)
     ladder = Ladder(options.folder / "runs.json", data, options.steps)
-    best: dict[str | None, float] = {None: 0.004}
+    best: dict[str | None, float] = {None: 0.008}
     for name, (before, choices) in rungs().items():
         best[name] = ladder.climb(name, choices, best[before])
     if options.write:

@@ -1,10 +1,9 @@
-"""Checkpoints: parity with transformers, files that survive, and files that attack."""
+"""Models on disk: parity with transformers, files that survive, files that attack."""
 
 import errno
 import json
 import os
 import pickle
-import shutil
 import struct
 import subprocess
 import sys
@@ -13,24 +12,22 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from glassgpt import checkpoints
 from glassgpt.checkpoints import (
-    build,
-    checkpoints_in,
     from_gpt2,
     load,
     load_parameters,
-    read_checkpoint,
     read_shapes,
     save,
     to_gpt2,
-    write_checkpoint,
     write_file,
     write_tensors,
 )
-from glassgpt.gpt import GPTConfig
-from glassgpt.modern import ModernConfig, ModernGPT
+from glassgpt.checks import runs as checks
+from glassgpt.gpt import GPT, GPTConfig
+from glassgpt.modern import ModernConfig, ModernGPT, build
 from glassgpt.tokens import BPETokenizer, CharTokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -217,10 +214,10 @@ def test_a_truncated_file_is_refused(tmp_path, size):
     ("change", "message"),
     [
         ({"vocab_size": 10**12}, "should be"),
-        ({"vocab_size": 10**30}, "no model can have these sizes"),
+        ({"vocab_size": 10**30}, "does not fit its config.json"),
         ({"context": 10**12, "positions": "learned"}, "should be"),
         ({"layers": 10**12}, "3 layers where 1000000000000 are due"),
-        ({"width": 4 * 10**9}, "no model can have these sizes"),
+        ({"width": 4 * 10**9}, "does not fit its config.json"),
         ({"heads": 0}, "heads must be a whole number"),
         ({"heads": 5}, "of 5 heads"),
         ({"width": "48"}, "width must be a whole number"),
@@ -249,17 +246,19 @@ def test_a_config_made_to_attack_is_refused(tmp_path, change, message):
         ({"vocab_size": 10**12}, "should be"),
         ({"n_positions": 10**12}, "should be"),
         ({"n_layer": 10**12}, "3 layers where 1000000000000 are due"),
-        ({"n_embd": 4 * 10**9}, "no model can have these sizes"),
+        ({"n_embd": 4 * 10**9}, "does not fit its config.json"),
         ({"n_embd": "48"}, "width must be a whole number"),
         ({"n_head": 5}, "of 5 heads"),
         ({"glassgpt": {"dropout": "a lot"}}, "does not describe a GPT"),
-        ({"glassgpt": {"no": 1}}, "dropout"),
+        ({"glassgpt": {"no": 1}}, "does not describe a GPT"),
         ({"glassgpt": [1]}, "does not describe a GPT"),
     ],
 )
 def test_a_gpt2_config_made_to_attack_is_refused(tmp_path, change, message):
     save(tmp_path, random_gpt(), tokenizer_of())
-    content = json.loads((tmp_path / "config.json").read_text()) | change
+    content = json.loads((tmp_path / "config.json").read_text())
+    del content["glassgpt"]
+    content |= change
     (tmp_path / "config.json").write_text(json.dumps(content))
     with (
         patch.object(checkpoints, "load_file", side_effect=AssertionError("was read")),
@@ -326,27 +325,6 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
     assert path.read_bytes() == b"old"
 
 
-@pytest.mark.parametrize("call", ["os.fsync", "os.replace"])
-@pytest.mark.parametrize("which", range(3))
-def test_a_full_disk_leaves_the_checkpoints_before(tmp_path, call, which):
-    tensors = {name: {"w": torch.ones(3)} for name in ("model", "optimizer")}
-    write_checkpoint(tmp_path, 1, tensors, {"n": 1}, keep=2)
-    real, calls = getattr(os, call.split(".")[1]), []
-
-    def fail(*arguments):
-        calls.append(arguments)
-        if len(calls) > which:
-            raise FULL
-        return real(*arguments)
-
-    with patch(call, fail), pytest.raises(OSError, match="No space"):
-        write_checkpoint(tmp_path, 2, tensors, {"n": 2}, keep=2)
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-00000001"]
-    assert read_checkpoint(tmp_path / "checkpoint-00000001")[1] == {"n": 1}
-    write_checkpoint(tmp_path, 2, tensors, {"n": 2}, keep=2)
-    assert len(checkpoints_in(tmp_path)) == 2
-
-
 @pytest.fixture
 def small_disk(tmp_path):
     """A disk of 256 KiB, where this process may mount one."""
@@ -362,14 +340,10 @@ def small_disk(tmp_path):
 
 
 def test_a_really_full_disk(small_disk):
-    small = {"model": {"w": torch.ones(1000)}}
-    write_checkpoint(small_disk, 1, small, {}, keep=1)
+    write_tensors(small_disk / "x", {"w": torch.ones(1000)})
     with pytest.raises(OSError, match="could not be written|No space"):
-        write_checkpoint(small_disk, 2, {"model": {"w": torch.ones(10**6)}}, {}, keep=1)
-    assert torch.equal(
-        read_checkpoint(checkpoints_in(small_disk)[-1])[0]["model"]["w"],
-        small["model"]["w"],
-    )
+        write_tensors(small_disk / "x", {"w": torch.ones(10**6)})
+    assert read_shapes(small_disk / "x") == {"w": (1000,)}
     with pytest.raises(OSError, match="could not be written|No space"):
         save(small_disk, random_gpt(), tokenizer_of())
 
@@ -378,87 +352,6 @@ def test_a_place_that_cannot_be_written_is_an_error(tmp_path):
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(OSError, match="file"):
         save(tmp_path / "file" / "model", random_gpt(), tokenizer_of())
-
-
-# Checkpoints of runs.
-
-
-@pytest.fixture
-def three(tmp_path):
-    for step in (1, 2, 3):
-        tensors = {"model": {"w": torch.full((4,), float(step))}}
-        write_checkpoint(tmp_path, step, tensors, {"n": step}, keep=2)
-    return checkpoints_in(tmp_path)
-
-
-def test_old_checkpoints_go(three):
-    assert [path.name[-1] for path in three] == ["2", "3"]
-    tensors, state = read_checkpoint(three[-1])
-    assert state == {"n": 3}
-    assert tensors["model"]["w"].tolist() == [3.0] * 4
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "state.json", "hashes.json"])
-def test_every_byte_of_a_checkpoint_counts(three, name):
-    path = three[-1] / name
-    whole = path.read_bytes()
-    for place in range(0, len(whole), 7):
-        changed = bytearray(whole)
-        changed[place] ^= 1
-        path.write_bytes(changed)
-        with pytest.raises(ValueError, match="delete it to go on from checkpoint-0000"):
-            read_checkpoint(three[-1])
-    path.unlink()
-    with pytest.raises(ValueError, match="delete it to go on from checkpoint-00000002"):
-        read_checkpoint(three[-1])
-
-
-def test_a_file_that_is_not_in_the_list_is_not_opened(three):
-    tensors, state = read_checkpoint(three[-1])
-    (three[-1] / "more.safetensors").write_bytes(b"no safetensors")
-    (three[-1] / ".DS_Store").write_bytes(b"a Mac was here")
-    again, state_again = read_checkpoint(three[-1])
-    assert again.keys() == tensors.keys()
-    assert state_again == state
-
-
-@pytest.mark.parametrize("hashes", ["[]", "{}", "7", '{"../x": "0"}', '[["a"]]'])
-def test_a_strange_list_of_hashes(three, hashes):
-    (three[-1] / "hashes.json").write_text(hashes)
-    with pytest.raises(ValueError, match="is damaged"):
-        read_checkpoint(three[-1])
-
-
-def test_without_one_before_the_advice_is_to_start_anew(three):
-    (three[-1] / "state.json").write_text("{}")
-    shutil.rmtree(three[0])
-    with pytest.raises(ValueError, match="start anew"):
-        read_checkpoint(three[-1])
-
-
-def test_only_the_names_of_checkpoints_are_checkpoints(three, tmp_path):
-    place = three[0].parent
-    others = ["checkpoint-best", "checkpoint-00000001.bak", "checkpoint-1"]
-    for name in others:
-        shutil.copytree(three[0], place / name)
-    note = place / "checkpoint-00000001-notes.txt"
-    note.write_text("mine")
-    assert checkpoints_in(place) == three
-    write_checkpoint(place, 99, {"model": {"a": torch.ones(2)}}, {}, keep=1)
-    assert [path.name for path in checkpoints_in(place)] == ["checkpoint-00000099"]
-    assert all((place / name).is_dir() for name in others)
-    assert note.read_text() == "mine"
-
-
-def test_a_pickle_with_the_right_hash_is_not_run(three, monkeypatch):
-    monkeypatch.setenv("BOMB", str(three[-1] / "bomb"))
-    (three[-1] / "model.safetensors").write_bytes(pickle.dumps(Bomb()))
-    names = json.loads((three[-1] / "hashes.json").read_text())
-    hashes = checkpoints._hashes(three[-1], names)
-    (three[-1] / "hashes.json").write_text(json.dumps(hashes))
-    with pytest.raises(ValueError, match="damaged"):
-        read_checkpoint(three[-1])
-    assert not (three[-1] / "bomb").exists()
 
 
 def test_shapes_are_read_without_the_numbers(tmp_path):
@@ -471,3 +364,106 @@ def test_loading_does_not_wait_for_the_compiler():
     program += "print('torch._dynamo' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True)
     assert done.stdout == b"False\n", done.stderr
+
+
+def test_loading_draws_nothing(tmp_path):
+    save(tmp_path, random_gpt(), tokenizer_of())
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    load(tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+MEASURED = """
+import resource, sys, torch
+import glassgpt
+from glassgpt.checkpoints import save
+from glassgpt.gpt import GPT, GPTConfig
+from glassgpt.tokens import CharTokenizer
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+glassgpt.load("shakespeare")
+before = peak()
+model, _ = glassgpt.load(sys.argv[1])
+print(peak() - before, 4 * model.parameter_count() / 2**20)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts memory as Linux does")
+def test_loading_takes_the_memory_of_the_model_and_its_file(tmp_path):
+    config = GPTConfig(97, context=32, layers=4, heads=4, width=1024)
+    save(tmp_path, GPT(config), tokenizer_of())
+    command = [sys.executable, "-c", MEASURED, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    taken, size = map(float, done.stdout.split())
+    assert size > 190, done.stderr
+    assert taken < 2.2 * size  # the mapped file counts, too
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.complex64, torch.uint8])
+def test_weights_that_are_no_real_numbers_are_refused(tmp_path, dtype):
+    save(tmp_path, random_gpt(), tokenizer_of())
+    path = tmp_path / "model.safetensors"
+    write_tensors(path, {n: t.to(dtype) for n, t in load_file(path).items()})
+    with pytest.raises(ValueError, match=r"should be \(97, 48\), it has \('[ICU]"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_real_numbers_are_read(tmp_path, dtype):
+    model = random_gpt()
+    save(tmp_path, model.to(dtype), tokenizer_of())
+    again = load(tmp_path)[0]
+    assert again.tokens.weight.dtype == torch.float32
+    assert torch.equal(again.tokens.weight, model.tokens.weight.float())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_loaded_model_shares_what_is_tied_and_nothing_with_the_file(tmp_path, tied):
+    save(tmp_path, random_gpt(replace(CONFIG, tied=tied)), tokenizer_of())
+    model = load(tmp_path)[0]
+    assert (model.head.weight is model.tokens.weight) == tied
+    before = [parameter.clone() for parameter in model.parameters()]
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(bytes(path.stat().st_size))
+    assert all(map(torch.equal, before, model.parameters()))
+    assert all(parameter.is_contiguous() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "name", ["n_head", "n_layer", "n_embd", "n_positions", "tie_word_embeddings"]
+)
+def test_a_config_that_contradicts_itself_is_refused(tmp_path, name):
+    save(tmp_path, random_gpt(), tokenizer_of())
+    content = json.loads((tmp_path / "config.json").read_text())
+    content[name] = False if name.startswith("tie") else 2 * content[name]
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="and in another place"):
+        load(tmp_path)
+
+
+def test_what_a_compiler_returned_is_not_saved(tmp_path):
+    with pytest.raises(ValueError, match="only a GPT can be saved, not a Optimized"):
+        save(tmp_path / "model", torch.compile(random_gpt()), tokenizer_of())
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("name", ["run.json", "hashes.json", "tokens.json"])
+def test_a_model_is_not_saved_over_something_else(tmp_path, name):
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(FileExistsError, match="use another folder"):
+        save(tmp_path, random_gpt(), tokenizer_of())
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_a_link_to_nothing_is_named(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    with pytest.raises(FileExistsError, match="a file or a broken link"):
+        save(tmp_path / "link", random_gpt(), tokenizer_of())
+
+
+def test_package_passes_its_checks():
+    checks.check_whole_file(write_file)
+    checks.check_round_trip((save, load))

@@ -2,7 +2,9 @@
 
 import copy
 import dataclasses
+import json
 import math
+from pathlib import Path
 from types import MethodType
 
 import pytest
@@ -492,6 +494,35 @@ def one_sign(x, cos, sin):
     return torch.cat((first * cos + second * sin, second * cos + first * sin), dim=-1)
 
 
+def pool(choose, dealt=False):
+    def pooled(weight, heads, groups):
+        queries, *shared = weight.chunk(3)
+        width, each = weight.shape[1], heads // groups
+        sizes = (each, groups, -1, width) if dealt else (groups, each, -1, width)
+        parts = [part.view(sizes) for part in shared]
+        parts = [part.transpose(0, 1) if dealt else part for part in parts]
+        return torch.cat((queries, *(choose(p).flatten(0, 1) for p in parts)))
+
+    return pooled
+
+
+def test_pooled_heads_that_were_equal_already_change_nothing():
+    checks.check_pool(pool(lambda x: x.mean(dim=1)))
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 9, "context": 5, "layers": 1, "heads": 4, "width": 16}
+    many = ModernAttention(ModernConfig(**sizes)).double()
+    few = ModernAttention(ModernConfig(**sizes, key_value_heads=2)).double()
+    with torch.no_grad():
+        for part in many.qkv.weight[16:].view(2, 2, 2, 4, 16):
+            part[:, 1] = part[:, 0]
+        few.qkv.weight.copy_(
+            pool(lambda x: x.mean(dim=1))(many.qkv.weight, heads=4, groups=2)
+        )
+        few.projection.load_state_dict(many.projection.state_dict())
+        x = torch.randn(2, 5, 16).double()
+        torch.testing.assert_close(few(x), many(x))
+
+
 @pytest.mark.parametrize(
     ("check", "wrong", "message"),
     [
@@ -532,6 +563,15 @@ def one_sign(x, cos, sin):
         (checks.check_orthogonalize, lambda x, rounds, dtype: torch.stack(
             [orthogonalize(x, rounds, dtype)[0]] * 2) + (x[1:] == 0).all(),
          "gradient of zero"),
+        (checks.check_pool, lambda weight, heads, groups: weight, "8 of keys"),
+        (checks.check_pool, pool(lambda x: x[:, 0]), "the first head of each"),
+        (checks.check_pool, pool(lambda x: x[:, -1]), "the last head of each"),
+        (checks.check_pool, pool(lambda x: x.sum(dim=1)), "their sum"),
+        (checks.check_pool, pool(lambda x: x.median(dim=1).values), "needs the mean"),
+        (checks.check_pool, pool(lambda x: x.mean(dim=1), dealt=True), "every second"),
+        (checks.check_pool,
+         lambda weight, heads, groups: pool(lambda x: x.mean(dim=1))(
+             -weight, heads, groups), "the queries changed"),
         (checks.check_reorder, lambda x: x, "nothing moved"),
         (checks.check_reorder, lambda x: x[..., [0, 2, 4, 6, 1, 3, 5, 5]], "lost"),
     ],
@@ -666,7 +706,28 @@ def test_two_optimizers_share_the_parameters():
     assert list(map(id, matrices["params"])) == list(map(id, wanted))
     everything = {*map(id, matrices["params"]), *map(id, rest["params"])}
     assert everything == set(map(id, model.parameters()))
-    assert (matrices["lr"], matrices["full_rate"]) == (0.1, 0.1)
-    assert (rest["lr"], rest["full_rate"]) == (0.01, 0.01)
+    assert (matrices["lr"], rest["lr"]) == (0.1, 0.01)
     assert (matrices["weight_decay"], rest["weight_decay"]) == (0.3, 0.0)
     assert (matrices["momentum"], matrices["ns_steps"]) == (0.9, 4)
+
+
+@pytest.mark.parametrize("rate", [0.0, -1.0, math.inf, math.nan])
+def test_impossible_rates_of_muon_are_refused(rate):
+    with pytest.raises(ValueError, match="matrix_learning_rate must be positive"):
+        MuonConfig(matrix_learning_rate=rate)
+    with pytest.raises(ValueError, match="learning_rate must be positive"):
+        MuonConfig(learning_rate=rate)
+
+
+def test_the_chapter_shows_the_recorded_ladder():
+    book = Path(__file__).parent.parent / "book"
+    record = json.loads((book / "runs" / "ladder.json").read_text("utf-8"))["rungs"]
+    chapter = json.loads((book / "14_after_gpt2.ipynb").read_text("utf-8"))
+    sources = {cell["id"]: "".join(cell["source"]) for cell in chapter["cells"]}
+    shown: dict = {}
+    exec(sources["ladder-numbers"], shown)
+    for (*row, tried), rung in zip(shown["LADDER"], record, strict=True):
+        assert row == [rung[key] for key in ("name", "from", "rate", "losses")]
+        assert {str(rate): loss for rate, loss in tried.items()} == rung["tried"]
+    assert shown["BRANCHES"] == [rung["name"] for rung in record if rung["branch"]]
+    assert all(len(rung["losses"]) == 3 <= len(rung["tried"]) for rung in record)

@@ -22,6 +22,7 @@ from glassgpt.speed import (
     fastest_weights,
     keep_freed_memory,
     lighten,
+    round_rows,
 )
 from glassgpt.tokens import CharTokenizer
 from glassgpt.training import TrainConfig, train
@@ -33,7 +34,7 @@ def test_a_light_layer_is_near_the_heavy_one(weights):
     for bias in (True, False):
         layer = torch.nn.Linear(33, 17, bias=bias)
         light = LightLinear(layer, weights)
-        for shape in ((33,), (1, 33), (2, 5, 33)):
+        for shape in ((1, 33), (1, 1, 33), (2, 5, 33)):
             x = torch.randn(shape)
             wanted, found = layer(x), light(x)
             assert found.shape == wanted.shape
@@ -49,7 +50,6 @@ def test_a_light_model_generates(weights):
     model = checks._small_gpt().float()
     light = lighten(model, weights)
     assert all(type(layer) is not torch.nn.Linear for layer in light.modules())
-    assert light.head.weight.data_ptr() != model.head.weight.data_ptr()
     assert light.tokens.weight is model.tokens.weight  # not copied: half the memory
     assert len(generate(light, [[1], [2, 3]], 12, top_k=1)[1]) == 14
 
@@ -68,7 +68,8 @@ def test_the_fastest_is_chosen_by_measuring(monkeypatch):
         light = lighten(model)
         wanted = lighten(model, name)
         assert type(light.head) is type(wanted.head)
-        assert light.head.weight.dtype is wanted.head.weight.dtype
+        same = [type(getattr(m.head, "product", None)) for m in (light, wanted)]
+        assert same[0] is same[1]
         assert not light.training
 
 
@@ -80,18 +81,23 @@ def test_as_they_are():
     assert not same.training
 
 
-def test_check_passes():
+def test_checks_pass():
     checks.check_light(lighten)
+    checks.check_round_rows(round_rows)
 
 
-def one_scale(model, weights):
-    light = lighten(model, weights)
-    for layer in light.modules():
-        if getattr(layer, "scale", None) is not None:
-            real = layer.weight * layer.scale[:, None]
-            layer.scale = real.abs().max() / 127 * torch.ones_like(layer.scale)
-            layer.weight = (real / layer.scale[:, None]).round().to(torch.int8)
-    return light
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda x: round_rows(x.view(1, -1)), "1 scales for 3 rows"),
+        (lambda x: (round_rows(x)[0].float(), round_rows(x)[1]), "stored as"),
+        (lambda x: (x / (x.abs().amax(1, True) / 127), x.abs().amax(1)), "stored as"),
+        (lambda x: (round_rows(x)[0] // 2, 2 * round_rows(x)[1]), "not 127"),
+    ],
+)
+def test_the_check_of_rounding_names_the_mistake(wrong, message):
+    with pytest.raises(AssertionError, match=message):
+        checks.check_round_rows(wrong)
 
 
 def changed_layers(change):
@@ -101,37 +107,42 @@ def changed_layers(change):
         light = lighten(model, weights)
         for name, layer in model.named_modules():
             if isinstance(layer, torch.nn.Linear) and weights == "int8":
-                change(name, light.get_submodule(name), layer)
+                change(name, light.get_submodule(name), layer.weight.detach())
         return light
 
     return worse
 
 
-def five_bits(name, light, linear):
-    light.scale = linear.weight.detach().abs().amax(1) / 15
-    light.weight = (linear.weight / light.scale[:, None]).round().to(torch.int8)
+def one_scale(name, light, weight):
+    scale = weight.abs().max() / 127
+    light.product.scale = scale * torch.ones(len(weight))
+    light.product.whole = (weight / scale).round().to(torch.int8).t()
 
 
-def truncated(name, light, linear):
-    light.weight = (linear.weight / light.scale[:, None]).trunc().to(torch.int8)
-    largest = linear.weight.abs().argmax(1, keepdim=True)
-    sign = (127 * linear.weight.gather(1, largest).sign()).to(torch.int8)
-    light.weight.scatter_(1, largest, sign)
+def five_bits(name, light, weight):
+    scale = weight.abs().amax(1) / 15
+    light.product.scale = scale
+    light.product.whole = (weight / scale[:, None]).round().to(torch.int8).t()
 
 
-def head_left_out(name, light, linear):
+def truncated(name, light, weight):
+    scale = light.product.scale[:, None]
+    light.product.whole = (weight / scale).trunc().to(torch.int8).t()
+
+
+def head_left_out(name, light, weight):
     if name == "head":
-        light.weight = linear.weight.detach()
+        light.product = lambda x: x @ weight.T
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (changed_layers(five_bits), "int8 goes to 127"),
-        (changed_layers(truncated), "round to the nearest"),
+        (changed_layers(five_bits), "half its row's scale"),
+        (changed_layers(truncated), "half its row's scale"),
         (changed_layers(head_left_out), "int8 was not stored"),
-        (one_scale, "one scale for all rows"),
-        (lambda model, weights: lighten(model, "int8"), "was not stored"),
+        (changed_layers(one_scale), "half its row's scale"),
+        (lambda model, weights: lighten(model, "int8"), "nearest numbers in bfloat16"),
     ],
 )
 def test_check_names_the_mistake(wrong, message):

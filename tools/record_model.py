@@ -245,7 +245,7 @@ def record(run):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the order of additions, and so the last digit, depends on it
     settings = json.loads((run / "run.json").read_text("utf-8"))
-    header = json.loads((run / "data" / "header.json").read_text("utf-8"))
+    header = json.loads((run / "data" / "tokens.json").read_text("utf-8"))
     lines = (run / "metrics.jsonl").read_text("utf-8").splitlines()
     metrics = [json.loads(line) for line in lines]
     last, training = metrics[-1]["step"], settings["training"]
@@ -282,7 +282,7 @@ def record(run):
         "train": {
             "plays": len(train),
             "characters": header["train"]["characters"],
-            "tokens": header["train"]["shards"][0]["tokens"],
+            "tokens": header["train"]["tokens"],
             "tokens_seen": last * training["batch_size"] * settings["model"]["context"],
         },
         "held_out": {

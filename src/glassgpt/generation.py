@@ -18,6 +18,33 @@ from glassgpt.gpt import GPT, check_ids
 from glassgpt.softmax import log_softmax, softmax
 
 
+def keep_top_k(logits: Tensor, top_k: int) -> Tensor:
+    """Logits (..., V) where all but the k highest are -inf; ties with the k-th stay.
+
+    Source: Fan, Lewis and Dauphin (2018).
+
+    Book: 13_generation.html#the-filters
+    """
+    lowest = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
+    return logits.masked_fill(logits < lowest, -math.inf)
+
+
+def keep_top_p(logits: Tensor, top_p: float, temperature: float = 1.0) -> Tensor:
+    """Logits (..., V) where only the likeliest tokens stay that reach p together.
+
+    Their probabilities are those at the temperature. The token that crosses p stays,
+    so at least one does. Source: Holtzman et al. (2020).
+
+    Book: 13_generation.html#the-filters
+    """
+    ordered, order = logits.sort(dim=-1, descending=True)
+    weights = softmax(ordered, temperature=temperature)
+    forbidden = (weights.cumsum(dim=-1) - weights >= top_p) & (top_p < 1)
+    forbidden[..., 0] = False  # the smallest p is 0 once it is rounded
+    ordered = ordered.masked_fill(forbidden, -math.inf)
+    return torch.empty_like(logits).scatter(-1, order, ordered)
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How a token is drawn: temperature first, then top-k, then top-p.
@@ -26,7 +53,7 @@ class Sampling:
     likeliest tokens that reach this probability together. seed: the same text every
     time. Raises ValueError for settings that no token could be drawn with.
 
-    Book: 13_generation.html#the-filters
+    Book: 13_generation.html#the-order-of-the-filters
     """
 
     temperature: float = 1.0  # below 1: more careful; above: bolder
@@ -56,33 +83,6 @@ class Sampling:
         else:
             generator.manual_seed(int(self.seed))
         return generator
-
-
-def keep_top_k(logits: Tensor, top_k: int) -> Tensor:
-    """Logits (..., V) where all but the k highest are -inf; ties with the k-th stay.
-
-    Source: Fan, Lewis and Dauphin (2018).
-
-    Book: 13_generation.html#the-filters
-    """
-    lowest = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
-    return logits.masked_fill(logits < lowest, -math.inf)
-
-
-def keep_top_p(logits: Tensor, top_p: float, temperature: float = 1.0) -> Tensor:
-    """Logits (..., V) where only the likeliest tokens stay that reach p together.
-
-    Their probabilities are those at the temperature. The token that crosses p stays,
-    so at least one does. Source: Holtzman et al. (2020).
-
-    Book: 13_generation.html#the-filters
-    """
-    ordered, order = logits.sort(dim=-1, descending=True)
-    weights = softmax(ordered, temperature=temperature)
-    forbidden = (weights.cumsum(dim=-1) - weights >= top_p) & (top_p < 1)
-    forbidden[..., 0] = False  # the smallest p is 0 once it is rounded
-    ordered = ordered.masked_fill(forbidden, -math.inf)
-    return torch.empty_like(logits).scatter(-1, order, ordered)
 
 
 def sample(
@@ -140,10 +140,11 @@ class KeyValueCache:
         elif self.keys.shape != (B, H, self.context, D):
             due = tuple(self.keys[:, :, end - new : end].shape)
             raise ValueError(f"keys {tuple(keys.shape)} after others of {due}")
-        self.keys[:, :, self.length : end] = keys
-        self.values[:, :, self.length : end] = values
+        # narrow(axis, start, length) is a view of a part.
+        self.keys.narrow(2, self.length, new).copy_(keys)
+        self.values.narrow(2, self.length, new).copy_(values)
         self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        return self.keys.narrow(2, 0, end), self.values.narrow(2, 0, end)
 
 
 def window_start(length: int, context: int) -> int:
@@ -347,7 +348,7 @@ def log_probabilities(model: GPT, ids: Sequence[int] | Tensor) -> Tensor:
     second token, given the first; the sum is that of the whole text, given the first.
     Raises ValueError for fewer than two ids and for what the model refuses.
 
-    Book: 13_generation.html#text-as-it-comes
+    Book: 13_generation.html#how-likely-is-a-given-text
     """
     device = next(model.parameters()).device
     ids = torch.as_tensor(ids, device=device)[None]  # (1, T)

@@ -28,7 +28,7 @@ def rotary_tables(
     (..., D / 2) in float32, for `apply_rotary`. base: a larger one makes the slow pairs
     slower, for longer contexts. Source: Su et al. (2021).
 
-    Book: 14_after_gpt2.html#what-came-after-gpt-2
+    Book: 14_after_gpt2.html#the-functions
     """
     # In 32 bits the angle at position 10,000 is off by 0.0005. Apple's GPUs have no 64.
     exact = torch.float32 if positions.device.type == "mps" else torch.float64
@@ -45,7 +45,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     as in the Llama of `transformers`. Returns the shape and dtype of x.
     Source: Su et al. (2021), section 3.4.
 
-    Book: 14_after_gpt2.html#what-came-after-gpt-2
+    Book: 14_after_gpt2.html#the-functions
     """
     first, second = x.chunk(2, dim=-1)
     rotated = (first * cos - second * sin, second * cos + first * sin)
@@ -55,7 +55,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def squared_relu(x: Tensor) -> Tensor:
     """max(x, 0) squared, on every number of x. Source: So et al. (2021).
 
-    Book: 14_after_gpt2.html#what-came-after-gpt-2
+    Book: 14_after_gpt2.html#squared-relu-and-swiglu
     """
     positive = F.relu(x)
     return positive * positive  # autocast on a GPU would take `square` to 32 bits
@@ -66,7 +66,7 @@ def swiglu(x: Tensor) -> Tensor:
 
     Source: Shazeer (2020).
 
-    Book: 14_after_gpt2.html#what-came-after-gpt-2
+    Book: 14_after_gpt2.html#squared-relu-and-swiglu
     """
     gate, up = x.chunk(2, dim=-1)
     return F.silu(gate) * up
@@ -91,27 +91,27 @@ class ModernConfig(GPTConfig):
     positions: "rotary", whose slowest pairs slow down with rotary_base, or "learned".
     norm: "rms" or "layer", with norm_weight or without, norm_eps inside the root.
     activation: "squared_relu", "swiglu" or "gelu". hidden: the MLP's inner width, by
-    default 4 C, and 8 C / 3 rounded for "swiglu". key_value_heads: how many, each for
-    H / key_value_heads queries; H by default. normalize_qk: bring queries and keys to
-    root mean square 1. bias: in linear layers and LayerNorm. zero_projections: start at
-    zero what writes into the residual stream, and an untied head.
+    default 4 C, and 8 C / 3 rounded up for "swiglu". key_value_heads: G, for H / G
+    queries each; by default H. normalize_qk: bring queries and keys to root mean square
+    1. bias: in linear layers and LayerNorm. zero_projections: start at zero what writes
+    into the residual stream, and an untied head.
     Raises ValueError for what no model can have.
 
-    Book: 14_after_gpt2.html#what-came-after-gpt-2
+    Book: 14_after_gpt2.html#the-configuration
     """
 
-    tied: bool = False  # the head is the token table
-    positions: str = "rotary"  # rotary or learned
-    rotary_base: float = 10_000.0  # larger: slower turns, for long contexts
-    norm: str = "rms"  # rms or layer
-    norm_weight: bool = False  # norms learn a factor for each column
-    norm_eps: float = 1e-5  # added inside the norm's root
-    activation: str = "squared_relu"  # squared_relu, swiglu or gelu
-    hidden: int | None = None  # the MLP's inner width; none: 4 C, swiglu 8 C / 3
-    key_value_heads: int | None = None  # shared by neighboring heads; none: H
-    normalize_qk: bool = True  # queries and keys to root mean square 1
-    bias: bool = False  # in linear layers and layer norms
-    zero_projections: bool = True  # start as if each block were absent
+    tied: bool = False
+    positions: str = "rotary"
+    rotary_base: float = 10_000.0
+    norm: str = "rms"
+    norm_weight: bool = False
+    norm_eps: float = 1e-5
+    activation: str = "squared_relu"
+    hidden: int | None = None
+    key_value_heads: int | None = None
+    normalize_qk: bool = True
+    bias: bool = False
+    zero_projections: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -174,7 +174,7 @@ class ModernAttention(nn.Module):
 
     rotation: of queries and keys; by default that of positions which follow the cache.
 
-    Book: 14_after_gpt2.html#what-came-after-gpt-2
+    Book: 14_after_gpt2.html#the-parts
     """
 
     def __init__(self, config: ModernConfig):
@@ -182,8 +182,8 @@ class ModernAttention(nn.Module):
         self.config = c = config
         self.attend = fused_attention
         shared = c.key_value_heads or c.heads
-        self.heads = (c.heads, shared, shared)  # of queries, keys and values
-        self.widths = [heads * (c.width // c.heads) for heads in self.heads]
+        self.heads, self.parts = c.heads, (c.heads, shared, shared)
+        self.widths = [heads * (c.width // c.heads) for heads in self.parts]
         self.qkv = nn.Linear(c.width, sum(self.widths), bias=c.bias)
         self.projection = nn.Linear(c.width, c.width, bias=c.bias)
 
@@ -195,13 +195,12 @@ class ModernAttention(nn.Module):
         rotation: tuple[Tensor, ...] | None = None,
     ) -> Tensor:
         parts = self.qkv(x).split(self.widths, dim=-1)
-        queries, keys, values = map(split_heads, parts, self.heads)
+        queries, keys, values = map(split_heads, parts, self.parts)
         if self.config.normalize_qk:
             size = queries.shape[-1:]
             queries, keys = F.rms_norm(queries, size), F.rms_norm(keys, size)
-        if rotation is None:
-            rotation = _rotation(self.config, _positions_after(x, cache))
-        if rotation is not None:
+        if self.config.positions == "rotary":
+            rotation = rotation or _rotation(self.config, _positions_after(x, cache))
             queries, keys = (apply_rotary(part, *rotation) for part in (queries, keys))
         if cache is not None:
             keys, values = cache.append(keys, values)
@@ -213,13 +212,13 @@ class ModernAttention(nn.Module):
 class ModernMLP(nn.Module):
     """`MLP` with the choices of a ModernConfig: (B, T, C) in and out.
 
-    Book: 14_after_gpt2.html#what-came-after-gpt-2
+    Book: 14_after_gpt2.html#the-parts
     """
 
     def __init__(self, config: ModernConfig):
         super().__init__()
         c, gated = config, config.activation == "swiglu"
-        hidden = c.hidden or (8 * round(c.width / 3) if gated else 4 * c.width)
+        hidden = c.hidden or (8 * math.ceil(c.width / 3) if gated else 4 * c.width)
         self.expand = nn.Linear(c.width, hidden * (1 + gated), bias=c.bias)
         self.projection = nn.Linear(hidden, c.width, bias=c.bias)
         self.activation = _ACTIVATIONS[c.activation]
@@ -237,7 +236,7 @@ def _norm(c: ModernConfig) -> nn.Module:
 class ModernBlock(Block):
     """`Block` with the choices of a ModernConfig: (B, T, C) in and out.
 
-    Book: 14_after_gpt2.html#what-came-after-gpt-2
+    Book: 14_after_gpt2.html#the-parts
     """
 
     def __init__(self, config: ModernConfig):
@@ -261,7 +260,7 @@ class ModernBlock(Block):
 class ModernGPT(GPT):
     """`GPT` with the choices of a ModernConfig; same interface, same errors.
 
-    Book: 14_after_gpt2.html#what-came-after-gpt-2
+    Book: 14_after_gpt2.html#the-model
     """
 
     config: ModernConfig
@@ -316,7 +315,7 @@ class ModernGPT(GPT):
 def build(config: GPTConfig) -> GPT:
     """A new model of the class that belongs to a configuration.
 
-    Book: 14_after_gpt2.html#what-came-after-gpt-2
+    Book: 14_after_gpt2.html#the-model
     """
     return ModernGPT(config) if isinstance(config, ModernConfig) else GPT(config)
 
@@ -338,7 +337,7 @@ def orthogonalize(
     least 0.01 of its matrix's norm ends between 0.6 and 1.3 after 4 or 5 rounds.
     Source: Jordan et al. (2024), Newton-Schulz iteration; Zhang et al. (2026).
 
-    Book: 14_after_gpt2.html#what-came-after-gpt-2
+    Book: 14_after_gpt2.html#singular-values-without-computing-them
     """
     lengths = [matrix.norm().clamp(min=1e-7) for matrix in matrices]
     pairs = zip(matrices, lengths, strict=True)
@@ -361,7 +360,7 @@ class Muon(torch.optim.Muon):
     Raises ValueError for a rate below 0 or a parameter that isn't a matrix.
     Source: Jordan et al. (2024).
 
-    Book: 14_after_gpt2.html#what-came-after-gpt-2
+    Book: 14_after_gpt2.html#the-step-of-muon
     """
 
     def __init__(
@@ -408,14 +407,21 @@ class Muon(torch.optim.Muon):
 class MuonConfig(TrainConfig):
     """`TrainConfig` for two optimizers: matrix_learning_rate is Muon's.
 
-    learning_rate is AdamW's, for tables and vectors. The rate falls on a line to 0.
+    learning_rate is AdamW's, for tables and vectors. Both fall on a line to 0.
+    Raises ValueError as `TrainConfig` does.
 
-    Book: 14_after_gpt2.html#what-came-after-gpt-2
+    Book: 14_after_gpt2.html#the-step-of-muon
     """
 
-    matrix_learning_rate: float = 0.02  # Muon's highest, of the matrices
+    matrix_learning_rate: float = 0.02
     schedule: str = "linear"
     final_rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.matrix_learning_rate < math.inf:
+            rate = self.matrix_learning_rate
+            raise ValueError(f"matrix_learning_rate must be positive, not {rate}")
 
 
 def muon_optimizers(
@@ -425,7 +431,7 @@ def muon_optimizers(
 
     dtype: in which Muon multiplies.
 
-    Book: 14_after_gpt2.html#what-came-after-gpt-2
+    Book: 14_after_gpt2.html#the-step-of-muon
     """
     matrices, rest = [], []
     for name, parameter in model.named_parameters():

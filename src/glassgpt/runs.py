@@ -32,7 +32,7 @@ from glassgpt.training import TrainConfig, Trainer, train
 def checkpoints_in(directory: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first.
 
-    Book: 20_runs_that_survive.html#the-module
+    Book: 20_runs_that_survive.html#a-checkpoint
     """
     folders = directory.glob("checkpoint-*/")
     found = [p for p in folders if re.fullmatch(r"checkpoint-\d{8,}", p.name)]
@@ -61,7 +61,7 @@ def write_checkpoint(
     A checkpoint is a folder that `load` reads, too. Raises OSError where the disk is
     full; the checkpoints before stay as they were.
 
-    Book: 20_runs_that_survive.html#the-module
+    Book: 20_runs_that_survive.html#a-checkpoint
     """
     final = directory / f"checkpoint-{trainer.step:08d}"
     partial = final.with_suffix(".partial")
@@ -120,7 +120,7 @@ def read_checkpoint(path: Path) -> tuple[GPT, Tokenizer, dict[str, Any]]:
 
     A forged file runs no code and takes no memory. Raises ValueError for a damaged one.
 
-    Book: 20_runs_that_survive.html#the-module
+    Book: 20_runs_that_survive.html#a-file-that-attacks
     """
     needed = {"config.json", "model.safetensors", "tokenizer.json", "trainer.pt"}
     with _damaged(path):
@@ -129,12 +129,14 @@ def read_checkpoint(path: Path) -> tuple[GPT, Tokenizer, dict[str, Any]]:
             raise ValueError("its files don't match their hashes")
         _check_archive(path / "trainer.pt")
         model, tokenizer = load(path)
-        state = torch.load(
-            path / "trainer.pt", map_location="cpu", mmap=True, weights_only=True
-        )
+        options = {"map_location": "cpu", "mmap": True, "weights_only": True}
+        state = torch.load(path / "trainer.pt", **options)
+        if not isinstance(state, dict):
+            raise ValueError(f"trainer.pt holds a {type(state).__name__}")
     return model, tokenizer, state
 
 
+_LISTS = ("optimizers", "records", "recent")
 _MOMENTS = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "Muon": ("momentum_buffer",)}
 
 
@@ -143,9 +145,11 @@ def restore(trainer: Trainer, state: dict[str, Any], path: Path) -> None:
 
     Raises ValueError where the rest of the state is not that of this model.
 
-    Book: 20_runs_that_survive.html#the-module
+    Book: 20_runs_that_survive.html#a-file-that-attacks
     """
     with _damaged(path):
+        if not all(type(state[name]) is list for name in _LISTS):
+            raise ValueError("its parts are no lists")  # a tensor could be endless
         pairs = zip(trainer.optimizers, state["optimizers"], strict=True)
         for optimizer, saved in pairs:
             ours = [
@@ -178,7 +182,7 @@ def stop_signals() -> Iterator[list[int]]:
 
     A signal that is ignored, as SIGHUP is under nohup, stays ignored.
 
-    Book: 20_runs_that_survive.html#the-module
+    Book: 20_runs_that_survive.html#leaving-politely
     """
     caught: list[int] = []
     before: dict[int, Any] = {}
@@ -203,28 +207,12 @@ def stop_signals() -> Iterator[list[int]]:
 
 
 @contextmanager
-def memory_advice() -> Iterator[None]:
-    """Turn an allocator's failure into a MemoryError that says what to lower.
-
-    Book: 20_runs_that_survive.html#the-module
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        signs = ("allocate memory", "out of memory", "ALLOC_FAILED", "Invalid buffer")
-        if not any(sign in str(error) for sign in signs):
-            raise
-        advice = "raise accumulate, or lower the model's context, width or layers"
-        raise MemoryError(f"training does not fit into memory: {advice}") from error
-
-
-@contextmanager
 def locked(directory: Path) -> Iterator[None]:
     """Hold a folder for one process, however that ends.
 
     Raises FileExistsError where another one has it.
 
-    Book: 20_runs_that_survive.html#the-module
+    Book: 20_runs_that_survive.html#one-run-in-a-folder
     """
     from filelock import FileLock, Timeout  # here: most programs never lock anything
 
@@ -240,52 +228,20 @@ def locked(directory: Path) -> Iterator[None]:
         lock.release()
 
 
-@dataclass
-class Run:
-    """What a run came to. stopped_by: the signal that ended it early, or 0.
+@contextmanager
+def memory_advice() -> Iterator[None]:
+    """Turn an allocator's failure into a MemoryError that says what to lower.
 
-    Book: 20_runs_that_survive.html#the-module
+    Book: 20_runs_that_survive.html#one-run-in-a-folder
     """
-
-    directory: Path
-    trainer: Trainer
-    stopped_by: int = 0
-
-
-OnRecord = Callable[[dict[str, float]], None]
-
-
-def _go_on(
-    directory: Path,
-    trainer: Trainer,
-    tokenizer: Tokenizer,
-    settings: dict[str, Any],
-    on_record: OnRecord | None,
-    progress: bool,
-) -> Run:
-    """Train in a folder that is ours until the end or a signal."""
-
-    def after_step(trainer: Trainer) -> bool:
-        records, step = trainer.records, trainer.step
-        if records and records[-1]["step"] == step:
-            lines = "".join(json.dumps(record) + "\n" for record in records)
-            write_file(directory / "metrics.jsonl", lines.encode())
-            *earlier, loss = (record["validation_loss"] for record in records)
-            if all(loss < other for other in earlier):
-                write_model(directory, trainer.model, tokenizer)
-            if on_record:
-                on_record(records[-1])
-        last = step == trainer.config.steps
-        if caught or last or step % settings["checkpoint_every"] == 0:
-            write_checkpoint(directory, trainer, tokenizer, settings["keep"])
-        return bool(caught) and not last
-
-    with stop_signals() as caught, memory_advice():
-        train(trainer, after_step, progress)
-    if not (directory / "model.safetensors").exists():
-        write_model(directory, trainer.model, tokenizer)
-    stopped = trainer.step < trainer.config.steps
-    return Run(directory, trainer, caught[0] if stopped else 0)
+    try:
+        yield
+    except RuntimeError as error:
+        signs = ("allocate memory", "out of memory", "ALLOC_FAILED", "Invalid buffer")
+        if not any(sign in str(error) for sign in signs):
+            raise
+        advice = "raise accumulate, or lower the model's context, width or layers"
+        raise MemoryError(f"training does not fit into memory: {advice}") from error
 
 
 # What may be another than before when a run goes on.
@@ -330,12 +286,60 @@ def _place(data: TokenData, directory: Path) -> str:
     return "data" if place == own else str(place)
 
 
+@dataclass
+class Run:
+    """What a run came to. stopped_by: the signal that ended it early, or 0.
+
+    Book: 20_runs_that_survive.html#one-run-in-a-folder
+    """
+
+    directory: Path
+    trainer: Trainer
+    stopped_by: int = 0
+
+
+OnRecord = Callable[[dict[str, float]], None]
+
+
+def _go_on(
+    directory: Path,
+    trainer: Trainer,
+    tokenizer: Tokenizer,
+    settings: dict[str, Any],
+    on_record: OnRecord | None,
+    progress: bool,
+) -> Run:
+    """Train in a folder that is ours until the end or a signal."""
+
+    def after_step(trainer: Trainer) -> bool:
+        records, step = trainer.records, trainer.step
+        if records and records[-1]["step"] == step:
+            lines = "".join(json.dumps(record) + "\n" for record in records)
+            write_file(directory / "metrics.jsonl", lines.encode())
+            *earlier, loss = (record["validation_loss"] for record in records)
+            if all(loss < other for other in earlier):
+                write_model(directory, trainer.model, tokenizer)
+            if on_record:
+                on_record(records[-1])
+        last = step == trainer.config.steps
+        if caught or last or step % settings["checkpoint_every"] == 0:
+            write_checkpoint(directory, trainer, tokenizer, settings["keep"])
+        return bool(caught) and not last
+
+    with stop_signals() as caught, memory_advice():
+        train(trainer, after_step, progress)
+    if not (directory / "model.safetensors").exists():
+        write_model(directory, trainer.model, tokenizer)
+    stopped = trainer.step < trainer.config.steps
+    return Run(directory, trainer, caught[0] if stopped else 0)
+
+
 def refuse_occupied(directory: Path) -> None:
     """Raise FileExistsError for a folder with anything in it but tokens.
 
     What a start leaves that was killed before its run.json is none of it.
 
-    Book: 20_runs_that_survive.html#the-module
+    Book: 20_runs_that_survive.html#one-run-in-a-folder
     """
     if (directory / "run.json").exists():
         raise FileExistsError(f"{directory} holds a run: resume it, or choose another")
@@ -382,7 +386,7 @@ def start_run(
     empty, ValueError for what doesn't fit together, FloatingPointError, MemoryError,
     and OSError where the disk is full.
 
-    Book: 20_runs_that_survive.html#the-module
+    Book: 20_runs_that_survive.html#one-run-in-a-folder
     """
     directory = Path(directory)
     refuse_occupied(directory)
@@ -455,7 +459,7 @@ def resume_run(
     Raises FileNotFoundError where there is no run, ValueError for a damaged one, other
     tokens or a change of what must stay, and what `start_run` raises.
 
-    Book: 20_runs_that_survive.html#the-module
+    Book: 20_runs_that_survive.html#one-run-in-a-folder
     """
     directory = Path(directory)
     if not (directory / "run.json").exists():

@@ -27,70 +27,83 @@ def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
     Source: Dettmers et al. (2022).
 
-    Book: 21_speed.html#speed-how-fast-can-it-write
+    Book: 21_speed.html#rounding-rows
     """
     largest = torch.linalg.vector_norm(x, torch.inf, dim=1, keepdim=True)
     scale = largest / 127 + 1e-30  # a row of zeros divides by more than 0
     return (x / scale).round_().to(torch.int8), scale
 
 
-def int8_product(rows: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """Rows (N, in) times int8 weights (out, in) whose rows have these scales (out,).
+class Int8Product:
+    """x (..., in) times int8 weights (out, in), plus the bias (out,).
 
-    Book: 21_speed.html#speed-how-fast-can-it-write
+    On anything but a CPU the weights go back to 32 bits at each call: it saves memory.
+
+    Book: 21_speed.html#a-light-layer
     """
-    if not rows.is_cpu:  # a GPU's product of whole numbers wants many rows
-        return F.linear(rows, weight.to(rows.dtype)) * scale
-    whole, own_scale = round_rows(rows)
-    return torch._int_mm(whole, weight.t()) * (own_scale * scale)
+
+    def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype):
+        # In pieces, so that no large copy is made on the way.
+        pieces = [round_rows(part.float()) for part in weight.split(4096)]
+        whole, scale = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+        self.whole, self.scale, self.bias = whole.t(), scale[:, 0], bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not x.is_cpu:  # a GPU's product of whole numbers wants many rows
+            return x @ self.whole.float() * self.scale + self.bias
+        whole, scale = round_rows(x.view(-1, x.shape[-1]))
+        sums = torch._int_mm(whole, self.whole)  # (N, out) int32
+        y = torch.addcmul(self.bias, sums, scale * self.scale)
+        return y.view(*x.shape[:-1], -1)
 
 
-def narrow_product(rows: Tensor, weight: Tensor) -> Tensor:
-    """Rows (N, in) times a weight (out, in) of 16 bits.
+class HalfProduct:
+    """x (..., in) times weights (out, in) of 16 bits, plus the bias (out,).
 
-    Book: 21_speed.html#speed-how-fast-can-it-write
+    dtype: to which the weights are rounded, torch.float16 or torch.bfloat16.
+
+    Book: 21_speed.html#a-light-layer
     """
-    if rows.is_cpu and weight.dtype == torch.float16 and len(rows) > 1:
-        weight = weight.float()  # the CPU's kernel for float16 is made for one row
-    return F.linear(rows.to(weight.dtype), weight)
 
+    def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype):
+        self.weight, self.bias = weight.to(dtype), bias
+        engine = torch.backends.quantized.engine
+        self.packed = None
+        if weight.is_cpu and engine in ("x86", "fbgemm"):
+            pack = torch.ops.quantized.linear_prepack_fp16
+            self.packed, self.weight = pack(self.weight.float(), bias), None
 
-def _refuse(*_: Any) -> None:
-    raise ValueError("a lightened model can't be saved: save the one it comes from")
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.packed is not None:
+            return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
+        return F.linear(x.to(self.weight.dtype), self.weight) + self.bias
 
 
 class LightLinear(nn.Module):
-    """A linear layer with lighter weights, for generation: (..., in) to (..., out).
+    """A linear layer with lighter weights, for generation: (B, T, in) to (B, T, out).
 
-    weights: "bfloat16", "float16", or "int8", which also rounds each vector that comes
-    in to 8 bits. Its `state_dict` raises ValueError: save the model it comes from.
+    weights: "int8", which also rounds each vector that comes in to 8 bits, "bfloat16"
+    or "float16". It stays on the device of `linear`, and its `state_dict` raises
+    ValueError: save the model it comes from.
     Source of the scales: Dettmers et al. (2022).
 
-    Book: 21_speed.html#speed-how-fast-can-it-write
+    Book: 21_speed.html#a-light-layer
     """
 
     def __init__(self, linear: nn.Linear, weights: str):
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        weight, scale = linear.weight.detach(), None
-        if weights == "int8":  # in pieces, so that no large copy is made on the way
-            pieces = [round_rows(part.float()) for part in weight.split(4096)]
-            weight, scale = (torch.cat(parts) for parts in zip(*pieces, strict=True))
-            scale = scale[:, 0]
-        self.register_buffer("weight", weight.to(getattr(torch, weights)))
-        self.register_buffer("scale", scale)
-        bias = None if linear.bias is None else linear.bias.detach()
-        self.register_buffer("bias", bias)
+        weight = linear.weight.detach()
+        bias = weight.new_zeros(len(weight)) if linear.bias is None else linear.bias
+        make = Int8Product if weights == "int8" else HalfProduct
+        self.product = make(weight, bias.detach().float(), getattr(torch, weights))
         self.register_state_dict_pre_hook(_refuse)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, self.in_features)
-        if self.scale is None:
-            y = narrow_product(rows, self.weight)
-        else:
-            y = int8_product(rows.float(), self.weight, self.scale)
-        y = y if self.bias is None else self.bias + y
-        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+        return self.product(x.float()).to(x.dtype)
+
+
+def _refuse(*_: Any) -> None:
+    raise ValueError("a lightened model can't be saved: save the one it comes from")
 
 
 @torch.inference_mode()
@@ -99,7 +112,7 @@ def fastest_weights(layers: Sequence[nn.Linear]) -> str:
 
     On anything but a CPU "float16", unmeasured.
 
-    Book: 21_speed.html#speed-how-fast-can-it-write
+    Book: 21_speed.html#which-is-fastest-here
     """
     if not layers[0].weight.is_cpu:
         return "float16"
@@ -126,7 +139,7 @@ def lighten(model: GPT, weights: str | None = None) -> GPT:
     one to train and to save. Raises ValueError for other weights, and for a model that
     is light already.
 
-    Book: 21_speed.html#speed-how-fast-can-it-write
+    Book: 21_speed.html#which-is-fastest-here
     """
     linear = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
     if not linear:
@@ -139,6 +152,8 @@ def lighten(model: GPT, weights: str | None = None) -> GPT:
     memo: dict[int, Any] = {id(part): part for part in model.parameters()}
     if weights != "float32":
         memo |= {id(layer): LightLinear(layer, weights) for layer in linear}
+    drops = [part for part in model.modules() if isinstance(part, nn.Dropout)]
+    memo |= {id(part): nn.Identity() for part in drops}  # nothing is dropped: no call
     return copy.deepcopy(model, memo).eval()
 
 

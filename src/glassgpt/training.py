@@ -29,7 +29,7 @@ class TrainConfig:
     `final_rate` of itself along a "cosine", "linear", or "stable" (constant, then
     linear over the last fifth) schedule. Raises ValueError for impossible values.
 
-    Book: 12_training.html#the-module
+    Book: 12_training.html#the-schedule
     """
 
     steps: int = 1000  # how often the optimizer moves the weights
@@ -67,7 +67,7 @@ class TrainConfig:
 def rate_at(step: int, config: TrainConfig) -> float:
     """The share of the learning rate, 0 to 1, for a step counted from 0.
 
-    Book: 12_training.html#the-module
+    Book: 12_training.html#the-schedule
     """
     if step < config.warmup:
         return (step + 1) / config.warmup
@@ -85,7 +85,7 @@ def make_optimizers(
 ) -> list[torch.optim.Optimizer]:
     """AdamW, with decay on matrices and tables. Source: Loshchilov and Hutter.
 
-    Book: 12_training.html#the-module
+    Book: 12_training.html#what-decays
     """
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() < 2]
@@ -100,7 +100,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]  # of ids and targets (B, T)
 def token_loss(model: GPT) -> Loss:
     """The mean cross-entropy of ids and targets (B, T), in nats a token.
 
-    Book: 12_training.html#the-module
+    Book: 12_training.html#a-fair-evaluation
     """
     device = next(model.parameters()).device
 
@@ -124,7 +124,7 @@ def evaluate(
     crops: how many, at equal distances, the same every time. batch_size: how many at
     once; it changes nothing else. loss: as for `Trainer`.
 
-    Book: 12_training.html#the-module
+    Book: 12_training.html#a-fair-evaluation
     """
     loss, total, count = loss or token_loss(model), 0.0, 0
     context = model.config.context
@@ -139,7 +139,7 @@ def evaluate(
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
     """Dropout on or off for a while; then each part has its own mode back.
 
-    Book: 12_training.html#the-module
+    Book: 12_training.html#a-fair-evaluation
     """
     modes = [(part, part.training) for part in model.modules()]
     model.train(training)
@@ -160,7 +160,7 @@ def train(
     after_step: called after each step (and its evaluation); True ends the training.
     Raises FloatingPointError when the loss is no longer a number.
 
-    Book: 12_training.html#the-module
+    Book: 12_training.html#the-loop
     """
     steps, every = trainer.config.steps, trainer.config.evaluate_every
     bar = tqdm(total=steps, initial=trainer.step, disable=not progress, unit="step")
@@ -188,7 +188,7 @@ class Trainer:
     tokens_per_second, and seconds of training so far.
     Raises TypeError and ValueError for what can't be trained together.
 
-    Book: 12_training.html#the-module
+    Book: 12_training.html#the-loop
     """
 
     def __init__(
@@ -208,6 +208,7 @@ class Trainer:
         self.loss = loss or token_loss(model)
         self.device = next(model.parameters()).device
         self.step, self.seconds, self.began = 0, 0.0, 0.0
+        self.last_loss = math.nan
         self.records: list[dict[str, float]] = []
         self.recent: list[float] = []  # the losses since the last record
         self.unread: list[Tensor] = []  # and those that are still on the device
@@ -255,12 +256,12 @@ class Trainer:
         if self.unread:
             self.recent += torch.stack(self.unread).tolist()
             self.seconds += time.perf_counter() - self.began
-            self.unread = []
+            self.unread, self.last_loss = [], self.recent[-1]
         for step, loss in enumerate(self.recent, self.step - len(self.recent) + 1):
             if not math.isfinite(loss):
                 what = f"the loss or its gradient at step {step} is not finite"
                 raise FloatingPointError(f"{what}: lower the learning rate")
-        return self.recent[-1] if self.recent else math.nan
+        return self.last_loss
 
     def evaluate(self) -> dict[str, float]:
         """Measure the model on held-out text, and add a record of all steps since."""
@@ -307,14 +308,14 @@ class Trainer:
         self.records, self.recent = list(state["records"]), list(state["recent"])
 
 
-_one_at_a_time = threading.Lock()  # all threads share PyTorch's random numbers
+_one_at_a_time = threading.RLock()  # all threads share PyTorch's random numbers
 
 
 @contextmanager
 def random_numbers(seed: Sequence[int], device: torch.device) -> Iterator[None]:
     """Let a seed alone decide what is drawn; the caller's random numbers stay.
 
-    Book: 12_training.html#the-module
+    Book: 12_training.html#the-loop
     """
     devices = [] if device.type == "cpu" else [device]
     with _one_at_a_time, torch.random.fork_rng(devices, device_type=device.type):
@@ -325,7 +326,7 @@ def random_numbers(seed: Sequence[int], device: torch.device) -> Iterator[None]:
 def check_fit(model: GPT, data: TokenData, config: TrainConfig) -> None:
     """Raise TypeError or ValueError for what can't be trained together.
 
-    Book: 12_training.html#the-module
+    Book: 12_training.html#the-loop
     """
     if not isinstance(data, TokenData):
         raise TypeError("data must be a TokenData: take what `tokenize` returns")

@@ -27,6 +27,13 @@ from glassgpt.checks.data import (
     check_nats_per_character,
     check_split,
 )
+from glassgpt.checks.device import (
+    check_days,
+    check_fit_memory,
+    check_padded_logits,
+    check_rounding,
+    check_scale,
+)
 from glassgpt.checks.embeddings import (
     check_analogy,
     check_cosine_similarity,
@@ -36,16 +43,12 @@ from glassgpt.checks.embeddings import (
     check_matrix_product,
 )
 from glassgpt.checks.generation import (
-    check_batch,
     check_beam_search,
     check_cache,
-    check_cached,
-    check_forbidden,
+    check_generate,
     check_min_p,
     check_sample,
     check_stream_text,
-    check_top_k,
-    check_top_p,
 )
 from glassgpt.checks.gpt import (
     check_budget,
@@ -73,6 +76,7 @@ from glassgpt.checks.mlp import (
 )
 from glassgpt.checks.modern import (
     check_orthogonalize,
+    check_pool,
     check_reorder,
     check_rms_norm,
     check_rotary,
@@ -84,6 +88,15 @@ from glassgpt.checks.positions import (
     check_shift_matrix,
     check_sinusoidal_positions,
 )
+from glassgpt.checks.runs import (
+    check_interval,
+    check_names,
+    check_resume,
+    check_round_trip,
+    check_state,
+    check_stop,
+    check_whole_file,
+)
 from glassgpt.checks.softmax import (
     check_cross_entropy,
     check_cross_entropy_gradient,
@@ -92,14 +105,19 @@ from glassgpt.checks.softmax import (
     check_one_pass,
     check_softmax,
 )
-from glassgpt.checks.speed import check_light
+from glassgpt.checks.speed import (
+    check_cached_words,
+    check_groups,
+    check_light,
+    check_limit,
+    check_round_rows,
+)
 from glassgpt.checks.tokens import (
     check_learn_merges,
     check_merge_word,
     check_special_tokens,
     check_split_numbers,
     check_split_words,
-    check_stream,
     check_tokenizer_round_trip,
 )
 from glassgpt.checks.training import (
@@ -119,13 +137,12 @@ __all__ = [
     "check_additions",
     "check_analogy",
     "check_attention",
-    "check_batch",
     "check_batches",
     "check_beam_search",
     "check_block",
     "check_budget",
     "check_cache",
-    "check_cached",
+    "check_cached_words",
     "check_causal",
     "check_causal_attention",
     "check_causal_mask",
@@ -135,21 +152,26 @@ __all__ = [
     "check_cosine_similarity",
     "check_cross_entropy",
     "check_cross_entropy_gradient",
+    "check_days",
     "check_each_alone",
     "check_early_logits",
     "check_embedding",
     "check_embedding_gradient",
     "check_epochs",
     "check_evaluate",
-    "check_forbidden",
+    "check_fit_memory",
     "check_fused_attention",
     "check_gelu",
+    "check_generate",
     "check_gpt",
     "check_grouped_attention",
+    "check_groups",
+    "check_interval",
     "check_layer_norm",
     "check_layer_norm_gradient",
     "check_learn_merges",
     "check_light",
+    "check_limit",
     "check_log_softmax",
     "check_lookup",
     "check_masked_softmax",
@@ -160,12 +182,15 @@ __all__ = [
     "check_mlp",
     "check_mlp_backward",
     "check_multi_head",
+    "check_names",
     "check_nats_per_character",
     "check_one_not_both",
     "check_one_pass",
     "check_orthogonalize",
+    "check_padded_logits",
     "check_parameter_count",
     "check_permutation_equivariant",
+    "check_pool",
     "check_post_norm",
     "check_previous_word",
     "check_reorder",
@@ -173,7 +198,11 @@ __all__ = [
     "check_rms_norm",
     "check_rotary",
     "check_rotary_tables",
+    "check_round_rows",
+    "check_round_trip",
+    "check_rounding",
     "check_sample",
+    "check_scale",
     "check_schedule",
     "check_shared_weight",
     "check_shift_matrix",
@@ -185,11 +214,11 @@ __all__ = [
     "check_split_numbers",
     "check_split_words",
     "check_squared_relu_slope",
-    "check_stream",
+    "check_state",
+    "check_stop",
     "check_stream_text",
     "check_streaming_attention",
     "check_tokenizer_round_trip",
-    "check_top_k",
-    "check_top_p",
+    "check_whole_file",
     "grade",
 ]

@@ -1,7 +1,7 @@
 # Written by tools/tangle.py from book/13_generation.ipynb: change it there.
 
 
-"""Checks of sampling, caches, batches and light models that name the mistake."""
+"""Checks of sampling, caches, batches and streams that name the mistake."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -15,70 +15,6 @@ from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.tokens import BPETokenizer, CharTokenizer
 
 _FIVE = torch.tensor([0.05, 0.40, 0.15, 0.10, 0.30])
-
-
-def _kept(logits: Tensor) -> list[int]:
-    """The places of a row that are not forbidden."""
-    return [place for place, score in enumerate(logits.tolist()) if score > -math.inf]
-
-
-def check_top_k(keep_top_k: Callable[[Tensor, int], Tensor]) -> None:
-    """Of each row the k highest logits stay as they are, the others become -inf.
-
-    Book: 13_generation.html#the-filters
-    """
-    logits = torch.stack((_FIVE, _FIVE.flip(0))).log()  # (2, 5)
-    given = logits.clone()
-    found = keep_top_k(given, 2)
-    assert torch.equal(given, logits), "the logits given were changed: return new ones"
-    assert found.shape == logits.shape, f"the shape changed to {tuple(found.shape)}"
-    kept = _kept(found[0])
-    assert kept != [0, 3], "the k lowest were kept, not the highest"
-    assert kept != [0, 1], "the first k were kept, not the highest"
-    assert kept == [1, 4], f"top_k=2 kept the places {kept}, not 1 and 4"
-    assert _kept(found[1]) == [0, 3], "each row must be filtered by itself"
-    assert torch.equal(found[0, kept], logits[0, kept]), "logits that stay changed"
-    assert torch.equal(keep_top_k(logits, 9), logits), "top_k above V must keep all"
-    for k in (1, 3):
-        kept = _kept(keep_top_k(logits, k)[0])
-        assert len(kept) == k, f"top_k={k} kept {len(kept)} tokens"
-    tied = _kept(keep_top_k(torch.tensor([[1.0, 0.0, 1.0, 1.0]]), 2)[0])
-    assert tied == [0, 2, 3], f"ties with the k-th stay: {tied} of 1, 0, 1, 1 for k=2"
-    deep = keep_top_k(logits.expand(2, 2, 5).clone(), 2)
-    assert torch.equal(deep[1], found), "more axes in front changed the result"
-
-
-def check_top_p(keep_top_p: Callable[[Tensor, float], Tensor]) -> None:
-    """The likeliest tokens stay until they reach p together, the crossing one too.
-
-    Book: 13_generation.html#the-filters
-    """
-    logits = torch.stack((_FIVE, _FIVE.flip(0))).log() + 3  # (2, 5)
-    given = logits.clone()
-    found = keep_top_p(given, 0.8)
-    assert torch.equal(given, logits), "the logits given were changed: return new ones"
-    assert found.shape == logits.shape, f"the shape changed to {tuple(found.shape)}"
-    kept = _kept(found[0])
-    assert kept != [1, 4], "the token that crosses p was dropped"
-    assert 1 in kept, "the likeliest token was dropped: sort from high to low"
-    assert kept != [0, 1, 2], "the first places stayed: put scores back in their places"
-    assert 0 not in kept, "the least likely token stayed: sort from high to low"
-    assert kept == [1, 2, 4], f"top_p=0.8 kept the places {kept}, not 1, 2 and 4"
-    assert _kept(found[1]) == [0, 2, 3], (
-        "a row in another order is wrong: were the scores put back in their places?"
-    )
-    assert torch.equal(found[0, kept], logits[0, kept]), "logits that stay changed"
-    assert _kept(keep_top_p(logits, 0.1)[0]) == [1], "the likeliest token always stays"
-    _check_top_p_edges(keep_top_p)
-    deep = keep_top_p(logits[:, None], 0.8)  # (2, 1, 5)
-    assert torch.equal(deep[:, 0], found), "more axes in front changed the result"
-
-
-def _check_top_p_edges(keep_top_p: Callable[[Tensor, float], Tensor]) -> None:
-    kept = _kept(keep_top_p(torch.tensor([[2.0, 1.0, 0.0]]), 1.0)[0])
-    assert kept == [0, 1, 2], f"top_p=1 must keep all, it kept {kept}"
-    high = torch.tensor([[1000.0, 999.0, 0.0]])
-    assert _kept(keep_top_p(high, 0.9)[0]) == [0, 1], "logits too large for exp"
 
 
 def _shares(sample: Callable[..., Tensor], sampling: Sampling) -> Tensor:
@@ -102,7 +38,11 @@ def check_sample(sample: Callable[..., Tensor]) -> None:
         ({}, _FIVE, "tokens don't come as often as their probability says"),
         ({"temperature": 0.5}, _FIVE**2, "the temperature must divide the logits"),
         ({"top_k": 2}, _FIVE * (_FIVE > 0.2), "top_k=2 must leave two tokens"),
-        ({"top_p": 0.8}, _FIVE * (_FIVE > 0.12), "top_p=0.8 must leave three tokens"),
+        (
+            {"top_p": 0.8},
+            _FIVE * (_FIVE > 0.12),
+            "top_p=0.8 must leave the three likeliest tokens, the crossing one too",
+        ),
         (
             {"temperature": 0.5, "top_p": 0.8},
             _FIVE**2 * (_FIVE > 0.2),
@@ -188,11 +128,11 @@ def _greedy(
     return ids
 
 
-def check_cached(generate: Callable[..., list]) -> None:
-    """With the cache come the tokens that come without, past the context as well.
+def check_generate(generate: Callable[..., list]) -> None:
+    """Tokens come as without a cache, past the context too, and in a batch as alone.
 
-    generate: called as generate(model, ids, max_new_tokens, top_k=1); its window is
-    that of `window_start`.
+    generate: called as generate(model, ids, max_new_tokens, top_k=1), with a prompt
+    or several; its window is that of `window_start`.
 
     Book: 13_generation.html#the-loop
     """
@@ -208,15 +148,6 @@ def check_cached(generate: Callable[..., list]) -> None:
             f" {same.index(False)} differs from a pass without a cache:"
             " are positions and window the same?"
         )
-
-
-def check_batch(generate: Callable[..., list]) -> None:
-    """Prompts of different length in one batch get the tokens that they get alone.
-
-    generate: called as generate(model, prompts, max_new_tokens, top_k=1).
-
-    Book: 13_generation.html#the-loop
-    """
     prompts = [[9, 2], [3, 1, 4, 1, 5], [6]]
     for context in (32, 8):  # with 8 the window moves on, for each row by itself
         model = _small_gpt(context)
@@ -305,6 +236,11 @@ def _check_settings_arrive(stream_text: Callable[..., Iterator[str]]) -> None:
     assert write(temperature=1e-6, seed=1) == greedy, "the temperature is ignored"
 
 
+def _kept(logits: Tensor) -> list[int]:
+    """The places of a row that are not forbidden."""
+    return [place for place, score in enumerate(logits.tolist()) if score > -math.inf]
+
+
 def check_min_p(min_p: Callable[[Tensor, float], Tensor]) -> None:
     """Tokens stay that have at least a share of the likeliest one's probability.
 
@@ -331,28 +267,6 @@ def check_min_p(min_p: Callable[[Tensor, float], Tensor]) -> None:
         "of the logits 1000, 1000 and 990 with share=1 the first two stay: mind ties, "
         "and numbers too large for exp"
     )
-
-
-def check_forbidden(forbidden: Callable[[list[int], int], set[int]]) -> None:
-    """The tokens that would complete a run of n tokens that occurred before.
-
-    Book: 13_generation.html#exercise-2-never-the-same-three-words
-    """
-    ids = [1, 2, 3, 1, 2, 4, 1, 2]
-    found = set(forbidden(ids, 3))
-    assert ids == [1, 2, 3, 1, 2, 4, 1, 2], "the ids given were changed"
-    assert found != {3}, "only the first earlier run was found"
-    assert found != {4}, "only the last earlier run was found"
-    assert found == {3, 4}, f"after 1 2 3 1 2 4 1 2 these are forbidden: {found}"
-    assert set(forbidden([5, 5, 5], 3)) == {5}, "runs may overlap"
-    assert set(forbidden([1, 1, 1, 2, 1, 1], 3)) == {1, 2}, "runs may overlap"
-    four = forbidden([1, 2, 3, 4, 9, 2, 3, 5, 1, 2, 3], 4)
-    assert set(four) == {4}, "n=4: three tokens are the start"
-    assert set(forbidden([1, 2], 3)) == set(), "too short a text forbids nothing"
-    assert set(forbidden([1, 2, 1], 1)) == {1, 2}, "n=1 forbids all that occurred"
-    assert set(forbidden([1, 2, 1, 3, 1], 2)) == {2, 3}, "n=2: one token is the start"
-    assert set(forbidden([2, 1, 5, 1, 2], 3)) == set(), "2 1 is not the start 1 2"
-    assert set(forbidden([21, 2, 3, 1, 2], 3)) == set(), "21 2 is not the start 1 2"
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ def check_rotary_tables(tables: Callable[..., tuple[Tensor, Tensor]]) -> None:
 
     tables: called as tables(positions, head_width) and with a third argument, base.
 
-    Book: 14_after_gpt2.html#what-came-after-gpt-2
+    Book: 14_after_gpt2.html#the-functions
     """
     cos, sin = (table.double() for table in tables(torch.arange(4000), 6))
     for name, table in (("cos", cos), ("sin", sin)):
@@ -74,7 +74,7 @@ def check_rotary(apply: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
 
     apply: called as apply(x, cos, sin) with x (..., T, D) and cos, sin (T, D / 2).
 
-    Book: 14_after_gpt2.html#what-came-after-gpt-2
+    Book: 14_after_gpt2.html#the-functions
     """
     _check_quarter_turn(apply)
     generator = torch.Generator().manual_seed(0)
@@ -94,7 +94,7 @@ def check_rotary(apply: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
 def check_rms_norm(rms_norm: Callable[[Tensor], Tensor]) -> None:
     """Each vector gets the root mean square 1 and keeps its direction.
 
-    Book: 14_after_gpt2.html#what-came-after-gpt-2
+    Book: 14_after_gpt2.html#rms-norm-and-no-biases
     """
     x = torch.tensor([[2.0, 1.0, 0.0, 0.0], [300.0, -400.0, 0.0, 0.0]]).double()
     square, result = x.square(), rms_norm(x)
@@ -127,7 +127,7 @@ def check_orthogonalize(
 ) -> None:
     """An iteration brings each matrix's singular values near 1; directions stay.
 
-    Book: 14_after_gpt2.html#what-came-after-gpt-2
+    Book: 14_after_gpt2.html#singular-values-without-computing-them
     """
     torch.manual_seed(0)
     sides = []
@@ -163,7 +163,7 @@ def check_orthogonalize(
 def check_squared_relu_slope(slope: Callable[[Tensor], Tensor]) -> None:
     """The derivative of max(z, 0) squared, at each number.
 
-    Book: 14_after_gpt2.html#what-came-after-gpt-2
+    Book: 14_after_gpt2.html#exercise-1-the-derivative-of-squared-relu
     """
     z = torch.tensor([-2.0, -0.5, 0.0, 0.25, 3.0])
     found = slope(z)
@@ -183,7 +183,7 @@ def check_reorder(reorder: Callable[[Tensor], Tensor]) -> None:
 
     reorder: called as reorder(x) with x (..., D).
 
-    Book: 14_after_gpt2.html#what-came-after-gpt-2
+    Book: 14_after_gpt2.html#exercise-2-from-one-convention-to-the-other
     """
     got = reorder(torch.arange(8.0).expand(2, 8))
     assert got.shape == (2, 8), f"the shape changed to {tuple(got.shape)}"
@@ -195,3 +195,36 @@ def check_reorder(reorder: Callable[[Tensor], Tensor]) -> None:
         assert pair == (2 * i, 2 * i + 1), (
             f"pair {i} is made of columns {pair}, not {(2 * i, 2 * i + 1)}"
         )
+
+
+def check_pool(pool: Callable[[Tensor, int, int], Tensor]) -> None:
+    """Keys and values of the heads that will share one become their mean.
+
+    pool: called as pool(weight, heads, groups) with the weight (3 C, C) of `qkv`.
+
+    Book: 14_after_gpt2.html#exercise-3-fewer-keys-for-a-finished-model
+    """
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(72, 24, generator=generator)  # 6 heads of width 4
+    found = pool(weight.clone(), 6, 2)
+    assert found.shape == (40, 24), (
+        f"the shape is {tuple(found.shape)}: 24 rows of queries, 8 of keys, 8 of values"
+    )
+    assert torch.equal(found[:24], weight[:24]), "the rows of the queries changed"
+    for name, rows, old in (
+        ("keys", found[24:32], weight[24:48]),
+        ("values", found[32:], weight[48:]),
+    ):
+        heads = old.view(6, 4, 24)
+        mistakes = {
+            "their sum, not their mean": 3 * heads.view(2, 3, 4, 24).transpose(0, 1),
+            "the mean of every second head: neighbors share": heads.view(3, 2, 4, 24),
+            "the first head of each group, not their mean": heads[None, [0, 3]],
+            "the last head of each group, not their mean": heads[None, [2, 5]],
+        }
+        for mistake, parts in mistakes.items():
+            wrong = parts.mean(dim=0).flatten(0, 1)
+            assert not torch.allclose(rows, wrong), f"{name}: {mistake}"
+        wanted = heads.view(2, 3, 4, 24).mean(dim=1).flatten(0, 1)
+        right = torch.allclose(rows, wanted, atol=1e-5)
+        assert right, f"{name}: each group needs the mean of its heads, row by row"

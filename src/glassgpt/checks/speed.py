@@ -1,32 +1,57 @@
 # Written by tools/tangle.py from book/21_speed.ipynb: change it there.
-"""Checks of light layers that name the mistake."""
+"""Checks of light layers, and of the exercises on speed, that name the mistake."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from glassgpt.checks.generation import _small_gpt
 from glassgpt.gpt import GPT
 
 
+def check_round_rows(round_rows: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
+    """Every number comes back within half its own row's scale; the largest is 127.
+
+    Book: 21_speed.html#rounding-rows
+    """
+    x = torch.tensor([[0.3, -1.27, 0.014, 0.88], [30.0, 127.0, 1.4, -88.6], [0.0] * 4])
+    given = x.clone()
+    whole, scale = round_rows(given)
+    assert torch.equal(given, x), "the numbers given were changed: return new ones"
+    assert whole.dtype == torch.int8, f"the numbers are stored as {whole.dtype}"
+    assert scale.numel() == 3, f"{scale.numel()} scales for 3 rows: one for each"
+    scale = scale.reshape(3, 1)
+    assert scale.isfinite().all(), "a row of zeros divides by zero"
+    back = whole.float() * scale
+    assert back.isfinite().all(), "a row of zeros divides by zero"
+    assert whole[:2].abs().amax(1).tolist() == [127, 127], (
+        f"the largest of each row becomes {whole[:2].abs().amax(1).tolist()}, not 127: "
+        "has each row its own scale?"
+    )
+    assert ((back - x).abs() <= 0.501 * scale).all(), (
+        "a number is off by more than half its scale: round to the nearest"
+    )
+
+
+@torch.no_grad()
 def _check_layer(light: Any, linear: torch.nn.Linear, weights: str) -> None:
     """One layer with light weights against the one that it came from."""
+    zeros, ones = torch.zeros(1, linear.in_features), torch.eye(linear.in_features)
+    found = (light(ones) - light(zeros)).T  # (out, in): the weights that it uses
+    weight = linear.weight
     if weights != "int8":
-        dtype = getattr(torch, weights)
-        assert light.weight.dtype == dtype, f"{weights} was not stored"
-        rounded = torch.equal(light.weight, linear.weight.to(dtype))
-        assert rounded, f"the weights are not the nearest numbers in {weights}"
+        wanted = weight.to(getattr(torch, weights)).float()
+        gap = (found - wanted).abs() / weight.abs().amax(dim=1, keepdim=True)
+        assert gap.max() < 1e-4, f"the weights are not the nearest numbers in {weights}"
         return
-    assert light.weight.dtype == torch.int8, f"{weights} was not stored"
-    assert light.scale.unique().numel() > 1, "one scale for all rows: give each its own"
-    assert (light.weight.abs().amax(dim=1) == 127).all(), (
-        "int8 goes to 127: the largest of each row should be there"
-    )
-    scale = light.scale.float()[:, None]
-    off = (light.weight * scale - linear.weight).abs()
-    assert (off <= 0.501 * scale).all(), (
-        "a weight is off by more than half a scale: round to the nearest"
+    off = (found - weight).abs()
+    scale = weight.abs().amax(dim=1, keepdim=True) / 127
+    assert off.max() > 0.01 * scale.max(), "int8 was not stored: nothing was rounded"
+    assert (off <= 0.51 * scale).all(), (
+        "a weight is off by more than half its row's scale: has each row its own, "
+        "does it reach 127, is it rounded to the nearest?"
     )
 
 
@@ -37,7 +62,7 @@ def check_light(lighten: Callable[[GPT, str], Any]) -> None:
     lighten: called as lighten(model, weights); each linear layer of what it returns has
     a weight (out, in), and for int8 a scale (out,).
 
-    Book: 21_speed.html#speed-how-fast-can-it-write
+    Book: 21_speed.html#which-is-fastest-here
     """
     ids = torch.tensor([[3, 1, 4, 1, 5]])
     model = _small_gpt().float()
@@ -59,3 +84,55 @@ def check_light(lighten: Callable[[GPT, str], Any]) -> None:
     except ValueError:
         return
     raise AssertionError("unknown weights were accepted: raise a ValueError")
+
+
+def check_limit(limit: Callable[[float, float, float], float]) -> None:
+    """Tokens a second: the bandwidth in bytes, over the bytes of all numbers.
+
+    Book: 21_speed.html#exercise-1-what-is-possible
+    """
+    found = limit(1e9, 32, 8e9)
+    assert found != 0.25, "bits are not bytes: eight of them make one"
+    assert abs(found - 2) < 1e-6, f"1e9 numbers of 32 bits at 8 GB/s: 2, not {found}"
+    assert abs(limit(7e9, 4, 1e11) - 28.5714) < 1e-3, "four bits are half a byte"
+
+
+def check_groups(groups: Callable[[Tensor, int], tuple[Tensor, Tensor]]) -> None:
+    """Whole numbers from -7 to 7, with a scale for each group of a row.
+
+    Book: 21_speed.html#exercise-2-scales-for-groups
+    """
+    x = torch.tensor([[0.7, -0.2, 70.0, 10.0], [0.0, 0.0, -3.5, 1.4]])
+    whole, scale = groups(x.clone(), 2)
+    assert whole.shape == x.shape, f"the numbers have shape {tuple(whole.shape)}"
+    assert scale.shape == (2, 2), f"the scales have shape {tuple(scale.shape)}"
+    assert whole.dtype == torch.int8, f"the numbers are stored as {whole.dtype}"
+    assert whole.abs().max() <= 7, "four bits go to 7"
+    wanted = [[7, -2, 7, 1], [0, 0, -7, 3]]
+    assert whole.tolist() != [[0, 0, 7, 1], [0, 0, -7, 3]], "a row has one scale"
+    assert whole.tolist() == wanted, f"{whole.tolist()} were stored, not {wanted}"
+    back = whole.float() * scale.repeat_interleave(2, dim=1)
+    off = (back - x).abs() <= 0.501 * scale.repeat_interleave(2, dim=1)
+    assert off.all(), (
+        "a number is off by more than half its scale: are the scales right?"
+    )
+
+
+def check_cached_words(cached: Callable[[Callable[[str], list]], Callable]) -> None:
+    """The same ids as without, and each distinct word is encoded once.
+
+    Book: 21_speed.html#exercise-3-never-twice
+    """
+    asked: list[str] = []
+
+    def encode(word: str) -> list[int]:
+        asked.append(word)
+        return list(word.encode())
+
+    fast = cached(encode)
+    for word in ("a", "tower", "a", "", "a", "", "tower"):
+        found = fast(word)
+        assert found == list(word.encode()), f"{word!r} became {found}"
+        found.append(-1)  # what a caller does to its list is its own affair
+    assert asked == ["a", "tower", ""], f"encoded were {asked}: each word once"
+    assert cached(lambda word: [0])("a") == [0], "two functions share one cache"

@@ -66,7 +66,7 @@ def check_learn_merges(learn_merges: Callable) -> None:
 def check_merge_word(merge_word: Callable) -> None:
     """Merges are applied in the order of learning, until none is left.
 
-    Book: 02_tokens.html#encoding
+    Book: 02_tokens.html#the-function
     """
     merges = {(2, 3): 256, (1, 2): 257, (257, 3): 258, (256, 4): 259, (1, 259): 260}
     got = list(merge_word([1, 2, 3], merges))
@@ -86,7 +86,7 @@ def check_tokenizer_round_trip(
 ) -> None:
     """Every text comes back from its ids exactly as it was.
 
-    Book: 02_tokens.html#the-byte-pair-tokenizer
+    Book: 02_tokens.html#a-tokenizer
     """
     for text in texts:
         ids = tokenizer.encode(text)
@@ -102,7 +102,7 @@ def check_tokenizer_round_trip(
 def check_special_tokens(tokenizer: Any) -> None:
     """Special tokens come from the program, not from the text that a stranger typed.
 
-    Book: 02_tokens.html#the-byte-pair-tokenizer
+    Book: 02_tokens.html#a-tokenizer
     """
     name, special = next(iter(tokenizer.special_tokens.items()))
     typed = tokenizer.encode(name)
@@ -111,34 +111,6 @@ def check_special_tokens(tokenizer: Any) -> None:
     asked = list(tokenizer.encode(name + name, allow_special=True))
     assert asked == [special] * 2, f"allow_special gave {asked}, not twice {special}"
     assert tokenizer.decode([special]) == name, f"id {special} is not spelled {name!r}"
-
-
-def check_stream(stream: Callable) -> None:
-    """stream yields text as early as possible and never half a character.
-
-    Book: 02_tokens.html#exercise-2-decode-as-the-bytes-arrive
-    """
-
-    def shown(*pieces: bytes) -> list[str]:
-        """What the reader gets to see after each piece."""
-        read, after = [], [""] * len(pieces)
-        texts = stream(piece for piece in pieces if not read.append(piece))
-        assert not isinstance(texts, str), "yield pieces, don't return one text"
-        for text in texts:
-            after[len(read) - 1] += text
-        return after
-
-    tower = "🗼".encode()
-    got = shown(b"the ", tower[:2], tower[2:], b"!")
-    assert "\ufffd" not in "".join(got), "half a character was shown: wait for its rest"
-    assert got == ["the ", "", "🗼", "!"], f"got {got}, piece by piece: don't wait"
-    got = shown(b"a" + tower[:2], tower[2:])
-    assert got == ["a", "🗼"], f"got {got}: the a is complete before the second piece"
-    got = "".join(shown(b"a", tower[:3]))
-    assert got != "a", "the unfinished character at the end was dropped without a sign"
-    assert got == "a\ufffd", f"an unfinished character at the end gave {got!r}"
-    got = "".join(shown(b"a\xff", b"b"))
-    assert got == "a\ufffdb", f"a byte that is no text gave {got!r}: show \ufffd, go on"
 
 
 def check_split_numbers(split_numbers: Callable[[str], Sequence[str]]) -> None:

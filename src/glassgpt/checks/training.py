@@ -36,7 +36,7 @@ def check_adamw(adamw: Callable[..., Tensor]) -> None:
 
     adamw: called as adamw(w, gradients, rate, beta1, beta2, decay), returns the new w.
 
-    Book: 12_training.html#the-module
+    Book: 12_training.html#adamw
     """
     w = torch.tensor([0.5, -2.0, 0.0], dtype=torch.float64)
     gradients = [torch.tensor([1.0, -0.1, 10.0]).double() * k for k in (1, 3, -1, 2)]
@@ -93,7 +93,7 @@ def _check_edges(rate_at: Callable[[int, TrainConfig], float]) -> None:
 def check_schedule(rate_at: Callable[[int, TrainConfig], float]) -> None:
     """The rate warms up to 1 without a wasted step, then falls to its final share.
 
-    Book: 12_training.html#the-module
+    Book: 12_training.html#the-schedule
     """
     falls = {
         "cosine": {32: 0.87, 77: 0.23},
@@ -149,7 +149,7 @@ def check_accumulation(accumulate: Callable[[nn.Module, list], None]) -> None:
     leaves the gradient of the mean cross-entropy in `.grad`. Targets of -100 don't
     count, and a part may have no other.
 
-    Book: 12_training.html#the-module
+    Book: 12_training.html#accumulation
     """
     random = torch.Generator().manual_seed(0)
     x = torch.randn(8, 3, generator=random, dtype=torch.float64)
@@ -191,7 +191,7 @@ def check_evaluate(evaluate: Callable[[GPT, Tokens, int, int], float]) -> None:
     evaluate: called as evaluate(model, tokens, crops, batch_size), returns the mean
     cross-entropy of a token, with dropout off.
 
-    Book: 12_training.html#the-module
+    Book: 12_training.html#a-fair-evaluation
     """
     ids = [n * n % 7 for n in range(90)]
     tokens = TokenData.of(ids, ids, vocab_size=7).validation
@@ -263,7 +263,7 @@ def check_resume(trainer: Callable[..., Any]) -> None:
 
     trainer: called as `Trainer` is, with model, data and config.
 
-    Book: 12_training.html#the-module
+    Book: 12_training.html#the-loop
     """
     one_crop, text = list(range(5)), [n * n % 5 for n in range(60)]
     state = "the optimizer's moments or the schedule were not restored"
@@ -289,7 +289,7 @@ def check_resume(trainer: Callable[..., Any]) -> None:
 def check_clipping(clip: Callable[[list[Tensor], float], list[Tensor]]) -> None:
     """A long gradient is shortened as a whole; a short one stays as it is.
 
-    Book: 12_training.html#the-module
+    Book: 12_training.html#exercise-1-clip-without-turning
     """
 
     def flat(parts: list[Tensor]) -> Tensor:

@@ -1,0 +1,146 @@
+# Written by tools/tangle.py from book/15_full_gpt.ipynb: change it there.
+
+
+"""Checks of number formats, plans and costs that name the mistake they find."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from glassgpt.device import Machine, Plan
+from glassgpt.gpt import GPTConfig
+from glassgpt.training import TrainConfig
+
+
+def check_padded_logits(logits_of: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """A vocabulary padded to a multiple of 64 changes no loss and no gradient.
+
+    logits_of: called with x (N, C) and the head's weight (V, C).
+
+    Book: 15_full_gpt.html#a-vocabulary-that-suits-the-units
+    """
+    generator = torch.Generator().manual_seed(0)
+    for V in (50, 64, 65):
+        x, table = (torch.randn(n, 8, generator=generator).double() for n in (6, V))
+        targets = torch.randint(V, (6,), generator=generator)
+        padded = logits_of(x, table.requires_grad_())
+        width = padded.shape[-1]
+        assert width % 64 == 0, f"{width} logits for {V} tokens: no multiple of 64"
+        assert width < V + 64, f"{width} logits for {V} tokens are more than needed"
+        plain = x @ table.T
+        error = (padded[:, :V] - plain).abs().max()
+        assert error < 1e-6, f"the first {V} logits differ by {error:.1e}"
+        rest = padded.softmax(dim=-1)[:, V:].sum()
+        assert rest == 0, "tokens that don't exist have a probability: -inf, not 0"
+        losses = (F.cross_entropy(logits, targets) for logits in (padded, plain))
+        first, second = (torch.autograd.grad(loss, table)[0] for loss in losses)
+        error = (first - second).abs().max()
+        assert error < 1e-6, f"the gradient of the table differs by {error:.1e}"
+
+
+def check_fit_memory(fit: Callable[[Plan, int, set[str]], Plan]) -> None:
+    """A batch is split until it fits; a step learns from as many crops as before.
+
+    fit: called as fit(plan, memory in bytes, names of what was given).
+
+    Book: 15_full_gpt.html#a-vocabulary-that-suits-the-units
+    """
+    model = GPTConfig(1000, context=512, layers=4, heads=4, width=128)
+    plan = Plan(model, TrainConfig(batch_size=64), Machine(), 1e9)
+    assert fit(plan, plan.memory, set()) == plan, "a plan that fits must stay as it is"
+    memory = plan.memory // 5
+    found = fit(plan, memory, set())
+    crops = found.training.batch_size
+    assert crops == 64, f"a step learns from {crops} crops, not 64: split it into parts"
+    assert found.memory <= memory, f"{found.memory:,} bytes don't fit {memory:,}"
+    assert not found.machine.recompute, "recompute only where one crop doesn't fit"
+    due = replace(plan, training=replace(plan.training, accumulate=8))
+    assert found == due, "only accumulate may change, and 8 parts suffice"
+    crop = replace(plan, training=replace(plan.training, accumulate=64))
+    tight = replace(crop, machine=Machine(recompute=True))
+    found = fit(plan, tight.memory, set())
+    assert found == tight, "one crop would fit if its blocks were computed again"
+    for least, given in ((1000, set()), (plan.memory - 1, {"accumulate", "recompute"})):
+        try:
+            fit(plan, least, given)
+        except ValueError:
+            continue
+        raise AssertionError("what can't fit, or may not change, must be refused")
+
+
+def check_days(days: Callable[[float, float, float, float], float]) -> None:
+    """The days that training takes on a card of which a share is used.
+
+    days: called as days(N, tokens, peak, utilization).
+
+    Book: 15_full_gpt.html#a-vocabulary-that-suits-the-units
+    """
+    cases = ((1e9, 2e10, 1e15, 0.25), (3e8, 1e9, 2e14, 0.4))
+    for N, tokens, peak, utilization in cases:
+        wanted = 6 * N * tokens / (utilization * peak) / 86_400
+        found = days(N, tokens, peak, utilization)
+        mistakes = [
+            (wanted / 3, "2 N is the forward pass: backward costs twice that on top"),
+            (wanted * utilization, "the utilization is missing"),
+            (wanted * utilization**2, "divide by the utilization: less use, more days"),
+            (wanted * 24, "these are hours"),
+            (wanted * 86_400, "these are seconds"),
+        ]
+        for value, mistake in mistakes:
+            assert abs(found / value - 1) > 1e-6, mistake
+        assert abs(found / wanted - 1) < 1e-6, f"{found:.3f} days, not {wanted:.3f}"
+
+
+def check_scale(update: Callable[[float, int, bool], tuple[float, int]]) -> None:
+    """The scale halves at an infinite gradient and doubles after 2,000 good steps.
+
+    update: called as update(scale, streak, finite), returns scale and streak.
+
+    Book: 15_full_gpt.html#a-vocabulary-that-suits-the-units
+    """
+    scale, streak = update(1024.0, 5, True)
+    assert scale == 1024, "one good step is no reason to change the scale"
+    assert streak == 6, f"five good steps and one more are 6, not {streak}"
+    scale, streak = update(1024.0, 5, False)
+    assert scale == 512, f"an infinite gradient halves 1024 to 512, not {scale:.0f}"
+    assert streak == 0, "an infinite gradient ends the streak"
+    halved = tuple(update(4096.0, 1999, False))
+    assert halved == (2048, 0), f"infinite at the 2,000th step: {halved}, not (2048, 0)"
+    doubled = tuple(update(4096.0, 1999, True))
+    assert doubled == (8192, 0), f"the 2,000th good step: {doubled}, not (8192, 0)"
+    for one, two in ((65_536.0, True), (1.0, False)):
+        found, _ = update(one, 1999, two)
+        due = one * 2 if two else one / 2
+        assert found == due, f"{one} should become {due}, not {found}: it has no bounds"
+    scale, streak = 1024.0, 0
+    for step in range(1, 4001):
+        scale, streak = update(scale, streak, True)
+        wanted = 1024 * 2 ** (step // 2000)
+        assert scale == wanted, (
+            f"after {step} good steps the scale is {scale:.0f}, not {wanted}:"
+            " double at the 2,000th, and count anew"
+        )
+
+
+def check_rounding(to_bfloat16: Callable[[float], float]) -> None:
+    """Numbers round to the nearest bfloat16, ties to the even one.
+
+    Book: 15_full_gpt.html#a-vocabulary-that-suits-the-units
+    """
+    cases = [
+        (1.0, 1.0, "1 is a bfloat16"),
+        (257.5, 258.0, "between 256 and 512 the spacing is 2, so round to the nearest"),
+        (1.001, 1.0, "between 1 and 2 the spacing is 1/128"),
+        (1.7, 1.703125, "between 1 and 2 the spacing is 1/128"),
+        (100.3, 100.5, "between 64 and 128 the spacing is a half"),
+        (257.0, 256.0, "a tie between 256 and 258: the last bit of 256 is 0"),
+        (259.0, 260.0, "a tie between 258 and 260: the last bit of 260 is 0"),
+        (3.999, 4.0, "rounding may reach the next power of two"),
+        (1_000_000.0, 999_424.0, "below 2^20 the spacing is 4,096"),
+    ]
+    for x, wanted, why in cases:
+        found = to_bfloat16(x)
+        assert found == wanted, f"{x} became {found}, not {wanted}: {why}"

@@ -1,0 +1,322 @@
+# Written by tools/tangle.py from book/20_runs_that_survive.ipynb: change it there.
+
+
+"""Checks of files, models and runs that have to survive; they name the mistake."""
+
+import builtins
+import errno
+import math
+import os
+import pickle
+import signal
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import nn
+
+from glassgpt.data import TokenData
+from glassgpt.device import Machine, Plan
+from glassgpt.gpt import GPT, GPTConfig
+from glassgpt.modern import MuonConfig
+from glassgpt.tokens import CharTokenizer
+from glassgpt.training import TrainConfig
+
+
+def _watched_write(write: Callable[[Path, bytes], Any], path: Path) -> list[str]:
+    """Which calls a write makes that matter, in order."""
+    calls = []
+
+    def noted(name: str, function: Callable) -> Callable:
+        def call(*arguments: Any, **options: Any) -> Any:
+            there = path.exists() and path.read_bytes() == b"old"
+            assert there, "the old content was gone before the new one was complete"
+            calls.append(name)
+            return function(*arguments, **options)
+
+        return call
+
+    with (
+        patch.object(os, "fsync", noted("flush", os.fsync)),
+        patch.object(os, "replace", noted("rename", os.replace)),
+        patch.object(os, "rename", noted("rename", os.rename)),
+    ):
+        write(path, b"new")
+    return calls
+
+
+def check_whole_file(write: Callable[[Path, bytes], Any]) -> None:
+    """A file is written under another name, flushed, and renamed: all or nothing.
+
+    write: called as write(path, content) with bytes.
+
+    Book: 20_runs_that_survive.html#write-flush-rename
+    """
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with TemporaryDirectory() as place:
+        path = Path(place, "note.txt")
+        path.write_bytes(b"old")
+        calls = _watched_write(write, path)
+        assert path.read_bytes() == b"new", "the new content does not stand in the file"
+        assert "rename" in calls, (
+            "written in place: who is killed in the middle leaves half a file"
+        )
+        assert "flush" in calls[: calls.index("rename")], (
+            "renamed before it was flushed by os.fsync: after a power cut the file can "
+            "be empty"
+        )
+        for call in ("fsync", "replace"):
+            path.write_bytes(b"old")
+            try:
+                with patch.object(os, call, side_effect=full):
+                    write(path, b"new")
+            except OSError:
+                pass
+            else:
+                raise AssertionError("a full disk was not reported")
+            assert path.read_bytes() == b"old", "a full disk cost the old content"
+            left = os.listdir(place)
+            assert left == ["note.txt"], f"a full disk left something behind: {left}"
+
+
+def check_round_trip(pair: tuple[Callable[..., Any], Callable[..., Any]]) -> None:
+    """What is saved and loaded is the same function, bit for bit, and draws nothing.
+
+    pair: called as save(directory, model, tokenizer) and load(directory).
+
+    Book: 20_runs_that_survive.html#a-model-on-disk
+    """
+    save, load = pair
+    tokenizer = CharTokenizer("abcde")
+    ids = torch.tensor([[0, 1, 2, 3, 4, 0, 2, 4]])
+    for tied in (True, False):
+        with torch.random.fork_rng([]), TemporaryDirectory() as place:
+            torch.manual_seed(0)
+            model = GPT(GPTConfig(5, 8, layers=1, heads=2, width=4, tied=tied)).eval()
+            for parameter in model.parameters():
+                nn.init.normal_(parameter)
+            wanted = model(ids)
+            save(place, model, tokenizer)
+            before = torch.get_rng_state()
+            again, same_tokenizer = load(place)
+            assert torch.equal(torch.get_rng_state(), before), (
+                "random numbers were drawn: a model that is loaded needs no start"
+            )
+            assert not again.training, "dropout is on: call eval()"
+            assert (again.head.weight is again.tokens.weight) == tied, (
+                "table and head have to share one tensor, or not, as before"
+            )
+            gap = (again(ids) - wanted).abs().max()
+            assert gap < 0.1, "another function: a matrix was not transposed back?"
+            assert gap == 0, f"logits differ by {gap:.1g}: something was rounded"
+            assert same_tokenizer.encode("edcba") == [4, 3, 2, 1, 0], "other tokens"
+
+
+def check_stop(stop_signals: Callable[[], Any]) -> None:
+    """The first signal is noted, the second acts; what is ignored stays ignored.
+
+    stop_signals: called without arguments, a context that gives a list of numbers.
+
+    Book: 20_runs_that_survive.html#leaving-politely
+    """
+    acted: list[int] = []
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    numbers += [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []
+    outside = {n: signal.signal(n, lambda n, frame: acted.append(n)) for n in numbers}
+    try:
+        for number in numbers:
+            name = signal.Signals(number).name
+            handlers = [signal.getsignal(n) for n in numbers]
+            with stop_signals() as caught:
+                signal.raise_signal(number)
+                assert acted == [], f"{name} acted at once: note it only"
+                assert list(caught) == [number], f"{name} was not noted by its number"
+                signal.raise_signal(number)
+                assert acted == [number], f"a second {name} has to act as before"
+            acted.clear()
+            with stop_signals():
+                pass
+            after = [signal.getsignal(n) for n in numbers]
+            assert after == handlers, f"{name}: the handlers of before are not back"
+        signal.signal(numbers[-1], signal.SIG_IGN)
+        with stop_signals() as caught:
+            signal.raise_signal(numbers[-1])
+        assert not caught, (
+            "an ignored signal, as SIGHUP is under nohup, stopped the run"
+        )
+    finally:
+        for number, handler in outside.items():
+            signal.signal(number, handler)
+
+
+class _PowerCut(Exception):
+    """Ends a run after an evaluation."""
+
+
+def _after_a_cut(
+    pair: tuple[Callable, Callable],
+    ids: list[int],
+    dropout: float,
+    muon: bool,
+    cut: int,
+) -> tuple[torch.Tensor, list[dict[str, float]]]:
+    """The final weights and the records of a run that is cut off and resumed."""
+    start, resume = pair
+    data, tokenizer = TokenData.of(ids, ids, vocab_size=5), CharTokenizer("abcde")
+    model = GPTConfig(5, context=4, layers=1, heads=1, width=8, dropout=dropout)
+    training = (MuonConfig if muon else TrainConfig)(
+        steps=8, warmup=2, batch_size=2, evaluate_every=2, evaluation_crops=2
+    )
+    plan = Plan(model, training, Machine(), math.nan)
+
+    def power_cut(record: dict[str, float]) -> None:
+        if record["step"] == cut:
+            raise _PowerCut
+
+    options: dict[str, Any] = {"on_record": power_cut, "progress": False}
+    with TemporaryDirectory() as place, torch.random.fork_rng([]):
+        try:
+            run = start(
+                Path(place), plan, data, tokenizer, checkpoint_every=3, **options
+            )
+        except _PowerCut:
+            torch.manual_seed(9)
+            run = resume(Path(place), progress=False, say=lambda line: None)
+    weights = nn.utils.parameters_to_vector(run.trainer.model.parameters()).detach()
+    return weights, run.trainer.records
+
+
+def check_resume(pair: tuple[Callable[..., Any], Callable[..., Any]]) -> None:
+    """A run that was cut off and resumed ends with the same weights, bit for bit.
+
+    pair: called like `start_run` and `resume_run`.
+
+    Book: 20_runs_that_survive.html#killed-and-resumed
+    """
+    one_crop, text = list(range(5)), [n * n % 5 for n in range(60)]
+    state = "the optimizer's moments or the schedule were not restored"
+    cases = [
+        (one_crop, 0.0, False, state),
+        (one_crop, 0.0, True, state),
+        (text, 0.0, False, "the batches after resuming are others: count its steps"),
+        (text, 0.5, False, "dropout after resuming is another: seed it by the step"),
+    ]
+    for *case, mistake in cases:
+        whole, records = _after_a_cut(pair, *case, cut=0)
+        resumed, found = _after_a_cut(pair, *case, cut=4)
+        gap = (whole - resumed).abs().max()
+        assert gap < 1, "the weights of the checkpoint were not restored"
+        steps, due = ([line["step"] for line in lines] for lines in (found, records))
+        assert steps == due, f"the resumed run recorded steps {steps}, not {due}"
+        assert torch.equal(whole, resumed), mistake
+        losses, due = ([r["train_loss"] for r in lines] for lines in (found, records))
+        assert losses == due, "the losses since the last record were forgotten"
+
+
+def check_interval(interval: Callable[[float, float], float]) -> None:
+    """Checkpoints come as often as makes their cost and the lost work least.
+
+    interval: called as interval(cost, mean_time), all in seconds.
+
+    Book: 20_runs_that_survive.html#exercise-1-how-often
+    """
+    for cost, mean_time in ((2.0, 86_400.0), (30.0, 3_600.0), (0.5, 10_000.0)):
+        found = interval(cost, mean_time)
+        assert found is not None, "nothing came back"
+        due = math.sqrt(2 * cost * mean_time)
+
+        def lost(seconds: float, cost: float = cost, mean: float = mean_time) -> float:
+            return cost / seconds + seconds / (2 * mean)
+
+        assert not math.isclose(found, due / math.sqrt(2), rel_tol=1e-6), (
+            "half an interval is lost on average, not a whole one"
+        )
+        assert math.isclose(found, due, rel_tol=0.01), (
+            f"every {found:.4g} s loses {lost(found):.2%} of the time, "
+            f"every {due:.4g} s {lost(due):.2%}"
+        )
+
+
+class Walk:
+    """A process with four kinds of state: place, momentum, dice and a deck of cards.
+
+    Book: 20_runs_that_survive.html#exercise-1-how-often
+    """
+
+    def __init__(self, seed: int):
+        self.place, self.momentum, self.deck = 0.0, 0.0, []
+        self.dice = torch.Generator().manual_seed(seed)
+
+    def step(self) -> None:
+        """Take a card from the deck, which is shuffled when it is empty, and move."""
+        if not self.deck:
+            self.deck = torch.randperm(5, generator=self.dice).tolist()
+        noise = torch.rand((), generator=self.dice).item()
+        self.momentum = 0.9 * self.momentum + self.deck.pop() - 2 + noise
+        self.place += self.momentum
+
+
+def check_state(pair: tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]) -> None:
+    """A walk that was put away and taken out again goes on as if nothing had been.
+
+    pair: called as state_of(walk), which may return what `torch.save` takes, and as
+    go_back(walk, state) with another walk.
+
+    Book: 20_runs_that_survive.html#exercise-1-how-often
+    """
+    state_of, go_back = pair
+    for steps in (0, 3, 5, 7):
+        whole, other = Walk(seed=1), Walk(seed=2)
+        other.step()
+        for _ in range(steps):
+            whole.step()
+        state = state_of(whole)
+        names = ("place", "momentum", "deck")
+        due = [getattr(whole, name) for name in names]
+        due[2] = list(due[2])
+        dice = whole.dice.get_state()
+        for _ in range(6):
+            whole.step()  # what was put away must not change with it
+        go_back(other, state)
+        for name, value in zip(names, due, strict=True):
+            found = getattr(other, name)
+            assert found == value, f"after {steps} steps {name} is {found}, not {value}"
+        assert torch.equal(other.dice.get_state(), dice), "the dice lie otherwise"
+        for _ in range(6):
+            other.step()
+        assert other.place == whole.place, "it went another way"
+
+
+def check_names(names_in: Callable[[bytes], set[str]]) -> None:
+    """Everything that a pickle would look up is found, and nothing of it is run.
+
+    names_in: of the bytes of a pickle, as a set of texts like "os mkdir".
+
+    Book: 20_runs_that_survive.html#exercise-1-how-often
+    """
+
+    class Bomb:
+        def __reduce__(self) -> tuple:
+            return builtins.exec, ("import glassgpt; glassgpt.bomb = True",)
+
+    import glassgpt
+
+    plain, ordered = [1, "os mkdir", 2.5], OrderedDict(a=1)
+    for protocol in (0, 2, 3, 4, 5):
+        found = names_in(pickle.dumps(Bomb(), protocol))
+        run = vars(glassgpt).pop("bomb", False)
+        assert not run, "the pickle was run: look up nothing that it names"
+        assert any(name.endswith(" exec") for name in found), (
+            f"protocol {protocol}: the call of exec was overlooked"
+        )
+        found = names_in(pickle.dumps(plain, protocol))
+        assert found == set(), (
+            f"protocol {protocol}: plain values name nothing: {found}"
+        )
+        found = names_in(pickle.dumps(ordered, protocol))
+        wanted = {"collections OrderedDict"}
+        assert found == wanted, f"protocol {protocol}: {found} in place of {wanted}"

@@ -1,0 +1,974 @@
+"""Runs: what survives a kill, a full disk, a forged file, and a change of machine."""
+
+import errno
+import io
+import json
+import math
+import os
+import pickle
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import textwrap
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+from filelock import FileLock
+
+from glassgpt import runs
+from glassgpt.checkpoints import load, save
+from glassgpt.checks import runs as checks
+from glassgpt.data import TokenData, write_tokens
+from glassgpt.device import Machine, Plan
+from glassgpt.gpt import GPT, GPTConfig
+from glassgpt.modern import ModernConfig, MuonConfig
+from glassgpt.runs import (
+    CHANGEABLE,
+    Run,
+    checkpoints_in,
+    locked,
+    memory_advice,
+    read_checkpoint,
+    refuse_occupied,
+    restore,
+    resume_run,
+    start_run,
+    stop_signals,
+)
+from glassgpt.tokens import CharTokenizer
+from glassgpt.training import TrainConfig
+
+ROOT = Path(__file__).parent.parent
+MODEL = GPTConfig(11, context=8, layers=1, heads=2, width=16, dropout=0.1)
+TRAINING = TrainConfig(
+    steps=12, batch_size=4, warmup=3, evaluate_every=4, evaluation_crops=8
+)
+PLAN = Plan(MODEL, TRAINING, Machine(), math.nan)
+IDS = [n * n % 11 for n in range(400)]
+DATA = TokenData.of(IDS[:300], IDS[300:], 11)
+TOKENIZER = CharTokenizer("abcdefghijk")
+
+
+def plan(model=MODEL, machine=None, **values):
+    return Plan(model, replace(TRAINING, **values), machine or Machine(), math.nan)
+
+
+def start(directory, plan=PLAN, data=DATA, **options):
+    options = {"checkpoint_every": 5, "progress": False} | options
+    return start_run(directory, plan, data, TOKENIZER, **options)
+
+
+def resume(directory, **options):
+    return resume_run(directory, progress=False, **{"say": lambda line: None} | options)
+
+
+def weights(run):
+    parameters = run.trainer.model.parameters()
+    return torch.nn.utils.parameters_to_vector(parameters).detach()
+
+
+def untimed(run):
+    timed = {"seconds", "tokens_per_second"}
+    return [{k: r[k] for k in r.keys() - timed} for r in run.trainer.records]
+
+
+class PowerCut(Exception):
+    pass
+
+
+def cut_at(step):
+    def on_record(record):
+        if record["step"] == step:
+            raise PowerCut
+
+    return on_record
+
+
+def cut(directory, step, plan=PLAN, **options):
+    with pytest.raises(PowerCut):
+        start(directory, plan, on_record=cut_at(step), **options)
+
+
+@pytest.fixture
+def whole(tmp_path):
+    return start(tmp_path / "whole")
+
+
+@pytest.fixture
+def run(tmp_path):
+    start(tmp_path / "run")
+    return tmp_path / "run"
+
+
+# The same bits.
+
+
+MUON = MuonConfig(**vars(TRAINING) | {"matrix_learning_rate": 0.02})
+
+
+@pytest.mark.parametrize("training", [TRAINING, MUON])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("model", [MODEL, ModernConfig(11, 8, 1, 2, 16, dropout=0.1)])
+def test_resuming_is_exact(tmp_path, model, training, precision):
+    training = replace(training, accumulate=2)
+    one = Plan(model, training, Machine(precision=precision), math.nan)
+    whole = start(tmp_path / "whole", one)
+    cut(tmp_path / "cut", 8, one)
+    resumed = resume(tmp_path / "cut")
+    assert torch.equal(weights(whole), weights(resumed))
+    assert untimed(whole) == untimed(resumed)
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        files = [tmp_path / run / name for run in ("whole", "cut")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_the_package_passes_its_checks():
+    checks.check_resume((start_run, resume_run))
+    checks.check_stop(stop_signals)
+
+
+def test_a_finished_run_resumes_to_itself(run):
+    first = load(checkpoints_in(run)[-1])[0]
+    again = resume(run)
+    assert all(map(torch.equal, first.parameters(), again.trainer.model.parameters()))
+    assert (again.trainer.step, again.stopped_by) == (12, 0)
+
+
+def test_a_checkpoint_is_a_model_and_the_folder_holds_the_best(run):
+    model, tokenizer = load(checkpoints_in(run)[-1])
+    assert tokenizer.vocab_size == 11
+    assert not model.training
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert [record["step"] for record in records] == [4, 8, 12]
+    best = min(records, key=lambda record: record["validation_loss"])
+    again = Plan(MODEL, TRAINING, Machine(), math.nan).trainer(DATA, load(run)[0])
+    again.recent, again.seconds = [0.0], 1.0
+    assert again.evaluate()["validation_loss"] == pytest.approx(best["validation_loss"])
+
+
+def test_a_start_writes_a_checkpoint_before_the_first_step(tmp_path):
+    def stop(trainer):
+        raise PowerCut
+
+    with patch.object(runs.Trainer, "take_step", stop), pytest.raises(PowerCut):
+        start(tmp_path)
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["checkpoint-00000000"]
+    resumed = resume(tmp_path)
+    shutil.rmtree(tmp_path)
+    assert torch.equal(weights(resumed), weights(start(tmp_path)))
+
+
+def test_a_given_model_is_trained_on(tmp_path):
+    torch.manual_seed(5)
+    model = GPT(MODEL)
+    before = model.tokens.weight.detach().clone()
+    cut(tmp_path / "cut", 4, model=model, checkpoint_every=100)
+    (first,) = checkpoints_in(tmp_path / "cut")
+    assert torch.equal(load(first)[0].tokens.weight, before)
+    resumed = resume(tmp_path / "cut")
+    torch.manual_seed(5)
+    whole = start(tmp_path / "whole", model=GPT(MODEL))
+    assert torch.equal(weights(whole), weights(resumed))
+    with pytest.raises(ValueError, match=r"the model has .*width=32"):
+        start(tmp_path / "other", model=GPT(replace(MODEL, width=32)))
+
+
+# Kills.
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork and SIGKILL")
+def test_kills_at_random_moments_lose_nothing():
+    """Five of each kind; the script's own thirty stand in benchmarks/README.md."""
+    command = [sys.executable, ROOT / "benchmarks/kills.py", "5"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout.endswith("all ended with the same bits\n"), done.stderr
+
+
+SIGNALED = textwrap.dedent(
+    """
+    import math, signal, sys
+    import torch
+    from test_runs import *
+
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if "ignore" in sys.argv:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    steps = 200 if "ignore" in sys.argv else 10**9
+    run = start(
+        sys.argv[1],
+        plan(steps=steps, evaluate_every=50),
+        checkpoint_every=10**9,
+        on_record=lambda record: print(record["step"], flush=True),
+    )
+    print(run.trainer.step, int(run.stopped_by), flush=True)
+    """
+)
+
+
+def signaled(directory, *options):
+    command = [sys.executable, "-c", SIGNALED, str(directory), *options]
+    folder, pipe = Path(__file__).parent, subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=folder)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_saves_and_leaves_cleanly(tmp_path, name):
+    number = getattr(signal, name)
+    process = signaled(tmp_path)
+    assert int(process.stdout.readline()) == 50
+    process.send_signal(number)
+    out, errors = process.communicate()
+    assert process.returncode == 0, errors
+    step, stopped_by = map(int, out.splitlines()[-1].split())
+    assert stopped_by == number
+    assert checkpoints_in(tmp_path)[-1].name == f"checkpoint-{step:08d}"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
+def test_a_signal_that_is_ignored_stays_ignored(tmp_path):
+    process = signaled(tmp_path, "ignore")
+    assert int(process.stdout.readline()) == 50
+    process.send_signal(signal.SIGHUP)
+    out, errors = process.communicate()
+    assert out.splitlines()[-1] == "200 0", errors
+
+
+@pytest.fixture
+def handler():
+    """Where tests run in the background, the shell may have them ignore Ctrl-C."""
+    outside = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield signal.default_int_handler
+    signal.signal(signal.SIGINT, outside)
+
+
+def test_a_second_ctrl_c_interrupts_and_the_handler_comes_back(tmp_path, handler):
+    def twice(record):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        start(tmp_path, on_record=twice)
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_ctrl_c_in_an_evaluation_saves_that_step(tmp_path, handler, whole):
+    def once(record):
+        if record["step"] == 4:
+            signal.raise_signal(signal.SIGINT)
+
+    half = start(tmp_path / "half", checkpoint_every=1000, on_record=once)
+    assert (half.trainer.step, half.stopped_by) == (4, signal.SIGINT)
+    assert torch.equal(weights(whole), weights(resume(tmp_path / "half")))
+
+
+def test_a_signal_in_the_last_step_stops_nothing(tmp_path, handler):
+    def at_the_end(record):
+        if record["step"] == 12:
+            signal.raise_signal(signal.SIGINT)
+
+    assert start(tmp_path, on_record=at_the_end).stopped_by == 0
+
+
+def test_a_thread_can_train(tmp_path):
+    from threading import Thread
+
+    thread = Thread(target=start, args=(tmp_path,))
+    thread.start()
+    thread.join()
+    assert checkpoints_in(tmp_path)[-1].name == "checkpoint-00000012"
+
+
+# One run in a folder.
+
+
+def test_a_run_is_not_overwritten(run):
+    with pytest.raises(FileExistsError, match="holds a run: resume it"):
+        start(run)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "notes", "checkpoint-00000005"])
+def test_other_things_are_not_overwritten(tmp_path, name):
+    (tmp_path / name).write_bytes(b"precious")
+    with pytest.raises(FileExistsError, match=f"not empty, {name} is in it"):
+        start(tmp_path)
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_what_is_no_folder_is_named(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    (tmp_path / "file").write_text("x")
+    for name in ("link", "file"):
+        with pytest.raises(FileExistsError, match="a file or a broken link"):
+            start(tmp_path / name)
+        with pytest.raises(FileNotFoundError, match="run.json is missing"):
+            resume(tmp_path / name)
+
+
+def test_where_no_run_is_nothing_is_made(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no run"):
+        resume(tmp_path / "nowhere")
+    assert os.listdir(tmp_path) == []
+
+
+def test_two_runs_in_one_directory(tmp_path):
+    def second(record):
+        with pytest.raises(FileExistsError, match="another process is training in"):
+            resume(tmp_path)
+        with pytest.raises(FileExistsError, match="training in"), locked(tmp_path):
+            pass
+        refused.append(record["step"])
+
+    refused = []
+    start(tmp_path, on_record=second)
+    assert refused == [4, 8, 12]
+    with FileLock(tmp_path / ".lock", timeout=0):
+        pass  # free again
+
+
+def test_the_lock_is_taken_once_and_released_last(tmp_path):
+    calls, data = [], write_tokens_of(tmp_path / "data")
+    acquire, release = FileLock.acquire, FileLock.release
+    write = runs.write_checkpoint
+
+    def noted(name, function):
+        def call(*arguments, **options):
+            calls.append(name)
+            return function(*arguments, **options)
+
+        return call
+
+    with (
+        patch.object(FileLock, "acquire", noted("acquire", acquire)),
+        patch.object(FileLock, "release", noted("release", release)),
+        patch.object(runs, "write_checkpoint", noted("write", write)),
+    ):
+        start(tmp_path, data=data)
+    writes = ["write"] * calls.count("write")
+    inside = [name for name in calls if name != "release"]  # garbage collectors release
+    assert inside == ["acquire", *writes]
+    assert calls.index("release") > len(writes)
+
+
+def test_a_read_only_folder(tmp_path):
+    if os.name == "nt" or os.geteuid() == 0:
+        pytest.skip("everything can be written here")
+    tmp_path.chmod(0o500)
+    with pytest.raises(OSError, match="Permission denied"):
+        start(tmp_path / "run")
+    tmp_path.chmod(0o700)
+
+
+@pytest.mark.parametrize("call", ["mkdir", "open"])
+def test_a_place_that_cannot_be_written(tmp_path, call):
+    """What a read-only folder does, for those who may write everywhere."""
+    denied = PermissionError(errno.EACCES, "Permission denied", str(tmp_path))
+    with patch.object(os, call, side_effect=denied), pytest.raises(PermissionError):
+        start(tmp_path / "run")
+
+
+# Tokens.
+
+
+def write_tokens_of(folder, data=DATA):
+    parts = {"train": data.train, "validation": data.validation}
+    splits = {name: [(part.ids, part.characters)] for name, part in parts.items()}
+    return write_tokens(folder, splits, TOKENIZER)
+
+
+def test_data_in_memory_is_written_into_the_run(run):
+    content = json.loads((run / "run.json").read_text())
+    assert content["data"] == "data"
+    found = TokenData.open(run / "data")
+    assert found.train.ids.tolist() == IDS[:300]
+    assert found.fingerprint == content["fingerprint"]
+
+
+def test_a_run_moves_with_its_data(tmp_path, whole):
+    cut(tmp_path / "cut", 8)
+    (tmp_path / "cut").rename(tmp_path / "moved")
+    assert torch.equal(weights(whole), weights(resume(tmp_path / "moved")))
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_tokens_that_moved_are_found_where_they_are(tmp_path, own, whole):
+    place = tmp_path / "cut" / "data" if own else tmp_path / "tokens"
+    cut(tmp_path / "cut", 8, data=write_tokens_of(place))
+    place.rename(tmp_path / "moved")
+    with pytest.raises(FileNotFoundError, match="is gone: say where it is now"):
+        resume(tmp_path / "cut")
+    resumed = resume(tmp_path / "cut", data=tmp_path / "moved")
+    assert torch.equal(weights(whole), weights(resumed))
+    resume(tmp_path / "cut")  # it has learned where they are
+
+
+def test_other_tokens_are_refused(tmp_path, run):
+    other = TokenData.of([*IDS[:299], 3], IDS[300:], 11)
+    write_tokens_of(tmp_path / "other", other)
+    with pytest.raises(ValueError, match="holds other tokens"):
+        resume(run, data=tmp_path / "other")
+
+
+def test_damage_of_tokens_is_not_blamed_on_the_run(run):
+    path = run / "data" / "train.bin"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + b"\x01")
+    with pytest.raises(ValueError, match=r"train\.bin is damaged"):
+        resume(run)
+    path.write_bytes(whole[:-2])
+    with pytest.raises(ValueError, match=r"train\.bin is damaged"):
+        resume(run)
+    (run / "data" / "tokens.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tokens\.json is damaged"):
+        resume(run)
+
+
+def test_tokens_are_hashed_on_resuming_only(tmp_path):
+    with patch.object(TokenData, "verify") as verify:
+        data = write_tokens_of(tmp_path / "tokens")
+        cut(tmp_path / "run", 8, data=data)
+        assert verify.call_count == 0
+        resume(tmp_path / "run")
+        assert verify.call_count == 1
+
+
+def test_a_tokenizer_of_other_tokens_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="11 token ids and the tokenizer 3"):
+        start_run(tmp_path / "run", PLAN, DATA, CharTokenizer("abc"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_start_killed_before_its_run_json_begins_anew(tmp_path, whole):
+    with (
+        patch.object(runs, "_write_run", side_effect=PowerCut),
+        pytest.raises(PowerCut),
+    ):
+        start(tmp_path / "run", plan(seed=1))
+    with pytest.raises(FileNotFoundError, match="holds no run"):
+        resume(tmp_path / "run")
+    assert torch.equal(weights(whole), weights(start(tmp_path / "run")))
+
+
+def test_tokens_that_are_there_are_not_replaced(tmp_path):
+    write_tokens_of(tmp_path / "data", TokenData.of(IDS[:200], IDS[200:], 11))
+    before = (tmp_path / "data" / "train.bin").read_bytes()
+    with pytest.raises(FileExistsError, match="holds other tokens"):
+        start(tmp_path)
+    assert (tmp_path / "data" / "train.bin").read_bytes() == before
+
+
+# What may change.
+
+
+def test_a_finished_run_is_extended(run):
+    lines = []
+    longer = resume(run, steps=20, say=lines.append)
+    assert longer.trainer.step == 20
+    assert lines == ["going on from checkpoint-00000012; steps 20 (was 12)"]
+    assert json.loads((run / "run.json").read_text())["settings"]["steps"] == 20
+    resume(run, say=lines.append)
+    assert lines[1:] == ["going on from checkpoint-00000020"]
+    with pytest.raises(ValueError, match="steps can't be 15: 20 are done"):
+        resume(run, steps=15)
+    assert json.loads((run / "run.json").read_text())["settings"]["steps"] == 20
+
+
+def test_extending_a_constant_rate_is_exact(tmp_path):
+    """Where the schedule does not depend on the steps, nor do the bits."""
+    constant = plan(schedule="linear", final_rate=1.0)
+    whole = start(tmp_path / "whole", replace_steps(constant, 20))
+    start(tmp_path / "short", constant)
+    longer = resume(tmp_path / "short", steps=20)
+    assert torch.equal(weights(whole), weights(longer))
+
+
+def replace_steps(one, steps):
+    return replace(one, training=replace(one.training, steps=steps))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("batch_size", 8), ("seed", 1), ("warmup", 5), ("width", 32), ("dropout", 0.0)]
+    + [("clip", 2.0), ("weight_decay", 0.0), ("schedule", "linear"), ("nonsense", 1)]
+    + [("matrix_learning_rate", 0.1), ("evaluation_crops", 1), ("fingerprint", "")],
+)
+def test_nothing_else_may_change(run, name, value):
+    before = (run / "run.json").read_bytes()
+    with pytest.raises(ValueError, match=f"a resumed run keeps its {name}"):
+        resume(run, **{name: value})
+    assert (run / "run.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("steps", 0), ("steps", "x"), ("keep", 0), ("checkpoint_every", 0)]
+    + [("precision", "int8"), ("compile", "maybe"), ("device", "abacus")],
+)
+def test_impossible_changes_are_refused(run, name, value):
+    before = (run / "run.json").read_bytes()
+    with pytest.raises(ValueError, match=name):
+        resume(run, **{name: value})
+    assert (run / "run.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["keep", "checkpoint_every"])
+def test_impossible_starts_are_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=name):
+        start(tmp_path / "run", **{name: 0})
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_split_and_precision(tmp_path, whole):
+    cut(tmp_path / "cut", 8)
+    lines, changes = [], {"accumulate": 2, "precision": "bfloat16", "keep": 1}
+    resumed = resume(tmp_path / "cut", say=lines.append, **changes)
+    assert lines == [
+        "going on from checkpoint-00000005; accumulate 2 (was 1); "
+        "precision bfloat16 (was float32); keep 1 (was 2)"
+    ]
+    assert torch.allclose(weights(whole), weights(resumed), atol=0.05)
+    assert len(checkpoints_in(tmp_path / "cut")) == 1
+
+
+def test_float16_begins_with_a_fresh_scale_and_leaves_it_behind(tmp_path):
+    cut(tmp_path, 8, plan(steps=40))
+    with pytest.raises(PowerCut):
+        resume(tmp_path, precision="float16", on_record=cut_at(24))
+    assert resume(tmp_path, precision="float32").trainer.step == 40
+
+
+def test_a_run_of_another_machine(tmp_path, whole):
+    """Recorded on a GPU, resumed where there is none."""
+    cut(tmp_path / "cut", 8)
+    content = json.loads((tmp_path / "cut" / "run.json").read_text())
+    content["settings"] |= {"device": "cuda", "precision": "bfloat16"}
+    (tmp_path / "cut" / "run.json").write_text(json.dumps(content))
+    lines = []
+    with (
+        patch.object(runs, "pick_device", only_a_cpu),
+        patch.object(runs, "pick_precision", lambda device: "float32"),
+    ):
+        with pytest.raises(ValueError, match="no cuda here"):
+            resume(tmp_path / "cut", device="cuda")
+        resumed = resume(tmp_path / "cut", say=lines.append)
+    assert lines == [
+        "going on from checkpoint-00000005; device cpu (was cuda); "
+        "precision float32 (was bfloat16)"
+    ]
+    assert torch.equal(weights(whole), weights(resumed))
+
+
+def only_a_cpu(name=None):
+    if name not in (None, "cpu"):
+        raise ValueError(f"no {name} here")
+    return torch.device("cpu")
+
+
+def test_what_may_change_are_fields():
+    assert {"steps", "accumulate", "precision", "compile", "device"} <= CHANGEABLE
+    assert not CHANGEABLE & {"seed", "batch_size", "width", "context", "warmup"}
+
+
+# Damage, and files that attack.
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "trainer.pt", "hashes.json"])
+def test_every_byte_of_a_checkpoint_counts(run, name):
+    before, last = checkpoints_in(run)
+    path = last / name
+    whole = path.read_bytes()
+    for place in range(0, len(whole), len(whole) // 40):
+        changed = bytearray(whole)
+        changed[place] ^= 1
+        path.write_bytes(changed)
+        with pytest.raises(ValueError, match=f"delete it to go on from {before.name}"):
+            read_checkpoint(last)
+    path.unlink()
+    with pytest.raises(ValueError, match=f"delete it to go on from {before.name}"):
+        resume(run)
+
+
+def test_a_damaged_checkpoint_is_deleted_and_the_one_before_works(run, whole):
+    before, last = checkpoints_in(run)
+    (last / "trainer.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match=f"delete it to go on from {before.name}"):
+        resume(run)
+    shutil.rmtree(last)
+    assert torch.equal(weights(whole), weights(resume(run)))
+    for path in checkpoints_in(run)[:-1]:
+        shutil.rmtree(path)
+    (checkpoints_in(run)[-1] / "trainer.pt").unlink()
+    with pytest.raises(ValueError, match="start anew"):
+        resume(run)
+    shutil.rmtree(checkpoints_in(run)[-1])
+    with pytest.raises(FileNotFoundError, match="has lost its checkpoints: start anew"):
+        resume(run)
+
+
+def test_a_file_that_is_not_in_the_list_is_not_opened(run):
+    for path in (run, checkpoints_in(run)[-1]):
+        (path / ".DS_Store").write_bytes(b"a Mac was here")
+        (path / "notes").mkdir()
+    assert resume(run).trainer.step == 12
+
+
+def test_only_the_names_of_checkpoints_are_checkpoints(run):
+    three = checkpoints_in(run)
+    others = ["checkpoint-best", "checkpoint-00000001.bak", "checkpoint-1"]
+    for name in others:
+        shutil.copytree(three[0], run / name)
+    (run / "checkpoint-00000001-notes.txt").write_text("mine")
+    assert checkpoints_in(run) == three
+    resume(run, steps=20, keep=1)
+    assert [path.name for path in checkpoints_in(run)] == ["checkpoint-00000020"]
+    assert all((run / name).is_dir() for name in others)
+
+
+def forge(path, content):
+    """Another trainer.pt, with the right hash."""
+    if not isinstance(content, bytes):
+        file = io.BytesIO()
+        torch.save(content, file)
+        content = file.getvalue()
+    (path / "trainer.pt").write_bytes(content)
+    hashes = json.dumps(
+        {k: v for k, v in runs._hashes(path).items() if "hash" not in k}
+    )
+    (path / "hashes.json").write_text(hashes)
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["BOMB"],)
+
+
+def archive(code, *more, packed=zipfile.ZIP_STORED, before=b""):
+    file = io.BytesIO()
+    file.write(before)
+    with zipfile.ZipFile(file, "a" if before else "w", packed) as made:
+        made.writestr("x/data.pkl", code)
+        made.writestr("x/byteorder", "little")
+        made.writestr("x/version", "3\n")
+        for name, content in more:
+            made.writestr(name, content)
+    return file.getvalue()
+
+
+def called(module, name, *arguments):
+    """A pickle that calls something with whole numbers."""
+    code = b"\x80\x02c" + module + b"\n" + name + b"\n("
+    return code + b"".join(map(whole_number, arguments)) + b"tR."
+
+
+def whole_number(value):
+    return b"\x8a\x08" + struct.pack("<q", value)
+
+
+def tensor(numbers=16, offset=0, size=(4,), stride=(1,)):
+    """A pickled tensor of a file of 64 bytes, whatever it says about itself."""
+    code = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n("
+    code += b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000"
+    code += b"X\x03\x00\x00\x00cpu" + whole_number(numbers) + b"tQ"
+    code += whole_number(offset)
+    for values in (size, stride):
+        code += b"(" + b"".join(map(whole_number, values)) + b"t"
+    return archive(
+        code + b"\x89ccollections\nOrderedDict\n)RtR.", ("x/data/0", bytes(64))
+    )
+
+
+GIGA = 1 << 30
+ATTACKS = {
+    "a bare pickle": lambda: pickle.dumps(Bomb()),
+    "a pickle in an archive": lambda: archive(pickle.dumps(Bomb(), 2)),
+    "a pickle of protocol 4": lambda: archive(pickle.dumps(Bomb(), 4)),
+    "2 GB of bytes": lambda: archive(called(b"__builtin__", b"bytearray", 2 * GIGA)),
+    "2 GB of numbers": lambda: archive(called(b"torch", b"Tensor", GIGA // 2)),
+    "an archive in which zeros are packed": lambda: archive(
+        b"\x80\x02" + bytes(GIGA // 4) + b".", packed=zipfile.ZIP_DEFLATED
+    ),
+    "an archive behind another": lambda: archive(b"\x80\x02N.", before=b"PK" * 100),
+    "two pickles": lambda: archive(b"\x80\x02N.", ("y/data.pkl", b"\x80\x02N.")),
+    "a text of 2 GB": lambda: archive(b"\x80\x02X" + struct.pack("<I", 2 * GIGA)),
+    "a long number": lambda: archive(b"\x80\x02\x8b" + struct.pack("<i", 2 * GIGA - 1)),
+    "a tensor beyond its file": lambda: tensor(size=(GIGA, 4), stride=(4, 1)),
+    "a storage beyond its file": lambda: tensor(numbers=GIGA, size=(GIGA,)),
+    "one number repeated": lambda: tensor(size=(1 << 40,), stride=(0,)),
+    "a negative stride": lambda: tensor(stride=(-1,)),
+    "a negative size": lambda: tensor(size=(-4,)),
+    "a negative offset": lambda: tensor(offset=-8),
+    "a negative storage": lambda: tensor(numbers=-16),
+    "no archive": lambda: b"nothing of the kind",
+    "nothing": lambda: b"",
+    "half an archive": lambda: archive(b"\x80\x02N.")[:-30],
+    "something else": lambda: archive(b"\x80\x02N."),
+    "a list": lambda: [],
+    "a table without keys": lambda: {},
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_a_forged_file_is_refused(run, attack, monkeypatch):
+    monkeypatch.setenv("BOMB", str(run / "bomb"))
+    forge(checkpoints_in(run)[-1], ATTACKS[attack]())
+    with pytest.raises(ValueError, match="is damaged .*: delete it to go on"):
+        resume(run)
+    assert not (run / "bomb").exists()
+
+
+MEASURED = """
+import resource, sys
+from pathlib import Path
+from test_runs import *
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+run = Path(sys.argv[1])
+path = checkpoints_in(run)[-1]
+resume(run)
+made = {name: attack() for name, attack in ATTACKS.items()}
+for name, content in made.items():
+    forge(path, content)
+before = peak()
+for name, content in made.items():
+    forge(path, content)
+    try:
+        resume(run)
+    except ValueError:
+        pass
+    print(name, peak() - before)
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts memory as Linux does")
+def test_a_forged_file_takes_no_memory(run, monkeypatch):
+    monkeypatch.setenv("BOMB", str(run / "bomb"))
+    command = [sys.executable, "-c", MEASURED, run]
+    folder = Path(__file__).parent
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.splitlines()[-1]) < 50, done.stdout  # megabytes
+
+
+def changed_state(change):
+    def forged(state):
+        change(state)
+        return state
+
+    return forged
+
+
+def first_moments(state):
+    return state["optimizers"][0]["state"][0]
+
+
+def endless():
+    """A trillion numbers in the place of one."""
+    return torch.ones(1).expand(1 << 40)
+
+
+STATES = {
+    "shorter moments": lambda s: first_moments(s).update(exp_avg=torch.ones(3)),
+    "a missing moment": lambda s: first_moments(s).pop("exp_avg_sq"),
+    "one more moment": lambda s: first_moments(s).update(more=torch.ones(())),
+    "a number for a moment": lambda s: first_moments(s).update(exp_avg=1.0),
+    "moments of 64 bits": lambda s: first_moments(s).update(
+        exp_avg=first_moments(s)["exp_avg"].double()
+    ),
+    "moments of no parameter": lambda s: s["optimizers"][0]["state"].update(
+        {99: first_moments(s)}
+    ),
+    "a list of states": lambda s: s["optimizers"][0].update(state=[]),
+    "an optimizer more": lambda s: s["optimizers"].append(s["optimizers"][0]),
+    "no optimizer": lambda s: s["optimizers"].clear(),
+    "another step": lambda s: s.update(step=7),
+    "a step in words": lambda s: s.update(step="twelve"),
+    "no step": lambda s: s.pop("step"),
+    "records in words": lambda s: s["records"][0].update(validation_loss="low"),
+    "records in records": lambda s: s["records"][0].update(more=[s["records"]]),
+    "a record that is none": lambda s: s["records"].append(1),
+    "records without an end": lambda s: s.update(records=endless()),
+    "losses without an end": lambda s: s.update(recent=endless()),
+    "optimizers without an end": lambda s: s.update(optimizers=endless()),
+    "losses in words": lambda s: s["recent"].append("low"),
+    "seconds in words": lambda s: s.update(seconds="long"),
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_a_forged_state_changes_nothing(run, name):
+    path = checkpoints_in(run)[-1]
+    model, _, state = read_checkpoint(path)
+    STATES[name](state)
+    forge(path, state)
+    with pytest.raises(ValueError, match="is damaged .*: delete it to go on"):
+        resume(run)
+    if name == "moments of 64 bits":  # which the file may not name
+        return
+    trainer = PLAN.trainer(DATA, model)
+    before = [parameter.clone() for parameter in model.parameters()]
+    with pytest.raises(ValueError, match="is damaged"):
+        restore(trainer, state, path)
+    assert all(map(torch.equal, before, model.parameters()))
+    assert trainer.step == 0
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "null", "7", "[" * 100_000, '{"a":' * 100_000, "\x00", "{}"],
+)
+def test_a_strange_run_json_is_refused(run, text):
+    (run / "run.json").write_text(text)
+    with pytest.raises(ValueError, match=r"run\.json is damaged .*: start a new run"):
+        resume(run)
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value", "message"),
+    [
+        ("model", "width", 10**12, "of another model|another model than"),
+        ("model", "layers", 10**8, "another model than"),
+        ("model", "vocab_size", 10**30, "another model than"),
+        ("model", "width", "16", "is damaged"),
+        ("model", "attack", 1, "is damaged"),
+        ("settings", "steps", "12", "is damaged"),
+        ("settings", "steps", -1, "is damaged"),
+        ("settings", "learning_rate", None, "is damaged"),
+        ("settings", "keep", 0, "is damaged"),
+        ("settings", "checkpoint_every", 0.5, "is damaged"),
+        ("settings", "device", 7.5, "is damaged"),
+        ("settings", "device", "abacus", "is damaged"),
+        ("settings", "precision", [], "is damaged"),
+    ],
+)
+def test_a_forged_run_json_is_refused(run, part, name, value, message):
+    content = json.loads((run / "run.json").read_text())
+    content[part][name] = value
+    (run / "run.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        resume(run)
+
+
+@pytest.mark.parametrize("name", ["model", "settings", "data", "fingerprint"])
+@pytest.mark.parametrize("value", [None, 5, [], {}])
+def test_forged_parts_of_run_json(run, name, value):
+    content = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**content, name: value}))
+    with pytest.raises(ValueError, match="is damaged|other tokens"):
+        resume(run)
+
+
+def test_bytes_that_are_no_text_are_refused(run):
+    (run / "run.json").write_bytes(b"\xff\xfe\xfa")
+    with pytest.raises(ValueError, match="is damaged"):
+        resume(run)
+
+
+def test_a_model_is_not_saved_into_a_run_or_a_checkpoint(run):
+    files = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for place in (run, checkpoints_in(run)[-1], run / "data"):
+        with pytest.raises(FileExistsError, match="use another folder"):
+            save(place, GPT(MODEL), TOKENIZER)
+    assert files == {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+
+
+# Disks that fail, and numbers that are none.
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+@pytest.mark.parametrize("which", range(6))
+def test_a_full_disk_leaves_the_checkpoints_before(tmp_path, call, which, whole):
+    real, calls = getattr(os, call), []
+
+    def fail(*arguments):
+        if (
+            checkpoints_in(tmp_path / "run")[-1:]
+            and (tmp_path / "run/run.json").exists()
+        ):
+            calls.append(arguments)
+        if len(calls) > which:
+            raise FULL
+        return real(*arguments)
+
+    with patch.object(os, call, fail), pytest.raises(OSError, match="No space"):
+        start(tmp_path / "run")
+    names = [path.name for path in (tmp_path / "run").glob("*.partial")]
+    assert names == []
+    for path in checkpoints_in(tmp_path / "run"):
+        read_checkpoint(path)
+    assert torch.equal(weights(whole), weights(resume(tmp_path / "run")))
+
+
+def test_a_full_disk_in_torch_save_is_an_oserror(tmp_path):
+    message = "[enforce fail at inline_container.cc] . PytorchStreamWriter failed"
+    with (
+        patch.object(torch, "save", side_effect=RuntimeError(message)),
+        pytest.raises(OSError, match="could not be written"),
+    ):
+        start(tmp_path / "run")
+    assert not (tmp_path / "run" / "run.json").exists()
+    assert start(tmp_path / "run").trainer.step == 12
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [lambda loss, model: loss * math.nan, lambda loss, model: nan_grad(loss, model)],
+)
+def test_a_loss_that_is_no_number_is_not_saved(tmp_path, spoil, whole):
+    take, makers = runs.Trainer.take_step, []
+
+    def spoiled(trainer):
+        if trainer.step == 6:
+            right = trainer.loss
+            trainer.loss = lambda *batch: spoil(right(*batch), trainer.model)
+            makers.append(right)
+        take(trainer)
+        if makers:
+            trainer.loss = makers.pop()
+
+    with (
+        patch.object(runs.Trainer, "take_step", spoiled),
+        pytest.raises(FloatingPointError, match="at step 7 is not finite"),
+    ):
+        start(tmp_path / "run", checkpoint_every=1)
+    last = checkpoints_in(tmp_path / "run")[-1]
+    assert last.name == "checkpoint-00000006"
+    assert all(p.isfinite().all() for p in load(last)[0].parameters())
+    assert torch.equal(weights(whole), weights(resume(tmp_path / "run")))
+
+
+def nan_grad(loss, model):
+    """The same loss; its gradient by the head is infinity times zero."""
+    return loss + (model.head.weight.sum() * 0).sqrt()
+
+
+def test_no_memory_says_what_to_lower(tmp_path):
+    with pytest.raises(MemoryError, match="raise accumulate"), memory_advice():
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to")
+    with pytest.raises(RuntimeError, match="something else"), memory_advice():
+        raise RuntimeError("something else")
+
+
+def test_what_a_killed_start_leaves_is_no_obstacle(tmp_path):
+    for name in ("data.partial", "data.partial.lock", "run.json.partial", ".lock"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "checkpoint-00000000").mkdir()
+    refuse_occupied(tmp_path)
+
+
+def test_a_run_says_where_it_is(run):
+    again = resume(run)
+    assert isinstance(again, Run)
+    assert again.directory == run
