@@ -58,6 +58,12 @@ def tokenizer_of(size=97):
     return CharTokenizer([chr(33 + i) for i in range(size)])
 
 
+@pytest.fixture(autouse=True)
+def quick_disk(monkeypatch):
+    """Nobody pulls the plug here: the flush itself need not be waited for."""
+    monkeypatch.setattr(os, "fsync", lambda number: None)
+
+
 IDS = torch.randint(97, (2, 32), generator=torch.Generator().manual_seed(0))
 
 

@@ -95,15 +95,22 @@ def cut(directory, step, plan=PLAN, **options):
         start(directory, plan, on_record=cut_at(step), **options)
 
 
-@pytest.fixture
-def whole(tmp_path):
-    return start(tmp_path / "whole")
+@pytest.fixture(autouse=True)
+def quick_disk(monkeypatch):
+    """Nobody pulls the plug here: the flush itself need not be waited for."""
+    monkeypatch.setattr(os, "fsync", lambda number: None)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that was never stopped."""
+    return start(tmp_path_factory.mktemp("whole") / "run")
 
 
 @pytest.fixture
-def run(tmp_path):
-    start(tmp_path / "run")
-    return tmp_path / "run"
+def run(tmp_path, whole):
+    """The folder of a copy of it."""
+    return Path(shutil.copytree(whole.directory, tmp_path / "run"))
 
 
 # The same bits.
@@ -473,12 +480,12 @@ def test_a_finished_run_is_extended(run):
     longer = resume(run, steps=20, say=lines.append)
     assert longer.trainer.step == 20
     assert lines == ["going on from checkpoint-00000012; steps 20 (was 12)"]
-    assert json.loads((run / "run.json").read_text())["settings"]["steps"] == 20
+    assert json.loads((run / "run.json").read_text())["training"]["steps"] == 20
     resume(run, say=lines.append)
     assert lines[1:] == ["going on from checkpoint-00000020"]
     with pytest.raises(ValueError, match="steps can't be 15: 20 are done"):
         resume(run, steps=15)
-    assert json.loads((run / "run.json").read_text())["settings"]["steps"] == 20
+    assert json.loads((run / "run.json").read_text())["training"]["steps"] == 20
 
 
 def test_extending_a_constant_rate_is_exact(tmp_path):
@@ -549,7 +556,7 @@ def test_a_run_of_another_machine(tmp_path, whole):
     """Recorded on a GPU, resumed where there is none."""
     cut(tmp_path / "cut", 8)
     content = json.loads((tmp_path / "cut" / "run.json").read_text())
-    content["settings"] |= {"device": "cuda", "precision": "bfloat16"}
+    content["machine"] |= {"device": "cuda", "precision": "bfloat16"}
     (tmp_path / "cut" / "run.json").write_text(json.dumps(content))
     lines = []
     with (
@@ -841,14 +848,14 @@ def test_a_strange_run_json_is_refused(run, text):
         ("model", "vocab_size", 10**30, "another model than"),
         ("model", "width", "16", "is damaged"),
         ("model", "attack", 1, "is damaged"),
-        ("settings", "steps", "12", "is damaged"),
-        ("settings", "steps", -1, "is damaged"),
-        ("settings", "learning_rate", None, "is damaged"),
-        ("settings", "keep", 0, "is damaged"),
-        ("settings", "checkpoint_every", 0.5, "is damaged"),
-        ("settings", "device", 7.5, "is damaged"),
-        ("settings", "device", "abacus", "is damaged"),
-        ("settings", "precision", [], "is damaged"),
+        ("training", "steps", "12", "is damaged"),
+        ("training", "steps", -1, "is damaged"),
+        ("training", "learning_rate", None, "is damaged"),
+        ("saving", "keep", 0, "is damaged"),
+        ("saving", "checkpoint_every", 0.5, "is damaged"),
+        ("machine", "device", 7.5, "is damaged"),
+        ("machine", "device", "abacus", "is damaged"),
+        ("machine", "precision", [], "is damaged"),
     ],
 )
 def test_a_forged_run_json_is_refused(run, part, name, value, message):
@@ -859,7 +866,9 @@ def test_a_forged_run_json_is_refused(run, part, name, value, message):
         resume(run)
 
 
-@pytest.mark.parametrize("name", ["model", "settings", "data", "fingerprint"])
+@pytest.mark.parametrize(
+    "name", ["model", "training", "machine", "saving", "data", "fingerprint"]
+)
 @pytest.mark.parametrize("value", [None, 5, [], {}])
 def test_forged_parts_of_run_json(run, name, value):
     content = json.loads((run / "run.json").read_text())

@@ -271,12 +271,11 @@ def load_parameters(path: Path, config: GPTConfig) -> GPT:
         raise ValueError(f"{path} does not fit its config.json: {error}") from None
     state = {prefix + name: value for name, value in load_file(path).items()}
     state = from_gpt2(state, list(ours)) if theirs else state
-    model.to_empty(device="cpu")
-    if config.tied:  # PyTorch has made two tensors out of the one
+    options = {"copy": True, "memory_format": torch.contiguous_format}
+    state = {name: state[name].to(torch.float32, **options) for name in ours}
+    model.load_state_dict(state, strict=False, assign=True)
+    if config.tied:
         model.head.weight = model.tokens.weight
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(state[name])
     return model
 
 

@@ -150,8 +150,9 @@ def restore(trainer: Trainer, state: dict[str, Any], path: Path) -> None:
     with _damaged(path):
         if not all(type(state[name]) is list for name in _LISTS):
             raise ValueError("its parts are no lists")  # a tensor could be endless
-        pairs = zip(trainer.optimizers, state["optimizers"], strict=True)
-        for optimizer, saved in pairs:
+        for optimizer, saved in zip(
+            trainer.optimizers, state["optimizers"], strict=True
+        ):
             ours = [
                 p.shape for group in optimizer.param_groups for p in group["params"]
             ]
@@ -250,40 +251,45 @@ CHANGEABLE |= {"evaluate_every", "checkpoint_every", "keep"}
 CHANGEABLE |= {field.name for field in fields(Machine)}
 
 
-def _parts(settings: dict[str, Any]) -> tuple[Any, ...]:
-    """The TrainConfig and the Machine in a run's settings. Raises ValueError."""
+def _parts(settings: dict[str, Any]) -> tuple[TrainConfig, Machine]:
+    """The two dataclasses in a run's settings. Raises ValueError."""
     for name in ("checkpoint_every", "keep"):
         if not isinstance(settings[name], int) or settings[name] < 1:
             raise ValueError(f"{name} must be at least 1, not {settings[name]!r}")
-    kinds = (MuonConfig if "matrix_learning_rate" in settings else TrainConfig, Machine)
-    names = [{field.name: settings[field.name] for field in fields(k)} for k in kinds]
-    return tuple(kind(**values) for kind, values in zip(kinds, names, strict=True))
+
+    def take(kind: Any) -> Any:
+        return kind(**{field.name: settings[field.name] for field in fields(kind)})
+
+    muon = "matrix_learning_rate" in settings
+    return take(MuonConfig if muon else TrainConfig), take(Machine)
 
 
-def _read_run(directory: Path) -> dict[str, Any]:
-    """What stands in run.json. Raises ValueError where it is damaged."""
+def _read_run(directory: Path) -> tuple[GPTConfig, dict[str, Any], str, str]:
+    """What `_write_run` wrote. Raises ValueError where run.json is damaged."""
     path = directory / "run.json"
     try:
         content = json.loads(path.read_text("utf-8"))
         kind = ModernConfig if "positions" in content["model"] else GPTConfig
-        content["model"] = kind(**content["model"])
-        _parts(content["settings"])
-        torch.device(content["settings"]["device"]), Path(content["data"])
-        return content
+        model, place = kind(**content["model"]), content["data"]
+        settings = content["training"] | content["machine"] | content["saving"]
+        _parts(settings), torch.device(settings["device"]), Path(place)
+        return model, settings, place, content["fingerprint"]
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}): start a new run") from None
 
 
-def _write_run(directory: Path, content: dict[str, Any]) -> None:
+def _write_run(
+    directory: Path, model: GPTConfig, settings: dict[str, Any], data: TokenData
+) -> None:
     """Write run.json, which makes a folder a run."""
-    content = {**content, "model": asdict(content["model"])}
-    write_file(directory / "run.json", json.dumps(content, indent=1).encode())
-
-
-def _place(data: TokenData, directory: Path) -> str:
-    """Where tokens are; those in a run's own folder move with it."""
+    training, machine = _parts(settings)
+    content: dict[str, Any] = {"model": asdict(model), "training": asdict(training)}
+    content["machine"] = asdict(machine)
+    content["saving"] = {name: settings[name] for name in ("checkpoint_every", "keep")}
     place, own = data.directory.resolve(), directory.resolve() / "data"
-    return "data" if place == own else str(place)
+    content["data"] = "data" if place == own else str(place)  # its own move with it
+    content["fingerprint"] = data.fingerprint
+    write_file(directory / "run.json", json.dumps(content, indent=1).encode())
 
 
 @dataclass
@@ -405,10 +411,8 @@ def start_run(
     with locked(directory):
         refuse_occupied(directory)  # again, now that it is ours
         data = _on_disk(data, directory / "data", tokenizer)
-        content = {"model": plan.model, "settings": settings}
-        content |= {"data": _place(data, directory), "fingerprint": data.fingerprint}
         write_checkpoint(directory, trainer, tokenizer, keep)
-        _write_run(directory, content)  # from here on there is a run
+        _write_run(directory, plan.model, settings, data)  # now there is a run
         return _go_on(directory, trainer, tokenizer, settings, on_record, progress)
 
 
@@ -465,26 +469,24 @@ def resume_run(
     if not (directory / "run.json").exists():
         raise FileNotFoundError(f"{directory} holds no run: run.json is missing")
     with locked(directory):
-        content = _read_run(directory)
-        before, now = content["settings"], _changed(content["settings"], changes)
+        config, before, place, fingerprint = _read_run(directory)
+        now = _changed(before, changes)
         training, machine = _parts(now)
-        place = Path(data) if data else directory / content["data"]
-        tokens = _find_tokens(place, content["fingerprint"])
+        tokens = _find_tokens(Path(data) if data else directory / place, fingerprint)
         if not (found := checkpoints_in(directory)):
             raise FileNotFoundError(f"{directory} has lost its checkpoints: start anew")
         model, tokenizer, state = read_checkpoint(found[-1])
-        if model.config != content["model"]:
+        if model.config != config:
             raise ValueError(f"run.json describes another model than {found[-1]}")
         with memory_advice():
-            plan = Plan(model.config, training, machine, math.nan)
+            plan = Plan(config, training, machine, math.nan)
             trainer = plan.trainer(tokens, model)
         restore(trainer, state, found[-1])
         if trainer.step > training.steps:
             raise ValueError(
                 f"steps can't be {training.steps}: {trainer.step} are done"
             )
-        content |= {"settings": now, "data": _place(tokens, directory)}
-        _write_run(directory, content)
+        _write_run(directory, config, now, tokens)
         notes = [f"{k} {v} (was {before[k]})" for k, v in now.items() if v != before[k]]
         say("; ".join([f"going on from {found[-1].name}", *notes]))
         return _go_on(directory, trainer, tokenizer, now, on_record, progress)
