@@ -32,7 +32,7 @@ from glassgpt.modern import (
     build,
     muon_optimizers,
 )
-from glassgpt.training import TrainConfig, Trainer, make_optimizers
+from glassgpt.training import Loss, TrainConfig, Trainer, make_optimizers
 
 
 def pick_device(name: str | None = None) -> torch.device:
@@ -214,7 +214,7 @@ def padded_logits(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, F.pad(weight, (0, 0, 0, missing)), bias)
 
 
-def make_loss(model: GPT, machine: Machine) -> Callable[[Tensor, Tensor], Tensor]:
+def make_loss(model: GPT, machine: Machine) -> Loss:
     """The loss of a `Trainer` at a machine's precision, compiled and recomputed.
 
     Book: 15_full_gpt.html#all-together-the-loss
@@ -277,7 +277,6 @@ class ScaledTrainer(Trainer):
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
         if norm.isfinite():
             super().update()
-        self.model.zero_grad()
         self.scaler.update()
         hopeless = self.scaler.get_scale() < 1e-3
         return norm if hopeless else norm.nan_to_num(0.0, 0.0)  # skipping is no error
