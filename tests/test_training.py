@@ -350,8 +350,9 @@ def test_the_training_loss_is_the_mean_since_the_last_record():
         value = token_loss(model)(ids, targets)
         return 0 * value + next(numbers) if torch.is_grad_enabled() else value
 
-    means = [record["train_loss"] for record in run(model, loss=loss).records]
-    assert means == [2.5, 6.5, 10.5]
+    made = run(model, loss=loss)
+    assert [record["train_loss"] for record in made.records] == [2.5, 6.5, 10.5]
+    assert made.read_losses() == 12
 
 
 def test_nats_a_character_only_where_characters_are_known():
