@@ -50,7 +50,7 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# About an hour on two cores. A stopped run goes on with `glassgpt train ... --resume`.
+# About an hour on two cores. Where it was stopped, `glassgpt resume runs/shakespeare` goes on.
 model: $(READY)
 	$(BIN)/glassgpt train --data shakespeare --vocab-size 2048 --layers 4 --heads 6 --width 144 \
 	  --context 256 --batch-size 16 --steps 12000 --precision bfloat16 --compile all \

@@ -5,6 +5,8 @@ import io
 import json
 import os
 import random
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -28,31 +30,10 @@ SCRIPT = Path(sys.executable).with_name("glassgpt")
 PNG = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\xff\xfe\x00"
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "an", "old", "dog"]
 # A model and a run that take a second.
-TINY = [
-    "--layers",
-    "1",
-    "--heads",
-    "2",
-    "--width",
-    "16",
-    "--context",
-    "16",
-    "--steps",
-    "6",
-    "--warmup",
-    "1",
-]
-TINY += ["--batch-size", "4", "--evaluate-every", "3", "--evaluation-crops", "8"]
-TINY += [
-    "--checkpoint-every",
-    "3",
-    "--compile",
-    "off",
-    "--precision",
-    "float32",
-    "--device",
-    "cpu",
-]
+TINY = """--layers 1 --heads 2 --width 16 --context 16 --steps 6 --warmup 1
+--batch-size 4 --evaluate-every 3 --evaluation-crops 8 --checkpoint-every 3
+--compile off --precision float32 --device cpu"""
+TINY = TINY.split()
 
 
 def write_text(path, lines=300):
@@ -647,3 +628,57 @@ def test_transformers_reads_a_run(made):
     with torch.no_grad():
         expected = ours(torch.tensor([ids]))
         torch.testing.assert_close(theirs(torch.tensor([ids])).logits, expected)
+
+
+ROOT = Path(__file__).parent.parent
+
+
+def blocks(language):
+    """The blocks of code in README.md."""
+    text = (ROOT / "README.md").read_text("utf-8")
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def test_the_commands_of_the_readme_are_commands():
+    lines = [x for x in "".join(blocks("bash")).splitlines() if x[:9] == "glassgpt "]
+    assert len(lines) >= 5
+    for line in lines:
+        assert cli.parse(shlex.split(line, comments=True)[1:]), line
+
+
+def test_the_programs_of_the_readme_run(made, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(made / "my.txt", tmp_path)
+    first, second = blocks("python")
+    exec(first, {})
+    assert capsys.readouterr().out.startswith("ROMEO:")
+    sizes = "steps=3, layers=1, width=16, context=16, batch_size=4"
+    exec(second.replace("1024", "270").replace("steps=500", sizes), {})
+    assert "'validation_loss'" in capsys.readouterr().out
+    assert glass("generate", "runs/python", "--tokens", "3") == 0
+
+
+def test_a_program_with_strict_types(tmp_path):
+    """What `mypy --strict` knows of the names that a user's program takes."""
+    api = pytest.importorskip("mypy.api")
+    types = {
+        "glassgpt.load('shakespeare')": "tuple[gpt.GPT, tokens.Tokenizer]",
+        "tokenizer.encode('a')": "list[int]",
+        "tokenizer.decode([0])": "str",
+        "tokenizer.vocab_size": "int",
+        "tokenizer.special_tokens": "dict[str, int]",
+        "[*glassgpt.stream_text(model, tokenizer, 'a', 3)]": "list[str]",
+        "glassgpt.tokenize('a', tokenizer, 'b')": "data.TokenData",
+        "glassgpt.make_plan(9).training": "training.TrainConfig",
+        "glassgpt.start_run": "runs.Run",
+        "glassgpt.__version__": "str",
+    }
+    lines = ["import glassgpt", "model, tokenizer = glassgpt.load('shakespeare')"]
+    lines += [f"reveal_type({code})" for code in types]
+    (tmp_path / "user.py").write_text("\n".join(lines) + "\n")
+    words = ["--strict", "--follow-imports=silent", "--python-executable"]
+    found = api.run([*words, sys.executable, str(tmp_path / "user.py")])[0]
+    told = re.findall(r'Revealed type is "(.*)"', found.replace("glassgpt.", ""))
+    assert "error" not in found
+    for code, due, seen in zip(types, types.values(), told, strict=True):
+        assert seen.endswith(due), code

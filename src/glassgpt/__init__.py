@@ -13,7 +13,7 @@ from typing import Any
 from glassgpt.attention import attention, causal_mask
 from glassgpt.block import Block, layer_norm
 from glassgpt.checkpoints import load, save
-from glassgpt.data import TokenData, tokenize
+from glassgpt.data import TokenData, tokenize, write_tokens
 from glassgpt.device import Machine, Plan, make_plan, pick_device
 from glassgpt.embeddings import Embedding, cosine_similarity, nearest_neighbors
 from glassgpt.generation import (
@@ -30,15 +30,17 @@ from glassgpt.mlp import MLP, gelu
 from glassgpt.modern import (
     ModernConfig,
     ModernGPT,
+    MuonConfig,
     apply_rotary,
+    build,
     rotary_tables,
     squared_relu,
 )
 from glassgpt.positions import sinusoidal_positions
-from glassgpt.runs import resume_run, start_run
+from glassgpt.runs import Run, resume_run, start_run
 from glassgpt.softmax import cross_entropy, log_softmax, softmax
 from glassgpt.speed import keep_freed_memory, lighten
-from glassgpt.tokens import BPETokenizer, CharTokenizer, load_tokenizer
+from glassgpt.tokens import BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer
 from glassgpt.training import TrainConfig, Trainer, evaluate, train
 
 __all__ = [
@@ -50,6 +52,7 @@ __all__ = [
     "save",
     "TokenData",
     "tokenize",
+    "write_tokens",
     "Machine",
     "Plan",
     "make_plan",
@@ -72,6 +75,8 @@ __all__ = [
     "gelu",
     "ModernConfig",
     "ModernGPT",
+    "MuonConfig",
+    "build",
     "apply_rotary",
     "rotary_tables",
     "squared_relu",
@@ -83,7 +88,9 @@ __all__ = [
     "lighten",
     "BPETokenizer",
     "CharTokenizer",
+    "Tokenizer",
     "load_tokenizer",
+    "Run",
     "resume_run",
     "start_run",
     "TrainConfig",
@@ -91,6 +98,9 @@ __all__ = [
     "evaluate",
     "train",
 ]
+
+
+__version__: str
 
 
 def __getattr__(name: str) -> Any:

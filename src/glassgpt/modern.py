@@ -100,18 +100,18 @@ class ModernConfig(GPTConfig):
     Book: 14_after_gpt2.html#the-configuration
     """
 
-    tied: bool = False
-    positions: str = "rotary"
-    rotary_base: float = 10_000.0
-    norm: str = "rms"
-    norm_weight: bool = False
-    norm_eps: float = 1e-5
-    activation: str = "squared_relu"
-    hidden: int | None = None
-    key_value_heads: int | None = None
-    normalize_qk: bool = True
-    bias: bool = False
-    zero_projections: bool = True
+    tied: bool = False  # the head is the token table
+    positions: str = "rotary"  # rotary or learned
+    rotary_base: float = 10_000.0  # larger: slower turns, for long contexts
+    norm: str = "rms"  # rms or layer
+    norm_weight: bool = False  # norms learn a factor for each column
+    norm_eps: float = 1e-5  # added inside the norm's root
+    activation: str = "squared_relu"  # squared_relu, swiglu or gelu
+    hidden: int | None = None  # the MLP's inner width; none: 4 C, swiglu 8 C / 3
+    key_value_heads: int | None = None  # shared by neighboring heads; none: H
+    normalize_qk: bool = True  # queries and keys to root mean square 1
+    bias: bool = False  # in linear layers and layer norms
+    zero_projections: bool = True  # start as if each block were absent
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -413,7 +413,7 @@ class MuonConfig(TrainConfig):
     Book: 14_after_gpt2.html#the-step-of-muon
     """
 
-    matrix_learning_rate: float = 0.02
+    matrix_learning_rate: float = 0.02  # Muon's highest, of the matrices
     schedule: str = "linear"
     final_rate: float = 0.0
 
