@@ -386,6 +386,19 @@ def test_one_line_begins_and_goes_on(made, tmp_path, capsys):
     assert "steps 9 (was 6)" in capsys.readouterr().out
 
 
+def test_one_line_begins_again_after_a_kill_before_the_run(made, tmp_path):
+    line = ["train", "--data", made / "my.txt", "--tokenizer", "char", *TINY]
+    line += ["--out", tmp_path / "run", "--resume"]
+    assert glass(*line) == 0
+    before = weights(tmp_path / "run")
+    for path in (tmp_path / "run").iterdir():
+        if path.name not in ("data", ".command.json"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert glass(*line[:-1]) == 2  # without --resume nothing is taken over
+    assert glass(*line) == 0
+    assert equal(weights(tmp_path / "run"), before)
+
+
 def test_fine_tuning_begins_with_the_other_model(made, run, tmp_path, capsys):
     words = ["train", "--data", made / "my.txt", "--init-from", run]
     words += ["--steps", "3", "--batch-size", "4", "--device", "cpu"]

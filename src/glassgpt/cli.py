@@ -295,34 +295,38 @@ class Train(Text):
             raise FileExistsError(f"{out} is no folder: choose another --out")
         how, values = telling(out, self.tensorboard), dict(self.settings)
         how |= {name: values.pop(name) for name in _SAVING if name in values}
-        model, tokenizer = None, self.ready_tokenizer()
+        model, tokenizer, place = None, self.ready_tokenizer(), self.tokens
+        ours = self.resume and path.exists() and json.loads(path.read_text()) == asked
+        if ours and not place:  # a start that was killed had got so far
+            place = out / "data"
+            tokenizer = load_tokenizer(place / "tokenizer.json")
         if self.init_from:
             model, tokenizer, values = self.origin(tokenizer, values, asked)
         known, size = model.config if model else tokenizer, self.vocab_size
         size = known.vocab_size if known else 1024 if size is None else size
         plan = glassgpt.make_plan(size, **values)  # refuses before any work
-        ours = False
         glassgpt.keep_freed_memory()
         try:
             tokenizer = tokenizer or self.learn_tokenizer()
             size = (model.config if model else tokenizer).vocab_size
             plan = replace(plan, model=replace(plan.model, vocab_size=size))
-            if self.tokens:
-                data = TokenData.open(self.tokens)
+            if place:
+                data = TokenData.open(place)
             else:
-                data, ours = self.encode(tokenizer, out / "data"), True
+                data = self.encode(tokenizer, out / "data")
+            ours = True
             data.check_context(plan.model.context)
             print(plan.describe(), flush=True)
             out.mkdir(parents=True, exist_ok=True)
             write_file(path, json.dumps(asked).encode())
             return ended(glassgpt.start_run(out, plan, data, tokenizer, model, **how))
         finally:
-            if not (out / "run.json").exists():
+            if ours and not (out / "run.json").exists():
                 path.unlink(missing_ok=True)
-                if ours:
+                if not self.tokens:
                     shutil.rmtree(out / "data")
-                with suppress(OSError):
-                    out.rmdir()  # where it is empty
+            with suppress(OSError):
+                out.rmdir()  # where it is empty
 
     def origin(
         self, tokenizer: Tokenizer | None, values: dict[str, Any], asked: dict[str, Any]
