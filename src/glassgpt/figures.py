@@ -664,7 +664,7 @@ def book_map(here: int | None = None) -> Markup:
         stop[13],
     ]
     learning = f"{stop[11]}{arrow}{stop[12]}{arrow}slopes flow back (8) <span>|</span>"
-    rest = stop[1] + stop[14] + stop[15] + stop[21] + stop[23]
+    rest = "".join(stop[number] for number in (1, 14, 15, 20, 21, 23))
     content = f"<div>{arrow.join(way)}</div><div>learning: {learning}{rest}</div>"
     place = "" if here is None else f" You are in chapter {here}, {labels[here]}."
     alt = (
