@@ -127,9 +127,7 @@ class KeyValueCache:
             self.keys = keys.new_empty(B, H, self.context, D)
             self.values = torch.empty_like(self.keys)
         elif self.keys.shape != (B, H, self.context, D):
-            raise ValueError(
-                f"keys {[*keys.shape]} for a cache {[*self.keys.shape]}"
-            )
+            raise ValueError(f"keys {[*keys.shape]} for a cache {[*self.keys.shape]}")
         # narrow(axis, start, length) is a view of a part.
         self.keys.narrow(2, self.length, new).copy_(keys)
         self.values.narrow(2, self.length, new).copy_(values)
@@ -215,7 +213,7 @@ def _steps(
             running[row] &= token not in ends
         if not any(running):
             return
-        yield [id if goes else None for id, goes in zip(new, running, strict=True)]
+        yield [t if goes else None for t, goes in zip(new, running, strict=True)]
 
 
 def stream(
@@ -240,7 +238,7 @@ def stream(
     size, ends = model.config.vocab_size, set(_whole_numbers(stop, "stop"))
     if not rows or not all(rows):
         raise ValueError("a prompt needs at least one token")
-    if wrong := [id for row in rows for id in row if not 0 <= id < size]:
+    if wrong := [t for row in rows for t in row if not 0 <= t < size]:
         raise ValueError(f"id {wrong[0]} is out of range: ids are 0 to {size - 1}")
     if not isinstance(max_new_tokens, Integral) or max_new_tokens < 0:
         raise ValueError(f"max_new_tokens: a number from 0 up, not {max_new_tokens!r}")
