@@ -149,12 +149,12 @@ def test_impossible_settings(model, wrong, message):
         ([11], 3, "11"),
         ([-1], 3, "-1"),
         ([11] + [1] * 20, 3, "11"),  # even where the window doesn't reach
-        ([1.5], 3, "whole numbers"),
-        (torch.tensor([0.5]), 3, "whole numbers"),
+        ([1.5], 3, "list of ids"),
+        (torch.tensor([0.5]), 3, "list of ids"),
         ([1], -1, "from 0 up, not -1"),
-        ([1], "3", "max_new_tokens must be a whole number"),
-        ("a tower", 3, "ids of tokens"),
-        (["a", "tower"], 3, "ids of tokens"),
+        ([1], "3", "max_new_tokens: a number from 0 up"),
+        ("a tower", 3, "list of ids"),
+        (["a", "tower"], 3, "list of ids"),
     ],
 )
 def test_impossible_prompts(model, ids, count, message):
@@ -188,7 +188,7 @@ def test_a_long_prompt_goes_on_from_its_window(model):
 @torch.no_grad()
 def starting_over(model, prompt, count, sampling):
     """What `generate` returns for one prompt, without a cache."""
-    ids, dice = list(prompt), sampling.generator()
+    ids, dice = list(prompt), torch.Generator().manual_seed(sampling.seed or 0)
     for _ in range(count):
         window = ids[window_start(len(ids), model.config.context) :]
         logits = model(torch.tensor([window]))[:, -1]
@@ -314,6 +314,18 @@ def test_between_two_steps_the_model_is_as_it_was(training):
     assert model.training is training
 
 
+def test_each_part_gets_its_own_mode_back():
+    model = GPT(GPTConfig(11, 8, 2, 2, 8, dropout=0.5))
+    for whole, block in ((True, False), (False, True)):
+        model.train(whole)
+        model.blocks[0].train(block)
+        modes = [part.training for part in model.modules()]
+        texts = {tuple(generate(model, [1], 6, top_k=1)) for _ in range(3)}
+        sums = {log_probabilities(model, [1, 2, 3]).sum().item() for _ in range(3)}
+        assert len(texts) == len(sums) == 1
+        assert [part.training for part in model.modules()] == modes
+
+
 @pytest.mark.parametrize("modern", [False, True])
 def test_log_probabilities(modern):
     model = small_modern() if modern else checks._small_gpt()
@@ -336,17 +348,10 @@ def test_impossible_texts(model, ids):
         log_probabilities(model, ids)
 
 
-def test_settings_are_frozen_and_seed_a_source_of_their_own():
-    sampling = Sampling(seed=5)
+def test_settings_are_frozen_and_without_a_seed_texts_differ(model):
     with pytest.raises(FrozenInstanceError):
-        sampling.seed = 6
-    state = torch.get_rng_state()
-    one, two = (torch.rand(3, generator=sampling.generator()) for _ in range(2))
-    assert torch.equal(one, two)
-    assert (
-        Sampling().generator().initial_seed() != Sampling().generator().initial_seed()
-    )
-    assert torch.equal(torch.get_rng_state(), state)
+        Sampling(seed=5).seed = 6
+    assert generate(model, [1], 40) != generate(model, [1], 40)
 
 
 def test_a_row_that_has_ended_yields_none():
@@ -512,6 +517,22 @@ def seeded_anew(logits, sampling, generator):
     return sample(logits, sampling, torch.Generator().manual_seed(0))
 
 
+class KeepsThenRaises(KeyValueCache):
+    """Raises for a position too many, but has stored it."""
+
+    def append(self, keys, values):
+        if self.length == self.context:
+            self.length += keys.shape[2]
+        return super().append(keys, values)
+
+
+class FullTooEarly(KeyValueCache):
+    def append(self, keys, values):
+        if self.length + keys.shape[2] >= self.context:
+            raise ValueError("full")
+        return super().append(keys, values)
+
+
 class Overflows(KeyValueCache):
     """Drops the oldest position when it is full."""
 
@@ -568,6 +589,8 @@ WRONG = [
     ("check_sample", without_generator, "draw from the generator"),
     ("check_sample", seeded_anew, "seed them once"),
     ("check_cache", Overflows, "a full cache took"),
+    ("check_cache", KeepsThenRaises, "kept what doesn't fit"),
+    ("check_cache", FullTooEarly, "8 positions must fit a cache of 8"),
     ("check_generate", sorted_by_length, "come back in its place"),
     ("check_generate", one_window_for_all, "is its window its own"),
     ("check_generate", moves_too_early, "positions and window"),
@@ -643,16 +666,16 @@ def test_a_cache_refuses_another_shape():
     two = torch.zeros(2, 2, 3, 4)
     cache.append(two, two)
     for other in (two[:1], two[:, :1], two[..., :1]):
-        with pytest.raises(ValueError, match=r"after others of \(2, 2, 3, 4\)"):
+        with pytest.raises(ValueError, match=r"for a cache \[2, 2, 8, 4\]"):
             cache.append(other, other)
     assert cache.length == 3
 
 
 @pytest.mark.parametrize("stop", [5, np.int64(5), None, ["a"], "a"])
 def test_stop_is_a_list(model, stop):
-    with pytest.raises(ValueError, match="stop must be whole numbers"):
+    with pytest.raises(ValueError, match="stop must be a list of ids"):
         next(stream_text(model, CharTokenizer("abcdefghijk"), "a", 2, stop=stop))
-    with pytest.raises(ValueError, match="stop must be whole numbers"):
+    with pytest.raises(ValueError, match="stop must be a list of ids"):
         generate(model, [1], 2, stop=stop)
 
 

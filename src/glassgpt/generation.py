@@ -5,17 +5,18 @@ import codecs
 import math
 import operator
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from glassgpt.gpt import GPT, check_ids
 from glassgpt.softmax import log_softmax, softmax
+from glassgpt.training import in_mode
 
 
 def keep_top_k(logits: Tensor, top_k: int) -> Tensor:
@@ -39,8 +40,9 @@ def keep_top_p(logits: Tensor, top_p: float, temperature: float = 1.0) -> Tensor
     """
     ordered, order = logits.sort(dim=-1, descending=True)
     weights = softmax(ordered, temperature=temperature)
-    forbidden = (weights.cumsum(dim=-1) - weights >= top_p) & (top_p < 1)
-    forbidden[..., 0] = False  # the smallest p is 0 once it is rounded
+    before = weights.cumsum(dim=-1) - weights  # what the likelier ones have
+    forbidden = (before >= top_p) & (top_p < 1)  # at p = 1 rounding forbids none
+    forbidden[..., 0] = False  # a p near 0 becomes 0: keep the first all the same
     ordered = ordered.masked_fill(forbidden, -math.inf)
     return torch.empty_like(logits).scatter(-1, order, ordered)
 
@@ -49,9 +51,7 @@ def keep_top_p(logits: Tensor, top_p: float, temperature: float = 1.0) -> Tensor
 class Sampling:
     """How a token is drawn: temperature first, then top-k, then top-p.
 
-    temperature: above 0. top_k: only so many tokens; 1 is greedy. top_p: only the
-    likeliest tokens that reach this probability together. seed: the same text every
-    time. Raises ValueError for settings that no token could be drawn with.
+    Raises ValueError for settings that no token could be drawn with.
 
     Book: 13_generation.html#the-order-of-the-filters
     """
@@ -64,25 +64,14 @@ class Sampling:
     def __post_init__(self) -> None:
         t, k, p, seed = self.temperature, self.top_k, self.top_p, self.seed
         if not isinstance(t, Real) or not 0 < t < math.inf:
-            raise ValueError(
-                f"temperature must be positive and finite, not {t!r}: for the "
-                "likeliest token every time use top_k=1"
-            )
+            wanted = "positive and finite (for the likeliest token, top_k=1)"
+            raise ValueError(f"temperature must be {wanted}, not {t!r}")
         if k is not None and not (isinstance(k, Integral) and k >= 1):
             raise ValueError(f"top_k must be a whole number from 1 up, not {k!r}")
         if p is not None and not (isinstance(p, Real) and 0 < p <= 1):
             raise ValueError(f"top_p must lie in (0, 1], not {p!r}")
         if seed is not None and not (isinstance(seed, Integral) and 0 <= seed < 2**64):
             raise ValueError(f"seed must be a whole number of 64 bits, not {seed!r}")
-
-    def generator(self, device: torch.device | str = "cpu") -> torch.Generator:
-        """A source of randomness of its own, started from the seed if there is one."""
-        generator = torch.Generator(device)
-        if self.seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(int(self.seed))
-        return generator
 
 
 def sample(
@@ -93,7 +82,7 @@ def sample(
     """Draw one token id (B,) for each row of logits (B, V).
 
     generator: the source of randomness, on the device of the logits; by default
-    PyTorch's own. (The seed is for `Sampling.generator`.)
+    PyTorch's own. (The seed is for `generate` and `stream`.)
     Raises ValueError for rows whose highest logit is not finite.
 
     Book: 13_generation.html#the-order-of-the-filters
@@ -116,7 +105,7 @@ class KeyValueCache:
     """The keys and values of one layer, kept for every position seen so far.
 
     context: for how many positions room is reserved. length: how many are kept.
-    Source: Pope et al. (2023).
+    Source: Shazeer (2019).
 
     Book: 13_generation.html#what-stays-the-same
     """
@@ -138,8 +127,7 @@ class KeyValueCache:
             self.keys = keys.new_empty(B, H, self.context, D)
             self.values = torch.empty_like(self.keys)
         elif self.keys.shape != (B, H, self.context, D):
-            due = tuple(self.keys[:, :, end - new : end].shape)
-            raise ValueError(f"keys {tuple(keys.shape)} after others of {due}")
+            raise ValueError(f"keys {[*keys.shape]} for a cache {[*self.keys.shape]}")
         # narrow(axis, start, length) is a view of a part.
         self.keys.narrow(2, self.length, new).copy_(keys)
         self.values.narrow(2, self.length, new).copy_(values)
@@ -180,20 +168,7 @@ def _whole_numbers(ids: Iterable[Any], name: str) -> list[int]:
     try:
         return [operator.index(token) for token in ids]
     except TypeError:
-        wanted = "must be whole numbers, the ids of tokens, in a list"
-        raise ValueError(f"{name} {wanted}, not {ids!r:.60}") from None
-
-
-def _check_prompts(prompts: Iterable[Any], vocab_size: int) -> list[list[int]]:
-    """The prompts as lists; ValueError for what no model could continue."""
-    rows = [_whole_numbers(prompt, "a prompt") for prompt in prompts]
-    if not rows or not all(rows):
-        raise ValueError("a prompt needs at least one token")
-    for token in {token for row in rows for token in row}:
-        if not 0 <= token < vocab_size:
-            allowed = f"ids are 0 to {vocab_size - 1}"
-            raise ValueError(f"id {token} is out of range: {allowed}")
-    return rows
+        raise ValueError(f"{name} must be a list of ids, not {ids!r:.60}") from None
 
 
 def _past_padding(starts: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
@@ -209,29 +184,16 @@ def _past_padding(starts: Tensor, first: int, count: int) -> tuple[Tensor, Tenso
     return positions, ((keys <= queries) & begun)[:, None]
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """The model without dropout; afterwards in the mode in which it was."""
-    training = model.training
-    if training:
-        model.eval()
-    try:
-        yield
-    finally:
-        if training:
-            model.train()
-
-
 @torch.inference_mode()
 def _steps(
     model: GPT, rows: list[list[int]], count: int, ends: set[int], sampling: Sampling
 ) -> Iterator[list[int | None]]:
     """Append up to `count` tokens to each row, and yield them step by step."""
     context, device = model.config.context, next(model.parameters()).device
-    generator = sampling.generator(device)
+    dice = torch.Generator(device)
+    dice.manual_seed(dice.seed() if sampling.seed is None else int(sampling.seed))
     running = [True] * len(rows)
-    caches: list[KeyValueCache] = []
-    starts = None
+    caches, starts = [], None
     for _ in range(count):
         if caches and caches[0].length < context:
             ids = torch.tensor([row[-1:] for row in rows], device=device)
@@ -242,16 +204,16 @@ def _steps(
         positions = mask = None
         if starts is not None:
             positions, mask = _past_padding(starts, caches[0].length, ids.shape[1])
-        with _evaluating(model):
+        awake = any(part.training for part in model.modules())
+        with in_mode(model, training=False) if awake else nullcontext():
             last = model.hidden_states(ids, positions, mask, caches)[:, -1]
-            new = sample(model.head(last), sampling, generator).tolist()
+            new = sample(model.head(last), sampling, dice).tolist()
         for row, token in enumerate(new):
             rows[row].append(token)
             running[row] &= token not in ends
         if not any(running):
             return
-        pairs = zip(new, running, strict=True)
-        yield [token if goes_on else None for token, goes_on in pairs]
+        yield [t if goes else None for t, goes in zip(new, running, strict=True)]
 
 
 def stream(
@@ -272,11 +234,14 @@ def stream(
     Book: 13_generation.html#the-loop
     """
     sampling = Sampling(**settings)
-    rows = _check_prompts(prompts, model.config.vocab_size)
-    ends = set(_whole_numbers(stop, "stop"))
+    rows = [_whole_numbers(prompt, "a prompt") for prompt in prompts]
+    size, ends = model.config.vocab_size, set(_whole_numbers(stop, "stop"))
+    if not rows or not all(rows):
+        raise ValueError("a prompt needs at least one token")
+    if wrong := [t for row in rows for t in row if not 0 <= t < size]:
+        raise ValueError(f"id {wrong[0]} is out of range: ids are 0 to {size - 1}")
     if not isinstance(max_new_tokens, Integral) or max_new_tokens < 0:
-        wanted = "must be a whole number from 0 up"
-        raise ValueError(f"max_new_tokens {wanted}, not {max_new_tokens!r}")
+        raise ValueError(f"max_new_tokens: a number from 0 up, not {max_new_tokens!r}")
     return _steps(model, rows, int(max_new_tokens), ends, sampling)
 
 
@@ -324,17 +289,16 @@ def stream_text(
     Book: 13_generation.html#text-as-it-comes
     """
     ids = tokenizer.encode(prompt)
-    return _pieces(tokenizer, stream(model, [ids], max_new_tokens, stop, **settings))
+    steps = stream(model, [ids], max_new_tokens, stop, **settings)
+    if hasattr(tokenizer, "decode_bytes"):
+        return _pieces(tokenizer.decode_bytes(new) for new in steps)
+    return (tokenizer.decode(new) for new in steps)
 
 
-def _pieces(tokenizer: Any, steps: Iterator[list[int | None]]) -> Iterator[str]:
+def _pieces(parts: Iterable[bytes]) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for (token,) in steps:
-        if hasattr(tokenizer, "decode_bytes"):
-            piece = decoder.decode(tokenizer.decode_bytes([token]))
-        else:
-            piece = tokenizer.decode([token])
-        if piece:
+    for part in parts:
+        if piece := decoder.decode(part):
             yield piece
     if rest := decoder.decode(b"", final=True):
         yield rest
@@ -353,6 +317,6 @@ def log_probabilities(model: GPT, ids: Sequence[int] | Tensor) -> Tensor:
     device = next(model.parameters()).device
     ids = torch.as_tensor(ids, device=device)[None]  # (1, T)
     check_ids(ids, model.config.vocab_size, model.config.context + 1)
-    with _evaluating(model):
+    with in_mode(model, training=False):
         logits = model(ids[:, :-1])[0]  # (T - 1, V)
     return log_softmax(logits.float()).gather(-1, ids[0, 1:, None])[:, 0]
