@@ -87,14 +87,16 @@ def test_the_gpt_beats_what_counts_and_what_compresses(record):
     sticks = record["yardsticks"]
     ours = record["held_out"]["nats_per_character"]
     assert ours < min(*sticks["counts"], sticks["bz2"], sticks["xz"])
+    assert sticks["counts"] == sorted(sticks["counts"], reverse=True)
+    assert len(sticks["counts"]) == tool.LONGEST + 1
     assert sticks["uniform"] == pytest.approx(math.log(sticks["alphabet"]), abs=1e-4)
 
 
 def test_a_counting_guesser_by_hand():
-    """Trained on "aab": a is 2 of 3, and with the shared count (2 + 1/2) / 4."""
+    """Trained on "aab": a is 2 of 3, and with the share (2 + 40/2) / (3 + 40)."""
     guesser = tool.CountingGuesser(["aab"], "ab", longest=1)
-    alone = (2 + 1 / 2) / (3 + 1)
-    after = (1 + alone) / (2 + 1)  # after a came a once and b once
+    alone = (2 + 40 / 2) / (3 + 40)
+    after = (1 + 40 * alone) / (2 + 40)  # after a came a once and b once
     singles, pairs = guesser.nats(["aa"])
     assert singles == pytest.approx(-math.log(alone))
     assert pairs == pytest.approx(-(math.log(alone) + math.log(after)) / 2)

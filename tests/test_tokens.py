@@ -257,6 +257,8 @@ def test_grade_tells_an_error_of_the_attempt_from_one_of_the_check(capsys):
         grade(check_sum, unsupported)
     with pytest.raises(IndexError):
         grade(lambda kind: kind().lay(1), Shelf)
+    with pytest.raises(IndexError):
+        grade(lambda shelf: shelf.lay(1), Shelf())
 
 
 # Text and bytes survive.

@@ -34,6 +34,7 @@ BARS_PROMPT, BARS_STEPS = "ROMEO:\nO, my", [0, 50, 100, 200, 400, 800, 1600, 320
 TRACE_PROMPT, TRACE_TOKENS, TRACE_SEED, TRACE_TEMPERATURE = "ROMEO:\nO Juliet,", 19, 9, 0.7
 CANDIDATES = 12  # tokens shown with their probabilities
 LONGEST = 6  # characters that the longest of the counted contexts has, and one more
+SHARE = 40  # what the shorter context's guess weighs, in characters counted; chapter 11 explains it
 # What the command line has for each setting of the run.
 FLAGS = {
     "layers": ("model", "layers"),
@@ -69,8 +70,8 @@ def processor():
 class CountingGuesser:
     """Guesses a character from how often it followed the last `longest` ones.
 
-    What followed a context is counted, and to each count comes a share of one more character, dealt
-    out as the context shortened by one would guess: so nothing is impossible.
+    What followed a context is counted, and to these counts come SHARE more, dealt out as the
+    context shortened by one would guess: so nothing is impossible.
     """
 
     def __init__(self, texts, alphabet, longest):
@@ -92,8 +93,8 @@ class CountingGuesser:
                 for length in range(self.longest + 1):
                     if length <= place:
                         context = text[place - length : place]
-                        p += self.counts[context + character]
-                        p /= self.totals[context] + 1
+                        p = self.counts[context + character] + SHARE * p
+                        p /= self.totals[context] + SHARE
                     sums[length] -= math.log(p)
         characters = sum(map(len, texts))
         return [total / characters for total in sums]

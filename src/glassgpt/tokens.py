@@ -52,7 +52,7 @@ def split_words(text: str) -> list[str]:
     """Cut a text into GPT-2's words; joined, they are the text again.
 
     What is a letter or a digit, the Unicode version of `regex` decides.
-    Source: equal to the pattern in `encoder.py` of OpenAI's gpt-2; written as in
+    Source: equal to the pattern in `encoder.py` of OpenAI's gpt-2, with the `++` of
     OpenAI's tiktoken.
 
     Book: 02_tokens.html#words
@@ -184,15 +184,13 @@ class Tokenizer:
                 raise ValueError(f"token {symbol!r} is empty, or there twice")
 
     def __len__(self) -> int:
+        """How many ids there are: each is at least 0 and less than this."""
         return len(self._tokens)
+
+    vocab_size = property(__len__)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {len(self)} tokens, {self.special_tokens}>"
-
-    @property
-    def vocab_size(self) -> int:
-        """How many ids there are: each is at least 0 and less than this."""
-        return len(self)
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
         """The ids of a text. `allow_special` turns special tokens in it into their ids.
@@ -256,10 +254,13 @@ class Tokenizer:
         return tokenizer
 
 
+load_tokenizer = Tokenizer.load
+
+
 class CharTokenizer(Tokenizer):
     """One id for each character. Raises ValueError for characters it wasn't given.
 
-    Book: 02_tokens.html#the-character-tokenizer
+    Book: 02_tokens.html#the-tokenizers-of-the-package
     """
 
     def __init__(self, characters: Iterable[str], special_tokens: Iterable[str] = ()):
@@ -298,7 +299,7 @@ class BPETokenizer(Tokenizer):
     `merges` are pairs of ids in the order of learning; KeyError if one uses an id
     that doesn't exist before it, ValueError if two make the same token.
 
-    Book: 02_tokens.html#the-byte-pair-tokenizer
+    Book: 02_tokens.html#the-tokenizers-of-the-package
     """
 
     def __init__(self, merges: Iterable[Pair], special_tokens: Iterable[str] = END):
@@ -383,6 +384,3 @@ def _as_json(tokenizer: Tokenizer) -> dict[str, Any]:
     merges = [[symbols[left], symbols[right]] for left, right in tokenizer.merges]
     file["model"]["merges"] = merges
     return file
-
-
-load_tokenizer = Tokenizer.load

@@ -25,7 +25,7 @@ NASTY_TEXTS = (
 def check_split_words(split_words: Callable[[str], Sequence[str]]) -> None:
     """Words are cut as GPT-2 cuts them, and nothing is lost.
 
-    Book: 02_tokens.html#how-this-book-checks-itself
+    Book: 02_tokens.html#words
     """
     for text in NASTY_TEXTS:
         assert "".join(split_words(text)) == text, f"{text[:30]!r}: characters are lost"
@@ -128,3 +128,10 @@ def check_split_numbers(split_numbers: Callable[[str], Sequence[str]]) -> None:
     assert got == ["a", " ", "1", "889", " b"], f"'a 1889 b' was cut into {got}"
     got = list(split_numbers("it's 123456"))
     assert got == ["it", "'s", " ", "123", "456"], f'"it\'s 123456" was cut into {got}'
+    without = {
+        "we'll  go -- now!": ["we", "'ll", " ", " go", " --", " now", "!"],
+        "a \u2014 b\n\n c": ["a", " \u2014", " b", "\n\n", " c"],
+    }
+    for text, words in without.items():
+        got = list(split_numbers(text))
+        assert got == words, f"{text!r}, without digits, was cut into {got}"
