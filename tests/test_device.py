@@ -39,6 +39,7 @@ from glassgpt.device import (
     compiled,
     count,
     fit_memory,
+    kept_by_token,
     make_loss,
     make_plan,
     measure_flops,
@@ -552,7 +553,24 @@ def test_too_many_layers_are_refused_at_once(fast_cpu, monkeypatch):
     monkeypatch.setattr(module, "build", lambda c: made.append(c.layers) or real(c))
     with pytest.raises(ValueError, match="layers"):
         make_plan(80, device="cpu", layers=100_000_000)
-    assert made == [1, 2]
+    assert set(made) == {1, 2}
+
+
+@pytest.mark.parametrize("width", [10**9, 10**12, 10**20])
+def test_a_model_too_large_to_count_is_refused(fast_cpu, width):
+    with pytest.raises(ValueError, match="too large to count"):
+        count(GPTConfig(80, context=64, layers=4, heads=4, width=width))
+    with pytest.raises(ValueError, match="too large to count"):
+        make_plan(80, device="cpu", width=width)
+
+
+def test_the_inner_width_is_the_models_own():
+    choices = {**LLAMA_CHOICES, "context": 64, "heads": 4, "width": 128}
+    usual, same = (
+        kept_by_token(ModernConfig(80, layers=2, hidden=hidden, **choices), Machine())
+        for hidden in (None, 8 * 43)
+    )
+    assert usual == same
 
 
 def peak_of(plan):

@@ -3,7 +3,6 @@
 
 import math
 import os
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -19,24 +18,17 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
-from glassgpt.attention import causal_mask
+from glassgpt import modern
 from glassgpt.data import TokenData
 from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.heads import fused_attention
 from glassgpt.mlp import pytorch_gelu
-from glassgpt.modern import (
-    GPT2_CHOICES,
-    LLAMA_CHOICES,
-    ModernConfig,
-    MuonConfig,
-    build,
-    muon_optimizers,
-)
+from glassgpt.modern import ModernConfig, MuonConfig, build, muon_optimizers
 from glassgpt.training import Loss, TrainConfig, Trainer, make_optimizers
 
 
 def pick_device(name: str | None = None) -> torch.device:
-    """The named device, or the best one here: a GPU, Apple's, or the CPU.
+    """The named device, or the best one here: a GPU (Apple's is mps), or the CPU.
 
     Raises ValueError for a name that this machine does not have.
 
@@ -45,9 +37,8 @@ def pick_device(name: str | None = None) -> torch.device:
     best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     name = str(best) if name is None else name
     try:
-        if torch.device(name).type == "meta":
-            raise RuntimeError("it computes nothing")
-        return torch.ones(1, device=name).add_(1).device
+        (one := torch.ones(1, device=name)).add_(1).item()  # it must compute
+        return one.device
     except (RuntimeError, AssertionError) as error:
         reason = shorten(str(error) or type(error).__name__, 80, placeholder=" ...")
         raise ValueError(f"no device {name!r} (cpu, cuda, mps?): {reason}") from None
@@ -98,8 +89,9 @@ def pick_precision(device: torch.device, *shape: int) -> str:
 
 @dataclass(frozen=True)
 class Machine:
-    """What computes, and how; none of it changes what is learned, up to rounding.
+    """What computes, and how; it changes little of what is learned.
 
+    That is rounding, the steps that float16 skips, and a GPU's own dropout.
     Raises ValueError for names that don't exist.
 
     Book: 15_full_gpt.html#what-the-machine-can-do
@@ -136,20 +128,19 @@ def short_attention(
 ) -> Tensor:
     """`fused_attention` as two products around a softmax: faster for short contexts.
 
+    The kernel itself runs without gradients or with a mask.
+
     Book: 15_full_gpt.html#fused-attention
     """
-    if not torch.is_grad_enabled():
+    if mask is not None or not torch.is_grad_enabled():
         return fused_attention(queries, keys, values, mask, dropout)
     T, S = queries.shape[-2], keys.shape[-2]
     if (shared := queries.shape[-3] // keys.shape[-3]) > 1:
         keys, values = (x.repeat_interleave(shared, dim=-3) for x in (keys, values))
-    if mask is None:
-        mask = causal_mask(S, device=keys.device)[S - T :]
-    # Adding one table to all heads is cheaper than filling their scores in.
-    penalty = torch.zeros_like(mask, dtype=queries.dtype).masked_fill(~mask, -math.inf)
+    # -inf above the diagonal: adding it is cheaper than filling every head's scores in.
+    penalty = queries.new_full((T, S), -math.inf).triu(S - T + 1)
     scores = (queries / math.sqrt(queries.shape[-1])) @ keys.mT
-    weights = F.dropout((scores + penalty).softmax(dim=-1), dropout)
-    return weights @ values
+    return F.dropout((scores + penalty).softmax(dim=-1), dropout) @ values
 
 
 def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -166,20 +157,19 @@ def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         try:
             from torch._functorch import config as functorch  # private: it may change
 
-            budget = 1.0 if torch.cuda.is_available() else 0.9  # cheap ones aren't kept
-            wanted = {"activation_memory_budget": budget}
-            wanted |= {
-                "force_non_lazy_backward_lowering": True
-            }  # failures show up here
+            # On a CPU a GELU or a norm is calculated again, its result is not kept.
+            budget = 1.0 if torch.cuda.is_available() else 0.9
+            wanted: dict[str, Any] = {"activation_memory_budget": budget}
+            # What would fail in the backward pass fails here.
+            wanted["force_non_lazy_backward_lowering"] = True
             known = {k: v for k, v in wanted.items() if hasattr(functorch, k)}
+            # One process may compile more than eight models.
+            many = torch._dynamo.config.patch(recompile_limit=256)
             # PyTorch before 2.13 stores a program without its precision.
             kinds = [str(torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]
+            named = torch.compiler.config.patch(cache_key_tag=" ".join(kinds))
             fast = torch.compile(function)
-            with (
-                functorch.patch(known),
-                torch._dynamo.config.patch(recompile_limit=256),
-                torch.compiler.config.patch(cache_key_tag=" ".join(kinds)),
-            ):
+            with functorch.patch(known), many, named:
                 return fast(*inputs)
         except Exception as error:  # whatever a missing compiler raises
             fast = function
@@ -188,8 +178,7 @@ def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
             return function(*inputs)
 
     def call(*inputs: Any) -> Tensor:
-        use = (fast or first_call) if torch.is_grad_enabled() else function
-        return use(*inputs)
+        return ((fast or first_call) if torch.is_grad_enabled() else function)(*inputs)
 
     return call
 
@@ -245,10 +234,10 @@ def make_loss(model: GPT, machine: Machine) -> Loss:
     whole = compiled(plain) if machine.compile == "all" else plain
 
     # Outside: a compiled program that switches autocast can't be stored.
+    # From pinned memory a GPU fetches the batch while it computes.
     def loss(ids: Tensor, targets: Tensor) -> Tensor:
-        if cuda:
-            ids, targets = ids.pin_memory(), targets.pin_memory()
-        batch = [rows.to(device, non_blocking=cuda) for rows in (ids, targets)]
+        batch = [x.pin_memory() if cuda else x for x in (ids, targets)]
+        batch = [x.to(device, non_blocking=cuda) for x in batch]
         narrow = machine.dtype != torch.float32
         with torch.autocast(device.type, machine.dtype, enabled=narrow):
             return whole(*batch)
@@ -279,16 +268,15 @@ class ScaledTrainer(Trainer):
         if norm.isfinite():
             super().update()
         self.scaler.update()
-        hopeless = self.scaler.get_scale() < 1e-3
-        return norm if hopeless else norm.nan_to_num(0.0, 0.0)  # skipping is no error
+        # Skipping is no error, but a scale that falls on and on is.
+        return norm if self.scaler.get_scale() < 1e-3 else norm.nan_to_num(0.0, 0.0)
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        if "scaler" in state:
-            self.scaler.load_state_dict(state["scaler"])
+        self.scaler.load_state_dict(state.get("scaler", self.scaler.state_dict()))
 
 
 class _NoStart(TorchFunctionMode):
@@ -303,15 +291,22 @@ class _NoStart(TorchFunctionMode):
 def on_paper(config: GPTConfig) -> GPT:
     """A model of shapes, without memory and in no time.
 
+    Raises ValueError for shapes that are too large to count.
+
     Book: 15_full_gpt.html#the-plan
     """
-    with torch.device("meta"), _NoStart():
-        return build(config)
+    try:
+        with torch.device("meta"), _NoStart():
+            return build(config)
+    except (RuntimeError, TypeError) as error:  # beyond 64 bits
+        raise ValueError("too large to count: lower width or vocab_size") from error
 
 
 @cache
 def count(config: GPTConfig) -> tuple[int, int]:
     """Parameters and FLOPs a token of a model, from those of one layer and of two.
+
+    Raises ValueError for shapes that are too large to count.
 
     Book: 15_full_gpt.html#the-plan
     """
@@ -321,27 +316,23 @@ def count(config: GPTConfig) -> tuple[int, int]:
     return one[0] + more * (two[0] - one[0]), one[1] + more * (two[1] - one[1])
 
 
-def kept_by_token(model: GPTConfig, machine: Machine, layers: int | None = None) -> int:
-    """Bytes kept of one token for the backward pass, by all layers or by so many.
+def kept_by_token(model: GPTConfig, machine: Machine) -> int:
+    """Bytes kept of one token for the backward pass, by the blocks and the logits.
 
     Counted for these blocks; Korthikanti et al. (2022) have the same terms.
 
     Book: 15_full_gpt.html#the-plan
     """
-    C, gated = model.width, getattr(model, "activation", "gelu") == "swiglu"
-    hidden = getattr(model, "hidden", None) or (8 * C // 3 if gated else 4 * C)
-    shared = (getattr(model, "key_value_heads", None) or model.heads) / model.heads
-    each = 4 if machine.precision == "float32" else 2
-    numbers = 4 * C + 2 * shared * C + (4 if gated else 2) * hidden
-    if getattr(model, "positions", "learned") == "rotary":
-        numbers += 3 * C
-    if machine.suits_short_attention(model.context):
-        numbers += model.heads * model.context
-    rms = getattr(model, "norm", "layer") == "rms"
-    weighted = rms and getattr(model, "norm_weight", False)
+    C, block = model.width, on_paper(replace(model, layers=1)).blocks[0]
+    # What the matrices multiply, queries, keys and values, and both sides of GELU.
+    kept = 3 * C + block.attention.qkv.out_features + 2 * block.mlp.expand.out_features
+    # Rotated queries and keys are new tensors; two products keep a table for each head.
+    kept += 3 * C * (getattr(model, "positions", "learned") == "rotary")
+    kept += machine.suits_short_attention(model.context) * model.heads * model.context
+    weighted = getattr(model, "norm_weight", False) and model.norm == "rms"
     wide = 1 + getattr(model, "normalize_qk", False) + weighted  # 8 C in 32 bits
-    block = round(each * numbers + 8 * C * wide)
-    return (layers or model.layers) * block + 12 * model.vocab_size
+    block_bytes = machine.dtype.itemsize * kept + 8 * C * wide
+    return model.layers * block_bytes + 12 * model.vocab_size
 
 
 def memory_needed(model: GPTConfig, training: TrainConfig, machine: Machine) -> int:
@@ -353,15 +344,14 @@ def memory_needed(model: GPTConfig, training: TrainConfig, machine: Machine) -> 
 
     Book: 15_full_gpt.html#the-plan
     """
-    each = 16 if machine.precision == "float32" else 18
-    kept = kept_by_token(model, machine)
-    if machine.recompute:
-        kept = kept_by_token(model, machine, 1) + model.layers * 4 * model.width
+    again, each = machine.recompute, 16 if machine.precision == "float32" else 18
+    part = replace(model, layers=1) if again else model
+    kept = kept_by_token(part, machine) + again * 4 * model.layers * model.width
     tokens = -(-training.batch_size // training.accumulate) * model.context
     return each * count(model)[0] + tokens * kept
 
 
-# FLOP a second of dense 16-bit matrix products, from the makers' data sheets.
+# FLOP a second of 16-bit matrix products, from the makers' data sheets.
 DATA_SHEETS = {"T4": 65e12, "V100": 125e12, "V100 PCIE": 112e12, "L4": 121e12}
 DATA_SHEETS |= {"A100": 312e12, "H100": 989e12, "H100 PCIe": 756e12}
 DATA_SHEETS |= {"H100 NVL": 835e12, "H200": 989e12, "H200 NVL": 835e12}
@@ -377,7 +367,7 @@ def peak_flops(machine: Machine, *shape: int) -> float:
     device = torch.device(machine.device)
     if device.type == "cuda":
         shape = (8192, 4096)
-        words = set(re.split(r"[\s-]", torch.cuda.get_device_name(device)))
+        words = set(torch.cuda.get_device_name(device).replace("-", " ").split())
         fitting = [name for name in DATA_SHEETS if set(name.split()) <= words]
         if fitting and "MIG" not in words and machine.precision != "float32":
             return DATA_SHEETS[max(fitting, key=len)]  # the longest name says most
@@ -411,19 +401,18 @@ class Plan:
         """About how long the run will take, evaluations included.
 
         On a CPU the products at their measured speed, and 1.2 nanoseconds for each byte
-        that is kept, shared by the threads: so it was measured. Of a GPU's data sheet
-        a third is assumed.
+        that is kept, as measured on one thread; with more we assume that they share
+        it. Of a GPU's data sheet a third is assumed.
         """
-        m, t, threads = self.model, self.training, torch.get_num_threads()
+        m, t, on = self.model, self.training, self.machine
         looks = t.steps // t.evaluate_every * t.evaluation_crops * m.context
-        again = 4 / 3 if self.machine.recompute else 1
-        work = (self.tokens * again + looks / 3) * count(m)[1]
+        work = (self.tokens * (1 + on.recompute / 3) + looks / 3) * count(m)[1]
         if isinstance(t, MuonConfig):  # its products, 4 rounds a step
             work += t.steps * 176 * m.layers * m.width**3
-        if self.machine.device.startswith("cuda"):
+        if on.device.startswith("cuda"):
             return 3 * work / self.peak_flops
-        kept = self.tokens * kept_by_token(m, self.machine)
-        return work / self.peak_flops + 1.2e-9 * kept / threads
+        kept = self.tokens * kept_by_token(m, on)
+        return work / self.peak_flops + 1.2e-9 * kept / torch.get_num_threads()
 
     @property
     def memory(self) -> int:
@@ -433,11 +422,9 @@ class Plan:
     def trainer(self, data: TokenData, model: GPT | None = None) -> Trainer:
         """A trainer for data; model: one that has learned before."""
         training, machine = self.training, self.machine
-        if model is None:
-            with torch.random.fork_rng():
-                torch.manual_seed(training.seed)
-                model = build(self.model)
-        model.to(machine.device)
+        with torch.random.fork_rng():
+            torch.manual_seed(training.seed)
+            model = (model or build(self.model)).to(machine.device)
         optimizers = make_optimizers(model, training)
         if isinstance(training, MuonConfig):
             optimizers = muon_optimizers(model, training, machine.dtype)
@@ -446,19 +433,18 @@ class Plan:
 
     def describe(self) -> str:
         """The plan in a few lines, for people."""
-        m, t, machine = self.model, self.training, self.machine
+        m, t, on = self.model, self.training, self.machine
         rates = f"adamw, rate {t.learning_rate:.2g}"
         if isinstance(t, MuonConfig):
             rates = f"muon, rate {t.matrix_learning_rate:.2g} ({rates})"
-        how = f"{machine.precision}, compile {machine.compile}"
-        how += ", activations recomputed" * machine.recompute
+        how = f"{on.precision}, compile {on.compile}{', recomputed' * on.recompute}"
         parts = f" in {t.accumulate} parts" * (t.accumulate > 1)
         return f"""\
 model   {count(m)[0] / 1e6:.2f} M parameters: {m.layers} layers, {m.heads} heads, \
 width {m.width}, context {m.context}
 run     {t.steps:,} steps, {self.tokens / 1e6:.1f} M tokens, {self.flops:.1e} FLOPs
 recipe  {rates}, batches of {t.batch_size}{parts}
-machine {machine.device}, {how}: about {self.memory / 1e9:.2f} GB of tensors, \
+machine {on.device}, {how}: about {self.memory / 1e9:.2f} GB of tensors, \
 {timedelta(seconds=round(self.seconds))}"""
 
 
@@ -466,7 +452,7 @@ machine {machine.device}, {how}: about {self.memory / 1e9:.2f} GB of tensors, \
 SIZES = {"micro": (4, 4, 128), "mini": (6, 6, 384), "small": (12, 12, 768)}
 SIZES |= {"medium": (24, 16, 1024), "large": (36, 20, 1280), "xl": (48, 25, 1600)}
 OPTIMIZERS = {"adamw": TrainConfig, "muon": MuonConfig}
-RECIPES = {"gpt2": GPT2_CHOICES, "modern": {}, "llama": LLAMA_CHOICES}
+RECIPES = {"gpt2": modern.GPT2_CHOICES, "modern": {}, "llama": modern.LLAMA_CHOICES}
 
 
 def memory_of(device: torch.device) -> int | None:
@@ -476,12 +462,11 @@ def memory_of(device: torch.device) -> int | None:
     """
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):
-        return None  # Windows
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    there = "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {})  # not on Windows
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if there else None
 
 
-def fit_memory(plan: Plan, memory: int, given: set[str]) -> Plan:
+def fit_memory(plan: Plan, memory: float, given: set[str]) -> Plan:
     """Split the batch, then recompute, until a plan fits; what was given stays.
 
     Raises ValueError where nothing fits.
@@ -550,23 +535,22 @@ def make_plan(
     chosen, given = pick_device(device), set(values)
     suited = preset(chosen)
     best = "muon" if chosen.type != "cuda" or recipe == "modern" else "adamw"
-    optimizer, usual = values.pop("optimizer", best), suited.pop("size")
-    size = usual if size is None else size
+    optimizer = values.pop("optimizer", best)
+    size = suited["size"] if size is None else size
     for value, known in ((size, SIZES), (recipe, RECIPES), (optimizer, OPTIMIZERS)):
         if value not in known:
             raise ValueError(f"{value!r} is none of {', '.join(known)}")
     sizes = dict(zip(("layers", "heads", "width"), SIZES[size], strict=True))
     values = {**suited, **sizes, **RECIPES[recipe], **values, "device": str(chosen)}
-    single = given & (names(ModernConfig) - names(GPTConfig))
-    kind, training_kind = GPTConfig, OPTIMIZERS[optimizer]
-    if single or recipe != "gpt2":
-        kind = ModernConfig
-    if unknown := given - {"optimizer"} - names(kind, training_kind, Machine):
-        where = f"{kind.__name__}, {training_kind.__name__} and Machine"
+    changed = recipe != "gpt2" or given & (names(ModernConfig) - names(GPTConfig))
+    kinds = ModernConfig if changed else GPTConfig, OPTIMIZERS[optimizer], Machine
+    if unknown := given - {"optimizer"} - names(*kinds):
+        where = ", ".join(kind.__name__ for kind in kinds)
         raise ValueError(f"no {', '.join(sorted(unknown))} in {where}")
-    model = take(kind, {"vocab_size": vocab_size, **values})
+    model = take(kinds[0], {"vocab_size": vocab_size, **values})
+    count(model)  # refuses what can't be counted
     rate = {"adamw": 0.4, "muon": 0.8}[optimizer] / model.width
-    training = take(training_kind, {"learning_rate": rate, **values})
+    training = take(kinds[1], {"learning_rate": rate, **values})
     if "warmup" not in given:
         training = replace(training, warmup=min(50, training.steps // 10))
     # Larger products than these are no faster.
@@ -576,8 +560,7 @@ def make_plan(
     machine = take(Machine, values)
     plan = Plan(model, training, machine, peak_flops(machine, *shape))
     if "compile" not in given and chosen.type in ("cpu", "cuda") and plan.seconds > 120:
-        whole = chosen.type == "cuda" or plan.seconds > 600  # it takes longer to begin
-        machine = replace(machine, compile="all" if whole else "blocks")
-        plan = replace(plan, machine=machine)
-    memory = memory_of(chosen)
-    return fit_memory(plan, int(0.85 * memory), given) if memory else plan
+        # To compile the whole model takes longer.
+        scope = "all" if chosen.type == "cuda" or plan.seconds > 600 else "blocks"
+        plan = replace(plan, machine=replace(machine, compile=scope))
+    return fit_memory(plan, 0.85 * (memory_of(chosen) or math.inf), given)

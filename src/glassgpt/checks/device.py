@@ -84,9 +84,11 @@ def check_days(days: Callable[[float, float, float, float], float]) -> None:
         found = days(N, tokens, peak, utilization)
         mistakes = [
             (wanted / 3, "2 N is the forward pass: backward costs twice that on top"),
+            (wanted * 4 / 6, "4 N is the backward pass: forward costs 2 N more"),
             (wanted * utilization, "the utilization is missing"),
             (wanted * utilization**2, "divide by the utilization: less use, more days"),
             (wanted * 24, "these are hours"),
+            (wanted * 60, "a day has 86,400 seconds"),
             (wanted * 86_400, "these are seconds"),
         ]
         for value, mistake in mistakes:
