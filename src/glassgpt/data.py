@@ -199,12 +199,21 @@ class FileDocument(Document):
         cut += block.find(b"\n", 0, late) + 1 or inside
         return replace(self, end=cut), replace(self, start=cut)
 
+    def _line(self, line: bytes) -> str:
+        content = json.loads(line) if line else {"text": ""}
+        text = content.get("text") if isinstance(content, dict) else None
+        if not isinstance(text, str):
+            raise ValueError('the line is no {"text": "..."}')
+        text.encode()  # half a character is refused here
+        if "\0" in text:
+            raise ValueError("it has a null character")
+        return text
+
     def _texts(self) -> Iterator[str]:
         with open(self.path, "rb") as file:
             file.seek(self.start)
             if self.path.suffix == ".jsonl":
-                line = file.read(self.end - self.start).strip()
-                yield json.loads(line)["text"] if line else ""
+                yield self._line(file.read(self.end - self.start).strip())
                 return
             decode = codecs.getincrementaldecoder("utf-8-sig")().decode
             while block := file.read(min(PIECE, self.end - file.tell())):
