@@ -60,14 +60,11 @@ def _check_settings(config: TrainConfig) -> None:
             wanted = "a whole number of 64 bits" if kind is int else "a finite number"
             raise ValueError(f"{name} must be {sign} and {wanted}, not {value!r}")
     if config.accumulate > config.batch_size:
-        raise ValueError(
-            "accumulate can't exceed batch_size: a part has a crop or more"
-        )
+        raise ValueError("accumulate can't exceed batch_size: no part is empty")
     if config.final_rate > 1:
         raise ValueError(f"final_rate is a share, 0 to 1, not {config.final_rate}")
     if config.schedule not in ("cosine", "linear", "stable"):
-        kinds = "cosine, linear or stable"
-        raise ValueError(f"schedule is {kinds}, not {config.schedule!r}")
+        raise ValueError("schedule must be cosine, linear or stable")
 
 
 def rate_at(step: int, config: TrainConfig) -> float:
@@ -77,13 +74,10 @@ def rate_at(step: int, config: TrainConfig) -> float:
     """
     if step < config.warmup:
         return (step + 1) / config.warmup
-    done = (step - config.warmup) / max(config.steps - config.warmup, 1)
-    shapes = {
-        "cosine": 0.5 * (1 + math.cos(math.pi * done)),
-        "linear": 1 - done,
-        "stable": min(1.0, (1 - done) / 0.2),
-    }
-    return config.final_rate + (1 - config.final_rate) * shapes[config.schedule]
+    left = 1 - (step - config.warmup) / max(config.steps - config.warmup, 1)
+    cosine = 0.5 * (1 + math.cos(math.pi * (1 - left)))
+    falls = {"cosine": cosine, "linear": left, "stable": min(1.0, left / 0.2)}
+    return config.final_rate + (1 - config.final_rate) * falls[config.schedule]
 
 
 def make_optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
@@ -132,10 +126,8 @@ def evaluate(
     """
     loss, losses = loss or token_loss(model), []
     with in_mode(model, training=False):
-        for ids, targets in tokens.fixed_batches(
-            crops, model.config.context, batch_size
-        ):
-            losses += [loss(ids, targets).item()] * len(ids)
+        for batch in tokens.fixed_batches(crops, model.config.context, batch_size):
+            losses += [loss(*batch).item()] * len(batch[0])
     return sum(losses) / len(losses)
 
 
@@ -213,8 +205,7 @@ class Trainer:
         seed = (c.seed, self.step)
         if not self.unread:
             self.began = time.perf_counter()
-        self.model.train()
-        self.model.zero_grad()
+        self.model.train().zero_grad()
         with random_numbers((*seed, 1), self.device):
             batch = self.data.train.random_batch(c.batch_size, context, seed)
             total = torch.zeros((), device=self.device)
@@ -275,14 +266,10 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """Everything that a step changes. As in PyTorch, tensors are not copied."""
         self.read_losses()
-        return {
-            "model": dict(self.model.named_parameters()),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "step": self.step,
-            "seconds": self.seconds,
-            "records": self.records,
-            "recent": self.recent,
-        }
+        state = {"step": self.step, "seconds": self.seconds, "records": self.records}
+        state |= {"recent": self.recent, "model": dict(self.model.named_parameters())}
+        state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
+        return state
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -132,9 +132,7 @@ def _gradient(step: Callable[[nn.Module, list], None], parts: list) -> Tensor:
 
     def count_rows(_: nn.Module, inputs: tuple[Tensor]) -> None:
         assert len(inputs[0]) <= most, "the model got more rows at once than a part has"
-        assert not held, (
-            "two parts are held at once: call backward before the next part"
-        )
+        assert not held, "two parts are held at once: call backward between them"
 
     def hold(_: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
         if output.requires_grad:
