@@ -13,12 +13,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
 from tqdm.auto import tqdm
 
 from glassgpt.data import TokenData, Tokens
 from glassgpt.gpt import GPT
-
-_LEAST = {"warmup": 0, "final_rate": 0, "weight_decay": 0, "seed": 0}
 
 
 @dataclass(frozen=True)
@@ -46,22 +45,26 @@ class TrainConfig:
     seed: int = 0  # of the weights, the batches and dropout
 
     def __post_init__(self) -> None:
-        numbers = [field for field in fields(self) if field.type in (int, float)]
-        for kind, name in ((field.type, field.name) for field in numbers):
-            value = getattr(self, name)
-            least = _LEAST.get(name, 1 if kind is int else 1e-12)
-            if type(value) not in (int, kind) or not least <= value < 1 << 63:
-                wanted = "a whole number" if kind is int else "a number"
-                due = f"{wanted} from {least} up"
-                raise ValueError(f"{name} must be {due}, not {value!r}")
-        if self.accumulate > self.batch_size:
-            parts = f"accumulate={self.accumulate} parts"
-            raise ValueError(f"{self.batch_size} crops can't be cut into {parts}")
-        if self.final_rate > 1:
-            raise ValueError(f"final_rate is a share, 0 to 1, not {self.final_rate}")
-        if self.schedule not in ("cosine", "linear", "stable"):
-            kinds = "cosine, linear or stable"
-            raise ValueError(f"schedule is {kinds}, not {self.schedule!r}")
+        _check_settings(self)
+
+
+def _check_settings(config: TrainConfig) -> None:
+    """Raise ValueError for impossible values."""
+    may_be_zero = ("warmup", "final_rate", "weight_decay", "seed")
+    for field in (field for field in fields(config) if field.type in (int, float)):
+        name, kind, value = field.name, field.type, getattr(config, field.name)
+        most = 1 << 63 if kind is int else math.inf
+        number = type(value) in (int, kind) and 0 <= value < most
+        if not number or (value == 0 and name not in may_be_zero):
+            sign = "0 or more" if name in may_be_zero else "above 0"
+            wanted = "a whole number of 64 bits" if kind is int else "a finite number"
+            raise ValueError(f"{name} must be {sign} and {wanted}, not {value!r}")
+    if config.accumulate > config.batch_size:
+        raise ValueError("accumulate can't exceed batch_size: no part is empty")
+    if config.final_rate > 1:
+        raise ValueError(f"final_rate is a share, 0 to 1, not {config.final_rate}")
+    if config.schedule not in ("cosine", "linear", "stable"):
+        raise ValueError("schedule must be cosine, linear or stable")
 
 
 def rate_at(step: int, config: TrainConfig) -> float:
@@ -71,18 +74,13 @@ def rate_at(step: int, config: TrainConfig) -> float:
     """
     if step < config.warmup:
         return (step + 1) / config.warmup
-    done = (step - config.warmup) / max(config.steps - config.warmup, 1)
-    shapes = {
-        "cosine": 0.5 * (1 + math.cos(math.pi * done)),
-        "linear": 1 - done,
-        "stable": min(1.0, (1 - done) / 0.2),
-    }
-    return config.final_rate + (1 - config.final_rate) * shapes[config.schedule]
+    left = 1 - (step - config.warmup) / max(config.steps - config.warmup, 1)
+    cosine = 0.5 * (1 + math.cos(math.pi * (1 - left)))
+    falls = {"cosine": cosine, "linear": left, "stable": min(1.0, left / 0.2)}
+    return config.final_rate + (1 - config.final_rate) * falls[config.schedule]
 
 
-def make_optimizers(
-    model: nn.Module, config: TrainConfig
-) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
     """AdamW, with decay on matrices and tables. Source: Loshchilov and Hutter.
 
     Book: 12_training.html#what-decays
@@ -91,7 +89,7 @@ def make_optimizers(
     vectors = [p for p in model.parameters() if p.dim() < 2]
     decaying = {"params": matrices, "weight_decay": config.weight_decay}
     groups = [decaying, {"params": vectors, "weight_decay": 0.0}]
-    return [torch.optim.AdamW(groups, config.learning_rate, (0.9, 0.99), fused=True)]
+    return [AdamW(groups, config.learning_rate, (0.9, 0.99), fused=True)]
 
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # of ids and targets (B, T)
@@ -126,13 +124,11 @@ def evaluate(
 
     Book: 12_training.html#a-fair-evaluation
     """
-    loss, total, count = loss or token_loss(model), 0.0, 0
-    context = model.config.context
+    loss, losses = loss or token_loss(model), []
     with in_mode(model, training=False):
-        for ids, targets in tokens.fixed_batches(crops, context, batch_size):
-            total += loss(ids, targets).item() * len(ids)
-            count += len(ids)
-    return total / count
+        for batch in tokens.fixed_batches(crops, model.config.context, batch_size):
+            losses += [loss(*batch).item()] * len(batch[0])
+    return sum(losses) / len(losses)
 
 
 @contextmanager
@@ -150,32 +146,26 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
             part.training = mode
 
 
-def train(
-    trainer: "Trainer",
-    after_step: Callable[["Trainer"], bool | None] | None = None,
-    progress: bool = True,
-) -> list[dict[str, float]]:
-    """Train to the end, evaluate on the way, and return the records.
-
-    after_step: called after each step (and its evaluation); True ends the training.
-    Raises FloatingPointError when the loss is no longer a number.
+def check_fit(model: GPT, data: TokenData, config: TrainConfig) -> None:
+    """Raise TypeError or ValueError for what can't be trained together.
 
     Book: 12_training.html#the-loop
     """
-    steps, every = trainer.config.steps, trainer.config.evaluate_every
-    bar = tqdm(total=steps, initial=trainer.step, disable=not progress, unit="step")
-    stop = False
-    with bar, in_mode(trainer.model, training=True):
-        while trainer.step < steps and not stop:
-            trainer.take_step()
-            bar.update()
-            due = trainer.step % every == 0 or trainer.step == steps
-            if due or len(trainer.unread) >= 10:  # reading waits for the device
-                bar.set_postfix(loss=f"{trainer.read_losses():.3f}")
-            if due:
-                trainer.evaluate()
-            stop = bool(after_step and after_step(trainer))
-    return trainer.records
+    if not isinstance(data, TokenData):
+        raise TypeError("data must be a TokenData: take what `tokenize` returns")
+    if not isinstance(config, TrainConfig):
+        raise TypeError("config must be a TrainConfig")
+    matrices = [p for p in model.blocks.parameters() if p.dim() > 1]
+    if not matrices or not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("this is a model without weights that can be trained")
+    if (ids := data.vocab_size) > (known := model.config.vocab_size):
+        raise ValueError(f"the data has {ids} token ids, the model only knows {known}")
+    data.check_context(model.config.context)
+
+
+def _require_finite(loss: float, what: str) -> None:
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"{what} is not finite: lower the learning rate")
 
 
 class Trainer:
@@ -196,19 +186,15 @@ class Trainer:
         model: GPT,
         data: TokenData,
         config: TrainConfig,
-        optimizers: Sequence[torch.optim.Optimizer] | None = None,
+        optimizers: Sequence[Optimizer] | None = None,
         loss: Loss | None = None,
     ):
         check_fit(model, data, config)
         self.model, self.data, self.config = model, data, config
         self.optimizers = list(optimizers or make_optimizers(model, config))
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group.setdefault("initial_lr", group["lr"])
         self.loss = loss or token_loss(model)
         self.device = next(model.parameters()).device
-        self.step, self.seconds, self.began = 0, 0.0, 0.0
-        self.last_loss = math.nan
+        self.step, self.seconds, self.last_loss = 0, 0.0, math.nan
         self.records: list[dict[str, float]] = []
         self.recent: list[float] = []  # the losses since the last record
         self.unread: list[Tensor] = []  # and those that are still on the device
@@ -216,22 +202,18 @@ class Trainer:
     def take_step(self) -> None:
         """Learn from one batch, which seed and step decide."""
         c, context = self.config, self.model.config.context
+        seed = (c.seed, self.step)
         if not self.unread:
             self.began = time.perf_counter()
-        if not self.model.training:
-            self.model.train()
-        self.model.zero_grad()
-        with random_numbers((c.seed, self.step, 1), self.device):
-            seed = (c.seed, self.step)
-            ids, targets = self.data.train.random_batch(c.batch_size, context, seed)
+        self.model.train().zero_grad()
+        with random_numbers((*seed, 1), self.device):
+            batch = self.data.train.random_batch(c.batch_size, context, seed)
             total = torch.zeros((), device=self.device)
-            parts = ids.chunk(c.accumulate), targets.chunk(c.accumulate)
-            for part in zip(*parts, strict=True):
+            for part in zip(*(rows.chunk(c.accumulate) for rows in batch), strict=True):
                 loss = self.loss(*part) * (len(part[0]) / c.batch_size)
                 self.backward(loss)
                 total += loss.detach()
-            norm = self.update()
-        self.unread.append(total + 0 * norm)  # nan where the gradient is
+            self.unread.append(total + 0 * self.update())  # nan where the gradient is
         self.step += 1
 
     def backward(self, loss: Tensor) -> None:
@@ -244,7 +226,8 @@ class Trainer:
         share = rate_at(self.step, self.config)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = share * group["initial_lr"]
+                # The highest rate; "lr" is set anew at each step.
+                group["lr"] = share * group.setdefault("initial_lr", group["lr"])
             optimizer.step()
         return norm
 
@@ -258,20 +241,16 @@ class Trainer:
             self.seconds += time.perf_counter() - self.began
             self.unread, self.last_loss = [], self.recent[-1]
         for step, loss in enumerate(self.recent, self.step - len(self.recent) + 1):
-            if not math.isfinite(loss):
-                what = f"the loss or its gradient at step {step} is not finite"
-                raise FloatingPointError(f"{what}: lower the learning rate")
+            _require_finite(loss, f"the loss or its gradient at step {step}")
         return self.last_loss
 
     def evaluate(self) -> dict[str, float]:
         """Measure the model on held-out text, and add a record of all steps since."""
         self.read_losses()
         c, held_out = self.config, self.data.validation
-        part = -(-c.batch_size // c.accumulate)
+        part = -(-c.batch_size // c.accumulate)  # rounded up
         loss = evaluate(self.model, held_out, c.evaluation_crops, part, self.loss)
-        if not math.isfinite(loss):
-            what = f"the validation loss at step {self.step}"
-            raise FloatingPointError(f"{what} is {loss}: lower the learning rate")
+        _require_finite(loss, f"the validation loss at step {self.step}")
         record = {"step": self.step, "validation_loss": loss, "seconds": self.seconds}
         if held_out.characters:
             record["nats_per_character"] = loss * len(held_out) / held_out.characters
@@ -287,14 +266,10 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """Everything that a step changes. As in PyTorch, tensors are not copied."""
         self.read_losses()
-        return {
-            "model": dict(self.model.named_parameters()),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "step": self.step,
-            "seconds": self.seconds,
-            "records": self.records,
-            "recent": self.recent,
-        }
+        state = {"step": self.step, "seconds": self.seconds, "records": self.records}
+        state |= {"recent": self.recent, "model": dict(self.model.named_parameters())}
+        state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
+        return state
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -323,20 +298,29 @@ def random_numbers(seed: Sequence[int], device: torch.device) -> Iterator[None]:
         yield
 
 
-def check_fit(model: GPT, data: TokenData, config: TrainConfig) -> None:
-    """Raise TypeError or ValueError for what can't be trained together.
+def train(
+    trainer: Trainer,
+    after_step: Callable[[Trainer], bool | None] | None = None,
+    progress: bool = True,
+) -> list[dict[str, float]]:
+    """Train to the end, evaluate on the way, and return the records.
+
+    after_step: called after each step (and its evaluation); True ends the training.
+    Raises FloatingPointError when the loss is no longer a number.
 
     Book: 12_training.html#the-loop
     """
-    if not isinstance(data, TokenData):
-        raise TypeError("data must be a TokenData: take what `tokenize` returns")
-    if not isinstance(config, TrainConfig):
-        raise TypeError("config must be a TrainConfig, such as the training of a plan")
-    if not any(parameter.dim() > 1 for parameter in model.blocks.parameters()):
-        raise ValueError("a lighter model can't be trained: train the one it is from")
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError("nothing can be learned: no parameter has requires_grad")
-    if data.vocab_size > (known := model.config.vocab_size):
-        found = f"the data has {data.vocab_size} token ids"
-        raise ValueError(f"{found}, the model only knows {known}")
-    data.check_context(model.config.context)
+    steps, every = trainer.config.steps, trainer.config.evaluate_every
+    bar = tqdm(total=steps, initial=trainer.step, disable=not progress, unit="step")
+    with bar, in_mode(trainer.model, training=True):
+        while trainer.step < steps:
+            trainer.take_step()
+            bar.update()
+            due = trainer.step % every == 0 or trainer.step == steps
+            if due or len(trainer.unread) >= 10:  # reading waits for the device
+                bar.set_postfix(loss=f"{trainer.read_losses():.3f}")
+            if due:
+                trainer.evaluate()
+            if after_step and after_step(trainer):
+                break
+    return trainer.records

@@ -128,10 +128,19 @@ def _gradient(step: Callable[[nn.Module, list], None], parts: list) -> Tensor:
         model = nn.Linear(3, 4, bias=False).double()
     before, most = model.weight.detach().clone(), max(len(x) for x, _ in parts)
 
+    held: list[Tensor] = []  # what the model returned and no backward has reached
+
     def count_rows(_: nn.Module, inputs: tuple[Tensor]) -> None:
         assert len(inputs[0]) <= most, "the model got more rows at once than a part has"
+        assert not held, "two parts are held at once: call backward between them"
+
+    def hold(_: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        if output.requires_grad:
+            held.append(output)
+            output.register_hook(lambda _: held.clear())
 
     model.register_forward_pre_hook(count_rows)
+    model.register_forward_hook(hold)
     given = [(x.clone(), y.clone()) for x, y in parts]
     step(model, given)
     for (x, y), (x_after, y_after) in zip(parts, given, strict=True):
@@ -200,15 +209,15 @@ def check_evaluate(evaluate: Callable[[GPT, Tokens, int, int], float]) -> None:
         model = GPT(GPTConfig(7, context=4, layers=1, heads=1, width=8, dropout=0.5))
         for parameter in model.parameters():
             nn.init.normal_(parameter, std=0.5)
-        found = [evaluate(model.train(), tokens, 8, size) for size in (8, 8, 2, 3)]
+        found = [evaluate(model.train(), tokens, 7, size) for size in (8, 8, 1, 3)]
         assert found[0] == found[1], (
             "judged twice, the same model gets two losses: is dropout off, and are the "
             "crops the same?"
         )
         assert model.training, "the model was in training mode before and is not now"
-        evaluate(model.eval(), tokens, 8, 8)
+        evaluate(model.eval(), tokens, 7, 8)
         assert not model.training, "training mode was switched on"
-        (batch,) = tokens.fixed_batches(8, 4, 8)
+        (batch,) = tokens.fixed_batches(7, 4, 8)
         logits = model(batch[0]).flatten(0, 1)
         wanted = F.cross_entropy(logits, batch[1].flatten()).item()
     assert abs(found[0] - wanted) < 1e-4, (
@@ -222,7 +231,7 @@ def check_evaluate(evaluate: Callable[[GPT, Tokens, int, int], float]) -> None:
     )
     model.train().norm.forward = None  # an error on the way
     try:
-        evaluate(model, tokens, 8, 8)
+        evaluate(model, tokens, 7, 8)
     except TypeError:
         assert model.training, "after an error the model stays in another mode"
 
@@ -302,6 +311,10 @@ def check_clipping(clip: Callable[[list[Tensor], float], list[Tensor]]) -> None:
     assert torch.equal(flat(given), flat(long)), "the gradients given were changed"
     assert not torch.allclose(found, flat([part / part.norm() for part in long])), (
         "each tensor was shortened by itself: the gradient is all of them together"
+    )
+    norms = sum(part.norm().item() for part in long)
+    assert not torch.allclose(found, flat(long) / norms, atol=1e-5), (
+        "divided by the sum of the norms: take one root of the sum of all squares"
     )
     assert not torch.allclose(found, flat(long).clamp(-1, 1)), (
         "each number was cut off at the limit: that turns the gradient"
