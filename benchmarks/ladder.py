@@ -6,8 +6,8 @@
 Every rung trains the same sizes on the plays, characters, with the same batches and
 number of steps, in 32 bits and without compiling. Its learning rate is its own: rates
 that double from one to the next are tried with the first seed until the best one has a
-worse one on both sides, and the other seeds are run with the best. A branch takes one
-rung as it is and changes one thing. `--write` puts the numbers into
+worse one on both sides, and the other seeds are run with the best. A branch starts from
+one rung and is left. `--write` puts the numbers into
 book/runs/ladder.json, from which chapter 14 draws, and a table into README.md.
 """
 
@@ -45,7 +45,7 @@ CHANGES: dict[str, dict[str, Any]] = {  # each rung keeps those above it
     "own head": {"tied": False},
     "Muon": {"optimizer": "muon"},
 }
-BRANCHES: dict[str, tuple[str, dict[str, Any]]] = {  # from a rung, one thing changed
+BRANCHES: dict[str, tuple[str, dict[str, Any]]] = {  # from a rung, changed
     "SwiGLU": ("squared ReLU", {"activation": "swiglu"}),
     "one key-value head for two": ("squared ReLU", {"key_value_heads": 2}),
     "Llama, AdamW": ("GPT-2, AdamW", {**LLAMA_CHOICES, **{
@@ -53,6 +53,8 @@ BRANCHES: dict[str, tuple[str, dict[str, Any]]] = {  # from a rung, one thing ch
     "GPT-2, Muon": ("GPT-2, AdamW", {"optimizer": "muon"}),
     "Muon, tied head": ("Muon", {"tied": True}),
     "one key-value head for four": ("squared ReLU", {"key_value_heads": 1}),
+    "own head, started like the rest": ("zero projections", {
+        "tied": False, "random_head": True}),
 }  # fmt: skip
 
 
@@ -75,8 +77,11 @@ def one_run(
     """Train once. rate: of AdamW; Muon's own is 3.2 times as high."""
     model_values = dict(choices)
     muon = model_values.pop("optimizer", "adamw") == "muon"
+    random_head = model_values.pop("random_head", False)
     torch.manual_seed(seed)
     model = ModernGPT(ModernConfig(data.vocab_size, **SIZES, **model_values))
+    if random_head:
+        torch.nn.init.normal_(model.head.weight, std=0.02)
     values = {
         "steps": steps,
         "batch_size": BATCH,
@@ -124,7 +129,7 @@ class Ladder:
         run = one_run(self.data, choices, rate, self.steps, seed)
         runs.append(run)
         self.path.write_text(json.dumps(self.runs))
-        print(f"{name:30} rate {rate:.5f} seed {seed} {run['loss']:.4f}"
+        print(f"{name:32} rate {rate:.5f} seed {seed} {run['loss']:.4f}"
               f" {run['seconds']:4} s", flush=True)  # fmt: skip
         return run["loss"]
 
@@ -182,8 +187,8 @@ def write(ladder: Ladder, steps: int) -> None:
         f"{SIZES['context']} characters of the plays: the mean of {len(SEEDS)} seeds "
         "at the best of at least three learning rates, and the lowest and highest of "
         f"them. {here['date']}, {here['processor']}, one thread, torch "
-        f"{here['torch']}. Each rung keeps the changes above it; a branch changes one "
-        "thing of the rung it names.",
+        f"{here['torch']}. Each rung keeps the changes above it; a branch starts from "
+        "the rung it names.",
         "",
         "| change | best rate | loss | lowest to highest |",
         "| --- | ---: | ---: | ---: |",

@@ -366,7 +366,7 @@ def test_squared_relu_is_the_square_of_relu():
         ({"key_value_heads": 0}, "key_value_heads must be a positive whole"),
         ({"heads": 4, "key_value_heads": 3}, "4 heads can't share 3 key-value heads"),
         ({"heads": 2, "key_value_heads": 4}, "2 heads can't share 4 key-value heads"),
-        ({"width": 6}, "even width, not 3"),
+        ({"width": 6}, "even head width: 3"),
         ({"layers": 0}, "layers must be a whole number"),
     ],
 )
@@ -574,6 +574,12 @@ def test_pooled_heads_that_were_equal_already_change_nothing():
              -weight, heads, groups), "the queries changed"),
         (checks.check_reorder, lambda x: x, "nothing moved"),
         (checks.check_reorder, lambda x: x[..., [0, 2, 4, 6, 1, 3, 5, 5]], "lost"),
+        (checks.check_reorder,
+         lambda x: x[..., [0, 2, 4, 6, 1, 3, 5, 7]], "the shape (2, 3, 5, 12)"),
+        (checks.check_reorder,
+         lambda x: torch.cat((x[:, 0::2], x[:, 1::2]), 1), "nothing moved"),
+        (checks.check_reorder,
+         lambda x: x.unflatten(-1, (4, -1)).mT.flatten(-2), "pair 0 is made of"),
     ],
 )  # fmt: skip
 def test_checks_name_the_mistake(check, wrong, message, capsys):

@@ -2,7 +2,6 @@
 """What came after GPT-2: the same model, its parts exchanged one by one."""
 
 import math
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +29,7 @@ def rotary_tables(
 
     Book: 14_after_gpt2.html#the-functions
     """
-    # In 32 bits the angle at position 10,000 is off by 0.0005. Apple's GPUs have no 64.
+    # In 32 bits angles at position 10,000 are off by ten-thousandths; mps has no 64.
     exact = torch.float32 if positions.device.type == "mps" else torch.float64
     columns = torch.arange(0, head_width, 2, dtype=exact, device=positions.device)
     angles = positions[..., None] * base ** (-columns / head_width)
@@ -58,7 +57,7 @@ def squared_relu(x: Tensor) -> Tensor:
     Book: 14_after_gpt2.html#squared-relu-and-swiglu
     """
     positive = F.relu(x)
-    return positive * positive  # autocast on a GPU would take `square` to 32 bits
+    return positive * positive  # autocast (chapter 15) takes `square` to 32 bits
 
 
 def swiglu(x: Tensor) -> Tensor:
@@ -131,7 +130,7 @@ class ModernConfig(GPTConfig):
             raise ValueError(f"{self.heads} heads can't share {shared} evenly")
         head_width = self.width // self.heads
         if self.positions == "rotary" and head_width % 2:
-            raise ValueError(f"rotary positions need an even width, not {head_width}")
+            raise ValueError(f"rotary positions need an even head width: {head_width}")
 
 
 # What makes a ModernGPT a GPT-2 again.
@@ -154,6 +153,9 @@ LLAMA_CHOICES: dict[str, Any] = {
 }
 
 
+_Mask = Tensor | None
+
+
 def _positions_after(x: Tensor, cache: Any) -> Tensor:
     """The positions (T,) of x (B, T, ...), which follow those that a cache holds."""
     first = cache.length if cache is not None else 0
@@ -164,8 +166,7 @@ def _rotation(config: ModernConfig, positions: Tensor) -> tuple[Tensor, ...] | N
     """The rotary tables for (B, H, T, D), or None where nothing is rotated."""
     if config.positions != "rotary":
         return None
-    head_width = config.width // config.heads
-    tables = rotary_tables(positions, head_width, config.rotary_base)
+    tables = rotary_tables(positions, config.width // config.heads, config.rotary_base)
     return tuple(table.unsqueeze(-3) for table in tables)  # one for all heads
 
 
@@ -188,17 +189,12 @@ class ModernAttention(nn.Module):
         self.projection = nn.Linear(c.width, c.width, bias=c.bias)
 
     def forward(
-        self,
-        x: Tensor,
-        mask: Tensor | None = None,
-        cache: Any = None,
-        rotation: tuple[Tensor, ...] | None = None,
+        self, x: Tensor, mask: _Mask = None, cache: Any = None, rotation: Any = None
     ) -> Tensor:
         parts = self.qkv(x).split(self.widths, dim=-1)
         queries, keys, values = map(split_heads, parts, self.parts)
         if self.config.normalize_qk:
-            size = queries.shape[-1:]
-            queries, keys = F.rms_norm(queries, size), F.rms_norm(keys, size)
+            queries, keys = (F.rms_norm(p, p.shape[-1:]) for p in (queries, keys))
         if self.config.positions == "rotary":
             rotation = rotation or _rotation(self.config, _positions_after(x, cache))
             queries, keys = (apply_rotary(part, *rotation) for part in (queries, keys))
@@ -246,11 +242,7 @@ class ModernBlock(Block):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self,
-        x: Tensor,
-        mask: Tensor | None = None,
-        cache: Any = None,
-        rotation: tuple[Tensor, ...] | None = None,
+        self, x: Tensor, mask: _Mask = None, cache: Any = None, rotation: Any = None
     ) -> Tensor:
         normal = self.attention_norm(x)
         x = x + self.dropout(self.attention(normal, mask, cache, rotation))
@@ -305,11 +297,9 @@ class ModernGPT(GPT):
         """GPT-2's start, and zeros where the configuration asks for them."""
         super().initialize()
         if self.config.zero_projections:
-            for block in self.blocks:
-                block.attention.projection.weight.zero_()
-                block.mlp.projection.weight.zero_()
-            if not self.config.tied:
-                self.head.weight.zero_()
+            for name, parameter in self.named_parameters():  # no head, if it is tied
+                if name.endswith(("projection.weight", "head.weight")):
+                    parameter.zero_()
 
 
 def build(config: GPTConfig) -> GPT:
@@ -339,9 +329,7 @@ def orthogonalize(
 
     Book: 14_after_gpt2.html#singular-values-without-computing-them
     """
-    lengths = [matrix.norm().clamp(min=1e-7) for matrix in matrices]
-    pairs = zip(matrices, lengths, strict=True)
-    x = torch.stack([(matrix / length).to(dtype) for matrix, length in pairs])
+    x = torch.stack([(m / m.norm().clamp(min=1e-7)).to(dtype) for m in matrices])
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
     for done in range(0, rounds, 2):
@@ -379,10 +367,10 @@ class Muon(torch.optim.Muon):
     def step(self) -> None:
         """Move every matrix that has a gradient."""
         for group in self.param_groups:
-            shapes = defaultdict(list)
+            shapes: dict[torch.Size, list[nn.Parameter]] = {}
             for matrix in group["params"]:
                 if matrix.grad is not None:
-                    shapes[matrix.shape].append(matrix)
+                    shapes.setdefault(matrix.shape, []).append(matrix)
             for matrices in shapes.values():
                 self._move(matrices, group)
 
@@ -434,5 +422,4 @@ def muon_optimizers(
     rate, decay = config.matrix_learning_rate, config.weight_decay
     muon = Muon(matrices, rate, decay, momentum=0.9, ns_steps=4, dtype=dtype)
     options = {"betas": (0.9, 0.99), "weight_decay": 0.0, "fused": True}
-    adamw = torch.optim.AdamW(rest, config.learning_rate, **options)
-    return [muon, adamw]
+    return [muon, torch.optim.AdamW(rest, config.learning_rate, **options)]

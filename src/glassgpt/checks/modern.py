@@ -175,7 +175,10 @@ def check_squared_relu_slope(slope: Callable[[Tensor], Tensor]) -> None:
     ]
     for wrong, mistake in mistakes:
         assert not torch.allclose(found, wrong), mistake
-    assert torch.allclose(found, 2 * F.relu(z)), f"at {z.tolist()}: {found.tolist()}"
+    wanted = 2 * F.relu(z)
+    assert torch.allclose(found, wanted), (
+        f"at {z.tolist()}: {found.tolist()}, not {wanted.tolist()}"
+    )
 
 
 def check_reorder(reorder: Callable[[Tensor], Tensor]) -> None:
@@ -185,16 +188,20 @@ def check_reorder(reorder: Callable[[Tensor], Tensor]) -> None:
 
     Book: 14_after_gpt2.html#exercise-2-from-one-convention-to-the-other
     """
-    got = reorder(torch.arange(8.0).expand(2, 8))
-    assert got.shape == (2, 8), f"the shape changed to {tuple(got.shape)}"
-    moved = got[0].int().tolist()
-    assert sorted(moved) == list(range(8)), f"columns were lost or repeated: {moved}"
-    pairs = [(moved[i], moved[i + 4]) for i in range(4)]
-    assert pairs[0] != (0, 4), f"nothing moved together: the pairs are now {pairs}"
-    for i, pair in enumerate(pairs):
-        assert pair == (2 * i, 2 * i + 1), (
-            f"pair {i} is made of columns {pair}, not {(2 * i, 2 * i + 1)}"
+    for shape in ((2, 8), (2, 3, 5, 12)):
+        width = shape[-1]
+        got = reorder(torch.arange(float(width)).expand(shape))
+        assert got.shape == shape, f"the shape {shape} changed to {tuple(got.shape)}"
+        moved = got.flatten(0, -2)[0].int().tolist()
+        lost = f"columns were lost or repeated: {moved}"
+        assert sorted(moved) == list(range(width)), lost
+        pairs = list(zip(moved[: width // 2], moved[width // 2 :], strict=True))
+        assert pairs[0] != (0, width // 2), (
+            f"nothing moved together: the pairs are now {pairs}"
         )
+        for i, pair in enumerate(pairs):
+            wanted = (2 * i, 2 * i + 1)
+            assert pair == wanted, f"pair {i} is made of columns {pair}, not {wanted}"
 
 
 def check_pool(pool: Callable[[Tensor, int, int], Tensor]) -> None:
