@@ -42,7 +42,7 @@ class Int8Product:
     Book: 21_speed.html#a-light-layer
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype):
+    def __init__(self, weight: Tensor, bias: Tensor):
         # In pieces, so that no large copy is made on the way.
         pieces = [round_rows(part.float()) for part in weight.split(4096)]
         whole, scale = (torch.cat(parts) for parts in zip(*pieces, strict=True))
@@ -67,10 +67,11 @@ class HalfProduct:
 
     def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype):
         self.weight, self.bias = weight.to(dtype), bias
-        engine = torch.backends.quantized.engine
+        library, engine = torch.ops.quantized, torch.backends.quantized.engine
         self.packed = None
-        if weight.is_cpu and engine in ("x86", "fbgemm"):
-            pack = torch.ops.quantized.linear_prepack_fp16
+        packs = engine in ("x86", "fbgemm") and hasattr(library, "linear_prepack_fp16")
+        if weight.is_cpu and packs:
+            pack = library.linear_prepack_fp16
             self.packed, self.weight = pack(self.weight.float(), bias), None
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -94,8 +95,12 @@ class LightLinear(nn.Module):
         super().__init__()
         weight = linear.weight.detach()
         bias = weight.new_zeros(len(weight)) if linear.bias is None else linear.bias
-        make = Int8Product if weights == "int8" else HalfProduct
-        self.product = make(weight, bias.detach().float(), getattr(torch, weights))
+        bias = bias.detach().float()
+        self.product: Int8Product | HalfProduct
+        if weights == "int8":
+            self.product = Int8Product(weight, bias)
+        else:
+            self.product = HalfProduct(weight, bias, getattr(torch, weights))
         self.register_state_dict_pre_hook(_refuse)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -110,20 +115,24 @@ def _refuse(*_: Any) -> None:
 def fastest_weights(layers: Sequence[nn.Linear]) -> str:
     """Which of FORMATS takes one vector through these layers fastest, as measured.
 
+    The first four are timed. The others are read in between, up to 1 << 25 numbers,
+    so that the cache holds what it would hold in writing.
     On anything but a CPU "float16", unmeasured.
 
     Book: 21_speed.html#which-is-fastest-here
     """
     if not layers[0].weight.is_cpu:
         return "float16"
-    inputs = [layer.weight[:1].clone() for layer in layers]  # any vector will do
+    timed, others = layers[:4], [layer.weight.view(-1) for layer in layers[4:]]
+    inputs = [layer.weight[:1].clone() for layer in timed]  # any vector will do
     ways: dict[str, list[Any]] = {
-        name: [LightLinear(layer, name) for layer in layers] for name in FORMATS[1:]
+        name: [LightLinear(layer, name) for layer in timed] for name in FORMATS[1:]
     }
-    ways["float32"] = list(layers)
+    ways["float32"] = list(timed)
     seconds = dict.fromkeys(FORMATS, math.inf)
     for _ in range(7):  # in turn, so that a slow moment hits all of them
         for name, way in ways.items():
+            _read(others)
             start = perf_counter()
             for layer, x in zip(way, inputs, strict=True):
                 layer(x)
@@ -131,10 +140,16 @@ def fastest_weights(layers: Sequence[nn.Linear]) -> str:
     return min(FORMATS, key=seconds.__getitem__)
 
 
+def _read(weights: Sequence[Tensor], most: int = 1 << 25) -> None:
+    for weight in weights:
+        weight[:most].sum()
+        most = max(0, most - len(weight))
+
+
 def lighten(model: GPT, weights: str | None = None) -> GPT:
     """A model for generation, with lighter weights in its linear layers.
 
-    weights: one of FORMATS; without it, the fastest here for the model's first block.
+    weights: one of FORMATS; without it, what `fastest_weights` finds.
     Tables, norms and biases it shares with the model that it comes from, which is the
     one to train and to save. Raises ValueError for other weights, and for a model that
     is light already.
@@ -145,7 +160,7 @@ def lighten(model: GPT, weights: str | None = None) -> GPT:
     if not linear:
         raise ValueError("this model is light already: lighten the one it comes from")
     if weights is None:
-        weights = fastest_weights(linear[:4])
+        weights = fastest_weights(linear)
     if weights not in FORMATS:
         raise ValueError(f"weights must be {', '.join(FORMATS)}, not {weights!r}")
     # deepcopy takes what `memo` has for an object instead of copying it.
