@@ -67,11 +67,10 @@ class HalfProduct:
 
     def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype):
         self.weight, self.bias = weight.to(dtype), bias
-        library, engine = torch.ops.quantized, torch.backends.quantized.engine
+        engine = torch.backends.quantized.engine
+        pack = getattr(torch.ops.quantized, "linear_prepack_fp16", None)
         self.packed = None
-        packs = engine in ("x86", "fbgemm") and hasattr(library, "linear_prepack_fp16")
-        if weight.is_cpu and packs:
-            pack = library.linear_prepack_fp16
+        if pack and weight.is_cpu and engine in ("x86", "fbgemm"):
             self.packed, self.weight = pack(self.weight.float(), bias), None
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -95,12 +94,9 @@ class LightLinear(nn.Module):
         super().__init__()
         weight = linear.weight.detach()
         bias = weight.new_zeros(len(weight)) if linear.bias is None else linear.bias
-        bias = bias.detach().float()
-        self.product: Int8Product | HalfProduct
-        if weights == "int8":
-            self.product = Int8Product(weight, bias)
-        else:
-            self.product = HalfProduct(weight, bias, getattr(torch, weights))
+        half = partial(HalfProduct, dtype=getattr(torch, weights))
+        make = Int8Product if weights == "int8" else half
+        self.product = make(weight, bias.detach().float())
         self.register_state_dict_pre_hook(_refuse)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -115,15 +111,15 @@ def _refuse(*_: Any) -> None:
 def fastest_weights(layers: Sequence[nn.Linear]) -> str:
     """Which of FORMATS takes one vector through these layers fastest, as measured.
 
-    The first four are timed. The others are read in between, up to 1 << 25 numbers,
-    so that the cache holds what it would hold in writing.
+    The first four, a block's, are timed. In between twenty others are read, so that
+    the cache holds what it would hold in writing.
     On anything but a CPU "float16", unmeasured.
 
     Book: 21_speed.html#which-is-fastest-here
     """
     if not layers[0].weight.is_cpu:
         return "float16"
-    timed, others = layers[:4], [layer.weight.view(-1) for layer in layers[4:]]
+    timed, others = layers[:4], layers[4:24]
     inputs = [layer.weight[:1].clone() for layer in timed]  # any vector will do
     ways: dict[str, list[Any]] = {
         name: [LightLinear(layer, name) for layer in timed] for name in FORMATS[1:]
@@ -132,18 +128,13 @@ def fastest_weights(layers: Sequence[nn.Linear]) -> str:
     seconds = dict.fromkeys(FORMATS, math.inf)
     for _ in range(7):  # in turn, so that a slow moment hits all of them
         for name, way in ways.items():
-            _read(others)
+            for layer in others:
+                layer.weight.sum()
             start = perf_counter()
             for layer, x in zip(way, inputs, strict=True):
                 layer(x)
             seconds[name] = min(seconds[name], perf_counter() - start)
     return min(FORMATS, key=seconds.__getitem__)
-
-
-def _read(weights: Sequence[Tensor], most: int = 1 << 25) -> None:
-    for weight in weights:
-        weight[:most].sum()
-        most = max(0, most - len(weight))
 
 
 def lighten(model: GPT, weights: str | None = None) -> GPT:
