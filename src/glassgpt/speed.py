@@ -154,7 +154,6 @@ def lighten(model: GPT, weights: str | None = None) -> GPT:
         weights = fastest_weights(linear)
     if weights not in FORMATS:
         raise ValueError(f"weights must be {', '.join(FORMATS)}, not {weights!r}")
-    # deepcopy takes what `memo` has for an object instead of copying it.
     memo: dict[int, Any] = {id(part): part for part in model.parameters()}
     if weights != "float32":
         memo |= {id(layer): LightLinear(layer, weights) for layer in linear}
@@ -178,7 +177,6 @@ def keep_freed_memory() -> bool:
     trim_threshold, mmap_max = -1, -4  # names of the options in malloc.h
     if not (libc.mallopt(mmap_max, 0) and libc.mallopt(trim_threshold, -1)):
         return False
-    # Once: what building and compiling the model left behind is not needed again.
     trim = cache(partial(libc.malloc_trim, 0))
     register_optimizer_step_post_hook(lambda *_: trim())
     return True
