@@ -42,7 +42,7 @@ class Int8Product:
     Book: 21_speed.html#a-light-layer
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype):
+    def __init__(self, weight: Tensor, bias: Tensor):
         # In pieces, so that no large copy is made on the way.
         pieces = [round_rows(part.float()) for part in weight.split(4096)]
         whole, scale = (torch.cat(parts) for parts in zip(*pieces, strict=True))
@@ -68,9 +68,9 @@ class HalfProduct:
     def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype):
         self.weight, self.bias = weight.to(dtype), bias
         engine = torch.backends.quantized.engine
+        pack = getattr(torch.ops.quantized, "linear_prepack_fp16", None)
         self.packed = None
-        if weight.is_cpu and engine in ("x86", "fbgemm"):
-            pack = torch.ops.quantized.linear_prepack_fp16
+        if pack and weight.is_cpu and engine in ("x86", "fbgemm"):
             self.packed, self.weight = pack(self.weight.float(), bias), None
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -94,8 +94,9 @@ class LightLinear(nn.Module):
         super().__init__()
         weight = linear.weight.detach()
         bias = weight.new_zeros(len(weight)) if linear.bias is None else linear.bias
-        make = Int8Product if weights == "int8" else HalfProduct
-        self.product = make(weight, bias.detach().float(), getattr(torch, weights))
+        half = partial(HalfProduct, dtype=getattr(torch, weights))
+        make = Int8Product if weights == "int8" else half
+        self.product = make(weight, bias.detach().float())
         self.register_state_dict_pre_hook(_refuse)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -110,20 +111,25 @@ def _refuse(*_: Any) -> None:
 def fastest_weights(layers: Sequence[nn.Linear]) -> str:
     """Which of FORMATS takes one vector through these layers fastest, as measured.
 
+    The first four, a block's, are timed. In between twenty others are read, so that
+    the cache holds what it would hold in writing.
     On anything but a CPU "float16", unmeasured.
 
     Book: 21_speed.html#which-is-fastest-here
     """
     if not layers[0].weight.is_cpu:
         return "float16"
-    inputs = [layer.weight[:1].clone() for layer in layers]  # any vector will do
+    timed, others = layers[:4], layers[4:24]
+    inputs = [layer.weight[:1].clone() for layer in timed]  # any vector will do
     ways: dict[str, list[Any]] = {
-        name: [LightLinear(layer, name) for layer in layers] for name in FORMATS[1:]
+        name: [LightLinear(layer, name) for layer in timed] for name in FORMATS[1:]
     }
-    ways["float32"] = list(layers)
+    ways["float32"] = list(timed)
     seconds = dict.fromkeys(FORMATS, math.inf)
     for _ in range(7):  # in turn, so that a slow moment hits all of them
         for name, way in ways.items():
+            for layer in others:
+                layer.weight.sum()
             start = perf_counter()
             for layer, x in zip(way, inputs, strict=True):
                 layer(x)
@@ -134,7 +140,7 @@ def fastest_weights(layers: Sequence[nn.Linear]) -> str:
 def lighten(model: GPT, weights: str | None = None) -> GPT:
     """A model for generation, with lighter weights in its linear layers.
 
-    weights: one of FORMATS; without it, the fastest here for the model's first block.
+    weights: one of FORMATS; without it, what `fastest_weights` finds.
     Tables, norms and biases it shares with the model that it comes from, which is the
     one to train and to save. Raises ValueError for other weights, and for a model that
     is light already.
@@ -145,10 +151,9 @@ def lighten(model: GPT, weights: str | None = None) -> GPT:
     if not linear:
         raise ValueError("this model is light already: lighten the one it comes from")
     if weights is None:
-        weights = fastest_weights(linear[:4])
+        weights = fastest_weights(linear)
     if weights not in FORMATS:
         raise ValueError(f"weights must be {', '.join(FORMATS)}, not {weights!r}")
-    # deepcopy takes what `memo` has for an object instead of copying it.
     memo: dict[int, Any] = {id(part): part for part in model.parameters()}
     if weights != "float32":
         memo |= {id(layer): LightLinear(layer, weights) for layer in linear}
@@ -172,7 +177,6 @@ def keep_freed_memory() -> bool:
     trim_threshold, mmap_max = -1, -4  # names of the options in malloc.h
     if not (libc.mallopt(mmap_max, 0) and libc.mallopt(trim_threshold, -1)):
         return False
-    # Once: what building and compiling the model left behind is not needed again.
     trim = cache(partial(libc.malloc_trim, 0))
     register_optimizer_step_post_hook(lambda *_: trim())
     return True

@@ -106,7 +106,6 @@ from glassgpt.checks.softmax import (
     check_softmax,
 )
 from glassgpt.checks.speed import (
-    check_cached_words,
     check_groups,
     check_light,
     check_limit,
@@ -142,7 +141,6 @@ __all__ = [
     "check_block",
     "check_budget",
     "check_cache",
-    "check_cached_words",
     "check_causal",
     "check_causal_attention",
     "check_causal_mask",

@@ -59,8 +59,8 @@ def _check_layer(light: Any, linear: torch.nn.Linear, weights: str) -> None:
 def check_light(lighten: Callable[[GPT, str], Any]) -> None:
     """Lighter weights change a model's logits little, and the model not at all.
 
-    lighten: called as lighten(model, weights); each linear layer of what it returns has
-    a weight (out, in), and for int8 a scale (out,).
+    lighten: called as lighten(model, weights); each linear layer of what it returns is
+    called with vectors.
 
     Book: 21_speed.html#which-is-fastest-here
     """
@@ -116,23 +116,3 @@ def check_groups(groups: Callable[[Tensor, int], tuple[Tensor, Tensor]]) -> None
     assert off.all(), (
         "a number is off by more than half its scale: are the scales right?"
     )
-
-
-def check_cached_words(cached: Callable[[Callable[[str], list]], Callable]) -> None:
-    """The same ids as without, and each distinct word is encoded once.
-
-    Book: 21_speed.html#exercise-3-never-twice
-    """
-    asked: list[str] = []
-
-    def encode(word: str) -> list[int]:
-        asked.append(word)
-        return list(word.encode())
-
-    fast = cached(encode)
-    for word in ("a", "tower", "a", "", "a", "", "tower"):
-        found = fast(word)
-        assert found == list(word.encode()), f"{word!r} became {found}"
-        found.append(-1)  # what a caller does to its list is its own affair
-    assert asked == ["a", "tower", ""], f"encoded were {asked}: each word once"
-    assert cached(lambda word: [0])("a") == [0], "two functions share one cache"
