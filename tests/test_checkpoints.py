@@ -287,6 +287,24 @@ def test_a_model_that_transformers_enlarged(tmp_path):
         assert torch.allclose(larger(ids), theirs(ids).logits, atol=1e-4)
 
 
+def test_weights_in_several_files_are_named(tmp_path):
+    save(tmp_path, random_gpt(), tokenizer_of())
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    theirs.save_pretrained(tmp_path, max_shard_size="20KB")
+    (tmp_path / "model.safetensors").unlink(missing_ok=True)
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    with pytest.raises(
+        ValueError, match=r"several files \(sharded\): save them in one"
+    ):
+        load(tmp_path)
+
+
+def test_a_model_without_a_tokenizer_is_not_saved(tmp_path):
+    with pytest.raises(TypeError, match="a model is saved with its tokenizer"):
+        save(tmp_path / "z", random_gpt(), None)
+    assert not (tmp_path / "z").exists()
+
+
 @pytest.mark.parametrize(
     "text",
     ["", "[]", "null", "{", '{"glassgpt": []}', '{"model_type": "llama"}']

@@ -31,6 +31,7 @@ from glassgpt.modern import ModernConfig, MuonConfig
 from glassgpt.runs import (
     CHANGEABLE,
     Run,
+    check_saving,
     checkpoints_in,
     locked,
     memory_advice,
@@ -533,6 +534,39 @@ def test_impossible_starts_are_refused(tmp_path, name):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("wrong", [0, -1, 2.5, "2", None])
+def test_saving_is_checked_by_itself(wrong):
+    check_saving()
+    check_saving(1, 1)
+    with pytest.raises(ValueError, match="checkpoint_every must be at least 1"):
+        check_saving(wrong)
+    with pytest.raises(ValueError, match="keep must be at least 1"):
+        check_saving(keep=wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"plan": None}, "plan must be a Plan: take what `make_plan` returns"),
+        ({"data": [1, 2, 3]}, "data must be a TokenData: take what `tokenize`"),
+        ({"data": DATA.train}, "data must be a TokenData: take what `tokenize`"),
+        ({"tokenizer": None}, "a run needs the tokenizer that made its data"),
+    ],
+)
+def test_what_is_no_part_of_a_run_is_named(tmp_path, wrong, sentence):
+    parts = {"plan": PLAN, "data": DATA, "tokenizer": TOKENIZER} | wrong
+    with pytest.raises(TypeError, match=sentence):
+        start_run(tmp_path / "run", **parts)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_an_interrupted_checkpoint_leaves_nothing(tmp_path, error):
+    with patch.object(torch, "save", side_effect=error), pytest.raises(error):
+        runs.write_checkpoint(tmp_path, PLAN.trainer(DATA), TOKENIZER, 1)
+    assert os.listdir(tmp_path) == []
+
+
 def test_another_split_and_precision(tmp_path, whole):
     cut(tmp_path / "cut", 8)
     lines, changes = [], {"accumulate": 2, "precision": "bfloat16", "keep": 1}
@@ -949,9 +983,11 @@ def test_a_loss_that_is_no_number_is_not_saved(tmp_path, spoil, whole):
 
     with (
         patch.object(runs.Trainer, "take_step", spoiled),
-        pytest.raises(FloatingPointError, match="at step 7 is not finite"),
+        pytest.raises(FloatingPointError, match="at step 7 is not finite") as told,
     ):
         start(tmp_path / "run", checkpoint_every=1)
+    for how in ("glassgpt resume", "--learning-rate", "resume_run(..., learning_rate"):
+        assert how in str(told.value)
     last = checkpoints_in(tmp_path / "run")[-1]
     assert last.name == "checkpoint-00000006"
     assert all(p.isfinite().all() for p in load(last)[0].parameters())

@@ -206,7 +206,8 @@ def save(directory: str | Path, model: GPT, tokenizer: Tokenizer) -> None:
     directory with AutoModelForCausalLM and AutoTokenizer.
     Raises OSError where the disk is full or can't be written, FileExistsError for the
     folder of a run, of a checkpoint or of tokens, ValueError for a model made lighter,
-    whose weights are gone, or what `torch.compile` returned.
+    whose weights are gone, or what `torch.compile` returned, TypeError without a
+    tokenizer.
 
     Book: 20_runs_that_survive.html#a-model-on-disk
     """
@@ -214,6 +215,8 @@ def save(directory: str | Path, model: GPT, tokenizer: Tokenizer) -> None:
     if not isinstance(model, GPT):
         kind = type(model).__name__
         raise ValueError(f"only a GPT can be saved, not a {kind}: save what is in it")
+    if not isinstance(tokenizer, Tokenizer):
+        raise TypeError("a model is saved with its tokenizer: it is missing")
     due = dict(on_paper(model.config).named_parameters())
     if due.keys() != dict(model.named_parameters()).keys():
         raise ValueError("weights are missing: save the model before you lighten it")
@@ -298,6 +301,9 @@ def load(name: str | Path) -> tuple[GPT, Tokenizer]:
         directory = shipped.get(str(name), directory)
     for file in ("config.json", "model.safetensors", "tokenizer.json"):
         if not (directory / file).exists():
+            if (directory / f"{file}.index.json").exists():  # written by `transformers`
+                what = f"{directory} has its weights in several files (sharded)"
+                raise ValueError(f"{what}: save them in one")
             raise FileNotFoundError(
                 f"{directory} holds no model: {file} is missing. Give a run's folder, "
                 f"or a name: {', '.join(shipped)}"

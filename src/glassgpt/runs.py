@@ -22,11 +22,11 @@ import torch
 
 from glassgpt.checkpoints import load, make_folder, whole_file, write_file, write_model
 from glassgpt.data import SPLITS, TokenData, write_tokens
-from glassgpt.device import Machine, Plan, pick_device, pick_precision
+from glassgpt.device import Machine, Plan, on_paper, pick_device, pick_precision
 from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.modern import ModernConfig, MuonConfig
 from glassgpt.tokens import Tokenizer
-from glassgpt.training import TrainConfig, Trainer, train
+from glassgpt.training import TrainConfig, Trainer, check_fit, train
 
 
 def checkpoints_in(directory: Path) -> list[Path]:
@@ -79,8 +79,9 @@ def write_checkpoint(
         write_file(partial / "hashes.json", hashes.encode())
         os.replace(partial, final)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f"{final} could not be written: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # after an error or Ctrl-C
     for old in checkpoints_in(directory)[:-keep]:
         _drop(old)
 
@@ -251,11 +252,19 @@ CHANGEABLE |= {"evaluate_every", "checkpoint_every", "keep"}
 CHANGEABLE |= {field.name for field in fields(Machine)}
 
 
+def check_saving(checkpoint_every: int = 250, keep: int = 2) -> None:
+    """Raise ValueError unless both are whole numbers above 0.
+
+    Book: 20_runs_that_survive.html#one-run-in-a-folder
+    """
+    for name, value in (("checkpoint_every", checkpoint_every), ("keep", keep)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value!r}")
+
+
 def _parts(settings: dict[str, Any]) -> tuple[TrainConfig, Machine]:
     """The two dataclasses in a run's settings. Raises ValueError."""
-    for name in ("checkpoint_every", "keep"):
-        if not isinstance(settings[name], int) or settings[name] < 1:
-            raise ValueError(f"{name} must be at least 1, not {settings[name]!r}")
+    check_saving(settings["checkpoint_every"], settings["keep"])
 
     def take(kind: Any) -> Any:
         return kind(**{field.name: settings[field.name] for field in fields(kind)})
@@ -332,8 +341,13 @@ def _go_on(
             write_checkpoint(directory, trainer, tokenizer, settings["keep"])
         return bool(caught) and not last
 
-    with stop_signals() as caught, memory_advice():
-        train(trainer, after_step, progress)
+    try:
+        with stop_signals() as caught, memory_advice():
+            train(trainer, after_step, progress)
+    except FloatingPointError as error:
+        how = f"glassgpt resume {directory} --learning-rate ..."
+        how = f"go on with a lower rate: {how}, or resume_run(..., learning_rate=...)"
+        raise FloatingPointError(f"{error}; {how}") from error
     if not (directory / "model.safetensors").exists():
         write_model(directory, trainer.model, tokenizer)
     stopped = trainer.step < trainer.config.steps
@@ -389,13 +403,19 @@ def start_run(
     on_record: called with each evaluation. The folder has the best model, run.json,
     metrics.jsonl and the checkpoints. Ctrl-C, SIGTERM or SIGHUP finishes the step,
     writes a checkpoint and returns. Raises FileExistsError for a folder in use or not
-    empty, ValueError for what doesn't fit together, FloatingPointError, MemoryError,
-    and OSError where the disk is full.
+    empty, TypeError or ValueError for what doesn't fit together, FloatingPointError,
+    MemoryError, and OSError where the disk is full.
 
     Book: 20_runs_that_survive.html#one-run-in-a-folder
     """
     directory = Path(directory)
     refuse_occupied(directory)
+    check_saving(checkpoint_every, keep)
+    if not isinstance(plan, Plan):
+        raise TypeError("plan must be a Plan: take what `make_plan` returns")
+    if not isinstance(tokenizer, Tokenizer):
+        raise TypeError("a run needs the tokenizer that made its data")
+    check_fit(on_paper(plan.model), data, plan.training)  # takes no memory
     if tokenizer.vocab_size != data.vocab_size:
         raise ValueError(
             f"the data has {data.vocab_size} token ids and the tokenizer "
@@ -407,7 +427,6 @@ def start_run(
         trainer = plan.trainer(data, model)
     settings = {**asdict(plan.training), **asdict(plan.machine)}
     settings |= {"checkpoint_every": checkpoint_every, "keep": keep}
-    _parts(settings)
     with locked(directory):
         refuse_occupied(directory)  # again, now that it is ours
         data = _on_disk(data, directory / "data", tokenizer)
