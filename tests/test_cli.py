@@ -144,8 +144,9 @@ WRITE = ["generate", "run", "--prompt", "the", "--tokens", "3"]
 
 # What was typed, and words of the sentence that answers.
 MISTAKES = {
-    "no command": ([], "Expected one of"),
-    "unknown command": (["trian"], "trian"),
+    "misspelled command": (["trian"], "no command trian: do you mean train?"),
+    "another misspelled": (["evaluat", "run"], "do you mean evaluate?"),
+    "unknown command": (["xyz"], "train or resume or generate or evaluate or tokenize"),
     "empty text": (["train", "--data", "empty.txt", *NEW], "empty.txt has no text"),
     "missing text": (["train", "--data", "missing.txt", *NEW], "missing.txt"),
     "no text": (["train", "--data", "--out", "new"], "no text"),
@@ -161,6 +162,7 @@ MISTAKES = {
     "far too many layers": ([*MY, "--layers", "100000000"], "lower width, layers"),
     "far too wide": ([*MY, "--width", "100000000"], "lower width, layers"),
     "no steps": ([*MY, "--steps", "0"], "steps"),
+    "no checkpoints": ([*MY, "--keep", "0"], "keep must be at least 1"),
     "twenty digits": ([*MY, "--steps", "9" * 20], "steps"),
     "five thousand digits": ([*MY, "--steps", "9" * 5000], "--steps"),
     "number in letters": ([*MY, "--steps", "many"], "'many'"),
@@ -218,7 +220,10 @@ MISTAKES = {
     "temperature NaN": ([*WRITE, "--temperature", "nan"], "temperature"),
     "top-k 0": ([*WRITE, "--top-k", "0"], "top_k"),
     "top-p 0": ([*WRITE, "--top-p", "0"], "top_p"),
-    "negative length": ([*WRITE, "--tokens", "-5"], "-5"),
+    "negative length": (
+        [*WRITE, "--tokens", "-5"],
+        "--tokens must be 0 or more, not -5",
+    ),
     "negative seed": ([*WRITE, "--seed", "-1"], "seed"),
     "empty prompt": ([*WRITE, "--prompt", ""], "at least one token"),
     "unknown character": ([*WRITE, "--prompt", "\u6f22"], "not in the vocabulary"),
@@ -604,6 +609,19 @@ def test_help_shows_every_option_with_its_words(command, capsys, monkeypatch):
                 assert comments(kind)[field] in shown, field
         assert "small 12/12/768" in shown
         assert f"({cli.suited()['steps']} here)" in shown
+
+
+def test_without_words_the_help_is_shown(capsys):
+    assert glass() == 0
+    shown = capsys.readouterr().out
+    assert all(command in shown for command in COMMANDS)
+
+
+def test_help_names_no_none(capsys):
+    assert glass("train", "--help") == 0
+    shown = capsys.readouterr().out
+    assert not re.search(r"None|True|False", shown)
+    assert "(on here)" in shown
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh"])

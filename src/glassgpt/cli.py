@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stderr, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
+from difflib import get_close_matches
 from dis import opname
 from functools import cache, partial
 from importlib.util import find_spec
@@ -31,10 +32,10 @@ import glassgpt
 from glassgpt.checkpoints import write_file
 from glassgpt.data import TokenData, Tokens, read_documents, split_documents
 from glassgpt.device import RECIPES, SIZES, Machine, names
-from glassgpt.generation import Sampling
+from glassgpt.generation import Sampling, stream_text
 from glassgpt.gpt import GPT
 from glassgpt.modern import ModernConfig, MuonConfig
-from glassgpt.runs import CHANGEABLE, Run, refuse_occupied
+from glassgpt.runs import CHANGEABLE, Run, check_saving, refuse_occupied
 from glassgpt.tokens import BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer
 
 
@@ -68,9 +69,8 @@ def option(kind: Any, about: str | None, hint: Callable[[], str] = str) -> Any:
 
     Book: 23_command_line.html#given-or-not-given
     """
-    return Annotated[
-        kind, tyro.conf.arg(help=about, help_behavior_hint=lambda _: hint())
-    ]
+    arg = tyro.conf.arg(help=about, help_behavior_hint=lambda _: hint())
+    return Annotated[kind, arg]
 
 
 def given(found: dict[str, Any]) -> Any:
@@ -92,7 +92,10 @@ def suited() -> dict[str, Any]:
 
 
 def _here(name: str, default: Any) -> str:
-    return f"({suited()[name]} here)" if name in suited() else f"(modern: {default})"
+    value, known = suited().get(name, default), name in suited()
+    if isinstance(value, bool):
+        value = "on" if value else "off"
+    return "" if value is None else f"({value} here)" if known else f"(modern: {value})"
 
 
 def _default(_: str, default: Any) -> str:
@@ -168,9 +171,7 @@ class Text:
         shown = sys.stderr.isatty()
         data = glassgpt.tokenize(self.data, tokenizer, folder, shown, self.skip)
         train, rest, size = len(data.train), len(data.validation), data.vocab_size
-        print(
-            f"{folder}: {train:,} tokens, {rest:,} held out, a vocabulary of {size:,}"
-        )
+        print(f"{folder}: {train:,} tokens, {rest:,} held out, vocabulary {size:,}")
         return data
 
 
@@ -281,10 +282,9 @@ class Train(Text):
         if not (self.resume and (out / "run.json").exists()):
             return self.start(out, path, asked)
         begun = json.loads(path.read_text("utf-8")) if path.exists() else {}
-        if kept := {k for k, v in asked.items() if begun.get(k) != v} - CHANGEABLE:
-            raise ValueError(
-                f"{out} did not begin with this {_flags(kept)}: leave it out"
-            )
+        other = {k for k, v in asked.items() if begun.get(k) != v}
+        if kept := _flags(other - CHANGEABLE):
+            raise ValueError(f"{out} did not begin with this {kept}: leave it out")
         changes = {k: v for k, v in asked.items() if k in CHANGEABLE}
         return Resume(str(out), None, self.tensorboard, changes).run()
 
@@ -293,27 +293,26 @@ class Train(Text):
         refuse_occupied(out)
         if os.path.lexists(out) and not out.is_dir():  # a file, or a link to nothing
             raise FileExistsError(f"{out} is no folder: choose another --out")
-        how, values = telling(out, self.tensorboard), dict(self.settings)
-        how |= {name: values.pop(name) for name in _SAVING if name in values}
+        values: dict[str, Any] = dict(self.settings)
+        saving = {name: values.pop(name) for name in _SAVING if name in values}
+        check_saving(**saving)
+        how = {**telling(out, self.tensorboard), **saving}
         model, tokenizer, place = None, self.ready_tokenizer(), self.tokens
+        new = out / "data"
         ours = self.resume and path.exists() and json.loads(path.read_text()) == asked
         if ours and not place:  # a start that was killed had got so far
-            place = out / "data"
-            tokenizer = load_tokenizer(place / "tokenizer.json")
+            place, tokenizer = new, load_tokenizer(new / "tokenizer.json")
         if self.init_from:
             model, tokenizer, values = self.origin(tokenizer, values, asked)
-        known, size = model.config if model else tokenizer, self.vocab_size
-        size = known.vocab_size if known else 1024 if size is None else size
-        plan = glassgpt.make_plan(size, **values)  # refuses before any work
+        size = (model.config if model else tokenizer or self).vocab_size
+        # Refuses before any work.
+        plan = glassgpt.make_plan(1024 if size is None else size, **values)
         glassgpt.keep_freed_memory()
         try:
             tokenizer = tokenizer or self.learn_tokenizer()
             size = (model.config if model else tokenizer).vocab_size
             plan = replace(plan, model=replace(plan.model, vocab_size=size))
-            if place:
-                data = TokenData.open(place)
-            else:
-                data = self.encode(tokenizer, out / "data")
+            data = TokenData.open(place) if place else self.encode(tokenizer, new)
             ours = True
             data.check_context(plan.model.context)
             print(plan.describe(), flush=True)
@@ -324,7 +323,7 @@ class Train(Text):
             if ours and not (out / "run.json").exists():
                 path.unlink(missing_ok=True)
                 if not self.tokens:
-                    shutil.rmtree(out / "data")
+                    shutil.rmtree(new)
             with suppress(OSError):
                 out.rmdir()  # where it is empty
 
@@ -335,9 +334,8 @@ class Train(Text):
         model, theirs = glassgpt.load(str(self.init_from))
         config = asdict(model.config)
         sizes = {*names(ModernConfig), "size", "recipe", "tokenizer"}
-        if wrong := sizes & asked.keys():
-            brings = f"{self.init_from} brings its own model and tokenizer"
-            raise ValueError(f"{brings}: leave out {_flags(wrong)}")
+        if wrong := _flags(sizes & asked.keys()):
+            raise ValueError(f"{self.init_from} brings its own: leave out {wrong}")
         both = (tokenizer or theirs, theirs)
         one, two = ([t.decode_bytes([n]) for n in range(t.vocab_size)] for t in both)
         if one != two:
@@ -383,20 +381,21 @@ class Generate:
 
     def run(self) -> int:
         """Write on from the prompt, piece by piece."""
+        if self.tokens < 0:
+            raise ValueError(f"--tokens must be 0 or more, not {self.tokens}")
         device = glassgpt.pick_device(self.device)
         model, tokenizer = glassgpt.load(self.model)
         model, prompt = model.to(device), self.read_prompt(tokenizer)
         if self.weights != "float32":
             weights = None if self.weights == "auto" else self.weights
             model = glassgpt.lighten(model, weights)
-        ends, drawing = tuple(tokenizer.special_tokens.values()), dict(self.sampling)
+        ends = tuple(tokenizer.special_tokens.values())
+        drawing: dict[str, Any] = {"stop": ends, **self.sampling}
         for number in range(self.samples):
             if number:
                 print("---")
                 drawing |= {"seed": drawing["seed"] + 1} if "seed" in drawing else {}
-            pieces = glassgpt.stream_text(
-                model, tokenizer, prompt, self.tokens, stop=ends, **drawing
-            )
+            pieces = stream_text(model, tokenizer, prompt, self.tokens, **drawing)
             first = next(pieces, "")  # settings are refused before the prompt is shown
             print(prompt + first, end="", flush=True)
             for piece in pieces:
@@ -445,18 +444,21 @@ COMMANDS = (Train, Resume, Generate, Evaluate, Tokenize)
 def parse(words: Sequence[str]) -> Any:
     """The command that words ask for, as an object of its class.
 
-    Raises ValueError for words that make no sense; --help leaves with SystemExit.
+    Raises ValueError for words that make no sense. --help, which no words at all mean
+    too, leaves with SystemExit.
 
     Book: 23_command_line.html#mistakes-get-a-sentence
     """
+    commands = {kind.__name__.lower(): kind for kind in COMMANDS}
+    if words and words[0] not in commands and not words[0].startswith("-"):
+        near = get_close_matches(words[0], commands, 1) or commands
+        raise ValueError(f"no command {words[0]}: do you mean {' or '.join(near)}?")
     kinds = []
-    for kind in COMMANDS:
-        name, about = kind.__name__.lower(), str(kind.__doc__).split("\n")[0]
+    for name, kind in commands.items():
+        about = str(kind.__doc__).split("\n")[0]
         kinds.append(Annotated[kind, tyro.conf.subcommand(name, description=about)])
-    errors, settings = (
-        io.StringIO(),
-        (tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName),
-    )
+    settings = (tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName)
+    errors, words = io.StringIO(), words or ["--help"]
     try:
         with redirect_stderr(errors):
             every: Any = Union[tuple(kinds)]  # noqa: UP007
