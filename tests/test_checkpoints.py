@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from glassgpt import checkpoints
 from glassgpt.checkpoints import (
+    flush,
     from_gpt2,
     load,
     load_parameters,
@@ -486,6 +487,29 @@ def test_a_link_to_nothing_is_named(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "nothing")
     with pytest.raises(FileExistsError, match="a file or a broken link"):
         save(tmp_path / "link", random_gpt(), tokenizer_of())
+
+
+def write_without_names(path, content):
+    partial = path.with_suffix(".partial")
+    with open(partial, "wb") as file:
+        file.write(content)
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="flushes no folders")
+def test_a_name_that_is_not_flushed_is_caught():
+    with pytest.raises(AssertionError, match="the folder was not flushed"):
+        checks.check_whole_file(write_without_names)
+
+
+def test_a_file_system_that_flushes_no_folder_is_no_error(tmp_path):
+    refused = OSError(errno.EINVAL, "Invalid argument")
+    with patch("os.fsync", side_effect=refused):
+        flush(tmp_path)
+        (tmp_path / "file").write_text("x")
+        with pytest.raises(OSError, match="Invalid"):
+            flush(tmp_path / "file")
 
 
 def test_package_passes_its_checks():

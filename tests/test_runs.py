@@ -411,7 +411,7 @@ def test_tokens_that_moved_are_found_where_they_are(tmp_path, own, whole):
     place = tmp_path / "cut" / "data" if own else tmp_path / "tokens"
     cut(tmp_path / "cut", 8, data=write_tokens_of(place))
     place.rename(tmp_path / "moved")
-    with pytest.raises(FileNotFoundError, match="is gone: say where it is now"):
+    with pytest.raises(FileNotFoundError, match="where it is now: data=... or"):
         resume(tmp_path / "cut")
     resumed = resume(tmp_path / "cut", data=tmp_path / "moved")
     assert torch.equal(weights(whole), weights(resumed))
@@ -563,7 +563,7 @@ def test_what_is_no_part_of_a_run_is_named(tmp_path, wrong, sentence):
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
 def test_an_interrupted_checkpoint_leaves_nothing(tmp_path, error):
     with patch.object(torch, "save", side_effect=error), pytest.raises(error):
-        runs.write_checkpoint(tmp_path, PLAN.trainer(DATA), TOKENIZER, 1)
+        runs.write_checkpoint(Run(tmp_path, PLAN.trainer(DATA), TOKENIZER, {"keep": 1}))
     assert os.listdir(tmp_path) == []
 
 
@@ -931,7 +931,7 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
-@pytest.mark.parametrize("which", range(6))
+@pytest.mark.parametrize("which", range(0, 32, 2))
 def test_a_full_disk_leaves_the_checkpoints_before(tmp_path, call, which, whole):
     real, calls = getattr(os, call), []
 
@@ -947,11 +947,12 @@ def test_a_full_disk_leaves_the_checkpoints_before(tmp_path, call, which, whole)
 
     with patch.object(os, call, fail), pytest.raises(OSError, match="No space"):
         start(tmp_path / "run")
-    names = [path.name for path in (tmp_path / "run").glob("*.partial")]
-    assert names == []
+    left = list((tmp_path / "run").glob("*.partial"))
+    assert call == "fsync" or left == []  # a name that may be back keeps its files
     for path in checkpoints_in(tmp_path / "run"):
         read_checkpoint(path)
     assert torch.equal(weights(whole), weights(resume(tmp_path / "run")))
+    assert list((tmp_path / "run").glob("*.partial")) == []
 
 
 def test_a_full_disk_in_torch_save_is_an_oserror(tmp_path):
