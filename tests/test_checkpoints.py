@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from glassgpt import checkpoints
 from glassgpt.checkpoints import (
+    flush,
     from_gpt2,
     load,
     load_parameters,
@@ -287,6 +288,24 @@ def test_a_model_that_transformers_enlarged(tmp_path):
         assert torch.allclose(larger(ids), theirs(ids).logits, atol=1e-4)
 
 
+def test_weights_in_several_files_are_named(tmp_path):
+    save(tmp_path, random_gpt(), tokenizer_of())
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    theirs.save_pretrained(tmp_path, max_shard_size="20KB")
+    (tmp_path / "model.safetensors").unlink(missing_ok=True)
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    with pytest.raises(
+        ValueError, match=r"several files \(sharded\): save them in one"
+    ):
+        load(tmp_path)
+
+
+def test_a_model_without_a_tokenizer_is_not_saved(tmp_path):
+    with pytest.raises(TypeError, match="a model is saved with its tokenizer"):
+        save(tmp_path / "z", random_gpt(), None)
+    assert not (tmp_path / "z").exists()
+
+
 @pytest.mark.parametrize(
     "text",
     ["", "[]", "null", "{", '{"glassgpt": []}', '{"model_type": "llama"}']
@@ -468,6 +487,29 @@ def test_a_link_to_nothing_is_named(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "nothing")
     with pytest.raises(FileExistsError, match="a file or a broken link"):
         save(tmp_path / "link", random_gpt(), tokenizer_of())
+
+
+def write_without_names(path, content):
+    partial = path.with_suffix(".partial")
+    with open(partial, "wb") as file:
+        file.write(content)
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="flushes no folders")
+def test_a_name_that_is_not_flushed_is_caught():
+    with pytest.raises(AssertionError, match="the folder was not flushed"):
+        checks.check_whole_file(write_without_names)
+
+
+def test_a_file_system_that_flushes_no_folder_is_no_error(tmp_path):
+    refused = OSError(errno.EINVAL, "Invalid argument")
+    with patch("os.fsync", side_effect=refused):
+        flush(tmp_path)
+        (tmp_path / "file").write_text("x")
+        with pytest.raises(OSError, match="Invalid"):
+            flush(tmp_path / "file")
 
 
 def test_package_passes_its_checks():

@@ -172,7 +172,7 @@ MISTAKES = {
     "unknown device": ([*MY, "--device", "abacus"], "abacus"),
     "unknown precision": ([*MY, "--precision", "float3"], "float3"),
     "modern, not GPT-2's": ([*MY, "--norm", "batch"], "norm is rms or layer"),
-    "diverging": ([*MY, "--learning-rate", "1e9"], "lower the learning rate"),
+    "diverging": ([*MY, "--learning-rate", "1e9"], "resume new --learning-rate"),
     "small vocabulary": ([*MY, "--tokenizer", "bpe", "--vocab-size", "5"], "too small"),
     "a size of characters": ([*MY, "--vocab-size", "300"], "--tokenizer bpe"),
     "missing tokenizer": ([*MY, "--tokenizer", "none.json"], "none.json"),
@@ -262,6 +262,14 @@ def test_a_mistake_gets_a_sentence(stage, monkeypatch, capsys, mistake):
         shutil.rmtree(stage / "new")
     assert hashes(stage) == before
     assert not (stage / "new").exists()
+
+
+@pytest.mark.parametrize("option", ["--keep", "--checkpoint-every"])
+def test_saving_is_checked_before_the_text_is_read(stage, monkeypatch, capsys, option):
+    monkeypatch.chdir(stage)
+    monkeypatch.setattr(cli.Train, "ready_tokenizer", None)  # would be called next
+    assert glass(*MY, option, "0") == 2
+    assert "must be at least 1" in sentence_in(capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("mistake", ["picture", "cut short", "unknown option"])

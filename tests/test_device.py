@@ -839,3 +839,16 @@ def test_a_description():
     ):
         assert part in text
     assert text.count("\n") == 3
+    assert text.startswith("model   GPT-2: ")
+
+
+@pytest.mark.usefixtures("fast_cpu")
+def test_a_description_says_what_is_no_gpt2():
+    text = make_plan(80, device="cpu", positions="rotary").describe()
+    assert text.startswith("model   modern, not GPT-2: ")
+
+
+@pytest.mark.usefixtures("fast_cpu")
+def test_a_rate_without_its_optimizer_is_named():
+    with pytest.raises(ValueError, match="is for the optimizer muon"):
+        make_plan(80, device="cpu", optimizer="adamw", matrix_learning_rate=0.1)

@@ -77,6 +77,7 @@ def test_as_they_are():
     model = small._small_gpt().train()
     same = lighten(model, "float32")
     assert same.head.weight is model.head.weight
+    assert same.state_dict().keys() == model.state_dict().keys()  # it can be saved
     assert model.training
     assert not same.training
 

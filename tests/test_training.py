@@ -18,6 +18,7 @@ from glassgpt import training
 from glassgpt.checks import training as checks
 from glassgpt.data import TokenData
 from glassgpt.gpt import GPT, GPTConfig
+from glassgpt.modern import MuonConfig
 from glassgpt.training import (
     TrainConfig,
     Trainer,
@@ -453,6 +454,19 @@ def test_a_loss_that_is_no_number_stops_the_run(spoil):
     for action in (made.state_dict, made.evaluate, made.read_losses):
         with pytest.raises(FloatingPointError):  # it is never kept
             action()
+
+
+def test_a_diverged_loss_names_every_rate():
+    config = MuonConfig(learning_rate=0.5, matrix_learning_rate=0.25)
+    spoiled = trainer(gpt(), config, loss=lambda ids, targets: nan_loss())
+    spoiled.take_step()
+    both = "lower the learning rate, 0.5, or matrix_learning_rate, 0.25$"
+    with pytest.raises(FloatingPointError, match=both):
+        spoiled.read_losses()
+
+
+def nan_loss():
+    return torch.tensor(math.nan, requires_grad=True)
 
 
 def test_an_evaluation_that_is_no_number_stops_the_run():

@@ -1,9 +1,13 @@
 # Written by tools/tangle.py from book/20_runs_that_survive.ipynb: change it there.
+
+
 """Models on disk, as safetensors and JSON, which other programs can read."""
 
+import errno
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -22,32 +26,63 @@ from glassgpt.modern import ModernConfig
 from glassgpt.tokens import Tokenizer, load_tokenizer
 
 
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Yield another name to write to; then flush that file to the disk and rename it.
+def flush(path: Path) -> None:
+    """Wait until the disk has the bytes of a file, or the names in a folder.
 
-    Raises OSError where the disk is full or can't be written; an old file stays.
+    Raises OSError. Windows and some file systems of networks flush no folder.
+
+    Book: 20_runs_that_survive.html#write-flush-rename
+    """
+    folder = path.is_dir()
+    if folder and os.name != "posix":
+        return
+    number = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
+    try:
+        os.fsync(number)
+    except OSError as error:
+        if not folder or error.errno not in (errno.EBADF, errno.EINVAL):
+            raise
+    finally:
+        os.close(number)
+
+
+@contextmanager
+def all_or_nothing(path: Path) -> Iterator[Path]:
+    """Yield another name, for a file or a folder to write; then flush and rename it.
+
+    Raises OSError where the disk is full or can't be written; what is old stays.
 
     Book: 20_runs_that_survive.html#write-flush-rename
     """
     partial = path.with_name(path.name + ".partial")
     try:
         yield partial
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
+        flush(partial)
         os.replace(partial, path)
+        flush(path.parent)
     except (OSError, RuntimeError, SafetensorError) as error:  # PyTorch's, safetensors'
-        partial.unlink(missing_ok=True)  # on a full disk it would be in the way
         raise OSError(f"{path} could not be written: {error}") from error
+    finally:  # it would fill a full disk; Ctrl-C, too, leaves nothing
+        shutil.rmtree(partial, ignore_errors=True)
+        if partial.is_file():
+            partial.unlink()
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write all of a file or nothing. Raises OSError, as `whole_file`.
+    """Write all of a file or nothing. Raises OSError, as `all_or_nothing`.
 
     Book: 20_runs_that_survive.html#write-flush-rename
     """
-    with whole_file(path) as partial:
+    with all_or_nothing(path) as partial:
         partial.write_bytes(content)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """The same for what JSON can say.
+
+    Book: 20_runs_that_survive.html#write-flush-rename
+    """
+    write_file(path, json.dumps(content, indent=1).encode())
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -56,7 +91,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     Book: 20_runs_that_survive.html#a-model-on-disk
     """
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    with whole_file(path) as partial:
+    with all_or_nothing(path) as partial:
         partial.touch()
         mode = partial.stat().st_mode  # the library makes it private
         save_file(tensors, partial, metadata={"format": "pt"})
@@ -75,26 +110,18 @@ def read_shapes(path: Path) -> dict[str, tuple[Any, ...]]:
     try:
         with safe_open(path, framework="pt") as file:
             parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            kinds = {name: part.get_dtype() for name, part in parts.items()}
-            shapes = {name: tuple(part.get_shape()) for name, part in parts.items()}
-        return {n: shapes[n] if kinds[n] in real else (kinds[n],) for n in parts}
+            facts = {n: (p.get_dtype(), p.get_shape()) for n, p in parts.items()}
+        return {n: tuple(s) if k in real else (k,) for n, (k, s) in facts.items()}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged or no safetensors file: {error}") from None
 
 
-# Our names and GPT-2's for the same layers; the last six stand in every block.
-_GPT2_NAMES = {
-    "tokens": "transformer.wte",
-    "positions": "transformer.wpe",
-    "norm": "transformer.ln_f",
-    "head": "lm_head",
-    "attention_norm": "ln_1",
-    "attention.qkv": "attn.c_attn",
-    "attention.projection": "attn.c_proj",
-    "mlp_norm": "ln_2",
-    "mlp.expand": "mlp.c_fc",
-    "mlp.projection": "mlp.c_proj",
-}
+# Our names and GPT-2's for the same layers; all but the first four are in every block.
+_GPT2_NAMES = {"tokens": "transformer.wte", "positions": "transformer.wpe"}
+_GPT2_NAMES |= {"norm": "transformer.ln_f", "head": "lm_head"}
+_GPT2_NAMES |= {"attention_norm": "ln_1", "attention.qkv": "attn.c_attn"}
+_GPT2_NAMES |= {"attention.projection": "attn.c_proj", "mlp_norm": "ln_2"}
+_GPT2_NAMES |= {"mlp.expand": "mlp.c_fc", "mlp.projection": "mlp.c_proj"}
 
 
 def _gpt2_name(name: str) -> str:
@@ -108,8 +135,7 @@ def _gpt2_name(name: str) -> str:
 
 def _transposed(name: str) -> bool:
     """Whether GPT-2 stores this weight as (in, out), where we have (out, in)."""
-    kinds = ("qkv.weight", "projection.weight", "expand.weight")
-    return name.startswith("blocks.") and name.endswith(kinds)
+    return bool(re.fullmatch(r"blocks\..+(qkv|projection|expand)\.weight", name))
 
 
 def to_gpt2(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -133,14 +159,8 @@ def from_gpt2(state: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
 
 
 # Our fields and GPT-2's keys for them in config.json.
-_KEYS = {
-    "vocab_size": "vocab_size",
-    "context": "n_positions",
-    "layers": "n_layer",
-    "heads": "n_head",
-    "width": "n_embd",
-    "tied": "tie_word_embeddings",
-}
+_KEYS = {"vocab_size": "vocab_size", "context": "n_positions", "layers": "n_layer"}
+_KEYS |= {"heads": "n_head", "width": "n_embd", "tied": "tie_word_embeddings"}
 # What GPT-2's other options must be, for ours to be the same function.
 _OPTIONS = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
@@ -182,10 +202,8 @@ def _config_from_json(content: dict[str, Any]) -> GPTConfig:
     ours = {**theirs, **content.get("glassgpt", {})}
     ours["vocab_size"] = theirs["vocab_size"]  # `transformers` can enlarge it
     for name, value in theirs.items():
-        if ours[name] != value:
-            raise ValueError(
-                f"its {name} is {value}, and in another place {ours[name]}"
-            )
+        if (other := ours[name]) != value:
+            raise ValueError(f"its {name} is {value}, and in another place {other}")
     return GPTConfig(**ours)
 
 
@@ -206,7 +224,8 @@ def save(directory: str | Path, model: GPT, tokenizer: Tokenizer) -> None:
     directory with AutoModelForCausalLM and AutoTokenizer.
     Raises OSError where the disk is full or can't be written, FileExistsError for the
     folder of a run, of a checkpoint or of tokens, ValueError for a model made lighter,
-    whose weights are gone, or what `torch.compile` returned.
+    whose weights are gone, or what `torch.compile` returned, TypeError without a
+    tokenizer.
 
     Book: 20_runs_that_survive.html#a-model-on-disk
     """
@@ -214,6 +233,8 @@ def save(directory: str | Path, model: GPT, tokenizer: Tokenizer) -> None:
     if not isinstance(model, GPT):
         kind = type(model).__name__
         raise ValueError(f"only a GPT can be saved, not a {kind}: save what is in it")
+    if not isinstance(tokenizer, Tokenizer):
+        raise TypeError("a model is saved with its tokenizer: it is missing")
     due = dict(on_paper(model.config).named_parameters())
     if due.keys() != dict(model.named_parameters()).keys():
         raise ValueError("weights are missing: save the model before you lighten it")
@@ -229,19 +250,19 @@ def write_model(directory: Path, model: GPT, tokenizer: Tokenizer) -> None:
     Book: 20_runs_that_survive.html#a-model-on-disk
     """
     make_folder(directory)
-    tokenizer.save(directory / "tokenizer.json")
+    with all_or_nothing(directory / "tokenizer.json") as partial:
+        tokenizer.save(partial)
     end = tokenizer.special_tokens.get("<|endoftext|>")
     kind: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     kind |= {"clean_up_tokenization_spaces": False}
     kind |= {"model_max_length": model.config.context}
     if end is not None:
         kind |= dict.fromkeys(("bos_token", "eos_token"), "<|endoftext|>")
-    write_file(directory / "tokenizer_config.json", json.dumps(kind, indent=1).encode())
-    content = _config_to_json(model.config, end)
-    write_file(directory / "config.json", json.dumps(content, indent=1).encode())
+    write_json(directory / "tokenizer_config.json", kind)
+    write_json(directory / "config.json", _config_to_json(model.config, end))
     parameters: dict[str, Tensor] = dict(model.named_parameters())
-    if type(model.config) is GPTConfig:
-        parameters = to_gpt2(parameters)
+    theirs = type(model.config) is GPTConfig
+    parameters = to_gpt2(parameters) if theirs else parameters
     write_tensors(directory / "model.safetensors", parameters)
 
 
@@ -298,10 +319,12 @@ def load(name: str | Path) -> tuple[GPT, Tokenizer]:
         directory = shipped.get(str(name), directory)
     for file in ("config.json", "model.safetensors", "tokenizer.json"):
         if not (directory / file).exists():
-            raise FileNotFoundError(
-                f"{directory} holds no model: {file} is missing. Give a run's folder, "
-                f"or a name: {', '.join(shipped)}"
-            )
+            if (directory / f"{file}.index.json").exists():  # written by `transformers`
+                what = f"{directory} has its weights in several files (sharded)"
+                raise ValueError(f"{what}: save them in one")
+            advice = f"Give a run's folder, or a name: {', '.join(shipped)}"
+            what = f"{directory} holds no model: {file} is missing"
+            raise FileNotFoundError(f"{what}. {advice}")
     path = directory / "config.json"
     try:
         config = _config_from_json(json.loads(path.read_text("utf-8")))
@@ -309,8 +332,6 @@ def load(name: str | Path) -> tuple[GPT, Tokenizer]:
         raise ValueError(f"{path} does not describe a GPT: {error}") from None
     tokenizer = load_tokenizer(directory / "tokenizer.json")
     if tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(
-            f"{directory} mixes two models: the tokenizer has {tokenizer.vocab_size} "
-            f"ids, the model only {config.vocab_size}"
-        )
+        sizes = f"{tokenizer.vocab_size} ids, the model only {config.vocab_size}"
+        raise ValueError(f"{directory} mixes two models: the tokenizer has {sizes}")
     return load_parameters(directory / "model.safetensors", config).eval(), tokenizer

@@ -35,7 +35,7 @@ from glassgpt.device import RECIPES, SIZES, Machine, names
 from glassgpt.generation import Sampling, stream_text
 from glassgpt.gpt import GPT
 from glassgpt.modern import ModernConfig, MuonConfig
-from glassgpt.runs import CHANGEABLE, Run, refuse_occupied
+from glassgpt.runs import CHANGEABLE, Run, check_saving, refuse_occupied
 from glassgpt.tokens import BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer
 
 
@@ -293,8 +293,10 @@ class Train(Text):
         refuse_occupied(out)
         if os.path.lexists(out) and not out.is_dir():  # a file, or a link to nothing
             raise FileExistsError(f"{out} is no folder: choose another --out")
-        how, values = telling(out, self.tensorboard), dict(self.settings)
-        how |= {name: values.pop(name) for name in _SAVING if name in values}
+        values: dict[str, Any] = dict(self.settings)
+        saving = {name: values.pop(name) for name in _SAVING if name in values}
+        check_saving(**saving)
+        how = {**telling(out, self.tensorboard), **saving}
         model, tokenizer, place = None, self.ready_tokenizer(), self.tokens
         new = out / "data"
         ours = self.resume and path.exists() and json.loads(path.read_text()) == asked

@@ -439,9 +439,10 @@ class Plan:
             rates = f"muon, rate {t.matrix_learning_rate:.2g} ({rates})"
         how = f"{on.precision}, compile {on.compile}{', recomputed' * on.recompute}"
         parts = f" in {t.accumulate} parts" * (t.accumulate > 1)
+        kind = "modern, not GPT-2" if isinstance(m, ModernConfig) else "GPT-2"
         return f"""\
-model   {count(m)[0] / 1e6:.2f} M parameters: {m.layers} layers, {m.heads} heads, \
-width {m.width}, context {m.context}
+model   {kind}: {count(m)[0] / 1e6:.2f} M parameters, {m.layers} layers, {m.heads} \
+heads, width {m.width}, context {m.context}
 run     {t.steps:,} steps, {self.tokens / 1e6:.1f} M tokens, {self.flops:.1e} FLOPs
 recipe  {rates}, batches of {t.batch_size}{parts}
 machine {on.device}, {how}: about {self.memory / 1e9:.2f} GB of tensors, \
@@ -545,6 +546,8 @@ def make_plan(
     changed = recipe != "gpt2" or given & (names(ModernConfig) - names(GPTConfig))
     kinds = ModernConfig if changed else GPTConfig, OPTIMIZERS[optimizer], Machine
     if unknown := given - {"optimizer"} - names(*kinds):
+        if "matrix_learning_rate" in unknown:
+            raise ValueError("matrix_learning_rate is for the optimizer muon")
         where = ", ".join(kind.__name__ for kind in kinds)
         raise ValueError(f"no {', '.join(sorted(unknown))} in {where}")
     model = take(kinds[0], {"vocab_size": vocab_size, **values})

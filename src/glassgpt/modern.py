@@ -401,7 +401,7 @@ class MuonConfig(TrainConfig):
     Book: 14_after_gpt2.html#the-step-of-muon
     """
 
-    matrix_learning_rate: float = 0.02  # Muon's highest, of the matrices
+    matrix_learning_rate: float = 0.02  # Muon's highest, of the blocks' matrices
     schedule: str = "linear"
     final_rate: float = 0.0
 

@@ -4,14 +4,13 @@
 import hashlib
 import json
 import math
-import os
 import pickletools
 import re
 import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,35 @@ from zipfile import ZipFile
 import numpy as np
 import torch
 
-from glassgpt.checkpoints import load, make_folder, whole_file, write_file, write_model
+from glassgpt.checkpoints import (
+    all_or_nothing,
+    flush,
+    load,
+    make_folder,
+    write_file,
+    write_json,
+    write_model,
+)
 from glassgpt.data import SPLITS, TokenData, write_tokens
-from glassgpt.device import Machine, Plan, pick_device, pick_precision
+from glassgpt.device import Machine, Plan, on_paper, pick_device, pick_precision
 from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.modern import ModernConfig, MuonConfig
 from glassgpt.tokens import Tokenizer
-from glassgpt.training import TrainConfig, Trainer, train
+from glassgpt.training import TrainConfig, Trainer, check_fit, train
+
+
+@dataclass
+class Run:
+    """A run in a folder. stopped_by: the signal that ended it early, or 0.
+
+    Book: 20_runs_that_survive.html#a-checkpoint
+    """
+
+    directory: Path
+    trainer: Trainer
+    tokenizer: Tokenizer
+    settings: dict[str, Any]
+    stopped_by: int = 0
 
 
 def checkpoints_in(directory: Path) -> list[Path]:
@@ -48,14 +69,16 @@ def _hashes(folder: Path) -> dict[str, str]:
     return hashes
 
 
-def _drop(checkpoint: Path) -> None:
-    """Delete it, its name first: what is called a checkpoint is always whole."""
-    shutil.rmtree(checkpoint.rename(checkpoint.with_suffix(".partial")))
+def _drop(directory: Path, checkpoints: list[Path]) -> None:
+    """Delete these and what a kill left; names go first: what has one is whole."""
+    for path in checkpoints:
+        path.rename(path.with_suffix(".partial"))
+    flush(directory)
+    for leftover in directory.glob("checkpoint-*.partial"):
+        shutil.rmtree(leftover)
 
 
-def write_checkpoint(
-    directory: Path, trainer: Trainer, tokenizer: Tokenizer, keep: int
-) -> None:
+def write_checkpoint(run: Run) -> None:
     """Write everything that a step changes, then drop all but the last `keep`.
 
     A checkpoint is a folder that `load` reads, too. Raises OSError where the disk is
@@ -63,26 +86,16 @@ def write_checkpoint(
 
     Book: 20_runs_that_survive.html#a-checkpoint
     """
-    final = directory / f"checkpoint-{trainer.step:08d}"
-    partial = final.with_suffix(".partial")
-    for leftover in directory.glob("checkpoint-*.partial"):  # of a killed run
-        shutil.rmtree(leftover)
-    if final.exists():
-        _drop(final)
-    state = trainer.state_dict()
+    final = run.directory / f"checkpoint-{run.trainer.step:08d}"
+    _drop(run.directory, [final] if final.exists() else [])
+    state = run.trainer.state_dict()
     del state["model"]  # it has a file of its own
-    try:
-        write_model(partial, trainer.model, tokenizer)
-        with whole_file(partial / "trainer.pt") as file:
+    with all_or_nothing(final) as partial:
+        write_model(partial, run.trainer.model, run.tokenizer)
+        with all_or_nothing(partial / "trainer.pt") as file:
             torch.save(state, file)
-        hashes = json.dumps(_hashes(partial), indent=1)
-        write_file(partial / "hashes.json", hashes.encode())
-        os.replace(partial, final)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise OSError(f"{final} could not be written: {error}") from error
-    for old in checkpoints_in(directory)[:-keep]:
-        _drop(old)
+        write_json(partial / "hashes.json", _hashes(partial))
+    _drop(run.directory, checkpoints_in(run.directory)[: -run.settings["keep"]])
 
 
 @contextmanager
@@ -150,12 +163,9 @@ def restore(trainer: Trainer, state: dict[str, Any], path: Path) -> None:
     with _damaged(path):
         if not all(type(state[name]) is list for name in _LISTS):
             raise ValueError("its parts are no lists")  # a tensor could be endless
-        for optimizer, saved in zip(
-            trainer.optimizers, state["optimizers"], strict=True
-        ):
-            ours = [
-                p.shape for group in optimizer.param_groups for p in group["params"]
-            ]
+        pairs = zip(trainer.optimizers, state["optimizers"], strict=True)
+        for optimizer, saved in pairs:
+            ours = [p.shape for g in optimizer.param_groups for p in g["params"]]
             names = _MOMENTS[type(optimizer).__name__]
             for number, moments in saved["state"].items():
                 due = {name: () if name == "step" else ours[number] for name in names}
@@ -163,11 +173,8 @@ def restore(trainer: Trainer, state: dict[str, Any], path: Path) -> None:
                     raise ValueError(f"parameter {number} has moments of other shapes")
                 for name, value in moments.items():
                     moments[name] = value.detach().clone()  # out of the file
-        numbers = [
-            state["seconds"],
-            *state["recent"],
-            *state.get("scaler", {}).values(),
-        ]
+        scaler = state.get("scaler", {}).values()
+        numbers = [state["seconds"], *state["recent"], *scaler]
         numbers += [value for record in state["records"] for value in record.values()]
         if not all(isinstance(number, int | float) for number in numbers):
             raise ValueError("its records are no numbers")
@@ -238,106 +245,126 @@ def memory_advice() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        signs = ("allocate memory", "out of memory", "ALLOC_FAILED", "Invalid buffer")
-        if not any(sign in str(error) for sign in signs):
+        signs = "allocate memory|out of memory|ALLOC_FAILED|Invalid buffer"
+        if not re.search(signs, str(error)):
             raise
         advice = "raise accumulate, or lower the model's context, width or layers"
         raise MemoryError(f"training does not fit into memory: {advice}") from error
 
 
 # What may be another than before when a run goes on.
+_SAVING = ("checkpoint_every", "keep")
 CHANGEABLE = {"steps", "learning_rate", "matrix_learning_rate", "accumulate"}
-CHANGEABLE |= {"evaluate_every", "checkpoint_every", "keep"}
-CHANGEABLE |= {field.name for field in fields(Machine)}
+CHANGEABLE |= {"evaluate_every", *_SAVING, *(field.name for field in fields(Machine))}
+
+
+def check_saving(checkpoint_every: int = 250, keep: int = 2) -> None:
+    """Raise ValueError unless both are whole numbers above 0.
+
+    Book: 20_runs_that_survive.html#one-run-in-a-folder
+    """
+    for name, value in zip(_SAVING, (checkpoint_every, keep), strict=True):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value!r}")
 
 
 def _parts(settings: dict[str, Any]) -> tuple[TrainConfig, Machine]:
     """The two dataclasses in a run's settings. Raises ValueError."""
-    for name in ("checkpoint_every", "keep"):
-        if not isinstance(settings[name], int) or settings[name] < 1:
-            raise ValueError(f"{name} must be at least 1, not {settings[name]!r}")
-
-    def take(kind: Any) -> Any:
-        return kind(**{field.name: settings[field.name] for field in fields(kind)})
-
-    muon = "matrix_learning_rate" in settings
-    return take(MuonConfig if muon else TrainConfig), take(Machine)
+    check_saving(*(settings[name] for name in _SAVING))
+    kinds = MuonConfig if "matrix_learning_rate" in settings else TrainConfig, Machine
+    parts = [kind(**{f.name: settings[f.name] for f in fields(kind)}) for kind in kinds]
+    return parts[0], parts[1]
 
 
-def _read_run(directory: Path) -> tuple[GPTConfig, dict[str, Any], str, str]:
+def _changed(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Other settings, also where the device of before does not exist here.
+
+    Raises ValueError for a change of what must stay.
+    """
+    if kept := sorted(set(changes) - (CHANGEABLE & set(settings))):
+        raise ValueError(f"a resumed run keeps its {', '.join(kept)}")
+    device = pick_device(changes.get("device"))
+    if "device" not in changes:
+        with suppress(ValueError):
+            device = pick_device(settings["device"])
+    now = {**settings, "device": str(device)}
+    if device.type != torch.device(settings["device"]).type:
+        now["precision"] = pick_precision(device)
+    return {**now, **changes, "device": str(device)}
+
+
+def _read_run(directory: Path) -> tuple[GPTConfig, dict[str, Any], Path, str]:
     """What `_write_run` wrote. Raises ValueError where run.json is damaged."""
     path = directory / "run.json"
     try:
         content = json.loads(path.read_text("utf-8"))
         kind = ModernConfig if "positions" in content["model"] else GPTConfig
-        model, place = kind(**content["model"]), content["data"]
+        model, place = kind(**content["model"]), Path(content["data"])
         settings = content["training"] | content["machine"] | content["saving"]
-        _parts(settings), torch.device(settings["device"]), Path(place)
+        _parts(settings)  # it and the next raise where something is wrong
+        torch.device(settings["device"])
         return model, settings, place, content["fingerprint"]
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}): start a new run") from None
 
 
-def _write_run(
-    directory: Path, model: GPTConfig, settings: dict[str, Any], data: TokenData
-) -> None:
+def _write_run(run: Run, data: TokenData) -> None:
     """Write run.json, which makes a folder a run."""
-    training, machine = _parts(settings)
-    content: dict[str, Any] = {"model": asdict(model), "training": asdict(training)}
-    content["machine"] = asdict(machine)
-    content["saving"] = {name: settings[name] for name in ("checkpoint_every", "keep")}
-    place, own = data.directory.resolve(), directory.resolve() / "data"
-    content["data"] = "data" if place == own else str(place)  # its own move with it
-    content["fingerprint"] = data.fingerprint
-    write_file(directory / "run.json", json.dumps(content, indent=1).encode())
+    training, machine = _parts(run.settings)
+    saving = {name: run.settings[name] for name in _SAVING}
+    content = {"model": asdict(run.trainer.model.config), "training": asdict(training)}
+    content |= {"machine": asdict(machine), "saving": saving}
+    place, own = data.directory.resolve(), run.directory.resolve() / "data"
+    path = "data" if place == own else str(place)  # its own move with it
+    content |= {"data": path, "fingerprint": data.fingerprint}
+    write_json(run.directory / "run.json", content)
 
 
-@dataclass
-class Run:
-    """What a run came to. stopped_by: the signal that ended it early, or 0.
-
-    Book: 20_runs_that_survive.html#one-run-in-a-folder
-    """
-
-    directory: Path
-    trainer: Trainer
-    stopped_by: int = 0
+def _find_tokens(place: Path, fingerprint: str) -> TokenData:
+    """The tokens of a run, read whole once. Raises ValueError for others."""
+    if not place.exists():
+        what = f"{place}, the tokens of this run, is gone"
+        raise FileNotFoundError(f"{what}: say where it is now: data=... or --data")
+    data = TokenData.open(place)
+    if data.fingerprint != fingerprint:
+        raise ValueError(f"{place} holds other tokens than those of this run")
+    data.verify()
+    return data
 
 
 OnRecord = Callable[[dict[str, float]], None]
 
 
-def _go_on(
-    directory: Path,
-    trainer: Trainer,
-    tokenizer: Tokenizer,
-    settings: dict[str, Any],
-    on_record: OnRecord | None,
-    progress: bool,
-) -> Run:
+def _go_on(run: Run, on_record: OnRecord | None, progress: bool) -> Run:
     """Train in a folder that is ours until the end or a signal."""
+    directory, end = run.directory, run.trainer.config.steps
 
     def after_step(trainer: Trainer) -> bool:
         records, step = trainer.records, trainer.step
         if records and records[-1]["step"] == step:
             lines = "".join(json.dumps(record) + "\n" for record in records)
             write_file(directory / "metrics.jsonl", lines.encode())
-            *earlier, loss = (record["validation_loss"] for record in records)
-            if all(loss < other for other in earlier):
-                write_model(directory, trainer.model, tokenizer)
+            losses = [record["validation_loss"] for record in records]
+            if all(losses[-1] < other for other in losses[:-1]):
+                write_model(directory, trainer.model, run.tokenizer)
             if on_record:
                 on_record(records[-1])
-        last = step == trainer.config.steps
-        if caught or last or step % settings["checkpoint_every"] == 0:
-            write_checkpoint(directory, trainer, tokenizer, settings["keep"])
-        return bool(caught) and not last
+        if caught or step == end or step % run.settings["checkpoint_every"] == 0:
+            write_checkpoint(run)
+        if caught and step < end:
+            run.stopped_by = caught[0]
+        return run.stopped_by > 0
 
-    with stop_signals() as caught, memory_advice():
-        train(trainer, after_step, progress)
+    try:
+        with stop_signals() as caught, memory_advice():
+            train(run.trainer, after_step, progress)
+    except FloatingPointError as error:
+        how = f"glassgpt resume {directory} --learning-rate ..."
+        how = f"go on with a lower rate: {how}, or resume_run(..., learning_rate=...)"
+        raise FloatingPointError(f"{error}; {how}") from error
     if not (directory / "model.safetensors").exists():
-        write_model(directory, trainer.model, tokenizer)
-    stopped = trainer.step < trainer.config.steps
-    return Run(directory, trainer, caught[0] if stopped else 0)
+        write_model(directory, run.trainer.model, run.tokenizer)
+    return run
 
 
 def refuse_occupied(directory: Path) -> None:
@@ -349,9 +376,8 @@ def refuse_occupied(directory: Path) -> None:
     """
     if (directory / "run.json").exists():
         raise FileExistsError(f"{directory} holds a run: resume it, or choose another")
-    ours = re.compile(r"data|checkpoint-00000000|.*\.partial(\.lock)?")
     for name in sorted(path.name for path in directory.glob("[!.]*")):
-        if not ours.fullmatch(name):
+        if not re.fullmatch(r"data|checkpoint-00000000|.*\.partial(\.lock)?", name):
             what = f"{directory} is not empty, {name} is in it"
             raise FileExistsError(f"{what}: choose another folder")
 
@@ -365,11 +391,10 @@ def _on_disk(data: TokenData, folder: Path, tokenizer: Tokenizer) -> TokenData:
         splits = {split: [(part.ids, part.characters)] for split, part in parts.items()}
         write_tokens(folder, splits, tokenizer)
     found = TokenData.open(folder)
-    if all(
-        np.array_equal(getattr(found, split).ids, parts[split].ids) for split in SPLITS
-    ):
-        return found
-    raise FileExistsError(f"{folder} holds other tokens: choose another folder")
+    for split, part in parts.items():
+        if not np.array_equal(getattr(found, split).ids, part.ids):
+            raise FileExistsError(f"{folder} holds other tokens: choose another folder")
+    return found
 
 
 def start_run(
@@ -389,63 +414,35 @@ def start_run(
     on_record: called with each evaluation. The folder has the best model, run.json,
     metrics.jsonl and the checkpoints. Ctrl-C, SIGTERM or SIGHUP finishes the step,
     writes a checkpoint and returns. Raises FileExistsError for a folder in use or not
-    empty, ValueError for what doesn't fit together, FloatingPointError, MemoryError,
-    and OSError where the disk is full.
+    empty, TypeError or ValueError for what doesn't fit together, FloatingPointError,
+    MemoryError, and OSError where the disk is full.
 
     Book: 20_runs_that_survive.html#one-run-in-a-folder
     """
     directory = Path(directory)
     refuse_occupied(directory)
+    check_saving(checkpoint_every, keep)
+    if not isinstance(plan, Plan):
+        raise TypeError("plan must be a Plan: take what `make_plan` returns")
+    if not isinstance(tokenizer, Tokenizer):
+        raise TypeError("a run needs the tokenizer that made its data")
+    check_fit(on_paper(plan.model), data, plan.training)  # takes no memory
     if tokenizer.vocab_size != data.vocab_size:
-        raise ValueError(
-            f"the data has {data.vocab_size} token ids and the tokenizer "
-            f"{tokenizer.vocab_size}: it is not the one that made them"
-        )
+        sizes = f"{data.vocab_size} token ids and the tokenizer {tokenizer.vocab_size}"
+        raise ValueError(f"the data has {sizes}: it is not the one that made them")
     if model is not None and model.config != plan.model:
         raise ValueError(f"the model has {model.config}, the plan {plan.model}")
     with memory_advice():
         trainer = plan.trainer(data, model)
     settings = {**asdict(plan.training), **asdict(plan.machine)}
     settings |= {"checkpoint_every": checkpoint_every, "keep": keep}
-    _parts(settings)
     with locked(directory):
         refuse_occupied(directory)  # again, now that it is ours
         data = _on_disk(data, directory / "data", tokenizer)
-        write_checkpoint(directory, trainer, tokenizer, keep)
-        _write_run(directory, plan.model, settings, data)  # now there is a run
-        return _go_on(directory, trainer, tokenizer, settings, on_record, progress)
-
-
-def _changed(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Other settings, also where the device of before does not exist here.
-
-    Raises ValueError for a change of what must stay.
-    """
-    if kept := sorted(set(changes) - (CHANGEABLE & set(settings))):
-        raise ValueError(f"a resumed run keeps its {', '.join(kept)}")
-    try:
-        device = pick_device(changes.get("device", settings["device"]))
-    except ValueError:
-        if "device" in changes:
-            raise
-        device = pick_device()
-    now = {**settings, **changes, "device": str(device)}
-    moved = device.type != torch.device(settings["device"]).type
-    if moved and "precision" not in changes:
-        now["precision"] = pick_precision(device)
-    return now
-
-
-def _find_tokens(place: Path, fingerprint: str) -> TokenData:
-    """The tokens of a run, read whole once. Raises ValueError for others."""
-    if not place.exists():
-        what = f"{place}, the tokens of this run, is gone"
-        raise FileNotFoundError(f"{what}: say where it is now (data)")
-    data = TokenData.open(place)
-    if data.fingerprint != fingerprint:
-        raise ValueError(f"{place} holds other tokens than those of this run")
-    data.verify()
-    return data
+        run = Run(directory, trainer, tokenizer, settings)
+        write_checkpoint(run)
+        _write_run(run, data)  # now there is a run
+        return _go_on(run, on_record, progress)
 
 
 def resume_run(
@@ -471,7 +468,7 @@ def resume_run(
     with locked(directory):
         config, before, place, fingerprint = _read_run(directory)
         now = _changed(before, changes)
-        training, machine = _parts(now)
+        plan = Plan(config, *_parts(now), math.nan)
         tokens = _find_tokens(Path(data) if data else directory / place, fingerprint)
         if not (found := checkpoints_in(directory)):
             raise FileNotFoundError(f"{directory} has lost its checkpoints: start anew")
@@ -479,14 +476,12 @@ def resume_run(
         if model.config != config:
             raise ValueError(f"run.json describes another model than {found[-1]}")
         with memory_advice():
-            plan = Plan(config, training, machine, math.nan)
             trainer = plan.trainer(tokens, model)
         restore(trainer, state, found[-1])
-        if trainer.step > training.steps:
-            raise ValueError(
-                f"steps can't be {training.steps}: {trainer.step} are done"
-            )
-        _write_run(directory, config, now, tokens)
+        if (done := trainer.step) > (steps := plan.training.steps):
+            raise ValueError(f"steps can't be {steps}: {done} are done")
+        run = Run(directory, trainer, tokenizer, now)
+        _write_run(run, tokens)
         notes = [f"{k} {v} (was {before[k]})" for k, v in now.items() if v != before[k]]
         say("; ".join([f"going on from {found[-1].name}", *notes]))
-        return _go_on(directory, trainer, tokenizer, now, on_record, progress)
+        return _go_on(run, on_record, progress)

@@ -142,8 +142,8 @@ def lighten(model: GPT, weights: str | None = None) -> GPT:
 
     weights: one of FORMATS; without it, what `fastest_weights` finds.
     Tables, norms and biases it shares with the model that it comes from, which is the
-    one to train and to save. Raises ValueError for other weights, and for a model that
-    is light already.
+    one to train and to save; in float32 all weights, so it can be saved, too. Raises
+    ValueError for other weights, and for a model that is light already.
 
     Book: 21_speed.html#which-is-fastest-here
     """

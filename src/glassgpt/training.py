@@ -34,7 +34,7 @@ class TrainConfig:
     steps: int = 1000  # how often the optimizer moves the weights
     batch_size: int = 32  # crops that one step learns from
     accumulate: int = 1  # parts in which a batch is computed: less memory
-    learning_rate: float = 3e-3  # the highest one
+    learning_rate: float = 3e-3  # the highest one; with Muon, of tables and vectors
     schedule: str = "cosine"  # cosine, linear or stable
     warmup: int = 50  # steps in which the rate rises
     final_rate: float = 0.1  # share of the rate that is left at the end
@@ -163,9 +163,12 @@ def check_fit(model: GPT, data: TokenData, config: TrainConfig) -> None:
     data.check_context(model.config.context)
 
 
-def _require_finite(loss: float, what: str) -> None:
+def _require_finite(loss: float, what: str, config: TrainConfig) -> None:
     if not math.isfinite(loss):
-        raise FloatingPointError(f"{what} is not finite: lower the learning rate")
+        advice = "lower the learning rate"
+        if other := getattr(config, "matrix_learning_rate", None):  # chapter 14's
+            advice += f", {config.learning_rate:g}, or matrix_learning_rate, {other:g}"
+        raise FloatingPointError(f"{what} is not finite: {advice}")
 
 
 class Trainer:
@@ -241,7 +244,9 @@ class Trainer:
             self.seconds += time.perf_counter() - self.began
             self.unread, self.last_loss = [], self.recent[-1]
         for step, loss in enumerate(self.recent, self.step - len(self.recent) + 1):
-            _require_finite(loss, f"the loss or its gradient at step {step}")
+            _require_finite(
+                loss, f"the loss or its gradient at step {step}", self.config
+            )
         return self.last_loss
 
     def evaluate(self) -> dict[str, float]:
@@ -250,7 +255,7 @@ class Trainer:
         c, held_out = self.config, self.data.validation
         part = -(-c.batch_size // c.accumulate)  # rounded up
         loss = evaluate(self.model, held_out, c.evaluation_crops, part, self.loss)
-        _require_finite(loss, f"the validation loss at step {self.step}")
+        _require_finite(loss, f"the validation loss at step {self.step}", c)
         record = {"step": self.step, "validation_loss": loss, "seconds": self.seconds}
         if held_out.characters:
             record["nats_per_character"] = loss * len(held_out) / held_out.characters
