@@ -1,8 +1,11 @@
 """The command line: a user's mistakes get a sentence, and the rest works end to end."""
 
+import filecmp
 import hashlib
+import inspect
 import io
 import json
+import math
 import os
 import random
 import re
@@ -115,7 +118,7 @@ def stage(made, tmp_path_factory):
     shutil.copy(made / "my.txt", folder)
     (folder / "empty.txt").write_text("")
     (folder / "short.txt").write_text("To be, or not to be\n")
-    (folder / "few.txt").write_text("the cat\n")
+    (folder / "one.txt").write_text("a")
     (folder / "picture.png").write_bytes(PNG)
     (folder / "notes").mkdir()
     (folder / "notes" / "mine.txt").write_text("mine\n")
@@ -175,9 +178,29 @@ MISTAKES = {
     "diverging": ([*MY, "--learning-rate", "1e9"], "resume new --learning-rate"),
     "small vocabulary": ([*MY, "--tokenizer", "bpe", "--vocab-size", "5"], "too small"),
     "a size of characters": ([*MY, "--vocab-size", "300"], "--tokenizer bpe"),
-    "missing tokenizer": ([*MY, "--tokenizer", "none.json"], "none.json"),
+    "missing tokenizer": (
+        [*MY, "--tokenizer", "nonsense"],
+        "--tokenizer nonsense is neither bpe, char, gpt2 nor a tokenizer.json",
+    ),
     "no tokenizer": ([*MY, "--tokenizer", "my.txt"], "my.txt"),
     "tokens with a tokenizer": ([*MY, "--data", "tokens"], "leave out --tokenizer"),
+    "tokens and a text": (
+        ["train", "--data", "tokens", "my.txt", "--out", "new", *TINY],
+        "tokens is tokenized: give it alone as --data",
+    ),
+    "a text and tokens": (
+        ["tokenize", "--data", "my.txt", "tokens", "--out", "new"],
+        "tokens is tokenized: give it alone as --data",
+    ),
+    "tokens, a long context": (
+        ["train", "--data", "tokens", "--out", "new", *TINY, "--context", "100000"],
+        "allow no crops of 100000",
+    ),
+    "no checkpoints": (
+        [*MY, "--checkpoint-every", "0"],
+        "--checkpoint-every must be at least 1",
+    ),
+    "none that stay": ([*MY, "--keep", "0"], "--keep must be at least 1"),
     "below a file": ([*MY, "--out", "my.txt/new"], "Not a directory"),
     "into a file": ([*MY, "--out", "my.txt"], "my.txt is no folder"),
     "into tokens": ([*MY, "--out", "tokens"], "tokens is not empty"),
@@ -207,7 +230,10 @@ MISTAKES = {
         ["tokenize", "--data", "my.txt", "--tokenizer", "char", "--out", "my.txt/new"],
         "my.txt",
     ),
-    "resume with a width": (["resume", "run", "--width", "9"], "--width"),
+    "resume with a width": (
+        ["resume", "run", "--width", "9", "--batch-size=3", "--no-tied"],
+        "a resumed run keeps its batch_size, tied, width",
+    ),
     "resume nothing": (["resume", "new"], "new holds no run"),
     "resume no run": (["resume", "notes"], "notes holds no run"),
     "resume a damaged run": (["resume", "broken-run"], "damaged"),
@@ -223,6 +249,7 @@ MISTAKES = {
         [*WRITE, "--tokens", "-5"],
         "--tokens must be 0 or more, not -5",
     ),
+    "no samples": ([*WRITE, "--samples", "0"], "--samples must be 1 or more, not 0"),
     "negative seed": ([*WRITE, "--seed", "-1"], "seed"),
     "empty prompt": ([*WRITE, "--prompt", ""], "at least one token"),
     "unknown character": ([*WRITE, "--prompt", "\u6f22"], "not in the vocabulary"),
@@ -239,7 +266,7 @@ MISTAKES = {
     "a file as model": (["generate", "my.txt"], "my.txt"),
     "evaluate nothing": (["evaluate", "run"], "TEXT"),
     "evaluate a picture": (["evaluate", "run", "picture.png"], "null byte"),
-    "evaluate too little": (["evaluate", "run", "few.txt"], "allow no crops"),
+    "evaluate too little": (["evaluate", "run", "one.txt"], "text of one token"),
 }
 
 
@@ -321,6 +348,13 @@ def test_the_folder_of_a_run_is_named_after_its_text(made, tmp_path, monkeypatch
     assert (tmp_path / "runs" / "my" / "run.json").exists()
 
 
+def test_the_folder_of_a_pattern(made, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(made / "my.txt", tmp_path)
+    assert glass("train", "--data", "*.txt", "--tokenizer", "char", *TINY) == 0
+    assert (tmp_path / "runs" / "run" / "run.json").exists()
+
+
 def test_tokenize_then_train_on_the_tokens(made, tmp_path):
     text, tokens = made / "my.txt", tmp_path / "tokens"
     words = ["--data", text, "--tokenizer", "char", "--out", tokens]
@@ -398,6 +432,48 @@ def test_one_line_begins_and_goes_on(made, tmp_path, capsys):
     assert "steps 9 (was 6)" in capsys.readouterr().out
 
 
+def test_a_run_that_no_line_began_is_resumed_by_its_folder(run, capsys):
+    line = ["train", "--tokenizer", "char", *TINY, "--out", run, "--resume"]
+    for content in (b"[1", b"7", b"[" * 100_000):
+        (run / ".command.json").write_bytes(content)
+        assert glass(*line) == 2
+        said = sentence_in(capsys.readouterr().err)
+        assert f".command.json is damaged: use `glassgpt resume {run}`" in said
+    (run / ".command.json").unlink()
+    assert glass(*line) == 2
+    said = sentence_in(capsys.readouterr().err)
+    assert f"{run} was not begun by this command: use `glassgpt resume {run}`" in said
+
+
+def test_the_tokenizer_of_a_run(made, tmp_path):
+    words = ["--data", made / "my.txt", "--tokenizer", made / "run"]
+    assert glass("tokenize", *words, "--out", tmp_path / "tokens") == 0
+    assert filecmp.cmp(made / "run/tokenizer.json", tmp_path / "tokens/tokenizer.json")
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit(143)])
+def test_a_queue_stopped_before_its_run_keeps_the_tokens(
+    made, tmp_path, monkeypatch, capsys, stop
+):
+    line = ["train", "--data", made / "my.txt", "--tokenizer", "char", *TINY]
+    line += ["--out", tmp_path / "run"]
+
+    def stopped(*_, **__):
+        raise stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(glassgpt, "start_run", stopped)
+        assert glass(*line) in (130, 143)
+        assert "stopped before the first step" in sentence_in(capsys.readouterr().err)
+        assert not (tmp_path / "run").exists()
+        assert glass(*line, "--resume") in (130, 143)
+        assert "stopped before the first step" in sentence_in(capsys.readouterr().err)
+        left = {path.name for path in (tmp_path / "run").iterdir()}
+        assert left == {"data", ".command.json"}
+    monkeypatch.setattr(glassgpt, "tokenize", None)  # not again
+    assert glass(*line, "--resume") == 0
+
+
 def test_one_line_begins_again_after_a_kill_before_the_run(made, tmp_path):
     line = ["train", "--data", made / "my.txt", "--tokenizer", "char", *TINY]
     line += ["--out", tmp_path / "run", "--resume"]
@@ -422,16 +498,24 @@ def test_fine_tuning_begins_with_the_other_model(made, run, tmp_path, capsys):
     assert "adamw" in capsys.readouterr().out
 
 
-def test_evaluate_gives_the_loss_of_every_token(made, capsys):
+def test_evaluate_gives_the_loss_of_every_token(made, tmp_path, capsys):
     model, tokenizer = load(made / "run")
-    assert glass("evaluate", made / "run", made / "my.txt") == 0
-    printed = capsys.readouterr().out.split()
-    ids = tokenizer.encode((made / "my.txt").read_text("utf-8"))
-    tokens = glassgpt.data.Tokens(torch.tensor(ids).numpy())
-    loss = glassgpt.evaluate(model, tokens, 10**9, batch_size=7)
-    assert float(printed[1]) == pytest.approx(loss, abs=1e-4)
-    assert float(printed[5]) == pytest.approx(loss, abs=1e-4)  # one token a character
-    assert f"perplexity {torch.tensor(loss).exp():.1f}" in " ".join(printed)
+    for length in (2, 16, 17, 18, 1000):  # the context is 16
+        text = (made / "my.txt").read_text("utf-8")[:length]
+        (tmp_path / "part.txt").write_text(text)
+        assert glass("evaluate", made / "run", tmp_path / "part.txt") == 0
+        printed = capsys.readouterr().out.split()
+        (ids,) = torch.tensor([tokenizer.encode(text)])
+        parts = zip(ids[:-1].split(16), ids[1:].split(16), strict=True)
+        with torch.no_grad():
+            each = [
+                model(x[None])[0].log_softmax(1)[range(len(y)), y] for x, y in parts
+            ]
+        total = -torch.cat(each).double().sum().item()
+        loss = total / (length - 1)
+        assert float(printed[1]) == pytest.approx(loss, abs=1e-4)
+        assert float(printed[5]) == pytest.approx(total / length, abs=1e-4)
+        assert float(printed[10][:-1]) == pytest.approx(math.exp(loss), rel=1e-3)
 
 
 def test_generate_repeats_with_a_seed(made, capsys):
@@ -616,6 +700,10 @@ def test_help_shows_every_option_with_its_words(command, capsys, monkeypatch):
                 assert comments(kind)[field] in shown, field
         assert "small 12/12/768" in shown
         assert f"({cli.suited()['steps']} here)" in shown
+        usual = inspect.signature(glassgpt.start_run).parameters
+        for name in ("checkpoint_every", "keep"):
+            assert cli._SAVING[name][1] == usual[name].default
+        assert "how many checkpoints stay (default: 2)" in shown
 
 
 def test_without_words_the_help_is_shown(capsys):

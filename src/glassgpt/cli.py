@@ -23,19 +23,20 @@ from pathlib import Path
 from shlex import quote
 from typing import Annotated, Any, Literal, TypedDict, TypeVar, Union
 
-import numpy as np
+import torch
 import tyro
+from torch.nn import functional as F
 from tqdm.auto import tqdm
 from tyro.conf import OmitArgPrefixes, Positional
 
 import glassgpt
 from glassgpt.checkpoints import write_file
-from glassgpt.data import TokenData, Tokens, read_documents, split_documents
+from glassgpt.data import TokenData, read_documents, split_documents
 from glassgpt.device import RECIPES, SIZES, Machine, names
 from glassgpt.generation import Sampling, stream_text
 from glassgpt.gpt import GPT
 from glassgpt.modern import ModernConfig, MuonConfig
-from glassgpt.runs import CHANGEABLE, Run, check_saving, refuse_occupied
+from glassgpt.runs import CHANGEABLE, Run, refuse_occupied
 from glassgpt.tokens import BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer
 
 
@@ -104,19 +105,21 @@ def _default(_: str, default: Any) -> str:
 
 _SIZES = ", ".join(f"{name} {'/'.join(map(str, s))}" for name, s in SIZES.items())
 _SAVING = {
-    "checkpoint_every": option(int, "steps from one checkpoint to the next"),
-    "keep": option(int, "how many checkpoints stay"),
+    "checkpoint_every": ("steps from one checkpoint to the next", 250),
+    "keep": ("how many checkpoints stay", 2),
 }
 SETTINGS = {
     "size": option(Literal[tuple(SIZES)], f"layers/heads/width: {_SIZES}"),
     "recipe": option(Literal[tuple(RECIPES)], "default: gpt2, which others can read"),
     "optimizer": option(Literal["adamw", "muon"], "default: muon for short runs"),
     **options(ModernConfig, MuonConfig, Machine, usual=_here),
-    **_SAVING,
+    **{k: option(int, f"{v} (default: {n})") for k, (v, n) in _SAVING.items()},
 }
 del SETTINGS["vocab_size"]  # it is the tokenizer's
-CHANGES = options(MuonConfig, Machine, usual=lambda *_: "(default: as before)")
-CHANGES = {k: v for k, v in {**CHANGES, **_SAVING}.items() if k in CHANGEABLE}
+_STAYS = "(default: as before)"
+CHANGES = options(MuonConfig, Machine, usual=lambda *_: _STAYS)
+CHANGES |= {k: option(int, f"{v} {_STAYS}") for k, (v, _) in _SAVING.items()}
+CHANGES = {k: v for k, v in CHANGES.items() if k in CHANGEABLE}
 
 
 T = TypeVar("T")
@@ -140,8 +143,10 @@ class Text:
     @property
     def tokens(self) -> Path | None:
         """The folder that `tokenize` made, where --data is one."""
-        folder = Path(*self.data[:1])
-        return folder if (folder / "tokens.json").exists() else None
+        found = [p for p in map(Path, self.data) if (p / "tokens.json").exists()]
+        if found and len(self.data) > 1:
+            raise ValueError(f"{found[0]} is tokenized: give it alone as --data")
+        return found[0] if found else None
 
     def ready_tokenizer(self) -> Tokenizer | None:
         """The tokenizer that was asked for, None if it has yet to learn."""
@@ -155,7 +160,13 @@ class Text:
             raise ValueError("--vocab-size is for --tokenizer bpe: leave it out")
         if chosen == "gpt2":
             return BPETokenizer.gpt2()
-        return None if chosen in ("bpe", "char") else load_tokenizer(chosen)
+        if chosen in ("bpe", "char"):
+            return None
+        path = Path(chosen, "tokenizer.json" if Path(chosen).is_dir() else "")
+        if not path.exists():
+            known = "neither bpe, char, gpt2 nor a tokenizer.json"
+            raise FileNotFoundError(f"--tokenizer {chosen} is {known}")
+        return load_tokenizer(path)
 
     def learn_tokenizer(self) -> Tokenizer:
         """A new tokenizer. What is held out teaches byte pairs nothing."""
@@ -273,15 +284,21 @@ class Train(Text):
 
     def run(self) -> int:
         """Begin a run; with --resume go on with it, where there is one."""
-        name = Path(*self.data[:1]).resolve().stem
-        out = Path("runs", name) if self.out is None else Path(self.out)
+        name = re.sub(r"[^\w.-]", "", Path(*self.data[:1]).resolve().stem).strip(".")
+        out = Path("runs", name or "run") if self.out is None else Path(self.out)
         own = ("out", "resume", "tensorboard", "settings")
         asked = {k: v for k, v in vars(self).items() if v and k not in own}
-        asked = json.loads(json.dumps(asked | self.settings))  # a tuple is a list there
+        asked = json.loads(json.dumps(asked | self.settings, sort_keys=True))
         path = out / ".command.json"
         if not (self.resume and (out / "run.json").exists()):
             return self.start(out, path, asked)
-        begun = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        use = f"use `glassgpt resume {quote(str(out))}`"
+        if not path.exists():  # made in Python, or copied without its hidden files
+            raise ValueError(f"{out} was not begun by this command: {use}")
+        try:
+            begun = dict(json.loads(path.read_bytes()))
+        except (ValueError, TypeError, RecursionError):
+            raise ValueError(f"{path} is damaged: {use}") from None
         other = {k for k, v in asked.items() if begun.get(k) != v}
         if kept := _flags(other - CHANGEABLE):
             raise ValueError(f"{out} did not begin with this {kept}: leave it out")
@@ -293,13 +310,14 @@ class Train(Text):
         refuse_occupied(out)
         if os.path.lexists(out) and not out.is_dir():  # a file, or a link to nothing
             raise FileExistsError(f"{out} is no folder: choose another --out")
-        values: dict[str, Any] = dict(self.settings)
-        saving = {name: values.pop(name) for name in _SAVING if name in values}
-        check_saving(**saving)
-        how = {**telling(out, self.tensorboard), **saving}
+        how, values = telling(out, self.tensorboard), dict(self.settings)
+        how |= {name: values.pop(name) for name in _SAVING if name in values}
+        if wrong := _flags(name for name in _SAVING if how.get(name, 1) < 1):
+            raise ValueError(f"{wrong} must be at least 1")
         model, tokenizer, place = None, self.ready_tokenizer(), self.tokens
         new = out / "data"
-        ours = self.resume and path.exists() and json.loads(path.read_text()) == asked
+        line = json.dumps(asked).encode()
+        ours = self.resume and path.exists() and path.read_bytes() == line
         if ours and not place:  # a start that was killed had got so far
             place, tokenizer = new, load_tokenizer(new / "tokenizer.json")
         if self.init_from:
@@ -317,8 +335,14 @@ class Train(Text):
             data.check_context(plan.model.context)
             print(plan.describe(), flush=True)
             out.mkdir(parents=True, exist_ok=True)
-            write_file(path, json.dumps(asked).encode())
+            write_file(path, line)
             return ended(glassgpt.start_run(out, plan, data, tokenizer, model, **how))
+        except (KeyboardInterrupt, SystemExit):
+            if not (out / "run.json").exists():
+                said = "glassgpt: stopped before the first step: nothing was begun"
+                print(said, file=sys.stderr)
+            ours = ours and not (self.resume and path.exists())  # a queue goes on
+            raise
         finally:
             if ours and not (out / "run.json").exists():
                 path.unlink(missing_ok=True)
@@ -381,8 +405,9 @@ class Generate:
 
     def run(self) -> int:
         """Write on from the prompt, piece by piece."""
-        if self.tokens < 0:
-            raise ValueError(f"--tokens must be 0 or more, not {self.tokens}")
+        for name, least in (("tokens", 0), ("samples", 1)):
+            if (value := getattr(self, name)) < least:
+                raise ValueError(f"--{name} must be {least} or more, not {value}")
         device = glassgpt.pick_device(self.device)
         model, tokenizer = glassgpt.load(self.model)
         model, prompt = model.to(device), self.read_prompt(tokenizer)
@@ -418,7 +443,7 @@ class Evaluate:
     device: Maybe[str] = None  # cpu, cuda or mps; default: the best one here
 
     def run(self) -> int:
-        """Print the mean loss over the whole text."""
+        """Print the mean loss over the whole text, each token predicted once."""
         device = glassgpt.pick_device(self.device)
         model, tokenizer = glassgpt.load(self.model)
         ids, characters = [], 0
@@ -428,10 +453,20 @@ class Evaluate:
                 ids += tokenizer.encode(piece)
                 characters += len(piece)
             ids += end
-        tokens = Tokens(np.array(ids))
-        loss = glassgpt.evaluate(model.to(device), tokens, crops=len(ids))
+        if len(ids) < 2:
+            raise ValueError("a text of one token leaves nothing to predict")
+        row, context = torch.tensor(ids, device=device), model.config.context
+        fill = (0, -(len(ids) - 1) % context)  # the last window is filled up
+        inputs = F.pad(row[:-1], fill).view(-1, context).split(32)
+        targets = F.pad(row[1:], fill, value=-100).view(-1, context).split(32)
+        model, total = model.to(device).eval(), 0.0
+        with torch.inference_mode():
+            for x, y in zip(inputs, targets, strict=True):
+                logits = model(x).flatten(0, 1)  # -100 counts for nothing
+                total += F.cross_entropy(logits, y.flatten(), reduction="sum").item()
+        loss = total / (len(ids) - 1)
         print(
-            f"loss {loss:.4f} nats a token, {loss * len(ids) / characters:.4f} nats a "
+            f"loss {loss:.4f} nats a token, {total / characters:.4f} nats a "
             f"character, perplexity {math.exp(loss):.2f}: {len(ids):,} tokens, "
             f"{characters:,} characters"
         )
@@ -453,6 +488,11 @@ def parse(words: Sequence[str]) -> Any:
     if words and words[0] not in commands and not words[0].startswith("-"):
         near = get_close_matches(words[0], commands, 1) or commands
         raise ValueError(f"no command {words[0]}: do you mean {' or '.join(near)}?")
+    if "resume" in words[:1]:
+        named = {n for w in words for n in re.findall(r"^--(?:no-)?([\w-]+)", w)}
+        named = {name.replace("-", "_") for name in named}
+        if kept := sorted(named & (SETTINGS.keys() - CHANGES.keys())):
+            raise ValueError(f"a resumed run keeps its {', '.join(kept)}")
     kinds = []
     for name, kind in commands.items():
         about = str(kind.__doc__).split("\n")[0]

@@ -187,7 +187,10 @@ class Tokenizer:
         """How many ids there are: each is at least 0 and less than this."""
         return len(self._tokens)
 
-    vocab_size = property(__len__)
+    @property
+    def vocab_size(self) -> int:
+        """How many ids there are, the same as `len`."""
+        return len(self)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {len(self)} tokens, {self.special_tokens}>"
