@@ -223,16 +223,11 @@ def make_loss(model: GPT, machine: Machine) -> Loss:
     if machine.recompute:
         run = partial(checkpoint, run, use_reentrant=False)
 
-    def block_by_block(ids: Tensor) -> Tensor:
+    def plain(ids: Tensor, targets: Tensor) -> Tensor:
         x = model.embed(ids, torch.arange(ids.shape[1], device=ids.device))
         for block in model.blocks:
             x = run(block, x)
-        return model.norm(x)
-
-    hidden_states = model.hidden_states if run is call else block_by_block
-
-    def plain(ids: Tensor, targets: Tensor) -> Tensor:
-        x = hidden_states(ids)
+        x = model.norm(x)
         logits = padded_logits(x, model.head.weight) if cuda else model.head(x)
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
