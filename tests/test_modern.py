@@ -737,3 +737,22 @@ def test_the_chapter_shows_the_recorded_ladder():
         assert {str(rate): loss for rate, loss in tried.items()} == rung["tried"]
     assert shown["BRANCHES"] == [rung["name"] for rung in record if rung["branch"]]
     assert all(len(rung["losses"]) == 3 <= len(rung["tried"]) for rung in record)
+
+
+def test_kept_rotary_tables_grow_and_serve_training_after_writing():
+    """They begin short, follow the longest text, and writing leaves no trace in them."""
+    torch.manual_seed(0)
+    config = ModernConfig(31, context=64, layers=1, heads=2, width=8)
+    model = ModernGPT(config)
+    ids = torch.randint(31, (1, 60))
+    with torch.inference_mode():
+        short = model(ids[:, :3])
+    assert model.tables[0].shape[-2] == 6
+    whole = model(ids)
+    whole.sum().backward()
+    positions = torch.arange(60)
+    explicit = model.head(model.hidden_states(ids, positions))
+    assert torch.equal(whole, explicit)
+    torch.testing.assert_close(short, whole[:, :3])
+    assert model.tables[0].shape[-2] == 64
+    assert not any("table" in name for name in model.state_dict())

@@ -216,17 +216,17 @@ def make_loss(model: GPT, machine: Machine) -> Loss:
         if block.mlp.activation in (pytorch_gelu, compiled_gelu):
             block.mlp.activation = gelu
 
-    def call(block: nn.Module, x: Tensor) -> Tensor:
-        return block(x)
+    def call(block: nn.Module, x: Tensor, more: dict[str, Any]) -> Tensor:
+        return block(x, **more)
 
     run = compiled(call) if machine.compile == "blocks" else call
     if machine.recompute:
         run = partial(checkpoint, run, use_reentrant=False)
 
-    def plain(ids: Tensor, targets: Tensor) -> Tensor:
+    def plain(ids: Tensor, targets: Tensor, more: dict[str, Any]) -> Tensor:
         x = model.embed(ids, torch.arange(ids.shape[1], device=ids.device))
         for block in model.blocks:
-            x = run(block, x)
+            x = run(block, x, more)
         x = model.norm(x)
         logits = padded_logits(x, model.head.weight) if cuda else model.head(x)
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
@@ -238,9 +238,13 @@ def make_loss(model: GPT, machine: Machine) -> Loss:
     def loss(ids: Tensor, targets: Tensor) -> Tensor:
         batch = [x.pin_memory() if cuda else x for x in (ids, targets)]
         batch = [x.to(device, non_blocking=cuda) for x in batch]
+        # A compiled program would calculate the rotary tables in every kernel.
+        more = {}
+        if isinstance(model, modern.ModernGPT):
+            more["rotation"] = model.rotation(0, batch[0])
         narrow = machine.dtype != torch.float32
         with torch.autocast(device.type, machine.dtype, enabled=narrow):
-            return whole(*batch)
+            return whole(*batch, more)
 
     return loss
 

@@ -269,6 +269,7 @@ class ModernGPT(GPT):
         self.head = nn.Linear(c.width, c.vocab_size, bias=False)
         if c.tied:
             self.head.weight = self.tokens.weight
+        self.tables: tuple[Tensor, ...] = (torch.empty(0, 0),)
         self.initialize()
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
@@ -277,6 +278,21 @@ class ModernGPT(GPT):
             return super().embed(ids, positions)
         return self.dropout(self.tokens(ids))
 
+    def rotation(self, first: int, ids: Tensor) -> tuple[Tensor, ...] | None:
+        """The rotary tables of ids (B, T) that follow `first` others.
+
+        They are kept, and calculated anew only for positions beyond those.
+        """
+        if self.config.positions != "rotary":
+            return None
+        end, device = first + ids.shape[1], ids.device
+        if self.tables[0].shape[-2] < end or self.tables[0].device != device:
+            longer = max(end, min(2 * end, self.config.context))
+            with torch.inference_mode(False):  # training may use them later
+                positions = torch.arange(longer, device=device)
+                self.tables = _rotation(self.config, positions)
+        return tuple(table[..., first:end, :] for table in self.tables)
+
     def hidden_states(
         self,
         ids: Tensor,
@@ -284,10 +300,13 @@ class ModernGPT(GPT):
         mask: Tensor | None = None,
         caches: list[Any] | None = None,
     ) -> Tensor:
-        """As in `GPT`. The rotary tables are calculated once, for all blocks."""
+        """As in `GPT`. All blocks share the rotary tables."""
         if positions is None:
             positions = _positions_after(ids, caches[0] if caches else None)
-        x, rotation = self.embed(ids, positions), _rotation(self.config, positions)
+            rotation = self.rotation(caches[0].length if caches else 0, ids)
+        else:
+            rotation = _rotation(self.config, positions)
+        x = self.embed(ids, positions)
         for layer, block in enumerate(self.blocks):
             x = block(x, mask, caches[layer] if caches else None, rotation)
         return self.norm(x)
