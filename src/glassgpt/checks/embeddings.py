@@ -13,7 +13,7 @@ from torch import Tensor, nn
 def expect_tensor(got: object) -> None:
     """Say what an attempt returns where a tensor is asked for.
 
-    Book: 03_embeddings.html#large-numbers-and-the-check
+    Book: 03_embeddings.html#the-check
     """
     kind = "None" if got is None else f"a {type(got).__name__}"
     assert isinstance(got, Tensor), f"it returns {kind}, not a tensor"
@@ -29,11 +29,11 @@ _COSINE_MISTAKES = {
 
 
 def check_cosine_similarity(similarity: Callable[..., Tensor]) -> None:
-    """The cosine of the angle: of any norms, along any axis, 0 for zero vectors.
+    """The cosine of the angle: of directions alone, along any axis, 0 for zeros.
 
     similarity: called as similarity(a, b) for the last axis and similarity(a, b, dim).
 
-    Book: 03_embeddings.html#large-numbers-and-the-check
+    Book: 03_embeddings.html#the-check
     """
     a, b = torch.tensor([3.0, 4.0]), torch.tensor([8.0, 6.0])
     got = float(similarity(a, b))
@@ -44,12 +44,6 @@ def check_cosine_similarity(similarity: Callable[..., Tensor]) -> None:
     assert abs(opposite + 1) < 1e-5, f"opposite vectors give {opposite:.3f}, not -1"
     zero = float(similarity(torch.zeros(2), a))
     assert zero == 0, f"a zero vector gives {zero}, not 0: don't divide by its norm"
-    for size in (1e30, 1e-30):
-        got = float(similarity(a * size, a * size))
-        assert abs(got - 1) < 1e-5, (
-            f"a vector of norm {5 * size:.0e} and itself give {got:.3f}, not 1: "
-            "its squares leave the range of floats, so scale it first"
-        )
     _check_axes(similarity)
 
 

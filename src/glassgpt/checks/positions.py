@@ -106,6 +106,9 @@ def check_shift_matrix(shift: Callable[[int, int], Tensor]) -> None:
             got = row(t) @ matrix
             back = torch.allclose(got, row(t - distance), atol=1e-4)
             assert not back, "the step goes backwards: change the sign of the sines"
+            assert distance == 1 or not torch.allclose(got, row(t + 1), atol=1e-4), (
+                "distance is ignored"
+            )
             assert torch.allclose(got, row(t + distance), atol=1e-4), (
                 f"position {t} times the matrix is not position {t + distance}"
             )
