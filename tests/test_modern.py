@@ -740,7 +740,7 @@ def test_the_chapter_shows_the_recorded_ladder():
 
 
 def test_kept_rotary_tables_grow_and_serve_training_after_writing():
-    """They begin short, follow the longest text, and writing leaves no trace in them."""
+    """They begin short and follow the longest text; training may use them later."""
     torch.manual_seed(0)
     config = ModernConfig(31, context=64, layers=1, heads=2, width=8)
     model = ModernGPT(config)
