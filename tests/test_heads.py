@@ -11,7 +11,7 @@ from torch import nn
 
 from glassgpt.attention import attention, causal_mask
 from glassgpt.checks import heads as checks
-from glassgpt.checks.attention import check_causal
+from glassgpt.checks.attention import check_causal, check_permutation_equivariant
 from glassgpt.heads import (
     MultiHeadAttention,
     fused_attention,
@@ -148,6 +148,15 @@ def test_equals_torch_multihead_attention(heads, T):
 def test_causal(heads, training):
     torch.manual_seed(0)
     check_causal(MultiHeadAttention(4, heads).train(training))
+
+
+def test_without_a_causal_mask_it_knows_no_order():
+    torch.manual_seed(0)
+    module = MultiHeadAttention(4, 2)
+    everyone = torch.ones(5, 5, dtype=torch.bool)
+    check_permutation_equivariant(lambda x: module(x, mask=everyone))
+    with pytest.raises(AssertionError, match="something here knows the order"):
+        check_permutation_equivariant(module)
 
 
 def test_causal_in_a_long_context():
@@ -371,7 +380,32 @@ WRONG = [
     (
         "check_multi_head",
         module_of(split=reshape_split, merge=reshape_merge),
-        "split and merge both mix positions",
+        "still wrong: split, merge",
+    ),
+    (
+        "check_multi_head",
+        module_of(order=(2, 1, 0), merge=reshape_merge),
+        "still wrong: order, merge",
+    ),
+    (
+        "check_multi_head",
+        module_of(split=reshape_split, attend=F.scaled_dot_product_attention),
+        "still wrong: split, mask",
+    ),
+    (
+        "check_multi_head",
+        module_of(reshape_split, reshape_merge, order=(2, 1, 0)),
+        "still wrong: order, split, merge",
+    ),
+    (
+        "check_multi_head",
+        module_of(
+            reshape_split,
+            reshape_merge,
+            F.scaled_dot_product_attention,
+            order=(2, 1, 0),
+        ),
+        "still wrong: order, split, mask, merge",
     ),
     ("check_multi_head", module_of(attend=wrong_root), "the root of C, not of D"),
     (
@@ -389,6 +423,11 @@ WRONG = [
     ("check_grouped_attention", by_count_of_keys, "6 queries, 2 keys"),
     ("check_grouped_attention", always_three, "6 queries, 1 keys"),
     ("check_grouped_attention", repeated, "heads 0 and 2 share a key"),
+    (
+        "check_grouped_attention",
+        lambda *qkv: attention(*spread(*qkv), causal_mask(5)),
+        "return the contexts only",
+    ),
     (
         "check_grouped_attention",
         lambda *qkv: attention(*spread(*qkv))[0],

@@ -45,10 +45,10 @@ def fused_attention(
     causal one. dropout: the share of weights set to zero. Returns the contexts
     (B, H, T, D). Source: Dao et al. (2022).
 
-    Book: 07_multi_head_attention.html#three-ways-one-result
+    Book: 07_multi_head_attention.html#two-ways-one-result
     """
     T, S = queries.shape[-2], keys.shape[-2]
-    # Branches, not an expression: a compiled T would make it a symbol.
+    # if, not `causal = T == S`: torch.compile (chapter 15) would make that a symbol.
     causal = False  # a single query, the last one, sees everything
     if mask is None and T == S:
         causal = True

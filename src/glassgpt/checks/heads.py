@@ -5,7 +5,7 @@
 
 import math
 from collections.abc import Callable
-from itertools import product
+from itertools import combinations, product
 
 import torch
 from torch import Tensor, nn
@@ -43,15 +43,17 @@ def _random(*shapes: tuple[int, ...]) -> list[Tensor]:
 
 
 def check_causal_attention(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
-    """Causal attention of each head by itself, equal to the plain version.
+    """Causal attention of each head, equal to the plain one, one head after the other.
 
     attend: maps queries, keys and values (B, H, T, D) to contexts of that shape.
 
-    Book: 07_multi_head_attention.html#three-ways-one-result
+    Book: 07_multi_head_attention.html#two-ways-one-result
     """
     q, k, v = _random(*3 * [(2, 3, 5, 4)])
     mask = causal_mask(5)
-    found, wanted = attend(q, k, v), attention(q, k, v, mask)[0]
+    one_by_one = zip(q.unbind(1), k.unbind(1), v.unbind(1), strict=True)
+    wanted = torch.stack([attention(*head, mask)[0] for head in one_by_one], 1)
+    found = attend(q, k, v)
     mistakes = [
         (attention(q, k, v), "the mask is missing: every word sees the future"),
         (attention(q, k, v, mask.mT), "the mask is transposed: words see the future"),
@@ -71,7 +73,7 @@ def check_causal_attention(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -
 def check_fused_attention(fused_attention: Callable[..., Tensor]) -> None:
     """Causal without a mask, the queries last; a mask replaces the causal one.
 
-    Book: 07_multi_head_attention.html#three-ways-one-result
+    Book: 07_multi_head_attention.html#two-ways-one-result
     """
     check_causal_attention(fused_attention)
     q, k, v = _random(*3 * [(2, 3, 5, 4)])
@@ -133,19 +135,26 @@ def _known_mistakes(module: nn.Module, x: Tensor, heads: int) -> dict[str, Tenso
     def by_reshape(pieces: list[Tensor]) -> Tensor:
         return torch.stack(pieces, 1).reshape(x.shape)
 
+    steps = {
+        "order": {"order": (2, 1, 0)},
+        "split": {"split": by_view},
+        "mask": {"causal": False},
+        "merge": {"merge": by_reshape},
+    }
     root = {"shrink": math.sqrt(heads)}
     mistakes = {
-        "the mask is missing": {"causal": False},
-        "split: view(B, H, T, D) mixes positions, swap T and H": {"split": by_view},
-        "merge: swap T and H back before the reshape": {"merge": by_reshape},
-        "split and merge both mix positions: swap T and H in both": {
-            "split": by_view,
-            "merge": by_reshape,
-        },
+        "the mask is missing": steps["mask"],
+        "split: view(B, H, T, D) mixes positions, swap T and H": steps["split"],
+        "merge: swap T and H back before the reshape": steps["merge"],
         "scores were divided by the root of C, not of D = C / H": root,
         "queries and keys are exchanged": {"order": (1, 0, 2)},
-        "the first third of qkv are queries, the last values": {"order": (2, 1, 0)},
+        "the first third of qkv are queries, the last values": steps["order"],
     }
+    # Several at once, each set of two to four, so that mending one is noticed.
+    for size in (2, 3, 4):
+        for names in combinations(steps, size):
+            changes = {key: v for name in names for key, v in steps[name].items()}
+            mistakes[f"still wrong: {', '.join(names)}"] = changes
     return {
         name: _one_by_one(module, x, heads, **change)
         for name, change in mistakes.items()
@@ -174,8 +183,7 @@ def check_multi_head(module_class: Callable[[int, int], nn.Module]) -> None:
                 assert not torch.allclose(found, module.projection(wrong)), mistake
         gap = (found - module.projection(merged)).abs().max().item()
         assert gap < 1e-12, (
-            f"{heads} heads differ from one after the other by {gap:.1e}: mend one step"
-            " at a time: order, split, mask, merge"
+            f"{heads} heads differ from one after the other by {gap:.1e}"
         )
         count = sum(p.numel() for p in module.parameters())
         assert count == 4 * 12**2 + 4 * 12, f"{count} parameters, not 4 C^2 + 4 C"
@@ -186,7 +194,7 @@ def check_grouped_attention(
 ) -> None:
     """Neighboring heads share a key and a value; each has its own query.
 
-    Book: 07_multi_head_attention.html#exercise-3-fewer-keys-than-queries
+    Book: 07_multi_head_attention.html#exercise-3-fewer-key-heads-than-query-heads
     """
     mask = causal_mask(5)
     for G in (2, 1):
@@ -198,6 +206,8 @@ def check_grouped_attention(
                 raise
             message = f"6 queries, {G} keys: each is for {6 // G} heads. PyTorch says:"
             raise AssertionError(f"{message} {error}") from error
+        tensor = isinstance(found, Tensor)
+        assert tensor, "return the contexts only: attention(...)[0]"
         shape = tuple(found.shape)
         assert shape == q.shape, f"the shape is {shape}: one context per query"
         groups = [h * G // 6 for h in range(6)]
@@ -230,7 +240,7 @@ def check_contributions(contributions: Callable[[nn.Module, Tensor], Tensor]) ->
 
     contributions: called with a MultiHeadAttention and x (B, T, C); (B, H, T, C).
 
-    Book: 07_multi_head_attention.html#exercise-3-fewer-keys-than-queries
+    Book: 07_multi_head_attention.html#exercise-3-fewer-key-heads-than-query-heads
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
