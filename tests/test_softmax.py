@@ -264,6 +264,11 @@ def score_by_score(chunks):
     return peak + math.log(total)
 
 
+def without_peak(chunks):
+    scores = torch.cat([chunk.clone() for chunk in chunks])
+    return scores.logsumexp(0) - scores.max()
+
+
 def last_chunk(chunks):
     for chunk in chunks:
         result = chunk.logsumexp(0)
@@ -433,6 +438,11 @@ WRONG = [
         "a forbidden score of 1000",
     ),
     (
+        "check_masked_softmax",
+        lambda x, allowed: (x - (~allowed) * math.inf).softmax(-1),
+        "use masked_fill",
+    ),
+    (
         "check_cross_entropy_gradient",
         lambda logits, targets: F.one_hot(targets, 4) - softmax(logits),
         "the sign is wrong, and",
@@ -478,6 +488,7 @@ WRONG = [
     ("check_one_pass", lambda parts: one_pass(parts, inverse=True), "other way round"),
     ("check_one_pass", lambda parts: one_pass(parts, moving=False), "the new peak"),
     ("check_one_pass", lambda parts: one_pass(parts, peak=0.0), "peak -inf"),
+    ("check_one_pass", without_peak, "the peak is missing"),
     (
         "check_one_pass",
         lambda parts: torch.cat(list(parts)).logsumexp(0),

@@ -168,6 +168,9 @@ def check_masked_softmax(masked_softmax: Callable[[Tensor, Tensor], Tensor]) -> 
     x = torch.tensor([[0.0, 1.0, 2.0, 2.5], [2.5, 2.0, 1.0, 0.0]])
     allowed = torch.tensor([[True, True, False, False], [True, True, True, True]])
     result = masked_softmax(x, allowed)
+    assert not result[0].isnan().any(), (
+        "nan: 0 times infinity is no number, use masked_fill"
+    )
     assert (result[0, :2] > 0).all(), "an allowed entry got 0: invert the mask with ~"
     assert (result[~allowed] == 0).all(), "a forbidden entry has a probability above 0"
     total = result[0].sum().item()
@@ -248,6 +251,9 @@ def check_one_pass(one_pass: Callable[[Iterable[Tensor]], Tensor]) -> None:
         last = torch.logsumexp(scores[-2:], 0)
         assert abs(found - last) > 1e-3 or abs(last - wanted) < 1e-3, (
             "only the last chunk counts: carry the sum over, and the peak"
+        )
+        assert scores.max() == 0 or abs(found + scores.max() - wanted) > 1e-3, (
+            "the peak is missing: return peak + log of the total"
         )
         assert abs(found - wanted) < 1e-3, (
             f"{listed} gives {found:.3f}, not {wanted:.3f}: when the peak grows,"
