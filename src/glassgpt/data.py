@@ -208,6 +208,7 @@ class FileDocument(Document):
 
 
 def _text_of(line: bytes) -> bytes:
+    """What {"text": "..."} says, in UTF-8."""
     match json.loads(line.strip() or b'{"text": ""}'):
         case {"text": str(text)}:
             return text.encode()
