@@ -158,7 +158,7 @@ MISTAKES = {
         ["train", "--data", "picture.png", *NEW],
         "picture.png, from byte 0 on",
     ),
-    "picture, bpe": ([*MY, "--data", "picture.png", "--tokenizer", "bpe"], "null byte"),
+    "picture, bpe": ([*MY, "--data", "picture.png", "--tokenizer", "bpe"], "as text"),
     "no name of a text": ([*MY, "--data", ""], "an empty name is neither"),
     "uneven heads": ([*MY, "--width", "15"], "width 15"),
     "no layers": ([*MY, "--layers", "0"], "layers"),
@@ -265,7 +265,7 @@ MISTAKES = {
     "damaged tokenizer": (["generate", "scrambled"], "tokenizer.json is damaged"),
     "a file as model": (["generate", "my.txt"], "my.txt"),
     "evaluate nothing": (["evaluate", "run"], "TEXT"),
-    "evaluate a picture": (["evaluate", "run", "picture.png"], "null byte"),
+    "evaluate a picture": (["evaluate", "run", "picture.png"], "as text"),
     "evaluate too little": (["evaluate", "run", "one.txt"], "text of one token"),
 }
 

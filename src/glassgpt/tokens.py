@@ -68,9 +68,8 @@ def count_words(texts: Iterable[str]) -> Counter[str]:
 
     Book: 02_tokens.html#count-each-word-once
     """
-    pieces, words = Counter(), Counter()
-    for text in texts:
-        pieces.update(_PIECE.findall(text))
+    pieces = Counter(chain.from_iterable(map(_PIECE.findall, texts)))
+    words = Counter()
     for piece, times in pieces.items():
         for word in split_words(piece):
             words[word] += times
