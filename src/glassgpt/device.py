@@ -184,7 +184,7 @@ def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def compiled_gelu(x: Tensor) -> Tensor:
-    """GELU, since tanh(z) = 2 sigmoid(2z) - 1: on a CPU a compiled program is faster so.
+    """GELU, as tanh(z) = 2 sigmoid(2z) - 1: on a CPU faster in a compiled program.
 
     Book: 15_full_gpt.html#compiling
     """
