@@ -20,6 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from glassgpt.gpt import GPT
 
 FORMATS = ("float32", "bfloat16", "float16", "int8")
+PACKED = torch.backends.quantized.engine in ("x86", "fbgemm")  # FBGEMM is here
 
 
 def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,11 +67,9 @@ class HalfProduct:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype):
-        self.weight, self.bias = weight.to(dtype), bias
-        engine = torch.backends.quantized.engine
-        pack = getattr(torch.ops.quantized, "linear_prepack_fp16", None)
-        self.packed = None
-        if pack and weight.is_cpu and engine in ("x86", "fbgemm"):
+        self.weight, self.bias, self.packed = weight.to(dtype), bias, None
+        if PACKED and weight.is_cpu:
+            pack = torch.ops.quantized.linear_prepack_fp16
             self.packed, self.weight = pack(self.weight.float(), bias), None
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -112,7 +111,7 @@ def fastest_weights(layers: Sequence[nn.Linear]) -> str:
     """Which of FORMATS takes one vector through these layers fastest, as measured.
 
     The first four, a block's, are timed. In between twenty others are read, so that
-    the cache holds what it would hold in writing.
+    the processor's cache holds what it would hold in writing.
     On anything but a CPU "float16", unmeasured.
 
     Book: 21_speed.html#which-is-fastest-here
@@ -121,11 +120,12 @@ def fastest_weights(layers: Sequence[nn.Linear]) -> str:
         return "float16"
     timed, others = layers[:4], layers[4:24]
     inputs = [layer.weight[:1].clone() for layer in timed]  # any vector will do
+    names = ("float16", "int8") if PACKED else FORMATS[1:]
     ways: dict[str, list[Any]] = {
-        name: [LightLinear(layer, name) for layer in timed] for name in FORMATS[1:]
+        name: [LightLinear(layer, name) for layer in timed] for name in names
     }
     ways["float32"] = list(timed)
-    seconds = dict.fromkeys(FORMATS, math.inf)
+    seconds = dict.fromkeys(ways, math.inf)
     for _ in range(7):  # in turn, so that a slow moment hits all of them
         for name, way in ways.items():
             for layer in others:
@@ -134,7 +134,7 @@ def fastest_weights(layers: Sequence[nn.Linear]) -> str:
             for layer, x in zip(way, inputs, strict=True):
                 layer(x)
             seconds[name] = min(seconds[name], perf_counter() - start)
-    return min(FORMATS, key=seconds.__getitem__)
+    return min(seconds, key=seconds.__getitem__)
 
 
 def lighten(model: GPT, weights: str | None = None) -> GPT:
