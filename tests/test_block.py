@@ -376,6 +376,11 @@ WRONG = [
     ),
     (
         "check_layer_norm_gradient",
+        lambda x, u: layer_norm_gradient(x, u, product=lambda a: -average(a)),
+        "the path through v is subtracted, not added",
+    ),
+    (
+        "check_layer_norm_gradient",
         lambda x, u: layer_norm_gradient(x, u, divide=False),
         "divide by the spread",
     ),

@@ -245,6 +245,15 @@ def test_initialization():
     assert loss.item() == pytest.approx(math.log(500), abs=0.1)
 
 
+def test_random_logits_cost_half_their_variance():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(5000, context=32, layers=1))
+    with torch.no_grad():
+        logits = model(torch.randint(5000, (2, 32)))
+    loss = (logits.logsumexp(dim=-1) - logits.mean(dim=-1)).mean().item()
+    assert loss == pytest.approx(math.log(5000) + 0.02**2 * 768 / 2, abs=0.01)
+
+
 def test_initialize_fills_every_parameter():
     model = GPT(CONFIG)
     for parameter in model.parameters():
@@ -681,6 +690,7 @@ WRONG = [
     ("check_parameter_count", lambda *s: count(*s, tables=0), "table of tokens"),
     ("check_parameter_count", lambda *s: count(*s, last=0), "the last norm"),
     ("check_parameter_count", lambda *s: count(*s, bias=9), "the two norms of each"),
+    ("check_parameter_count", lambda *s: count(*s, bias=11), "a block has two norms"),
     ("check_parameter_count", lambda *s: count(*s, bias=4), "biases of the linear"),
     ("check_parameter_count", lambda *s: count(*s, bias=10), "biases of qkv"),
     ("check_parameter_count", lambda *s: count(*s, bias=11, last=1), "norms have a"),

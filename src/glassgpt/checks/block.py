@@ -229,6 +229,10 @@ def check_layer_norm_gradient(gradient: Callable[[Tensor, Tensor], Tensor]) -> N
         (u / spread, "the mean and the variance depend on x too"),
         ((u - mean) / spread, "the variance depends on x too"),
         ((u - along) / spread, "the mean depends on x too"),
+        (
+            (u - mean + along) / spread,
+            "the path through v is subtracted, not added",
+        ),
         (wanted * spread, "divide by the spread"),
         ((u - 4 * mean - along) / spread, "the mean of u, not its sum"),
         ((u - mean - 4 * along) / spread, "the mean of u times n, not its sum"),

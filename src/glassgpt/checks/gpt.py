@@ -198,6 +198,7 @@ def check_parameter_count(count: Callable[[int, int, int, int], int]) -> None:
         -V * C: "the table of tokens is missing",
         -2 * C: "the last norm is missing",
         -4 * C * L: "the two norms of each block are missing",
+        -2 * C * L: "a block has two norms",
         -2 * C * L - C: "norms have a bias too",
         -3 * C * L: "the biases of qkv are missing",
         -9 * C * L: "the biases of the linear layers are missing",
