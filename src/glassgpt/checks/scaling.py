@@ -42,7 +42,7 @@ def check_ring(ring: Callable[[Vectors], Iterable[Vectors]]) -> None:
         states = [[list(v) for v in held] for held in ring([list(v) for v in vectors])]
         assert states[0] == vectors, "yield what they hold before the first step, too"
         assert len(states) - 1 >= 2 * (n - 1), (
-            f"{len(states) - 1} steps for {n} processes: chunks have to come round twice"
+            f"{len(states) - 1} steps for {n} processes: chunks go round twice"
         )
         assert len(states) - 1 == 2 * (n - 1), f"{len(states) - 1} steps are too many"
         for before, after in zip(states, states[1:], strict=False):
@@ -51,7 +51,7 @@ def check_ring(ring: Callable[[Vectors], Iterable[Vectors]]) -> None:
                 assert changed <= 1, f"{changed} chunks arrived in one step, not one"
         for rank, vector in enumerate(states[-1]):
             assert all(a <= b for a, b in zip(vector, wanted, strict=True)), (
-                f"process {rank} counted a number twice: whole sums replace, and don't add"
+                f"process {rank} counted a number twice: whole sums replace"
             )
             assert vector == wanted, f"process {rank} does not hold the sum"
 
