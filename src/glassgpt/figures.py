@@ -612,7 +612,7 @@ _AROUND = [
     (15, "15_full_gpt", "on a GPU"),
     (20, "20_runs_that_survive", "runs"),
     (21, "21_speed", "speed"),
-    (22, "22_many_machines", "many machines"),
+    (22, "22_many_machines", "scaling"),
     (23, "23_command_line", "commands"),
 ]
 
