@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
-from glassgpt import scaling
+from glassgpt import scaling, training
 from glassgpt.checks.scaling import (
     _small_run,
     check_ring,
@@ -120,6 +120,39 @@ def started_apart():
 def test_all_begin_with_the_weights_of_rank_0():
     first, second = run_processes(2, started_apart)
     assert gap(first, second) == 0
+
+
+class Masked:
+    """Tokens of whose targets some don't count, more in one row than in another."""
+
+    def __init__(self, tokens):
+        self.tokens = tokens
+
+    def random_batch(self, batch_size, context, seed):
+        inputs, targets = self.tokens.random_batch(batch_size, context, seed)
+        targets = targets.clone()
+        for row in range(batch_size):
+            targets[row, : (3 * row + seed[1]) % context] = -100
+        return inputs, targets
+
+
+def with_masks(names):
+    found = []
+    for name in names:
+        trainer = _small_run(getattr(scaling, name), rows=7, accumulate=2)
+        trainer.data.train = Masked(trainer.data.train)
+        for _ in range(6):
+            trainer.take_step()
+        state = trainer.state_dict()["model"]
+        found.append({key: value.detach().clone() for key, value in state.items()})
+    return found
+
+
+@pytest.mark.skipif(not hasattr(training, "count_targets"), reason="weighted by rows")
+def test_processes_with_unequal_numbers_of_targets_agree_with_one():
+    wanted = with_masks(["Trainer"])[0]
+    for weights in run_processes(3, with_masks, WAYS)[0]:
+        assert gap(wanted, weights) < 1e-12
 
 
 # A run in a folder.
