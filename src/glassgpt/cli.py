@@ -341,6 +341,8 @@ class Train(Text):
             ours = True
             data.check_context(plan.model.context)
             print(plan.describe(), flush=True)
+            if cards > 1:
+                print(f"{cards} processes share every batch; the time is that of one")
             out.mkdir(parents=True, exist_ok=True)
             write_file(path, line)
             return ended(glassgpt.start_run(out, plan, data, tokenizer, model, **how))
