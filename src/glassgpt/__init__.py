@@ -38,6 +38,18 @@ from glassgpt.modern import (
 )
 from glassgpt.positions import sinusoidal_positions
 from glassgpt.runs import Run, resume_run, start_run
+from glassgpt.scaling import (
+    DDPTrainer,
+    FSDPTrainer,
+    Law,
+    ParallelTrainer,
+    ShardedOptimizerTrainer,
+    StreamedTokens,
+    fit_law,
+    make_trainer,
+    run_processes,
+    team,
+)
 from glassgpt.softmax import cross_entropy, log_softmax, softmax
 from glassgpt.speed import keep_freed_memory, lighten
 from glassgpt.tokens import BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer
@@ -93,6 +105,16 @@ __all__ = [
     "Run",
     "resume_run",
     "start_run",
+    "DDPTrainer",
+    "FSDPTrainer",
+    "Law",
+    "ParallelTrainer",
+    "ShardedOptimizerTrainer",
+    "StreamedTokens",
+    "fit_law",
+    "make_trainer",
+    "run_processes",
+    "team",
     "TrainConfig",
     "Trainer",
     "evaluate",

@@ -37,6 +37,7 @@ from glassgpt.generation import Sampling, stream_text
 from glassgpt.gpt import GPT
 from glassgpt.modern import ModernConfig, MuonConfig
 from glassgpt.runs import CHANGEABLE, Run, refuse_occupied
+from glassgpt.scaling import make_trainer, team
 from glassgpt.tokens import BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer
 
 
@@ -125,6 +126,7 @@ CHANGES = {k: v for k, v in CHANGES.items() if k in CHANGEABLE}
 T = TypeVar("T")
 Maybe = Annotated[T | None, tyro.conf.arg(help_behavior_hint="")]  # None: not given
 Flag = Annotated[Maybe[bool], tyro.conf.FlagCreatePairsOff]  # there is no --no-skip
+Shard = Maybe[Literal["nothing", "optimizer", "model"]]
 Weights = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 
 
@@ -205,8 +207,8 @@ class Tokenize(Text):
         return 0
 
 
-def telling(out: Path, tensorboard: bool) -> dict[str, Any]:
-    """How a run tells of itself: a line for each evaluation, and a board if asked.
+def telling(out: Path, tensorboard: bool, shard: str | None) -> dict[str, Any]:
+    """How a run tells of itself and is shared: a line for each evaluation, a board.
 
     Book: 23_command_line.html#a-run-and-going-on-with-it
     """
@@ -230,7 +232,8 @@ def telling(out: Path, tensorboard: bool) -> dict[str, Any]:
                 for name, value in record.items():
                     board.add_scalar(name, value, int(record["step"]))
 
-    return {"on_record": on_record, "progress": sys.stderr.isatty()}
+    how = {"on_record": on_record, "progress": sys.stderr.isatty()}
+    return {**how, "make_trainer": partial(make_trainer, shard=shard)}
 
 
 def ended(run: Run) -> int:
@@ -256,12 +259,14 @@ class Resume:
     directory: Positional[str]  # of the run: what `train` called --out
     data: Maybe[str] = None  # where its tokens are now, if they moved
     tensorboard: Flag = False  # draw the curves for TensorBoard, too
+    shard: Shard = None  # what the processes of torchrun divide
     changes: given(CHANGES) = field(default_factory=dict)
 
     def run(self) -> int:
         """Go on to the end; --steps may put it further away."""
         glassgpt.keep_freed_memory()
-        how = {**telling(Path(self.directory), self.tensorboard), **self.changes}
+        how = telling(Path(self.directory), self.tensorboard, self.shard)
+        how |= self.changes
         return ended(glassgpt.resume_run(self.directory, self.data, **how))
 
 
@@ -280,13 +285,14 @@ class Train(Text):
     resume: Flag = False  # go on, if --out holds the run that these options began
     init_from: Maybe[str] = None  # start from this model's weights
     tensorboard: Flag = False  # draw the curves for TensorBoard, too
+    shard: Shard = None  # what the processes of torchrun divide
     settings: given(SETTINGS) = field(default_factory=dict)
 
     def run(self) -> int:
         """Begin a run; with --resume go on with it, where there is one."""
         name = re.sub(r"[^\w.-]", "", Path(*self.data[:1]).resolve().stem).strip(".")
         out = Path("runs", name or "run") if self.out is None else Path(self.out)
-        own = ("out", "resume", "tensorboard", "settings")
+        own = ("out", "resume", "tensorboard", "shard", "settings")
         asked = {k: v for k, v in vars(self).items() if v and k not in own}
         asked = json.loads(json.dumps(asked | self.settings, sort_keys=True))
         path = out / ".command.json"
@@ -303,14 +309,14 @@ class Train(Text):
         if kept := _flags(other - CHANGEABLE):
             raise ValueError(f"{out} did not begin with this {kept}: leave it out")
         changes = {k: v for k, v in asked.items() if k in CHANGEABLE}
-        return Resume(str(out), None, self.tensorboard, changes).run()
+        return Resume(str(out), None, self.tensorboard, self.shard, changes).run()
 
     def start(self, out: Path, path: Path, asked: dict[str, Any]) -> int:
         """Plan, tokenize, train. Where no run begins, nothing is left behind."""
         refuse_occupied(out)
         if os.path.lexists(out) and not out.is_dir():  # a file, or a link to nothing
             raise FileExistsError(f"{out} is no folder: choose another --out")
-        how, values = telling(out, self.tensorboard), dict(self.settings)
+        how, values = telling(out, self.tensorboard, self.shard), dict(self.settings)
         how |= {name: values.pop(name) for name in _SAVING if name in values}
         if wrong := _flags(name for name in _SAVING if how.get(name, 1) < 1):
             raise ValueError(f"{wrong} must be at least 1")
@@ -324,7 +330,8 @@ class Train(Text):
             model, tokenizer, values = self.origin(tokenizer, values, asked)
         size = (model.config if model else tokenizer or self).vocab_size
         # Refuses before any work.
-        plan = glassgpt.make_plan(1024 if size is None else size, **values)
+        cards = int(os.environ.get("WORLD_SIZE", 1))  # torchrun says it
+        plan = glassgpt.make_plan(1024 if size is None else size, cards=cards, **values)
         glassgpt.keep_freed_memory()
         try:
             tokenizer = tokenizer or self.learn_tokenizer()
@@ -334,6 +341,8 @@ class Train(Text):
             ours = True
             data.check_context(plan.model.context)
             print(plan.describe(), flush=True)
+            if cards > 1:
+                print(f"{cards} processes share every batch; the time is that of one")
             out.mkdir(parents=True, exist_ok=True)
             write_file(path, line)
             return ended(glassgpt.start_run(out, plan, data, tokenizer, model, **how))
@@ -560,7 +569,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if words == ["--version"]:
                 print(glassgpt.__version__)
                 return 0
-            return parse(words).run()
+            with team() as first:
+                return parse(words).run() if first else 0
     except BrokenPipeError:  # whoever read the output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

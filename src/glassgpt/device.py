@@ -422,17 +422,28 @@ class Plan:
         """About how many bytes of tensors it will need."""
         return memory_needed(self.model, self.training, self.machine)
 
-    def trainer(self, data: TokenData, model: GPT | None = None) -> Trainer:
-        """A trainer for data; model: one that has learned before."""
+    def trainer(
+        self,
+        data: TokenData,
+        model: GPT | None = None,
+        kind: Callable[..., Trainer] | None = None,
+        start: str | None = None,
+    ) -> Trainer:
+        """A trainer for data.
+
+        model: one that has learned before. kind: its class, for many processes (chapter
+        22). start: where the model is made, if not on its device.
+        """
         training, machine = self.training, self.machine
         with torch.random.fork_rng():
             torch.manual_seed(training.seed)
-            model = (model or build(self.model)).to(machine.device)
+            model = (model or build(self.model)).to(start or machine.device)
         optimizers = make_optimizers(model, training)
         if isinstance(training, MuonConfig):
             optimizers = muon_optimizers(model, training, machine.dtype)
-        kind = ScaledTrainer if machine.precision == "float16" else Trainer
-        return kind(model, data, training, optimizers, make_loss(model, machine))
+        usual = ScaledTrainer if machine.precision == "float16" else Trainer
+        loss = make_loss(model, machine)
+        return (kind or usual)(model, data, training, optimizers, loss)
 
     def describe(self) -> str:
         """The plan in a few lines, for people."""
@@ -526,11 +537,13 @@ def make_plan(
     size: str | None = None,
     recipe: str = "gpt2",
     device: str | None = None,
+    cards: int = 1,
     **values: Any,
 ) -> Plan:
     """Choose everything for a run on this machine; any value can be given instead.
 
     size: one of `SIZES`. recipe: "gpt2", "modern" (for `ModernConfig`) or "llama".
+    cards: how many GPUs share model and batch (chapter 22).
     values: fields of ModernConfig, MuonConfig and Machine, and optimizer, "adamw" or
     "muon", by default Muon where a run has to be short or the recipe is modern.
     Raises ValueError for names and values that don't exist, and for what can't fit.
@@ -569,4 +582,5 @@ def make_plan(
         # To compile the whole model takes longer.
         scope = "all" if chosen.type == "cuda" or plan.seconds > 600 else "blocks"
         plan = replace(plan, machine=replace(machine, compile=scope))
-    return fit_memory(plan, 0.85 * memory_of(chosen), given)
+    memory = 0.85 * memory_of(chosen) * (cards if chosen.type == "cuda" else 1)
+    return fit_memory(plan, memory, given)

@@ -333,6 +333,7 @@ def _find_tokens(place: Path, fingerprint: str) -> TokenData:
 
 
 OnRecord = Callable[[dict[str, float]], None]
+MakeTrainer = Callable[[Plan, TokenData, GPT | None], Trainer]
 
 
 def _go_on(run: Run, on_record: OnRecord | None, progress: bool) -> Run:
@@ -407,15 +408,17 @@ def start_run(
     keep: int = 2,
     on_record: OnRecord | None = None,
     progress: bool = True,
+    make_trainer: MakeTrainer = Plan.trainer,
 ) -> Run:
     """Train by a plan in a new folder, which `resume_run` and `load` can read.
 
     model: one to go on from instead of a new one. keep: how many checkpoints stay.
-    on_record: called with each evaluation. The folder has the best model, run.json,
-    metrics.jsonl and the checkpoints. Ctrl-C, SIGTERM or SIGHUP finishes the step,
-    writes a checkpoint and returns. Raises FileExistsError for a folder in use or not
-    empty, TypeError or ValueError for what doesn't fit together, FloatingPointError,
-    MemoryError, and OSError where the disk is full.
+    on_record: called with each evaluation. make_trainer: that of many processes
+    (chapter 22). The folder has the best model, run.json, metrics.jsonl and the
+    checkpoints. Ctrl-C, SIGTERM or SIGHUP finishes the step, writes a checkpoint and
+    returns. Raises FileExistsError for a folder in use or not empty, TypeError or
+    ValueError for what doesn't fit together, FloatingPointError, MemoryError, and
+    OSError where the disk is full.
 
     Book: 20_runs_that_survive.html#one-run-in-a-folder
     """
@@ -433,7 +436,7 @@ def start_run(
     if model is not None and model.config != plan.model:
         raise ValueError(f"the model has {model.config}, the plan {plan.model}")
     with memory_advice():
-        trainer = plan.trainer(data, model)
+        trainer = make_trainer(plan, data, model)
     settings = {**asdict(plan.training), **asdict(plan.machine)}
     settings |= {"checkpoint_every": checkpoint_every, "keep": keep}
     with locked(directory):
@@ -451,6 +454,7 @@ def resume_run(
     on_record: OnRecord | None = None,
     progress: bool = True,
     say: Callable[[str], None] = print,
+    make_trainer: MakeTrainer = Plan.trainer,
     **changes: Any,
 ) -> Run:
     """Go on with the run in a folder, to the same bits as if it had never stopped.
@@ -476,7 +480,7 @@ def resume_run(
         if model.config != config:
             raise ValueError(f"run.json describes another model than {found[-1]}")
         with memory_advice():
-            trainer = plan.trainer(tokens, model)
+            trainer = make_trainer(plan, tokens, model)
         restore(trainer, state, found[-1])
         if (done := trainer.step) > (steps := plan.training.steps):
             raise ValueError(f"steps can't be {steps}: {done} are done")

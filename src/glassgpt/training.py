@@ -212,12 +212,16 @@ class Trainer:
         with random_numbers((*seed, 1), self.device):
             batch = self.data.train.random_batch(c.batch_size, context, seed)
             total = torch.zeros((), device=self.device)
-            for part in zip(*(rows.chunk(c.accumulate) for rows in batch), strict=True):
+            for part in self.parts(batch):
                 loss = self.loss(*part) * (len(part[0]) / c.batch_size)
                 self.backward(loss)
                 total += loss.detach()
             self.unread.append(total + 0 * self.update())  # nan where the gradient is
         self.step += 1
+
+    def parts(self, batch: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
+        """The parts of a batch that are computed here, one after another."""
+        return zip(*(rows.chunk(self.config.accumulate) for rows in batch), strict=True)
 
     def backward(self, loss: Tensor) -> None:
         """Add a part's gradients to those of the parts before."""

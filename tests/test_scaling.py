@@ -1,0 +1,467 @@
+"""Many processes: the same weights, runs that go on, streams, and a law."""
+
+import ast
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
+
+from glassgpt import scaling, training
+from glassgpt.checks.scaling import (
+    _small_run,
+    check_ring,
+    check_stream,
+    train_in,
+    train_ways,
+)
+from glassgpt.data import TokenData
+from glassgpt.device import Machine, Plan, count
+from glassgpt.gpt import GPT, GPTConfig
+from glassgpt.modern import ModernConfig, MuonConfig
+from glassgpt.runs import checkpoints_in, read_checkpoint
+from glassgpt.scaling import (
+    Law,
+    StreamedTokens,
+    fit_law,
+    make_trainer,
+    run_processes,
+    team,
+)
+from glassgpt.training import TrainConfig, Trainer
+
+ROOT = Path(__file__).parent.parent
+COPIES = ["ParallelTrainer", "DDPTrainer", "ShardedOptimizerTrainer"]
+WAYS = [*COPIES, "FSDPTrainer"]
+
+
+def gap(one, two):
+    return max((one[name] - two[name]).abs().max().item() for name in one)
+
+
+def alone(**how):
+    return train_ways(["Trainer"], **how)["Trainer"]
+
+
+def everything(cases):
+    return [train_ways(names, **how) for names, how in cases]
+
+
+CASES = [
+    (WAYS, {"rows": 7, "accumulate": 3}),
+    (COPIES, {"rows": 6, "muon": True}),
+    (WAYS, {"rows": 3}),
+]
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_all_ways_end_with_the_same_weights(processes):
+    found = run_processes(processes, everything, CASES)
+    for number, (names, how) in enumerate(CASES):
+        wanted = alone(**how)
+        for name in names:
+            first = found[0][number][name]
+            assert gap(wanted["weights"], first["weights"]) < 1e-12, (name, how)
+            assert abs(wanted["loss"] - first["loss"]) < 1e-12
+            for other in found[1:] if name != "FSDPTrainer" else []:
+                assert gap(first["weights"], other[number][name]["weights"]) == 0
+            held = [ranks[number][name]["held"] for ranks in found]
+            total = sum(w.numel() for w in wanted["weights"].values())
+            divided = {"FSDPTrainer": ["weights", "gradients", "moments"]}
+            divided["ShardedOptimizerTrainer"] = ["moments"]
+            for part, size in (("weights", 1), ("gradients", 1), ("moments", 2)):
+                if part == "moments" and how.get("muon"):
+                    continue
+                sums = sum(each[part] for each in held)
+                copies = 1 if part in divided.get(name, []) else processes
+                assert sums == copies * size * total, (name, part)
+
+
+def with_dropout():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(11, 8, layers=1, heads=1, width=8, dropout=0.5))
+    data = TokenData.of([1] * 100, [1] * 100, 11)  # all rows are alike
+    trainer = scaling.ParallelTrainer(model, data, TrainConfig(batch_size=4))
+    losses = []
+    usual = trainer.loss
+
+    def loss(*part):
+        losses.append(usual(*part).item())
+        return usual(*part)
+
+    trainer.loss = loss
+    trainer.take_step()
+    return losses
+
+
+def test_processes_drop_different_numbers():
+    first, second = run_processes(2, with_dropout)
+    assert first != second
+
+
+def started_apart():
+    torch.manual_seed(dist.get_rank())
+    model = GPT(GPTConfig(11, 8, layers=1, heads=1, width=8))
+    data = TokenData.of(list(range(11)) * 9, list(range(11)), 11)
+    scaling.DDPTrainer(model, data, TrainConfig(batch_size=4))
+    return {name: value.detach() for name, value in model.named_parameters()}
+
+
+def test_all_begin_with_the_weights_of_rank_0():
+    first, second = run_processes(2, started_apart)
+    assert gap(first, second) == 0
+
+
+class Masked:
+    """Tokens of whose targets some don't count, more in one row than in another."""
+
+    def __init__(self, tokens):
+        self.tokens = tokens
+
+    def random_batch(self, batch_size, context, seed):
+        inputs, targets = self.tokens.random_batch(batch_size, context, seed)
+        targets = targets.clone()
+        for row in range(batch_size):
+            targets[row, : (3 * row + seed[1]) % context] = -100
+        return inputs, targets
+
+
+def with_masks(names):
+    found = []
+    for name in names:
+        trainer = _small_run(getattr(scaling, name), rows=7, accumulate=2)
+        trainer.data.train = Masked(trainer.data.train)
+        for _ in range(6):
+            trainer.take_step()
+        state = trainer.state_dict()["model"]
+        found.append({key: value.detach().clone() for key, value in state.items()})
+    return found
+
+
+@pytest.mark.skipif(not hasattr(training, "count_targets"), reason="weighted by rows")
+def test_processes_with_unequal_numbers_of_targets_agree_with_one():
+    wanted = with_masks(["Trainer"])[0]
+    for weights in run_processes(3, with_masks, WAYS)[0]:
+        assert gap(wanted, weights) < 1e-12
+
+
+# A run in a folder.
+
+
+@pytest.mark.parametrize("shard", ["optimizer", "model"])
+def test_a_killed_run_goes_on_with_another_number(tmp_path, shard):
+    never = train_in(str(tmp_path / "never"), 30, shard)
+    with pytest.raises((ProcessExitedException, ProcessRaisedException)):
+        run_processes(3, train_in, str(tmp_path / "run"), 30, shard, 10)
+    steps = [int(path.name[11:]) for path in checkpoints_in(tmp_path / "run")]
+    assert steps[-1] in (10, 20)  # the kill may come a moment late
+    found = run_processes(2, train_in, str(tmp_path / "run"), 30, shard)
+    assert found[1] == []
+    assert np.allclose(found[0], never, atol=1e-4)
+
+
+@pytest.mark.parametrize("shard", ["optimizer", "model"])
+def test_a_checkpoint_is_that_of_one_process(tmp_path, shard):
+    train_in(str(tmp_path / "one"), 10, shard)
+    run_processes(2, train_in, str(tmp_path / "two"), 10, shard)
+    states = []
+    for name in ("one", "two"):
+        model, _, state = read_checkpoint(checkpoints_in(tmp_path / name)[-1])
+        assert model.head.weight is model.tokens.weight
+        states.append((dict(model.named_parameters()), state["optimizers"]))
+    (weights, optimizers), (other, others) = states
+    assert gap(weights, other) < 1e-5
+    for one, two in zip(optimizers, others, strict=True):
+        assert sorted(one["state"]) == sorted(two["state"])
+        for number, moments in one["state"].items():
+            for name, value in moments.items():
+                assert torch.allclose(value, two["state"][number][name], atol=1e-5)
+
+
+REFUSED = [
+    ("optimizer", 1, False, "float32", "a batch of 1 rows is too small"),
+    ("model", 4, True, "float32", "takes the optimizer adamw"),
+    ("model", 4, False, "float16", "takes the precision bfloat16"),
+]
+
+
+def refused():
+    found = []
+    with team() as leads:
+        for shard, rows, muon, precision, _ in REFUSED if leads else []:
+            kind = MuonConfig if muon else TrainConfig
+            model = GPTConfig(11, 8, layers=1, heads=1, width=8)
+            machine = Machine(precision=precision)
+            plan = Plan(model, kind(batch_size=rows, steps=3), machine, 1e9)
+            data = TokenData.of(list(range(11)) * 9, list(range(11)), 11)
+            try:
+                make_trainer(plan, data, shard=shard)
+            except ValueError as error:
+                found.append(str(error))
+    return found
+
+
+def test_what_cannot_work_is_refused_before_it_begins():
+    first, second = run_processes(2, refused)
+    assert len(first) == len(REFUSED)
+    for said, (*_, why) in zip(first, REFUSED, strict=True):
+        assert why in said
+    assert second == []
+
+
+def half_precision():
+    """float16 beside the way processes share; a CPU can do it, slowly."""
+    model = GPTConfig(11, 8, layers=1, heads=1, width=8)
+    machine = Machine(precision="float16")
+    plan = Plan(model, TrainConfig(batch_size=4, steps=3, warmup=1), machine, 1e9)
+    data = TokenData.of(list(range(11)) * 9, list(range(11)), 11)
+    with team() as leads:
+        if leads:
+            trainer = make_trainer(plan, data, shard="optimizer")
+            for _ in range(3):
+                trainer.take_step()
+            return [trainer.read_losses(), trainer.state_dict()["scaler"]["scale"]]
+    return []
+
+
+def test_a_loss_scale_goes_with_processes():
+    (loss, scale), _ = run_processes(2, half_precision)
+    assert 0 < loss < 3
+    assert scale > 0
+
+
+def test_one_process_is_a_trainer_as_before():
+    model = GPTConfig(11, 8, layers=1, heads=1, width=8)
+    plan = Plan(model, TrainConfig(batch_size=4), Machine(), 1e9)
+    data = TokenData.of(list(range(11)) * 9, list(range(11)), 11)
+    with team() as leads:
+        assert leads
+        assert type(make_trainer(plan, data, shard="model")) is Trainer
+
+
+def fails():
+    with team() as leads:
+        if leads:
+            raise ValueError("no such thing")
+
+
+def test_an_error_of_rank_0_lets_the_others_go():
+    with pytest.raises(ProcessRaisedException, match="no such thing"):
+        run_processes(2, fails)
+
+
+def chosen():
+    sizes = (64, 65_536)
+    models = [GPTConfig(50_000, 64, layers=2, heads=8, width=width) for width in sizes]
+    plans = [Plan(model, TrainConfig(batch_size=2), Machine(), 1e9) for model in models]
+    return [scaling.choose_shard(plan) for plan in plans]
+
+
+def test_the_model_is_divided_where_nothing_else_fits():
+    assert run_processes(2, chosen) == [["optimizer", "model"]] * 2
+
+
+# The command line.
+
+TEXT = "a miniature Eiffel tower beside a tower of paper, and a tower of sand. " * 60
+TRAIN = "train --data text.txt --tokenizer char --context 16 --width 32 --layers 2"
+TRAIN += " --batch-size 8 --evaluate-every 10 --precision float32 --compile off"
+TRAIN += " --device cpu --checkpoint-every 10"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+
+
+def start(place, processes, words):
+    (place / "text.txt").write_text(TEXT)
+    line = [*TORCHRUN, "--nproc-per-node", str(processes), "-m", "glassgpt"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*line, *words.split()], cwd=place, env=env, **pipes)
+
+
+def records(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["validation_loss"] for line in lines]
+
+
+@pytest.mark.parametrize("shard", ["optimizer", "model"])
+def test_torchrun_trains_and_resumes(tmp_path, shard):
+    more = f" --shard {shard} --out run" + " --optimizer adamw" * (shard == "model")
+    ran = start(tmp_path, 2, TRAIN + more + " --steps 20")
+    out, errors = ran.communicate(timeout=300)
+    assert ran.returncode == 0, errors
+    assert out.count("write with it") == 1  # rank 0 alone speaks
+    assert len(records(tmp_path / "run")) == 2
+    again = start(tmp_path, 3, f"resume run --steps 30 --shard {shard}")
+    out, errors = again.communicate(timeout=300)
+    assert again.returncode == 0, errors
+    assert "going on from checkpoint-00000020" in out
+    losses = records(tmp_path / "run")
+    assert len(losses) == 3
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_a_mistake_under_torchrun_is_said_once(tmp_path):
+    ran = start(tmp_path, 2, TRAIN + " --out run --width 33")
+    _, errors = ran.communicate(timeout=300)
+    assert ran.returncode != 0
+    assert errors.count("glassgpt: width 33 is no multiple of") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_torchrun_stops_politely(tmp_path):
+    ran = start(tmp_path, 2, TRAIN + " --out run --steps 100000")
+    try:
+        until = time.monotonic() + 200
+        while not (tmp_path / "run" / "metrics.jsonl").exists():
+            assert time.monotonic() < until, "it never began"
+            assert ran.poll() is None, ran.communicate()[1]
+            time.sleep(0.05)
+        ran.send_signal(signal.SIGTERM)
+        out, _ = ran.communicate(timeout=100)
+    finally:
+        ran.kill()
+    assert "stopped after step" in out
+    step = int(out.split("stopped after step ")[1].split(":")[0])
+    last = checkpoints_in(tmp_path / "run")[-1]
+    assert last.name == f"checkpoint-{step:08d}"
+
+
+# Streams, rings and laws.
+
+
+def test_a_run_over_a_stream_goes_on_exactly():
+    def fetch(shard):
+        return np.random.default_rng(shard).integers(11, size=200).astype(np.uint16)
+
+    def begin():
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(11, 8, layers=1, heads=1, width=8))
+        stream = StreamedTokens(range(4), fetch, steps_each=2)
+        held_out = TokenData.of([1] * 20, fetch(9), 11).validation
+        data = TokenData(stream, held_out, 11, "a name of the stream")
+        config = TrainConfig(steps=20, batch_size=2, warmup=2)
+        return Trainer(model, data, config)
+
+    whole, first, second = begin(), begin(), begin()
+    for _ in range(12):
+        whole.take_step()
+    for _ in range(7):
+        first.take_step()
+    second.load_state_dict(first.state_dict())
+    for _ in range(5):
+        second.take_step()
+    for one, two in zip(
+        whole.model.parameters(), second.model.parameters(), strict=True
+    ):
+        assert torch.equal(one, two)
+
+
+def test_a_stream_holds_one_shard():
+    here = []
+
+    def fetch(shard):
+        here.append(shard)
+        return np.arange(100)
+
+    stream = StreamedTokens("abc", fetch, steps_each=4)
+    for step in range(24):
+        stream.random_batch(2, 8, (1, step))
+    assert len(here) <= 1 + 6
+    assert set(here) == set("abc")
+
+
+def test_a_shard_that_is_too_short_is_refused():
+    stream = StreamedTokens([0], lambda _: np.arange(5), steps_each=1)
+    with pytest.raises(ValueError, match="allow no crops"):
+        stream.random_batch(1, 8, (0, 0))
+
+
+def test_the_checks_pass_what_is_right():
+    check_stream(StreamedTokens)
+
+    def ring(vectors):  # the other way round
+        n, held = len(vectors), [list(v) for v in vectors]
+        yield held
+        for step in range(2 * n - 2):
+            after = [list(v) for v in held]
+            for rank in range(n):
+                chunk, left = (rank + step) % n, (rank - 1) % n
+                adds = held[left][chunk] if step < n - 1 else 0
+                after[left][chunk] = held[rank][chunk] + adds
+            held = after
+            yield held
+
+    check_ring(ring)
+
+
+exponents = st.floats(0.2, 1.0)
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.floats(0.5, 3), st.floats(0.2, 2), exponents, st.floats(0.2, 2), exponents)
+def test_a_law_without_noise_is_found(E, a, alpha, b, beta):
+    N, D = (x.ravel() for x in np.meshgrid(np.geomspace(1e4, 1e6, 6), [1e5, 1e6, 1e7]))
+    law = Law(E, a * 1e5**alpha, alpha, b * 1e6**beta, beta)
+    found = fit_law(N, D, law(N, D))
+    assert np.abs(found(N, D) - law(N, D)).max() < 2e-3
+    assert abs(found(1e7, 1e8) - law(1e7, 1e8)) < 0.05
+
+
+def test_growth_is_the_exponent_of_the_best_size():
+    law = Law(1.0, 30.0, 0.4, 60.0, 0.3)
+    best = []
+    for C in (1e15, 1e17):
+        N = np.geomspace(1e3, 1e12, 200_001)
+        best.append(N[law(N, C / 6 / N).argmin()])
+    assert abs(np.log(best[1] / best[0]) / np.log(100) - law.growth) < 1e-3
+
+
+def recorded(name):
+    return json.loads((ROOT / "book" / "runs" / f"{name}.json").read_text("utf-8"))
+
+
+def test_the_page_has_the_recorded_runs():
+    record = recorded("scaling")
+    cells = json.loads((ROOT / "book" / "22_many_machines.ipynb").read_text("utf-8"))
+    code = next("".join(c["source"]) for c in cells["cells"] if c["id"] == "law-runs")
+    tree = ast.parse(code)
+    runs = eval(compile(ast.Expression(tree.body[0].value), "page", "eval"))
+    shown = [
+        (C, layers, width, steps, loss)
+        for C, each in runs.items()
+        for layers, width, steps, loss in each
+    ]
+    keys = ("budget", "layers", "width", "steps", "loss")
+    assert shown == [tuple(run[key] for key in keys) for run in record["runs"]]
+    for run in record["runs"]:
+        size = (record["context"], run["layers"], run["heads"], run["width"])
+        config = ModernConfig(record["vocab_size"], *size)
+        assert count(config) == (run["parameters"], run["flops_per_token"])
+
+
+def test_the_prediction_follows_from_the_runs():
+    foretold, record = recorded("prediction"), recorded("scaling")
+    few = [r for r in record["runs"] if r["budget"] < 1e13 and r["steps"] >= 60]
+    points = [np.array([r[k] for r in few]) for k in ("parameters", "tokens", "loss")]
+    law = fit_law(*points)
+    told = law(foretold["parameters"], foretold["tokens"])
+    assert abs(told - foretold["validation_loss"]) < 1e-3
+    low, high = foretold["from_5_to_95_percent"]
+    assert low < foretold["validation_loss"] < high
+    assert foretold["fingerprint"] == record["fingerprint"]
+
+
+def test_a_small_run_has_a_table_that_processes_cannot_divide():
+    model = _small_run(Trainer).model
+    assert model.head.weight is model.tokens.weight
+    assert all(len(model.tokens.weight) % n for n in (2, 3))
