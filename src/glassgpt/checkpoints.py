@@ -22,8 +22,10 @@ from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.hub import (
     NAMES,
     OURS,
+    chat_template,
     config_from_json,
     config_to_json,
+    end_of,
     fill,
     find_model,
     fit,
@@ -170,14 +172,17 @@ def write_model(directory: Path, model: GPT, tokenizer: Tokenizer) -> None:
     make_folder(directory)
     with all_or_nothing(directory / "tokenizer.json") as partial:
         tokenizer.save(partial)
-    end = tokenizer.special_tokens.get("<|endoftext|>")
+    end = end_of(tokenizer)
     kind: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     kind |= {"clean_up_tokenization_spaces": False}
     kind |= {"model_max_length": model.config.context}
-    if end is not None:
-        kind |= dict.fromkeys(("bos_token", "eos_token"), "<|endoftext|>")
+    if end:
+        kind |= dict.fromkeys(("bos_token", "eos_token"), end)
     write_json(directory / "tokenizer_config.json", kind)
-    write_json(directory / "config.json", config_to_json(model.config, end))
+    if template := chat_template(tokenizer):
+        write_file(directory / "chat_template.jinja", template.encode())
+    content = config_to_json(model.config, tokenizer.special_tokens.get(end or ""))
+    write_json(directory / "config.json", content)
     state = to_theirs(model, format_of(model.config))
     write_tensors(directory / "model.safetensors", state)
 

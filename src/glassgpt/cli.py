@@ -473,7 +473,38 @@ class Evaluate:
         return 0
 
 
-COMMANDS = (Train, Resume, Generate, Evaluate, Tokenize)
+@dataclass
+class Serve:
+    """Serve a GPT on this machine, as OpenAI's clients expect it.
+
+    Book: 23_command_line.html#writing-and-measuring
+    """
+
+    model: Positional[str]  # a run's folder, a checkpoint, or a name: smollm2
+    port: int = 8000  # 0: any that is free
+    weights: Weights = "float32"  # lighter ones: faster for large models; or auto
+    device: Maybe[str] = None  # cpu, cuda or mps; default: the best one here
+
+    def run(self) -> int:
+        """Serve until Ctrl-C."""
+        from glassgpt.server import make_app, running  # its libraries are an extra
+
+        if not 0 <= self.port < 65536:
+            raise ValueError(f"--port must lie in 0 to 65535, not {self.port}")
+        device = glassgpt.pick_device(self.device)
+        model, tokenizer = glassgpt.load(self.model)
+        model = model.to(device)
+        if self.weights != "float32":
+            weights = None if self.weights == "auto" else self.weights
+            model = glassgpt.lighten(model, weights)
+        name = Path(self.model).resolve().name
+        with running(make_app(model, tokenizer, name), self.port) as address:
+            print(f"{name} answers at {address} until Ctrl-C", flush=True)
+            threading.Event().wait()
+        return 0
+
+
+COMMANDS = (Train, Resume, Generate, Evaluate, Tokenize, Serve)
 
 
 def parse(words: Sequence[str]) -> Any:
