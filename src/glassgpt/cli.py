@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import redirect_stderr, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
@@ -30,6 +30,7 @@ from tqdm.auto import tqdm
 from tyro.conf import OmitArgPrefixes, Positional
 
 import glassgpt
+from glassgpt.chat import fit_history, stream_answer, template_of
 from glassgpt.checkpoints import write_file
 from glassgpt.data import TokenData, read_documents, split_documents
 from glassgpt.device import RECIPES, SIZES, Machine, names
@@ -430,6 +431,96 @@ class Generate:
 
 
 @dataclass
+class Chat:
+    """Talk with a GPT that was taught to answer.
+
+    Book: 23_command_line.html#writing-and-measuring
+    """
+
+    model: Positional[str]  # a run's folder, a checkpoint, or a name
+    system: Maybe[str] = None  # a line that says how to behave
+    tokens: int = 200  # of an answer, at most
+    weights: Weights = "float32"  # lighter ones: faster for large models; or auto
+    device: Maybe[str] = None  # cpu, cuda or mps; default: the best one here
+    sampling: given(options(Sampling, usual=_default)) = field(default_factory=dict)
+
+    def run(self) -> int:
+        """Answer line after line, until there are no more."""
+        if self.tokens < 1:
+            raise ValueError(f"--tokens must be 1 or more, not {self.tokens}")
+        Sampling(**self.sampling)  # refuses before the first question
+        device = glassgpt.pick_device(self.device)
+        model, tokenizer = glassgpt.load(self.model)
+        template_of(tokenizer)
+        model = model.to(device)
+        if self.weights != "float32":
+            weights = None if self.weights == "auto" else self.weights
+            model = glassgpt.lighten(model, weights)
+        by_hand, line, talk = sys.stdin.isatty(), self.system, []
+        if by_hand:
+            self.say("/system TEXT sets the system line, /reset starts over")
+        for said in self.lines(by_hand):
+            word, _, rest = said.partition(" ")
+            if word == "/reset":
+                talk = []
+            elif word == "/system":
+                line = rest.strip() or None
+            elif said.strip():
+                head = [] if line is None else [{"role": "system", "content": line}]
+                asked = [*head, *talk, {"role": "user", "content": said}]
+                try:
+                    talk = self.answer(model, tokenizer, asked, by_hand)[len(head) :]
+                except ValueError as error:  # a question longer than the context
+                    if not by_hand:
+                        raise
+                    self.say(str(error))
+        return 0
+
+    def say(self, what: str) -> None:
+        """A word to whoever sits there, which is no part of an answer."""
+        print(f"({what})", file=sys.stderr, flush=True)
+
+    def lines(self, by_hand: bool) -> Iterator[str]:
+        """What is typed or piped in, line by line."""
+        while by_hand:
+            try:
+                yield input("> ")
+            except KeyboardInterrupt:
+                print(file=sys.stderr)
+                self.say("Ctrl-D ends")
+            except EOFError:
+                print()
+                return
+        for raw in sys.stdin.buffer:
+            try:
+                yield raw.decode("utf-8").rstrip("\r\n")
+            except UnicodeDecodeError:
+                raise ValueError("a line that was piped in is not UTF-8") from None
+
+    def answer(
+        self, model: GPT, tokenizer: Any, asked: list[dict[str, str]], by_hand: bool
+    ) -> list[dict[str, str]]:
+        """Print an answer as it comes; the conversation as far as it fits, with it."""
+        context = model.config.context
+        room = context - min(self.tokens, context // 2)
+        kept = [dict(turn) for turn in fit_history(asked, tokenizer, room)]
+        if lost := len(asked) - len(kept):
+            self.say(f"the context is full: the {lost} oldest turns are forgotten")
+        said = ""
+        try:
+            for piece in stream_answer(
+                model, tokenizer, kept, self.tokens, **self.sampling
+            ):
+                said += piece
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            if not by_hand:  # what feeds a pipe is stopped as a whole
+                raise
+        print(flush=True)
+        return [*kept, {"role": "assistant", "content": said}]
+
+
+@dataclass
 class Evaluate:
     """Measure how well a GPT predicts a text.
 
@@ -504,7 +595,7 @@ class Serve:
         return 0
 
 
-COMMANDS = (Train, Resume, Generate, Evaluate, Tokenize, Serve)
+COMMANDS = (Train, Resume, Generate, Chat, Evaluate, Tokenize, Serve)
 
 
 def parse(words: Sequence[str]) -> Any:

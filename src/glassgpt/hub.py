@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from glassgpt.chat import template_of, to_jinja
+from glassgpt.chat import save_template, template_of, to_jinja
 from glassgpt.device import on_paper
 from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.modern import LLAMA_CHOICES, ModernConfig
-from glassgpt.tokens import _SYMBOLS, Tokenizer
+from glassgpt.tokens import _SYMBOLS, UNESCAPE, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -333,7 +333,10 @@ class ForeignTokenizer(Tokenizer):
     def __init__(self, content: str):
         library = _library("tokenizers").Tokenizer
         try:
-            self._inner = library.from_str(content)
+            facts = json.loads(content)
+            if facts["normalizer"] == UNESCAPE:  # for others: we escape nothing
+                facts["normalizer"] = None
+            self._inner = library.from_str(json.dumps(facts))
         except Exception as error:  # it raises nothing finer
             raise ValueError(f"it is damaged or no tokenizer: {error}") from None
         self._inner.no_truncation()
@@ -567,14 +570,20 @@ def end_of(tokenizer: Tokenizer) -> str | None:
     return "<|endoftext|>" if "<|endoftext|>" in tokenizer.special_tokens else None
 
 
-def chat_template(tokenizer: Tokenizer) -> str | None:
-    """The template for `transformers`, or None for a tokenizer without roles.
+def save_words(directory: Path, tokenizer: Tokenizer) -> None:
+    """Write tokenizer.json, and where there are roles chat_template.jinja.
 
     Book: 17_gpt2.html#out-for-laptops
     """
+    tokenizer.save(directory / "tokenizer.json")
     with suppress(ValueError):
-        return to_jinja(template_of(tokenizer))
-    return None
+        template = template_of(tokenizer)
+        content = json.loads((directory / "tokenizer.json").read_text("utf-8"))
+        if content["normalizer"] is None:  # else there is no place for escapes
+            save_template(directory, tokenizer)
+        else:
+            path = directory / "chat_template.jinja"
+            path.write_text(to_jinja(template), "utf-8")
 
 
 def write_gguf(
@@ -641,6 +650,9 @@ def _write_tokenizer(writer: Any, tokenizer: Tokenizer, size: int) -> None:
     if end := end_of(tokenizer):
         writer.add_eos_token_id(tokenizer.special_tokens[end])
         writer.add_bos_token_id(tokenizer.special_tokens[end])
+    with suppress(ValueError):
+        template = to_jinja(template_of(tokenizer))
+        writer.add_chat_template(re.sub(r"{%-? (end)?generation -?%}", "", template))
 
 
 _CARD = """---

@@ -165,7 +165,7 @@ def make_app(model: GPT, tokenizer: Tokenizer, name: str) -> Starlette:
         frame |= {"created": int(time.time())}
         if in_pieces:
             frame["object"] += ".chunk" if chat else ""
-            parts = events(frame, pieces(request, wanted), wanted, chat)
+            parts = _events(frame, pieces(request, wanted), wanted, chat)
             return StreamingResponse(parts, media_type="text/event-stream")
         text = "".join([piece async for piece in pieces(request, wanted)])
         words = {"message": {"role": "assistant", "content": text}}
@@ -192,7 +192,7 @@ def _choice(words: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
     return {"index": 0, **words, "logprobs": None, "finish_reason": reason}
 
 
-async def events(
+async def _events(
     frame: dict[str, Any], pieces: AsyncIterator[str], wanted: Wanted, chat: bool
 ) -> AsyncIterator[str]:
     """The pieces of an answer as server-sent events, one a line, each in a frame."""
