@@ -520,6 +520,31 @@ def test_damaged_bytes_are_refused_or_read_but_never_run(tokenizer, tmp_path):
         assert model.parameter_count() < 50_000
 
 
+@pytest.mark.parametrize("name", ["shakespeare", "llama"])
+def test_llama_cpp_itself_writes_the_same(name, tokenizer, tmp_path):
+    """With `pip install xllamacpp`, which has llama.cpp inside."""
+    llama_cpp = pytest.importorskip("xllamacpp")
+    if name == "shakespeare":
+        model, tokenizer = glassgpt.load("shakespeare")
+    else:
+        large = {"context": 64, "width": 64, "hidden": 96}
+        model = random_model(replace(llama(tied=True), **large))
+    path, prompt, count = tmp_path / "m.gguf", "A tower of 1889:\n", 16
+    write_gguf(path, model, tokenizer, "float32")
+    options = llama_cpp.CommonParams()
+    options.model.path, options.n_ctx, options.warmup = str(path), 64, False
+    server = llama_cpp.Server(options)
+    asked = {"prompt": prompt, "max_tokens": count, "temperature": 0, "top_k": 1}
+    answer = server.handle_completions({**asked, "logprobs": 1})["choices"][0]
+    ids = tokenizer.encode(prompt)
+    theirs = [part["id"] for part in answer["logprobs"]["content"]]
+    ours = glassgpt.log_probabilities(model, ids + theirs)[len(ids) - 1 :].tolist()
+    found = [part["logprob"] for part in answer["logprobs"]["content"]]
+    assert len(found) > 2
+    assert ours == pytest.approx(found, abs=0.02)
+    assert theirs[0] == glassgpt.generate(model, ids, 1, top_k=1)[-1]
+
+
 # Cards.
 
 
