@@ -144,7 +144,8 @@ def add_roles(model: GPT, tokenizer: Tokenizer) -> tuple[GPT, Tokenizer]:
     else:
         raise ValueError(f"a {type(tokenizer).__name__} can't gain special tokens")
     model, tied = copy.deepcopy(model), model.config.tied
-    for layer in [model.tokens] if tied else [model.tokens, model.head]:
+    tables: list[Any] = [model.tokens] if tied else [model.tokens, model.head]
+    for layer in tables:
         old = layer.weight.detach()
         rows = old[:first].mean(dim=0).expand(len(new), -1)
         layer.weight = nn.Parameter(torch.cat((old[:first], rows, old[size:])))
@@ -252,10 +253,14 @@ class Packed(Tokens):
     ) -> Batch:
         """Inputs and targets (B, T), by (seed, step): every row once an epoch."""
         seed, step = (seed, 0) if isinstance(seed, int) else seed
-        rows, count = [], len(self.inputs)
-        for place in range(step * batch_size, (step + 1) * batch_size):
-            epoch, at = divmod(place, count)
-            rows.append(np.random.default_rng((seed, epoch)).permutation(count)[at])
+        count, places = (
+            len(self.inputs),
+            range(step * batch_size, (step + 1) * batch_size),
+        )
+        epochs = {place // count for place in places}
+        dice = {epoch: np.random.default_rng((seed, epoch)) for epoch in epochs}
+        order = {epoch: dice[epoch].permutation(count) for epoch in epochs}
+        rows = [order[place // count][place % count] for place in places]
         return self.inputs[rows], self.targets[rows]
 
     def fixed_batches(
@@ -285,10 +290,12 @@ def pack_data(
     for talks in (train, validation):
         rendered = (render(talk, tokenizer) for talk in talks)
         parts.append(Packed(*pack(rendered, context, end)))
+    learned, held_out = parts
     every = b"".join(
         row.numpy().tobytes() for p in parts for row in (p.inputs, p.targets)
     )
-    return TokenData(*parts, tokenizer.vocab_size, hashlib.sha256(every).hexdigest())
+    name = hashlib.sha256(every).hexdigest()
+    return TokenData(learned, held_out, tokenizer.vocab_size, name)
 
 
 def _folder_of(package: str) -> Path:
@@ -314,7 +321,7 @@ def chatterbot() -> list[list[dict[str, str]]]:
     Book: 16_chat.html#fine-tuning
     """
     folder = _folder_of("chatterbot_corpus")
-    import yaml  # here: it comes with the same extra
+    import yaml  # type: ignore[import-untyped]  # here: it comes with the same extra
 
     files = sorted(folder.glob("data/english/*.yml"))
     contents = (yaml.safe_load(path.read_text("utf-8")) for path in files)

@@ -1,5 +1,5 @@
 # Written by tools/tangle.py from book/23_command_line.ipynb: change it there.
-"""The command line: glassgpt train, resume, generate, evaluate and tokenize."""
+"""The command line: glassgpt train, resume, generate, chat, evaluate, tokenize."""
 
 import io
 import json
