@@ -36,9 +36,10 @@ from glassgpt.data import TokenData, read_documents, split_documents
 from glassgpt.device import RECIPES, SIZES, Machine, names
 from glassgpt.generation import Sampling, stream_text
 from glassgpt.gpt import GPT
+from glassgpt.hub import read_tokenizer
 from glassgpt.modern import ModernConfig, MuonConfig
 from glassgpt.runs import CHANGEABLE, Run, refuse_occupied
-from glassgpt.tokens import BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer
+from glassgpt.tokens import BPETokenizer, CharTokenizer, Tokenizer
 
 
 def comments(kind: type) -> dict[str, str]:
@@ -156,7 +157,7 @@ class Text:
             if self.tokenizer or sized:
                 wrong = "leave out --tokenizer and --vocab-size"
                 raise ValueError(f"{self.tokens} is tokenized: {wrong}")
-            return load_tokenizer(self.tokens / "tokenizer.json")
+            return read_tokenizer(self.tokens / "tokenizer.json")
         if sized and chosen != "bpe":
             raise ValueError("--vocab-size is for --tokenizer bpe: leave it out")
         if chosen == "gpt2":
@@ -167,7 +168,7 @@ class Text:
         if not path.exists():
             known = "neither bpe, char, gpt2 nor a tokenizer.json"
             raise FileNotFoundError(f"--tokenizer {chosen} is {known}")
-        return load_tokenizer(path)
+        return read_tokenizer(path)
 
     def learn_tokenizer(self) -> Tokenizer:
         """A new tokenizer. What is held out teaches byte pairs nothing."""
@@ -320,7 +321,7 @@ class Train(Text):
         line = json.dumps(asked).encode()
         ours = self.resume and path.exists() and path.read_bytes() == line
         if ours and not place:  # a start that was killed had got so far
-            place, tokenizer = new, load_tokenizer(new / "tokenizer.json")
+            place, tokenizer = new, read_tokenizer(new / "tokenizer.json")
         if self.init_from:
             model, tokenizer, values = self.origin(tokenizer, values, asked)
         size = (model.config if model else tokenizer or self).vocab_size
@@ -393,7 +394,8 @@ class Generate:
         """The prompt, as UTF-8 whatever the terminal has; by default a new line."""
         if None not in (self.prompt, self.prompt_file):
             raise ValueError("--prompt and --prompt-file contradict: leave one out")
-        usual = "\n" if isinstance(tokenizer, BPETokenizer) else tokenizer.decode([0])
+        letters = isinstance(tokenizer, CharTokenizer)
+        usual = tokenizer.decode([0]) if letters else "\n"
         raw = os.fsencode(usual if self.prompt is None else self.prompt)
         if self.prompt_file == "-":
             raw = sys.stdin.buffer.read()
