@@ -561,7 +561,7 @@ def test_a_card_is_written_from_the_record(recipe, tokenizer, tmp_path):
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     best = min(json.loads(line)["validation_loss"] for line in lines)
     assert f"{best:.4f} nats a token" in card
-    assert "From 64 tokens seen" in card
+    assert "It saw 64 tokens" in card
     assert f"{build(plan.model).parameter_count():,} parameters" in card
     assert ("from transformers import" in card) == (recipe != "modern")
     assert str(tmp_path) not in card  # nobody else's business

@@ -672,7 +672,7 @@ After {step:,} of {steps:,} steps it predicts held-out text with a loss of
 
 ## How it was trained
 
-From {tokens:,} tokens seen, {batch_size} crops a step, seed {seed}, highest learning
+It saw {tokens:,} tokens, {batch_size} crops a step, seed {seed}, highest learning
 rate {learning_rate:g}, in {precision} on {device}.
 It took {seconds:.0f} seconds.
 The fingerprint of its data: `{fingerprint}`.
