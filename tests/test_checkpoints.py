@@ -17,17 +17,16 @@ from safetensors.torch import load_file
 from glassgpt import checkpoints
 from glassgpt.checkpoints import (
     flush,
-    from_gpt2,
     load,
     load_parameters,
     read_shapes,
     save,
-    to_gpt2,
     write_file,
     write_tensors,
 )
 from glassgpt.checks import runs as checks
 from glassgpt.gpt import GPT, GPTConfig
+from glassgpt.hub import GPT2, to_theirs
 from glassgpt.modern import ModernConfig, ModernGPT, build
 from glassgpt.tokens import BPETokenizer, CharTokenizer
 
@@ -72,9 +71,7 @@ IDS = torch.randint(97, (2, 32), generator=torch.Generator().manual_seed(0))
 def test_whole_gpt_equals_transformers_in_double(tied):
     ours = random_gpt(replace(CONFIG, tied=tied)).double()
     theirs = their_gpt2(tie_word_embeddings=tied).double()
-    missing, unexpected = theirs.load_state_dict(
-        to_gpt2(dict(ours.named_parameters())), strict=False
-    )
+    missing, unexpected = theirs.load_state_dict(to_theirs(ours, GPT2), strict=False)
     assert unexpected == []
     assert missing == (["lm_head.weight"] if tied else [])
     gap = (ours(IDS) - theirs(IDS).logits).abs().max().item()
@@ -83,9 +80,10 @@ def test_whole_gpt_equals_transformers_in_double(tied):
 
 
 def test_gpt2_layout_and_back():
-    state = {name: p.detach() for name, p in random_gpt().named_parameters()}
-    back = from_gpt2(to_gpt2(state), list(state))
-    assert all(torch.equal(back[name], value) for name, value in state.items())
+    model = random_gpt()
+    theirs = to_theirs(model, GPT2)
+    for name, value in model.named_parameters():
+        assert torch.equal(GPT2.take(name, theirs.get, CONFIG), value)
 
 
 def test_a_saved_directory_is_read_by_transformers(tmp_path):
@@ -327,7 +325,7 @@ def test_bytes_that_are_no_text_are_refused(tmp_path):
 
 def test_wrong_shapes_are_refused_before_the_numbers_are_read(tmp_path):
     path = tmp_path / "model.safetensors"
-    state = to_gpt2({n: p.detach() for n, p in random_gpt().named_parameters()})
+    state = to_theirs(random_gpt(), GPT2)
     for name in ("transformer.h.1.mlp.c_fc.weight", "transformer.ln_f.bias"):
         write_tensors(path, {**state, name: state[name][:1]})
         with (

