@@ -112,7 +112,7 @@ def measure(model, tokenizer, examined):
     return {key: round(value.item(), 4) for key, value in found.items()}
 
 
-def system(steps=400, every=50):
+def system(steps=200, every=40):
     """How much a system line does, step by step of fine-tuning on speeches."""
     model, tokenizer, _ = beginning()
     speech = re.compile(r"^([A-Z][A-Z .'-]+):\n(.+?)(?=\n\n|\Z)", re.M | re.S)
