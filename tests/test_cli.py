@@ -149,7 +149,7 @@ WRITE = ["generate", "run", "--prompt", "the", "--tokens", "3"]
 MISTAKES = {
     "misspelled command": (["trian"], "no command trian: do you mean train?"),
     "another misspelled": (["evaluat", "run"], "do you mean evaluate?"),
-    "unknown command": (["xyz"], "train or resume or generate or evaluate or tokenize"),
+    "unknown command": (["xyz"], "train or resume or generate or chat"),
     "empty text": (["train", "--data", "empty.txt", *NEW], "empty.txt has no text"),
     "missing text": (["train", "--data", "missing.txt", *NEW], "missing.txt"),
     "no text": (["train", "--data", "--out", "new"], "no text"),

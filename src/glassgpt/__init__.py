@@ -12,6 +12,15 @@ from typing import Any
 
 from glassgpt.attention import attention, causal_mask
 from glassgpt.block import Block, layer_norm
+from glassgpt.chat import (
+    Template,
+    add_roles,
+    chat_loss,
+    pack_data,
+    render,
+    save_template,
+    stream_answer,
+)
 from glassgpt.checkpoints import load, save
 from glassgpt.data import TokenData, tokenize, write_tokens
 from glassgpt.device import Machine, Plan, make_plan, pick_device
@@ -26,6 +35,7 @@ from glassgpt.generation import (
 )
 from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.heads import MultiHeadAttention, merge_heads, split_heads
+from glassgpt.hub import ForeignTokenizer, write_card, write_gguf
 from glassgpt.mlp import MLP, gelu
 from glassgpt.modern import (
     ModernConfig,
@@ -48,6 +58,13 @@ __all__ = [
     "causal_mask",
     "Block",
     "layer_norm",
+    "Template",
+    "add_roles",
+    "chat_loss",
+    "pack_data",
+    "render",
+    "save_template",
+    "stream_answer",
     "load",
     "save",
     "TokenData",
@@ -71,6 +88,9 @@ __all__ = [
     "MultiHeadAttention",
     "merge_heads",
     "split_heads",
+    "ForeignTokenizer",
+    "write_card",
+    "write_gguf",
     "MLP",
     "gelu",
     "ModernConfig",

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -24,12 +25,14 @@ from glassgpt.hub import (
     OURS,
     config_from_json,
     config_to_json,
+    end_of,
     fill,
     find_model,
     fit,
     format_of,
     load_gguf,
     read_tokenizer,
+    save_words,
     to_theirs,
 )
 from glassgpt.tokens import Tokenizer
@@ -168,16 +171,19 @@ def write_model(directory: Path, model: GPT, tokenizer: Tokenizer) -> None:
     Book: 20_runs_that_survive.html#a-model-on-disk
     """
     make_folder(directory)
-    with all_or_nothing(directory / "tokenizer.json") as partial:
-        tokenizer.save(partial)
-    end = tokenizer.special_tokens.get("<|endoftext|>")
+    with TemporaryDirectory() as place:
+        save_words(Path(place), tokenizer)
+        for path in Path(place).iterdir():
+            write_file(directory / path.name, path.read_bytes())
+    end = end_of(tokenizer)
     kind: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     kind |= {"clean_up_tokenization_spaces": False}
     kind |= {"model_max_length": model.config.context}
-    if end is not None:
-        kind |= dict.fromkeys(("bos_token", "eos_token"), "<|endoftext|>")
+    if end:
+        kind |= dict.fromkeys(("bos_token", "eos_token"), end)
     write_json(directory / "tokenizer_config.json", kind)
-    write_json(directory / "config.json", config_to_json(model.config, end))
+    content = config_to_json(model.config, tokenizer.special_tokens.get(end or ""))
+    write_json(directory / "config.json", content)
     state = to_theirs(model, format_of(model.config))
     write_tensors(directory / "model.safetensors", state)
 

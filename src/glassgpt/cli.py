@@ -1,5 +1,5 @@
 # Written by tools/tangle.py from book/23_command_line.ipynb: change it there.
-"""The command line: glassgpt train, resume, generate, evaluate and tokenize."""
+"""The command line: glassgpt train, resume, generate, chat, evaluate, tokenize."""
 
 import io
 import json
@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import redirect_stderr, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
@@ -30,14 +30,16 @@ from tqdm.auto import tqdm
 from tyro.conf import OmitArgPrefixes, Positional
 
 import glassgpt
+from glassgpt.chat import fit_history, stream_answer, template_of
 from glassgpt.checkpoints import write_file
 from glassgpt.data import TokenData, read_documents, split_documents
 from glassgpt.device import RECIPES, SIZES, Machine, names
 from glassgpt.generation import Sampling, stream_text
 from glassgpt.gpt import GPT
+from glassgpt.hub import read_tokenizer
 from glassgpt.modern import ModernConfig, MuonConfig
 from glassgpt.runs import CHANGEABLE, Run, refuse_occupied
-from glassgpt.tokens import BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer
+from glassgpt.tokens import BPETokenizer, CharTokenizer, Tokenizer
 
 
 def comments(kind: type) -> dict[str, str]:
@@ -155,7 +157,7 @@ class Text:
             if self.tokenizer or sized:
                 wrong = "leave out --tokenizer and --vocab-size"
                 raise ValueError(f"{self.tokens} is tokenized: {wrong}")
-            return load_tokenizer(self.tokens / "tokenizer.json")
+            return read_tokenizer(self.tokens / "tokenizer.json")
         if sized and chosen != "bpe":
             raise ValueError("--vocab-size is for --tokenizer bpe: leave it out")
         if chosen == "gpt2":
@@ -166,7 +168,7 @@ class Text:
         if not path.exists():
             known = "neither bpe, char, gpt2 nor a tokenizer.json"
             raise FileNotFoundError(f"--tokenizer {chosen} is {known}")
-        return load_tokenizer(path)
+        return read_tokenizer(path)
 
     def learn_tokenizer(self) -> Tokenizer:
         """A new tokenizer. What is held out teaches byte pairs nothing."""
@@ -319,7 +321,7 @@ class Train(Text):
         line = json.dumps(asked).encode()
         ours = self.resume and path.exists() and path.read_bytes() == line
         if ours and not place:  # a start that was killed had got so far
-            place, tokenizer = new, load_tokenizer(new / "tokenizer.json")
+            place, tokenizer = new, read_tokenizer(new / "tokenizer.json")
         if self.init_from:
             model, tokenizer, values = self.origin(tokenizer, values, asked)
         size = (model.config if model else tokenizer or self).vocab_size
@@ -392,7 +394,8 @@ class Generate:
         """The prompt, as UTF-8 whatever the terminal has; by default a new line."""
         if None not in (self.prompt, self.prompt_file):
             raise ValueError("--prompt and --prompt-file contradict: leave one out")
-        usual = "\n" if isinstance(tokenizer, BPETokenizer) else tokenizer.decode([0])
+        letters = isinstance(tokenizer, CharTokenizer)
+        usual = tokenizer.decode([0]) if letters else "\n"
         raw = os.fsencode(usual if self.prompt is None else self.prompt)
         if self.prompt_file == "-":
             raw = sys.stdin.buffer.read()
@@ -427,6 +430,96 @@ class Generate:
                 print(piece, end="", flush=True)
             print()
         return 0
+
+
+@dataclass
+class Chat:
+    """Talk with a GPT that was taught to answer.
+
+    Book: 23_command_line.html#writing-and-measuring
+    """
+
+    model: Positional[str]  # a run's folder, a checkpoint, or a name
+    system: Maybe[str] = None  # a line that says how to behave
+    tokens: int = 200  # of an answer, at most
+    weights: Weights = "float32"  # lighter ones: faster for large models; or auto
+    device: Maybe[str] = None  # cpu, cuda or mps; default: the best one here
+    sampling: given(options(Sampling, usual=_default)) = field(default_factory=dict)
+
+    def run(self) -> int:
+        """Answer line after line, until there are no more."""
+        if self.tokens < 1:
+            raise ValueError(f"--tokens must be 1 or more, not {self.tokens}")
+        Sampling(**self.sampling)  # refuses before the first question
+        device = glassgpt.pick_device(self.device)
+        model, tokenizer = glassgpt.load(self.model)
+        template_of(tokenizer)
+        model = model.to(device)
+        if self.weights != "float32":
+            weights = None if self.weights == "auto" else self.weights
+            model = glassgpt.lighten(model, weights)
+        by_hand, line, talk = sys.stdin.isatty(), self.system, []
+        if by_hand:
+            self.say("/system TEXT sets the system line, /reset starts over")
+        for said in self.lines(by_hand):
+            word, _, rest = said.partition(" ")
+            if word == "/reset":
+                talk = []
+            elif word == "/system":
+                line = rest.strip() or None
+            elif said.strip():
+                head = [] if line is None else [{"role": "system", "content": line}]
+                asked = [*head, *talk, {"role": "user", "content": said}]
+                try:
+                    talk = self.answer(model, tokenizer, asked, by_hand)[len(head) :]
+                except ValueError as error:  # a question longer than the context
+                    if not by_hand:
+                        raise
+                    self.say(str(error))
+        return 0
+
+    def say(self, what: str) -> None:
+        """A word to whoever sits there, which is no part of an answer."""
+        print(f"({what})", file=sys.stderr, flush=True)
+
+    def lines(self, by_hand: bool) -> Iterator[str]:
+        """What is typed or piped in, line by line."""
+        while by_hand:
+            try:
+                yield input("> ")
+            except KeyboardInterrupt:
+                print(file=sys.stderr)
+                self.say("Ctrl-D ends")
+            except EOFError:
+                print()
+                return
+        for raw in sys.stdin.buffer:
+            try:
+                yield raw.decode("utf-8").rstrip("\r\n")
+            except UnicodeDecodeError:
+                raise ValueError("a line that was piped in is not UTF-8") from None
+
+    def answer(
+        self, model: GPT, tokenizer: Any, asked: list[dict[str, str]], by_hand: bool
+    ) -> list[dict[str, str]]:
+        """Print an answer as it comes; the conversation as far as it fits, with it."""
+        context = model.config.context
+        room = context - min(self.tokens, context // 2)
+        kept = [dict(turn) for turn in fit_history(asked, tokenizer, room)]
+        if lost := len(asked) - len(kept):
+            self.say(f"the context is full: the {lost} oldest turns are forgotten")
+        said = ""
+        try:
+            for piece in stream_answer(
+                model, tokenizer, kept, self.tokens, **self.sampling
+            ):
+                said += piece
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            if not by_hand:  # what feeds a pipe is stopped as a whole
+                raise
+        print(flush=True)
+        return [*kept, {"role": "assistant", "content": said}]
 
 
 @dataclass
@@ -473,7 +566,38 @@ class Evaluate:
         return 0
 
 
-COMMANDS = (Train, Resume, Generate, Evaluate, Tokenize)
+@dataclass
+class Serve:
+    """Serve a GPT on this machine, as OpenAI's clients expect it.
+
+    Book: 23_command_line.html#writing-and-measuring
+    """
+
+    model: Positional[str]  # a run's folder, a checkpoint, or a name: smollm2
+    port: int = 8000  # 0: any that is free
+    weights: Weights = "float32"  # lighter ones: faster for large models; or auto
+    device: Maybe[str] = None  # cpu, cuda or mps; default: the best one here
+
+    def run(self) -> int:
+        """Serve until Ctrl-C."""
+        from glassgpt.server import make_app, running  # its libraries are an extra
+
+        if not 0 <= self.port < 65536:
+            raise ValueError(f"--port must lie in 0 to 65535, not {self.port}")
+        device = glassgpt.pick_device(self.device)
+        model, tokenizer = glassgpt.load(self.model)
+        model = model.to(device)
+        if self.weights != "float32":
+            weights = None if self.weights == "auto" else self.weights
+            model = glassgpt.lighten(model, weights)
+        name = Path(self.model).resolve().name
+        with running(make_app(model, tokenizer, name), self.port) as address:
+            print(f"{name} answers at {address} until Ctrl-C", flush=True)
+            threading.Event().wait()
+        return 0
+
+
+COMMANDS = (Train, Resume, Generate, Chat, Evaluate, Tokenize, Serve)
 
 
 def parse(words: Sequence[str]) -> Any:

@@ -610,6 +610,7 @@ _AROUND = [
     (1, "01_introduction", "the whole"),
     (14, "14_after_gpt2", "after GPT-2"),
     (15, "15_full_gpt", "on a GPU"),
+    (16, "16_chat", "chat"),
     (17, "17_gpt2", "hub"),
     (18, "18_looking_inside", "inside"),
     (20, "20_runs_that_survive", "runs"),
@@ -666,7 +667,7 @@ def book_map(here: int | None = None) -> Markup:
         stop[13],
     ]
     learning = f"{stop[11]}{arrow}{stop[12]}{arrow}slopes flow back (8) <span>|</span>"
-    rest = "".join(stop[number] for number in (1, 14, 15, 17, 18, 20, 21, 23))
+    rest = "".join(stop[number] for number in (1, 14, 15, 16, 17, 18, 20, 21, 23))
     content = f"<div>{arrow.join(way)}</div><div>learning: {learning}{rest}</div>"
     place = "" if here is None else f" You are in chapter {here}, {labels[here]}."
     alt = (

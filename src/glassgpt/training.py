@@ -109,6 +109,14 @@ def token_loss(model: GPT) -> Loss:
     return loss
 
 
+def count_targets(targets: Tensor) -> int:
+    """How many targets count: all but those of -100, which no loss looks at.
+
+    Book: 12_training.html#a-fair-evaluation
+    """
+    return int((targets != -100).sum())
+
+
 @torch.no_grad()
 def evaluate(
     model: GPT,
@@ -124,11 +132,12 @@ def evaluate(
 
     Book: 12_training.html#a-fair-evaluation
     """
-    loss, losses = loss or token_loss(model), []
+    loss, total, count = loss or token_loss(model), 0.0, 0
     with in_mode(model, training=False):
         for batch in tokens.fixed_batches(crops, model.config.context, batch_size):
-            losses += [loss(*batch).item()] * len(batch[0])
-    return sum(losses) / len(losses)
+            new = count_targets(batch[1])
+            total, count = total + loss(*batch).item() * new, count + new
+    return total / count
 
 
 @contextmanager
@@ -212,8 +221,9 @@ class Trainer:
         with random_numbers((*seed, 1), self.device):
             batch = self.data.train.random_batch(c.batch_size, context, seed)
             total = torch.zeros((), device=self.device)
+            count = max(count_targets(batch[1]), 1)
             for part in zip(*(rows.chunk(c.accumulate) for rows in batch), strict=True):
-                loss = self.loss(*part) * (len(part[0]) / c.batch_size)
+                loss = self.loss(*part) * (count_targets(part[1]) / count)
                 self.backward(loss)
                 total += loss.detach()
             self.unread.append(total + 0 * self.update())  # nan where the gradient is

@@ -1,0 +1,156 @@
+"""Two questions of chapter 16, with more training than a chapter has time for.
+
+    python benchmarks/chat.py masks     answers only, or everything? three seeds each
+    python benchmarks/chat.py system    what a line such as "You are HAMLET." does
+
+Each writes its part of book/runs/chat.json, in ten minutes on two quiet cores. It needs
+`pip install 'glassgpt[chat,shakespeare]'`.
+"""
+
+import json
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+import glassgpt
+from glassgpt.chat import Packed, chat_loss, chatterbot, chitchat, pack, render
+from glassgpt.data import TokenData, shakespeare
+
+RECORD = Path(__file__).parent.parent / "book" / "runs" / "chat.json"
+STARS = ["HAMLET", "FALSTAFF", "OTHELLO", "IAGO"]
+STARS += ["CLEOPATRA", "ROSALIND", "TIMON", "PETRUCHIO"]
+
+
+def beginning():
+    """The small model with new roles, its tokenizer, and the separator."""
+    model, tokenizer = glassgpt.add_roles(*glassgpt.load("shakespeare"))
+    return model, tokenizer, tokenizer.special_tokens["<|endoftext|>"]
+
+
+def rows(talks, tokenizer, everything=False):
+    """Packed conversations, of which answers are learned, or everything."""
+    rendered = [render(talk, tokenizer) for talk in talks]
+    if everything:
+        rendered = [(ids, [True] * len(ids)) for ids, _ in rendered]
+    return Packed(*pack(rendered, 256, tokenizer.special_tokens["<|endoftext|>"]))
+
+
+def trainer_of(data, steps, every, seed=0):
+    """A trainer of a new copy of the small model."""
+    model, _, separator = beginning()
+    config = glassgpt.TrainConfig(
+        steps=steps,
+        batch_size=16,
+        learning_rate=2e-3,
+        warmup=10,
+        evaluate_every=every,
+        seed=seed,
+    )
+    return glassgpt.Trainer(model, data, config, loss=chat_loss(model, separator))
+
+
+def length(talk):
+    """The characters of a conversation."""
+    return sum(len(turn["content"]) for turn in talk)
+
+
+def masks(steps=120, every=20, seeds=3):
+    """Held-out loss of answers, where answers are learned, and where everything is."""
+    _, tokenizer, _ = beginning()
+    short = [talk for talk in chatterbot() if length(talk) <= 400]
+    openings = [talk[:4] for talk in chitchat() if 40 < length(talk[:4]) <= 200][:300]
+    taught = [talk for n, talk in enumerate(short) if n % 10 != 9] + openings
+    held_out = rows(short[9::10], tokenizer)
+    record = {"steps": list(range(0, steps + 1, every)), "torch": torch.__version__}
+    for name in ("answers", "everything"):
+        data = rows(taught, tokenizer, name == "everything")
+        data = TokenData(data, held_out, tokenizer.vocab_size, "")
+        record[name] = []
+        for seed in range(seeds):
+            trainer = trainer_of(data, steps, every, seed)
+            trainer.evaluate()
+            losses = [r["validation_loss"] for r in glassgpt.train(trainer)]
+            losses = [round(nats, 4) for nats in losses]
+            record[name].append({"seed": seed, "answers": losses})
+    return record
+
+
+def scene(name, cue, reply):
+    """A cue and its reply as a conversation, whose system line says who answers."""
+    line = [{"role": "system", "content": f"You are {name}."}] if name else []
+    turns = [("user", cue), ("assistant", reply)]
+    return line + [{"role": role, "content": text} for role, text in turns]
+
+
+@torch.inference_mode()
+def measure(model, tokenizer, examined):
+    """Mean and standard error of the gain, KL divergence, share of right lines of 8."""
+    gains, moved, best = [], [], []
+    for name, cue, reply in examined:
+        rendered = [render(scene(star, cue, reply), tokenizer) for star in STARS]
+        ids, mask = (
+            pad_sequence([torch.tensor(x) for x in part], batch_first=True)
+            for part in zip(*rendered, strict=True)
+        )
+        logs = model(ids[:, :-1])[mask[:, 1:]].log_softmax(dim=-1)
+        logs = logs.view(len(STARS), -1, tokenizer.vocab_size)
+        said = ids[:, 1:][mask[:, 1:]].view(len(STARS), -1, 1)
+        score = logs.gather(2, said).mean(dim=(1, 2))
+        right = STARS.index(name)
+        p, q = logs[right], logs[right - 1]
+        gains.append(score[right] - (score.sum() - score[right]) / 7)
+        moved.append((p.exp() * (p - q)).sum(dim=-1).mean())
+        best.append(float(score.argmax() == right))
+    gains, moved = torch.stack(gains), torch.stack(moved)
+    error = gains.std() / len(gains) ** 0.5
+    found = {"gain": gains.mean(), "error": error, "kl": moved.mean()}
+    found["right"] = torch.tensor(best).mean()
+    return {key: round(value.item(), 4) for key, value in found.items()}
+
+
+def system(steps=400, every=50):
+    """How much a system line does, step by step of fine-tuning on speeches."""
+    model, tokenizer, _ = beginning()
+    speech = re.compile(r"^([A-Z][A-Z .'-]+):\n(.+?)(?=\n\n|\Z)", re.M | re.S)
+    plays = [speech.findall(play.text) for play in shakespeare()]
+    counts = Counter(name for speeches in plays for name, _ in speeches)
+    cast = [name for name, _ in counts.most_common(60)]
+    pairs = []
+    for speeches in plays:
+        for (_, cue), (name, reply) in zip(speeches, speeches[1:], strict=False):
+            if name in cast and max(len(cue), len(reply)) < 400:
+                pairs.append((name, cue, reply))
+    kept = [pair for n, pair in enumerate(pairs) if n % 10 != 9]
+    lessons = [scene(name if n % 5 else None, *r) for n, (name, *r) in enumerate(kept)]
+    held_out = [scene(*pair) for pair in pairs[9::10]]
+    data = TokenData(
+        rows(lessons, tokenizer), rows(held_out, tokenizer), tokenizer.vocab_size, ""
+    )
+    examined = [pair for pair in pairs[9::10] if pair[0] in STARS]
+    found = [{"step": 0, **measure(model.eval(), tokenizer, examined)}]
+    trainer = trainer_of(data, steps, every)
+
+    def look(trainer):
+        if trainer.step % every == 0:
+            numbers = measure(trainer.model.eval(), tokenizer, examined)
+            found.append({"step": trainer.step, **numbers})
+            print(found[-1], trainer.records[-1]["validation_loss"], flush=True)
+
+    glassgpt.train(trainer, look)
+    return {"speeches": len(examined), "pairs": len(pairs), "curve": found}
+
+
+def main():
+    """Do what the command line names, and keep the other parts of the record."""
+    done = json.loads(RECORD.read_text("utf-8")) if RECORD.exists() else {}
+    for name in sys.argv[1:] or ["masks", "system"]:
+        done[name] = {"masks": masks, "system": system}[name]()
+        RECORD.write_text(json.dumps(done, indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,443 @@
+# Written by tools/tangle.py from book/16_chat.ipynb: change it there.
+"""Chat: conversations with marked roles, and a model that learns to answer."""
+
+import copy
+import hashlib
+import importlib.util
+import json
+import re
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from glassgpt.data import Batch, TokenData, Tokens
+from glassgpt.generation import stream_text
+from glassgpt.gpt import GPT
+from glassgpt.tokens import UNESCAPE, BPETokenizer, CharTokenizer, Tokenizer
+from glassgpt.training import Loss, count_targets
+
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Template:
+    """How a conversation is written: what stands around the words of each turn.
+
+    before: the mark of each role. stop: the token that ends a turn. after: what
+    follows it. default_system: a system line for conversations that begin without one.
+
+    Book: 16_chat.html#roles-nobody-can-forge
+    """
+
+    before: Mapping[str, str]
+    stop: str
+    after: str = ""
+    default_system: str | None = None
+
+
+GLASS = Template({role: f"<|{role}|>" for role in ROLES}, "<|end|>")
+CHATML = Template(
+    {role: f"<|im_start|>{role}\n" for role in ROLES},
+    stop="<|im_end|>",
+    after="\n",
+    default_system="You are a helpful AI assistant named SmolLM, "
+    "trained by Hugging Face",
+)
+
+
+def template_of(tokenizer: Any) -> Template:
+    """The template whose marks a tokenizer has as special tokens.
+
+    Raises ValueError, with advice, where it has those of none.
+
+    Book: 16_chat.html#roles-nobody-can-forge
+    """
+    known = tokenizer.special_tokens.keys()
+    if {GLASS.stop, *GLASS.before.values()} <= known:
+        return GLASS
+    if {"<|im_start|>", CHATML.stop} <= known:
+        return CHATML
+    advice = "give it roles with glassgpt.add_roles, and train it on conversations"
+    raise ValueError(f"this model knows no roles: {advice}")
+
+
+Conversation = Sequence[Mapping[str, str]]  # turns {"role": ..., "content": ...}
+Rendered = tuple[list[int], list[bool]]  # ids, and which of them are learned
+
+
+def render(conversation: Conversation, tokenizer: Any, reply: bool = False) -> Rendered:
+    """A conversation as ids, and a mask: True for answers and the token that ends them.
+
+    conversation: turns {"role": "system", "user" or "assistant", "content": text}.
+    tokenizer: one with the marks of a `Template`. reply: end with the mark after which
+    the assistant answers. No content becomes a special token.
+    Raises ValueError for another role, a turn without text, or no turn at all.
+
+    Book: 16_chat.html#roles-nobody-can-forge
+    """
+    template = template_of(tokenizer)
+    ids: list[int] = []
+    mask: list[bool] = []
+
+    def write(text: str, learn: bool, special: bool) -> None:
+        ids.extend(tokenizer.encode(text, allow_special=special))
+        mask.extend([learn] * (len(ids) - len(mask)))
+
+    for role, content in _turns(conversation, template):
+        answer = role == "assistant"
+        write(template.before[role], False, True)
+        write(content, answer, False)
+        write(template.stop, answer, True)
+        write(template.after, False, True)
+    if reply:
+        write(template.before["assistant"], False, True)
+    return ids, mask
+
+
+def _turns(conversation: Conversation, template: Template) -> list[tuple[str, str]]:
+    """The (role, content) of each turn, the template's own system line included."""
+    try:
+        turns = [(turn["role"], turn["content"]) for turn in conversation]
+    except (TypeError, KeyError, AttributeError):
+        raise ValueError('a turn is {"role": ..., "content": ...}') from None
+    if not turns:
+        raise ValueError("a conversation needs at least one turn")
+    for role, content in turns:
+        if not isinstance(role, str) or role not in template.before:
+            raise ValueError(f"a role is {', '.join(template.before)}, not {role!r}")
+        if not isinstance(content, str):
+            raise ValueError(f"what the {role} says must be text, not {content!r:.60}")
+    if template.default_system is not None and turns[0][0] != "system":
+        turns.insert(0, ("system", template.default_system))
+    return turns
+
+
+END_OF_TEXT = "<|endoftext|>"  # between conversations
+
+
+def add_roles(model: GPT, tokenizer: Tokenizer) -> tuple[GPT, Tokenizer]:
+    """A copy of a model, and a tokenizer, that have the special tokens of a chat.
+
+    What they have already stays, and so do all ids. A new row in the tables is the mean
+    of the old ones. Source: Hewitt (2021).
+    Raises ValueError for a tokenizer of another package.
+
+    Book: 16_chat.html#new-rows-in-the-table
+    """
+    due = [END_OF_TEXT, *GLASS.before.values(), GLASS.stop]
+    new = [mark for mark in due if mark not in tokenizer.special_tokens]
+    names = [*tokenizer.special_tokens, *new]
+    first, size = tokenizer.vocab_size, tokenizer.vocab_size + len(new)
+    larger: Tokenizer
+    if isinstance(tokenizer, BPETokenizer):
+        larger = BPETokenizer(tokenizer.merges, names)
+    elif isinstance(tokenizer, CharTokenizer):
+        plain = range(first - len(tokenizer.special_tokens))
+        larger = CharTokenizer((tokenizer.decode([n]) for n in plain), names)
+    else:
+        raise ValueError(f"a {type(tokenizer).__name__} can't gain special tokens")
+    model, tied = copy.deepcopy(model), model.config.tied
+    tables: list[Any] = [model.tokens] if tied else [model.tokens, model.head]
+    for layer in tables:
+        old = layer.weight.detach()
+        rows = old[:first].mean(dim=0).expand(len(new), -1)
+        layer.weight = nn.Parameter(torch.cat((old[:first], rows, old[size:])))
+    if tied:
+        model.head.weight = model.tokens.weight
+    size = len(model.tokens.weight)
+    model.config, model.head.out_features = replace(model.config, vocab_size=size), size
+    return model, larger
+
+
+IGNORED = -100  # no target: what `cross_entropy` leaves out
+
+
+def pack(conversations: Iterable[Rendered], context: int, separator: int) -> Batch:
+    """Put conversations side by side into rows: ids and targets, (N, context) each.
+
+    conversations: what `render` returns. separator: the id between them, and of what
+    stays empty. Every target is there once, predicted from the token before it; all
+    others are -100. A conversation longer than a row is cut. Best fit, longest first.
+
+    Book: 16_chat.html#packing
+    """
+    end, pieces = [[separator, IGNORED]], []
+    for ids, mask in conversations:
+        pairs = np.array([ids[:-1], np.where(mask[1:], ids[1:], IGNORED)], np.int64).T
+        for start in range(0, len(pairs), context - 1):
+            pieces.append(np.vstack((pairs[start : start + context - 1], end)))
+    rows: list[list[np.ndarray]] = []
+    free: list[tuple[int, int]] = []  # (room, row), the fullest first
+    for piece in sorted(pieces, key=len, reverse=True):
+        place = bisect_left(free, (len(piece), 0))
+        if place == len(free):
+            rows.append([])
+            free.append((context, len(rows) - 1))
+        room, row = free.pop(place)
+        rows[row].append(piece)
+        insort(free, (room - len(piece), row))
+    table = np.tile(np.array(end, np.int64), (len(rows), context, 1))  # (N, T, 2)
+    for n, row_pieces in enumerate(rows):
+        joined = np.concatenate(row_pieces)
+        table[n, : len(joined)] = joined
+    inputs, targets = torch.from_numpy(table).unbind(-1)
+    return inputs, targets
+
+
+def separate(ids: Tensor, separator: int) -> tuple[Tensor, Tensor]:
+    """Positions (B, T) and attention mask (B, 1, T, T) for packed ids (B, T).
+
+    A position sees itself and what came before in its own conversation, where positions
+    count from 0. separator: the id in which every conversation ends.
+
+    Book: 16_chat.html#conversations-that-don-t-see-each-other
+    """
+    ends = (ids == separator).long()
+    number = ends.cumsum(dim=1) - ends  # of the conversation; its end belongs to it
+    column = torch.arange(ids.shape[1], device=ids.device)
+    first = F.pad(ends[:, :-1] * column[1:], (1, 0)).cummax(dim=1).values
+    same = number[:, :, None] == number[:, None, :]  # (B, T, T)
+    return column - first, (same & (column[:, None] >= column))[:, None]
+
+
+def chat_loss(model: GPT, separator: int) -> Loss:
+    """The mean cross-entropy of packed ids and targets (B, T), in nats a target.
+
+    separator: the id between conversations, which don't see each other. Without any
+    target the loss is 0. For `Trainer` and `evaluate`.
+
+    Book: 16_chat.html#the-loss-and-its-weight
+    """
+    device = next(model.parameters()).device
+
+    def loss(ids: Tensor, targets: Tensor) -> Tensor:
+        ids, targets = ids.to(device), targets.to(device)
+        logits = model.head(model.hidden_states(ids, *separate(ids, separator)))
+        total = F.cross_entropy(logits.mT, targets, reduction="sum")  # over (B, V, T)
+        return total / (targets != IGNORED).sum().clamp(min=1)
+
+    return loss
+
+
+class Packed(Tokens):
+    """Rows of packed conversations, in the place of `Tokens` for a `Trainer`.
+
+    inputs, targets: what `pack` returned. Its length is the number of targets.
+
+    Book: 16_chat.html#the-loss-and-its-weight
+    """
+
+    def __init__(self, inputs: Tensor, targets: Tensor):
+        self.inputs, self.targets, self.characters = inputs, targets, None
+
+    def __len__(self) -> int:
+        return count_targets(self.targets)
+
+    def starts(self, context: int) -> int:
+        """How many rows there are. Raises ValueError where a model can't take them."""
+        if (long := self.inputs.shape[1]) > context:
+            raise ValueError(f"rows of {long} tokens don't fit a context of {context}")
+        if not len(self):
+            raise ValueError("no answer to learn from: is there an assistant?")
+        return len(self.inputs)
+
+    def random_batch(
+        self, batch_size: int, context: int, seed: int | Sequence[int]
+    ) -> Batch:
+        """Inputs and targets (B, T), by (seed, step): every row once an epoch."""
+        seed, step = (seed, 0) if isinstance(seed, int) else seed
+        count, places = (
+            len(self.inputs),
+            range(step * batch_size, (step + 1) * batch_size),
+        )
+        epochs = {place // count for place in places}
+        dice = {epoch: np.random.default_rng((seed, epoch)) for epoch in epochs}
+        order = {epoch: dice[epoch].permutation(count) for epoch in epochs}
+        rows = [order[place // count][place % count] for place in places]
+        return self.inputs[rows], self.targets[rows]
+
+    def fixed_batches(
+        self, crops: int, context: int, batch_size: int
+    ) -> Iterator[Batch]:
+        """At most `crops` rows at equal distances, the same every time, in batches."""
+        last = len(self.inputs) - 1
+        rows = np.linspace(0, last, min(crops, last + 1)).astype(np.int64)
+        for first in range(0, len(rows), batch_size):
+            some = rows[first : first + batch_size]
+            yield self.inputs[some], self.targets[some]
+
+
+def pack_data(
+    train: Iterable[Conversation],
+    validation: Iterable[Conversation],
+    tokenizer: Any,
+    context: int,
+) -> TokenData:
+    """Conversations to learn from, rendered and packed, for a `Trainer`.
+
+    Train with `chat_loss`. Raises ValueError for what `render` refuses.
+
+    Book: 16_chat.html#the-loss-and-its-weight
+    """
+    end, parts = tokenizer.special_tokens[END_OF_TEXT], []
+    for talks in (train, validation):
+        rendered = (render(talk, tokenizer) for talk in talks)
+        parts.append(Packed(*pack(rendered, context, end)))
+    learned, held_out = parts
+    every = b"".join(
+        row.numpy().tobytes() for p in parts for row in (p.inputs, p.targets)
+    )
+    name = hashlib.sha256(every).hexdigest()
+    return TokenData(learned, held_out, tokenizer.vocab_size, name)
+
+
+def _folder_of(package: str) -> Path:
+    """Where an installed package has its files. ModuleNotFoundError, with advice."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        advice = "pip install 'glassgpt[chat]'"
+        raise ModuleNotFoundError(f"the conversations of {package} need: {advice}")
+    return Path(spec.submodule_search_locations[0])
+
+
+def _alternating(said: Iterable[str]) -> list[dict[str, str]]:
+    """A conversation in which the user begins and the assistant speaks second."""
+    roles = ("user", "assistant")
+    return [{"role": roles[n % 2], "content": text} for n, text in enumerate(said)]
+
+
+def chatterbot() -> list[list[dict[str, str]]]:
+    """The English conversations of the package chatterbot-corpus.
+
+    Raises ModuleNotFoundError, with the command that installs it, where it is missing.
+
+    Book: 16_chat.html#fine-tuning
+    """
+    folder = _folder_of("chatterbot_corpus")
+    import yaml  # type: ignore[import-untyped]  # here: it comes with the same extra
+
+    files = sorted(folder.glob("data/english/*.yml"))
+    contents = (yaml.safe_load(path.read_text("utf-8")) for path in files)
+    talks = (talk for content in contents for talk in content["conversations"])
+    return [_alternating(map(str, talk)) for talk in talks]
+
+
+def chitchat() -> list[list[dict[str, str]]]:
+    """The conversations of the package chitchat-dataset in which both speak.
+
+    Raises ModuleNotFoundError, with the command that installs it, where it is missing.
+
+    Book: 16_chat.html#fine-tuning
+    """
+    content = (_folder_of("chitchat_dataset") / "dataset.json").read_text("utf-8")
+    talks = [talk["messages"] for talk in json.loads(content).values()]
+    said = ([" ".join(part["text"] for part in turn) for turn in t] for t in talks)
+    return [_alternating(turns) for turns in said if len(turns) > 1]
+
+
+def stream_answer(
+    model: GPT,
+    tokenizer: Any,
+    conversation: Conversation,
+    max_new_tokens: int = 200,
+    **settings: Any,
+) -> Iterator[str]:
+    """Answer the last turn of a conversation, in printable pieces as they come.
+
+    An answer ends with the first special token, or where the context is full.
+    settings: those of `Sampling`. Raises ValueError for what `render` and `stream`
+    refuse, and where the conversation leaves no room (see `fit_history`).
+
+    Book: 16_chat.html#talking
+    """
+    ids, _ = render(conversation, tokenizer, reply=True)
+    room, stop = model.config.context - len(ids), tokenizer.special_tokens.values()
+    if room < 1:
+        raise ValueError(
+            f"the conversation has {len(ids)} tokens: there is no room left"
+        )
+    tokens = min(max_new_tokens, room)
+    return stream_text(model, tokenizer, ids, tokens, stop, **settings)
+
+
+def fit_history(
+    conversation: Conversation, tokenizer: Any, room: int
+) -> list[Mapping[str, str]]:
+    """A conversation without its oldest turns, so that it takes at most `room` tokens.
+
+    A system line at the beginning stays, and so does the last turn. What is dropped
+    ends where a user begins. Raises ValueError where that isn't enough.
+
+    Book: 16_chat.html#talking
+    """
+    turns = list(conversation)
+    first = int(bool(turns) and turns[0].get("role") == "system")
+    while (size := len(render(turns, tokenizer, reply=True)[0])) > room:
+        users = [n for n, turn in enumerate(turns) if turn["role"] == "user"]
+        later = [n for n in users if n > first]
+        if not later:
+            what = f"the last message and what must stay take {size} tokens"
+            raise ValueError(f"{what}, more than the {room} there are: shorten it")
+        del turns[first : later[0]]
+    return turns
+
+
+_JINJA = """\
+{%- for turn in messages -%}
+{%- if turn['content'] is not string -%}{{ raise_exception('no text') }}{%- endif -%}
+{%- set words = turn['content']ESCAPES -%}
+{%- if loop.first and turn['role'] != 'system' -%}{{- DEFAULT -}}{%- endif -%}
+{%- if turn['role'] == 'system' -%}{{- SYSTEM + words + STOP + AFTER -}}
+{%- elif turn['role'] == 'user' -%}{{- USER + words + STOP + AFTER -}}
+{%- elif turn['role'] == 'assistant' -%}
+{{- ASSISTANT -}}
+{%- generation -%}{{- words + STOP -}}{%- endgeneration -%}{{- AFTER -}}
+{%- else -%}{{ raise_exception('unknown role') }}{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- ASSISTANT -}}{%- endif -%}"""
+
+
+def to_jinja(template: Template, escaped: Sequence[str] = ()) -> str:
+    """A template as `transformers` has it, a program in Jinja.
+
+    Between {% generation %} and {% endgeneration %} stands what is learned. Other roles
+    and contents that aren't text raise an error. escaped: names of special tokens that
+    contents may spell; see `save_template`.
+
+    Book: 16_chat.html#in-the-usual-stack
+    """
+    parts = {role.upper(): mark for role, mark in template.before.items()}
+    parts |= {"STOP": template.stop, "AFTER": template.after, "DEFAULT": ""}
+    if (line := template.default_system) is not None:
+        parts["DEFAULT"] = parts["SYSTEM"] + line + template.stop + template.after
+    parts = {name: json.dumps(text) for name, text in parts.items()}
+    broken = [(name, f"{name[0]}\\ufdd01{name[1:]}") for name in escaped]
+    pairs = [("\\ufdd0", "\\ufdd00"), *broken] if broken else []
+    filters = [f' | replace("{old}", "{new}")' for old, new in pairs]
+    parts["ESCAPES"] = "".join(filters)
+    return re.sub(r"\b[A-Z]{4,}\b", lambda word: parts[word[0]], _JINJA)
+
+
+def save_template(directory: str | Path, tokenizer: Any) -> None:
+    """Write chat_template.jinja into the folder of a model that was saved.
+
+    With this package's tokenizers it escapes special tokens that people spell, and the
+    folder's tokenizer.json undoes that, so that `transformers` gives the ids and the
+    assistant's mask of `render`. Raises ValueError for a tokenizer without roles.
+
+    Book: 16_chat.html#a-template-that-can-t-be-forged
+    """
+    template, folder = template_of(tokenizer), Path(directory)
+    names: list[str] = []
+    if isinstance(tokenizer, Tokenizer):
+        names, path = list(tokenizer.special_tokens), folder / "tokenizer.json"
+        content = {**json.loads(path.read_text("utf-8")), "normalizer": UNESCAPE}
+        path.write_text(json.dumps(content, ensure_ascii=False, indent=1), "utf-8")
+    (folder / "chat_template.jinja").write_text(to_jinja(template, names), "utf-8")

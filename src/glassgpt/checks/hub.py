@@ -1,0 +1,348 @@
+# Written by tools/tangle.py from book/17_gpt2.ipynb: change it there.
+"""Checks of models, files and tokenizers that go to other programs and come back."""
+
+import json
+import pickle
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from glassgpt.gpt import GPT, GPTConfig
+from glassgpt.modern import (
+    LLAMA_CHOICES,
+    ModernConfig,
+    apply_rotary,
+    build,
+    rotary_tables,
+)
+from glassgpt.tokens import BPETokenizer
+
+
+def random_model(config: GPTConfig, seed: int = 0) -> GPT:
+    """A model in 64 bits whose weights are large enough for a mistake to show.
+
+    Book: 17_gpt2.html#the-same-function
+    """
+    dice = torch.Generator().manual_seed(seed)
+    model = build(config).double().eval()
+    for parameter in model.parameters():
+        parameter.data.normal_(0.0, 0.25, generator=dice)
+    return model
+
+
+def theirs_in_double(content: dict[str, Any]) -> Any:
+    """The model of `transformers` that a config.json describes, in 64 bits throughout.
+
+    Llama's norms and rotary tables, which are made in 32 bits, are made as ours.
+
+    Book: 17_gpt2.html#the-same-function
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    options = {key: value for key, value in content.items() if key != "glassgpt"}
+    config = AutoConfig.for_model(**options)
+    model = AutoModelForCausalLM.from_config(config).double().eval()
+    for part in model.modules():
+        if type(part).__name__ == "LlamaRMSNorm":
+            part.forward = _norm_of(part)
+        if type(part).__name__ == "LlamaRotaryEmbedding":
+            base = float(config.rope_parameters["rope_theta"])
+            width = config.hidden_size // config.num_attention_heads
+            part.forward = _tables_of(base, width)
+    return model
+
+
+def _norm_of(part: Any) -> Callable[[Tensor], Tensor]:
+    return lambda x: F.rms_norm(x, x.shape[-1:], part.weight, part.variance_epsilon)
+
+
+def _tables_of(base: float, width: int) -> Callable[..., tuple[Tensor, ...]]:
+    def tables(x: Tensor, position_ids: Tensor) -> tuple[Tensor, ...]:
+        made = rotary_tables(position_ids, width, base)
+        return tuple(torch.cat((table, table), -1).double() for table in made)
+
+    return tables
+
+
+Exported = tuple[dict[str, Any], dict[str, Tensor]]
+
+
+@torch.no_grad()
+def parity_gap(
+    export: Callable[[GPT], Exported], config: GPTConfig, seed: int
+) -> float:
+    """How far logits of `transformers` are from ours, for a random model.
+
+    Raises AssertionError for names and shapes that don't fit.
+
+    Book: 17_gpt2.html#the-same-function
+    """
+    model = random_model(config, seed)
+    content, state = export(model)
+    theirs = theirs_in_double(content)
+    due = {name: value.shape for name, value in theirs.state_dict().items()}
+    tied = {"lm_head.weight"} if config.tied else set()
+    assert state.keys() <= due.keys(), f"unknown names: {sorted(state.keys() - due)}"
+    assert due.keys() - tied <= state.keys(), f"missing: {sorted(due - state.keys())}"
+    for name, value in state.items():
+        shapes = f"{[*value.shape]}, not {[*due[name]]}"
+        assert value.shape == due[name], f"{name} is {shapes}"
+    theirs.load_state_dict(state, strict=False)
+    dice = torch.Generator().manual_seed(seed)
+    ids = torch.randint(config.vocab_size, (2, config.context), generator=dice)
+    return (model(ids) - theirs(ids).logits).abs().max().item()
+
+
+def check_parity(export: Callable[[GPT], Exported]) -> None:
+    """Exported, a model is the same function in `transformers`: to 1e-9, in 64 bits.
+
+    export: called as export(model) for a GPT-2 or a Llama; returns the content of
+    config.json, and the parameters under their names and in their layout.
+
+    Book: 17_gpt2.html#the-same-function
+    """
+    llama = {**LLAMA_CHOICES, "hidden": 20, "rotary_base": 500.0, "norm_eps": 1e-4}
+    for seed, config in enumerate(
+        [
+            GPTConfig(31, context=24, layers=2, heads=4, width=16),
+            GPTConfig(31, context=24, layers=1, heads=2, width=16, tied=False),
+            ModernConfig(31, 24, 2, 4, 16, tied=True, key_value_heads=2, **llama),
+            ModernConfig(31, 24, 1, 2, 16, tied=False, **llama),
+        ]
+    ):
+        kind = "Llama" if isinstance(config, ModernConfig) else "GPT-2"
+        gap = parity_gap(export, config, seed)
+        assert gap < 0.1, (
+            f"{kind}: logits differ by {gap:.1g}: a matrix stands the wrong way round, "
+            "or rows are in another order"
+        )
+        assert gap < 1e-9, (
+            f"{kind}: logits differ by {gap:.0e}: nearly the same function; another "
+            "activation function, epsilon or rotary base?"
+        )
+
+
+def check_special(make: Callable[[str], Any]) -> None:
+    """Text never becomes a special token unless that is allowed, and all text survives.
+
+    make: called with the text of a tokenizer.json; returns a tokenizer.
+
+    Book: 17_gpt2.html#the-same-tokens
+    """
+    mark, text = "<|endoftext|>", "a tower<|endoftext|> of \u2615 and\n\n  caf\u00e9"
+    with TemporaryDirectory() as place:
+        path = Path(place, "tokenizer.json")
+        due = BPETokenizer.train("a tower, a miniature tower " * 5, 270)
+        due.save(path)
+        tokenizer = make(path.read_text("utf-8"))
+    end = due.special_tokens[mark]
+    sent = pickle.loads(pickle.dumps(tokenizer))
+    for one, where in ((tokenizer, "here"), (sent, "in another process")):
+        ids = one.encode(text)
+        assert end not in ids, f"{where}, text was turned into the special token {mark}"
+        back = one.decode(ids)
+        assert back == text, f"{where}, a text came back as {back!r}"
+        assert ids == due.encode(text), f"{where}, other ids than those of the file"
+        allowed = one.encode(text, allow_special=True)
+        assert allowed.count(end) == 1, f"{where}, allow_special did not allow {mark}"
+        assert one.vocab_size == 270, f"{one.vocab_size} ids, not 270"
+
+
+def _blocks(kind: str, dice: np.random.Generator) -> tuple[bytes, list[float]]:
+    """A random block of 32 numbers, written and calculated one by one."""
+    scale, low = np.float16(dice.normal(0, 2, 2)).tolist()
+    if kind == "Q8_0":
+        whole = dice.integers(-128, 128, 32).tolist()
+        return struct.pack("<e32b", scale, *whole), [scale * q for q in whole]
+    steps = dice.integers(0, 16, 32).tolist()
+    halves = bytes(a | b << 4 for a, b in zip(steps[:16], steps[16:], strict=True))
+    if kind == "Q4_0":
+        return struct.pack("<e", scale) + halves, [scale * (q - 8) for q in steps]
+    return struct.pack("<2e", scale, low) + halves, [scale * q + low for q in steps]
+
+
+def _check_kind(unpack: Callable[[np.ndarray], np.ndarray], kind: str) -> None:
+    dice = np.random.default_rng(0)
+    blocks = [_blocks(kind, dice) for _ in range(6)]
+    data = np.frombuffer(b"".join(b for b, _ in blocks), np.uint8).reshape(3, -1)
+    due = np.array([numbers for _, numbers in blocks], np.float32).reshape(3, 64)
+    found = unpack(data)
+    assert found is not None, "nothing came back"
+    assert found.shape == due.shape, f"{kind}: shape {found.shape}, not {due.shape}"
+    assert found.dtype == np.float32, f"{kind}: {found.dtype}, not float32"
+    if not np.allclose(found, due, atol=1e-3):
+        mistake = "another formula, or signs are lost"
+        if np.allclose(np.sort(found), np.sort(due), atol=1e-3):
+            mistake = "the right numbers in the wrong order: lower halves come first"
+        raise AssertionError(f"{kind}: {mistake}")
+
+
+def check_unpack(unpack: Callable[[str, np.ndarray], np.ndarray]) -> None:
+    """Packed numbers are what the format says, each in its place.
+
+    unpack: called as unpack(kind, data) with the bytes of rows (rows, bytes).
+
+    Book: 17_gpt2.html#four-bits-for-a-number
+    """
+    for kind in ("Q4_1", "Q8_0"):
+        _check_kind(lambda data, kind=kind: unpack(kind, data), kind)  # type: ignore
+    half = np.linspace(-3, 3, 12, dtype=np.float16).reshape(3, 4)
+    assert (unpack("F16", half) == half).all(), "F16: numbers were changed"
+
+
+def check_q4_0(unpack: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Numbers packed as Q4_0 are scale times (q - 8), each in its place.
+
+    unpack: called with the bytes of rows (rows, bytes).
+
+    Book: 17_gpt2.html#four-bits-for-a-number
+    """
+    _check_kind(unpack, "Q4_0")
+
+
+def _scores(rows: Tensor, x: Tensor, heads: int, turn: Callable[..., Tensor]) -> Tensor:
+    """Scores (H, T, T) of x (T, C), with rows of queries and of keys (2, H D, C)."""
+    parts = ((x @ part.T).view(len(x), heads, -1).transpose(0, 1) for part in rows)
+    tables = rotary_tables(torch.arange(len(x)), rows.shape[1] // heads)
+    queries, keys = (turn(part, *(t.double() for t in tables)) for part in parts)
+    return queries @ keys.mT
+
+
+def _neighbors(y: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions where each column turns with its neighbor."""
+    a, b = y[..., ::2], y[..., 1::2]
+    return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
+
+
+def check_pairs(reorder: Callable[[Tensor, int], Tensor]) -> None:
+    """Reordered for neighboring pairs, rotated queries and keys have the same scores.
+
+    reorder: called as reorder(rows, head_width), rows (N, C) of one or more heads.
+
+    Book: 17_gpt2.html#rows-in-the-right-order
+    """
+    dice = torch.Generator().manual_seed(0)
+    x = torch.randn(7, 6, dtype=torch.float64, generator=dice)  # (T, C)
+    for heads, width in ((1, 4), (3, 8)):
+        rows = torch.randn(2, heads * width, 6, dtype=torch.float64, generator=dice)
+        due = _scores(rows, x, heads, apply_rotary)
+        changed = torch.stack([reorder(part.clone(), width) for part in rows])
+        assert changed.shape == rows.shape, f"shape {changed.shape}, not {rows.shape}"
+        gap = (_scores(changed, x, heads, _neighbors) - due).abs().max()
+        assert gap < 1e-9, (
+            f"with {heads} heads of {width} columns the scores differ by {gap:.1g}: "
+            "row i of a head goes to 2 i, row i + D / 2 to 2 i + 1"
+        )
+
+
+def check_until(until: Callable[[Iterable[str], list[str]], Iterator[str]]) -> None:
+    """A stream ends before the first stop text, and holds back only what it must.
+
+    until: called as until(pieces, stops); yields pieces.
+
+    Book: 17_gpt2.html#a-server
+    """
+    cases = [
+        (["ab", "c", "d"], ["x"], "abcd"),
+        (["a b", " US", "ER", ": x"], ["USER:"], "a b "),
+        (["one stop two"], ["stop", "two"], "one "),
+        (["aab", "aa", "c"], ["aac"], "aab"),
+        (["a\n", "\nb"], ["\n\n"], "a"),
+        (["ends in US"], ["USER"], "ends in US"),
+    ]
+    for pieces, stops, due in cases:
+        found = "".join(until(iter(pieces), stops))
+        assert found == due, f"{pieces} with stops {stops} gave {found!r}, not {due!r}"
+    read: list[str] = []
+    seen: list[str] = []
+
+    def slowly() -> Iterator[str]:
+        for piece in ("a tower", " of U", "nusual", " size"):
+            come, sent = "".join(read), "".join(seen)
+            late = come[len(sent) :]
+            assert len(late) <= 3, f"{late!r} was held back, longer than needed"
+            read.append(piece)
+            yield piece
+
+    for piece in until(slowly(), ["USER"]):
+        seen.append(piece)
+
+
+def _forged(header: dict[str, Any], size: int, length: int | None = None) -> bytes:
+    """A file with this header, so many bytes of numbers, and this length of header."""
+    text = json.dumps(header).encode()
+    number = len(text) if length is None else length
+    return number.to_bytes(8, "little") + text + bytes(range(size))
+
+
+def check_safetensors(read: Callable[[bytes], dict[str, Tensor]]) -> None:
+    """Whole safetensors files are read, and forged ones refused with a ValueError.
+
+    read: called with the bytes of a file; returns tensors by name.
+
+    Book: 17_gpt2.html#exercises
+    """
+    from safetensors.torch import save
+
+    tensors = {"b": torch.arange(6.0).view(2, 3), "a": torch.ones(2).half()}
+    tensors["c"] = torch.tensor(3.5)
+    for metadata in (None, {"format": "pt"}):
+        found = read(save(tensors, metadata))
+        assert found is not None, "nothing came back"
+        assert found.keys() == tensors.keys(), f"names {sorted(found)}, not a, b, c"
+        for name, due in tensors.items():
+            assert found[name].shape == due.shape, f"{name} has another shape"
+            assert torch.equal(found[name], due), f"{name} has other numbers"
+    one = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
+    near, late = ({**one, "data_offsets": [n, n + 16]} for n in (8, 20))
+    attacks = {
+        "two tensors with the same bytes": _forged({"a": one, "b": one}, 16),
+        "two tensors that overlap": _forged({"a": one, "b": near}, 24),
+        "a gap between two tensors": _forged({"a": one, "b": late}, 36),
+        "bytes left over": _forged({"a": one}, 20),
+        "a type that doesn't fit": _forged({"a": {**one, "dtype": "F16"}}, 16),
+        "an unknown type": _forged({"a": {**one, "dtype": "F31"}}, 16),
+        "a shape that doesn't fit": _forged({"a": {**one, "shape": [5]}}, 16),
+        "a negative shape": _forged({"a": {**one, "shape": [-2, -2]}}, 16),
+        "numbers that aren't there": _forged({"a": one}, 12),
+        "a header longer than the file": _forged({"a": one}, 16, 1 << 42),
+    }
+    for name, content in attacks.items():
+        try:
+            read(content)
+        except ValueError:
+            continue
+        except Exception as error:
+            kind = type(error).__name__
+            raise AssertionError(f"{name}: a {kind}, not a ValueError") from error
+        raise AssertionError(f"it was read in spite of {name}")
+
+
+@torch.no_grad()
+def check_fold(fold: Callable[[GPT], GPT]) -> None:
+    """Without weights in its norms, a Llama is still the same function.
+
+    fold: called with a ModernGPT; returns another with norm_weight=False.
+
+    Book: 17_gpt2.html#exercises
+    """
+    for tied in (True, False):
+        config = ModernConfig(
+            31, 24, 2, 4, 16, **{**LLAMA_CHOICES, "tied": tied, "key_value_heads": 2}
+        )
+        model = random_model(config)
+        ids = torch.arange(24)[None]
+        due = model(ids)
+        new = fold(model)
+        assert new is not None, "nothing came back"
+        assert not new.config.norm_weight, "its norms still have weights"  # type: ignore
+        gap = (new(ids) - due).abs().max()
+        assert gap < 1e-9, f"{tied=}: logits differ by {gap:.1g}: are all norms folded?"
+        assert torch.equal(model(ids), due), "the model that was given is changed"

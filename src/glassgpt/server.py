@@ -1,0 +1,230 @@
+# Written by tools/tangle.py from book/17_gpt2.ipynb: change it there.
+"""A server for OpenAI's clients, on this machine alone."""
+
+import codecs
+import json
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from uuid import uuid4
+
+from glassgpt.chat import render
+from glassgpt.generation import stream
+from glassgpt.gpt import GPT
+from glassgpt.tokens import Tokenizer
+
+try:
+    import uvicorn
+    from anyio import CapacityLimiter, to_thread
+    from starlette.applications import Starlette
+    from starlette.exceptions import HTTPException
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+    from starlette.requests import Request
+    from starlette.responses import JSONResponse, Response, StreamingResponse
+    from starlette.routing import Route
+except ModuleNotFoundError as error:
+    advice = "pip install 'glassgpt[serve]'"
+    raise ModuleNotFoundError(f"{error.name} is missing: {advice}") from None
+
+
+def until(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
+    """The pieces of a text up to the first stop text in it.
+
+    What could be the beginning of a stop text is held back until that is decided.
+
+    Book: 17_gpt2.html#a-server
+    """
+    held = ""
+    for piece in pieces:
+        held += piece
+        if found := [held.index(stop) for stop in stops if stop in held]:
+            yield held[: min(found)]
+            return
+        begun = [n for s in stops for n in range(1, len(s)) if held.endswith(s[:n])]
+        ready = len(held) - max(begun, default=0)
+        yield held[:ready]
+        held = held[ready:]
+    yield held
+
+
+class Wanted:
+    """What a request asks for: a prompt, and how to go on from it.
+
+    body: as OpenAI describes it. chat: whether it holds messages or a prompt. Raises
+    ValueError, TypeError, KeyError or AttributeError for what makes no sense.
+
+    Book: 17_gpt2.html#a-server
+    """
+
+    def __init__(
+        self, body: dict[str, Any], model: GPT, tokenizer: Tokenizer, chat: bool
+    ):
+        if body.get("n", 1) != 1:
+            raise ValueError("n must be 1: one answer to a request")
+        if chat:
+            self.ids, _ = render(_messages(body["messages"]), tokenizer, reply=True)
+        else:
+            prompt = body["prompt"]
+            self.ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        room = model.config.context - len(self.ids)
+        if room < 1:
+            raise ValueError(f"the prompt has {len(self.ids)} tokens: too long")
+        asked = body.get("max_completion_tokens") or body.get("max_tokens")
+        self.limit, self.used = asked or min(room, 512), 0
+        stops = body.get("stop") or []
+        self.stops = [stops] if isinstance(stops, str) else [s for s in stops if s]
+        if not all(isinstance(stop, str) for stop in self.stops):
+            raise ValueError("stop must be a text, or a list of texts")
+        names = ("temperature", "top_p", "seed")
+        settings = {name: body[name] for name in names if body.get(name) is not None}
+        if settings.get("temperature") == 0:
+            settings = {"top_k": 1}
+        ends = tokenizer.special_tokens.values()
+        self.steps = stream(model, [self.ids], self.limit, ends, **settings)
+        self.tokenizer = tokenizer
+
+    def pieces(self) -> Iterator[str]:
+        """The text, as it comes."""
+        return until(self._decoded(), self.stops)
+
+    def _decoded(self) -> Iterator[str]:
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for step in self.steps:
+            self.used += 1
+            yield decoder.decode(self.tokenizer.decode_bytes(step))
+        yield decoder.decode(b"", final=True)
+
+    @property
+    def reason(self) -> str:
+        """Why the text ended: its limit, or a stop."""
+        return "length" if self.used == self.limit else "stop"
+
+    @property
+    def usage(self) -> dict[str, int]:
+        """How many tokens were read and written."""
+        usage = {"prompt_tokens": len(self.ids), "completion_tokens": self.used}
+        return {**usage, "total_tokens": sum(usage.values())}
+
+
+def _messages(messages: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """Messages whose contents are texts; a client may send a list of parts."""
+    if not messages:
+        raise ValueError("messages is empty")
+    plain = []
+    for message in messages:
+        content = message["content"]
+        if not isinstance(content, str):
+            content = "".join(part["text"] for part in content)
+        plain.append({"role": message["role"], "content": content})
+    return plain
+
+
+LARGEST = 1 << 20  # bytes of a request
+
+
+def make_app(model: GPT, tokenizer: Tokenizer, name: str) -> Starlette:
+    """What the server does: /v1/models, /v1/completions and /v1/chat/completions.
+
+    Clients are served in turns, a token each.
+
+    Book: 17_gpt2.html#a-server
+    """
+    turns = CapacityLimiter(1)
+
+    async def read(request: Request, chat: bool) -> tuple[Wanted, bool]:
+        content = b""
+        async for part in request.stream():
+            content += part
+            if len(content) > LARGEST:
+                raise HTTPException(413, f"a request has at most {LARGEST:,} bytes")
+        try:
+            body = json.loads(content)
+            return Wanted(body, model, tokenizer, chat), bool(body.get("stream"))
+        except KeyError as error:
+            raise HTTPException(400, f"{error} is missing") from None
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise HTTPException(400, str(error)) from None
+
+    async def pieces(request: Request, wanted: Wanted) -> AsyncIterator[str]:
+        steps: Iterator[str | None] = wanted.pieces()
+        while not await request.is_disconnected():
+            piece = await to_thread.run_sync(next, steps, None, limiter=turns)
+            if piece is None:
+                return
+            yield piece
+
+    async def answer(request: Request) -> Response:
+        chat = request.url.path.endswith("chat/completions")
+        wanted, in_pieces = await read(request, chat)
+        kind = "chat.completion" if chat else "text_completion"
+        frame = {"id": f"{kind}-{uuid4().hex}", "object": kind, "model": name}
+        frame |= {"created": int(time.time())}
+        if in_pieces:
+            frame["object"] += ".chunk" if chat else ""
+            parts = _events(frame, pieces(request, wanted), wanted, chat)
+            return StreamingResponse(parts, media_type="text/event-stream")
+        text = "".join([piece async for piece in pieces(request, wanted)])
+        words = {"message": {"role": "assistant", "content": text}}
+        choice = _choice(words if chat else {"text": text}, wanted.reason)
+        return JSONResponse({**frame, "choices": [choice], "usage": wanted.usage})
+
+    async def models(request: Request) -> Response:
+        model = {"id": name, "object": "model", "created": 0, "owned_by": "glassgpt"}
+        return JSONResponse({"object": "list", "data": [model]})
+
+    async def refuse(request: Request, error: Any) -> Response:
+        told = {"message": error.detail, "type": "invalid_request_error"}
+        return JSONResponse({"error": told}, error.status_code)
+
+    routes = [Route("/v1/models", models)]
+    for path in ("/v1/completions", "/v1/chat/completions"):
+        routes.append(Route(path, answer, methods=["POST"]))
+    here = Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
+    refusals = {HTTPException: refuse}
+    return Starlette(routes=routes, middleware=[here], exception_handlers=refusals)
+
+
+def _choice(words: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
+    return {"index": 0, **words, "logprobs": None, "finish_reason": reason}
+
+
+async def _events(
+    frame: dict[str, Any], pieces: AsyncIterator[str], wanted: Wanted, chat: bool
+) -> AsyncIterator[str]:
+    """The pieces of an answer as server-sent events, one a line, each in a frame."""
+
+    def event(words: dict[str, Any], reason: str | None = None) -> str:
+        content = {**frame, "choices": [_choice(words, reason)]}
+        return f"data: {json.dumps(content)}\n\n"
+
+    if chat:
+        yield event({"delta": {"role": "assistant", "content": ""}})
+    async for piece in pieces:
+        if piece:
+            yield event({"delta": {"content": piece}} if chat else {"text": piece})
+    yield event({"delta": {}} if chat else {"text": ""}, wanted.reason)
+    yield "data: [DONE]\n\n"
+
+
+@contextmanager
+def running(app: Starlette, port: int = 0) -> Iterator[str]:
+    """Serve in the background, for this machine only, and yield the address.
+
+    port: 0 takes any that is free. Raises OSError where it is taken.
+
+    Book: 17_gpt2.html#a-server
+    """
+    with socket.create_server(("127.0.0.1", port)) as listening:
+        options = {"log_level": "warning", "timeout_graceful_shutdown": 1}
+        server = uvicorn.Server(uvicorn.Config(app, **options))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
+        finally:
+            server.should_exit = True
+            thread.join()

