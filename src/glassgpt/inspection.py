@@ -25,7 +25,11 @@ def _watched(layer: int, see: See) -> Callable[..., Tensor]:
     ) -> Tensor:
         queries = see(f"{layer}.queries", queries)
         keys, values = see(f"{layer}.keys", keys), see(f"{layer}.values", values)
-        T, S, shared = queries.shape[2], keys.shape[2], queries.shape[1] // keys.shape[1]
+        T, S, shared = (
+            queries.shape[2],
+            keys.shape[2],
+            queries.shape[1] // keys.shape[1],
+        )
         if mask is None:
             mask = causal_mask(S, queries.device)[S - T :]
         # Heads that share keys and values (chapter 14) get a copy each.
@@ -140,7 +144,7 @@ def _mean(norm: nn.Module, x: Tensor) -> Tensor:
 def without(heads: Iterable[tuple[int, int]], usual: Mapping[str, Tensor]) -> See:
     """An edit for `trace` that lets heads (layer, head) say only what they usually say.
 
-    usual: a trace of other texts, whose mean over texts and positions takes the place of
+    usual: a trace of other texts; its mean over texts and positions takes the place of
     a head's contexts.
 
     Book: 18_looking_inside.html#proof-by-removal

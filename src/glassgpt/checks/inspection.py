@@ -8,11 +8,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from glassgpt.gpt import GPT, GPTConfig
-from glassgpt.inspection import See, induction_scores, ledger, trace
+from glassgpt.inspection import See, ledger, trace
 from glassgpt.modern import LLAMA_CHOICES, ModernConfig, build
 
 _SIZES = {"vocab_size": 11, "context": 12, "layers": 2, "heads": 4, "width": 16}
@@ -61,7 +60,11 @@ def check_trace(trace: Callable[..., dict[str, Tensor]]) -> None:
 def _check_equations(model: GPT, seen: dict[str, Tensor]) -> None:
     x = seen["embedding"]
     for layer, block in enumerate(model.blocks):
-        at = {name.partition(".")[2]: v for name, v in seen.items() if name[0] == f"{layer}"}
+        at = {
+            name.partition(".")[2]: v
+            for name, v in seen.items()
+            if name[0] == f"{layer}"
+        }
         with torch.no_grad():
             q, k, v = at["queries"], at["keys"], at["values"]
             k, v = (p.repeat_interleave(q.shape[1] // p.shape[1], 1) for p in (k, v))
@@ -80,20 +83,27 @@ def _check_equations(model: GPT, seen: dict[str, Tensor]) -> None:
                 "stream": x + at["attention"] + at["mlp"],
             }
         for name, value in equations.items():
-            assert _near(at[name], value), f"{layer}.{name} is not what its equation says"
+            assert _near(at[name], value), (
+                f"{layer}.{name} is not what its equation says"
+            )
         x = at["stream"]
-    assert _near(seen["final"], model.norm(x).detach()), "`final` is the norm of the stream"
+    assert _near(seen["final"], model.norm(x).detach()), (
+        "`final` is the norm of the stream"
+    )
 
 
 def _check_edit(
     trace: Callable[..., dict[str, Tensor]], model: GPT, ids: Tensor, wanted: Tensor
 ) -> None:
     def flatten(name: str, value: Tensor) -> Tensor:
-        return torch.zeros_like(value) if name.endswith(("contexts", "hidden")) else value
+        return (
+            torch.zeros_like(value) if name.endswith(("contexts", "hidden")) else value
+        )
 
     seen = trace(model, ids, flatten)
     changed = not _near(seen["logits"], wanted)
-    assert changed and not seen["1.contexts"].any(), "what an edit returns must go on"
+    assert changed, "what an edit returns must go on"
+    assert not seen["1.contexts"].any(), "the trace holds what the edit returned"
 
 
 def check_ledger(ledger: Callable[..., dict[str, Tensor]]) -> None:
@@ -114,7 +124,11 @@ def check_ledger(ledger: Callable[..., dict[str, Tensor]]) -> None:
         assert off < 1e-12, f"the ledger is off by {off:.0e}"
 
         def silence(name: str, value: Tensor) -> Tensor:
-            return value * (torch.arange(4) == 2)[:, None, None] if name == "0.contexts" else value
+            return (
+                value * (torch.arange(4) == 2)[:, None, None]
+                if name == "0.contexts"
+                else value
+            )
 
         alone = trace(model, ids, silence)["0.attention"].detach()
         alone = alone - (0 if biased is None else biased.detach())
@@ -136,10 +150,14 @@ def check_attribute(attribute: Callable[..., dict[str, Tensor]]) -> None:
         off = (sum(shares.values()) - seen["final"] @ direction).abs().max()
         kind = type(model.norm).__name__
         assert off < 1e-10, f"the shares are off by {off:.0e} behind a {kind}"
-        doubled = {name: part if name == "0.mlp" else 2 * part for name, part in parts.items()}
+        doubled = {
+            name: part if name == "0.mlp" else 2 * part for name, part in parts.items()
+        }
         less = attribute(model, doubled, direction)["0.mlp"].abs().mean()
         whole = shares["0.mlp"].abs().mean()
-        assert less < 0.9 * whole, "the scale is that of the whole stream, not of a part"
+        assert less < 0.9 * whole, (
+            "the scale is that of the whole stream, not of a part"
+        )
 
 
 def check_without(without: Callable[..., See]) -> None:
@@ -155,11 +173,23 @@ def check_without(without: Callable[..., See]) -> None:
         for name, heads in (("0.contexts", [1]), ("1.contexts", [0, 3])):
             before = seen[name].clone()
             after, means = edit(name, seen[name]), usual[name].mean((0, 2))
-            assert torch.equal(seen[name], before), "clone before you write: the trace changed"
+            assert torch.equal(seen[name], before), (
+                "clone before you write: the trace changed"
+            )
             for head in range(4):
-                wanted = means[head].expand_as(after[:, head]) if head in heads else before[:, head]
-                words = "its mean over texts and positions" if head in heads else "what it had"
-                assert _near(after[:, head], wanted), f"{name}: head {head} must have {words}"
+                wanted = (
+                    means[head].expand_as(after[:, head])
+                    if head in heads
+                    else before[:, head]
+                )
+                words = (
+                    "its mean over texts and positions"
+                    if head in heads
+                    else "what it had"
+                )
+                assert _near(after[:, head], wanted), (
+                    f"{name}: head {head} must have {words}"
+                )
         for name in ("0.mlp", "0.weights"):
             assert torch.equal(edit(name, seen[name]), seen[name]), f"{name} must stay"
 
@@ -174,16 +204,22 @@ def check_previous_scores(previous_scores: Callable[..., Tensor]) -> None:
     for model, ids in _models():
         seen = trace(model, ids)
         found = previous_scores(seen)
-        assert found.shape == (2, 4), f"one number for each head: (2, 4), not {tuple(found.shape)}"
+        assert found.shape == (2, 4), (
+            f"one number for each head: (2, 4), not {tuple(found.shape)}"
+        )
         wanted, own = torch.zeros(2, 4).double(), torch.zeros(2, 4).double()
         for layer in range(2):
             weights = seen[f"{layer}.weights"]
             for t in range(1, 7):
                 wanted[layer] += weights[:, :, t, t - 1].mean(0) / 6
                 own[layer] += weights[:, :, t, t].mean(0) / 6
-        assert not _near(found, wanted * 6 / 7), "the first token has none before it: leave it out"
+        assert not _near(found, wanted * 6 / 7), (
+            "the first token has none before it: leave it out"
+        )
         assert (found - own).abs().max() > 1e-6, "these are weights on the token itself"
-        assert (found - wanted).abs().max() < 1e-6, "w[t, t - 1] is the weight on the token before"
+        assert (found - wanted).abs().max() < 1e-6, (
+            "w[t, t - 1] is the weight on the token before"
+        )
 
 
 def check_patch(patch: Callable[..., See]) -> None:
@@ -199,7 +235,9 @@ def check_patch(patch: Callable[..., See]) -> None:
         before = seen["1.contexts"].clone()
         after = edit("1.contexts", seen["1.contexts"])
         assert after is not None, "an edit returns the activation, changed or not"
-        assert torch.equal(seen["1.contexts"], before), "clone before you write: the trace changed"
+        assert torch.equal(seen["1.contexts"], before), (
+            "clone before you write: the trace changed"
+        )
         wanted = before.clone()
         wanted[:, 2, -1] = clean["1.contexts"][:, 2, -1]
         whole = before.clone()
@@ -224,8 +262,12 @@ def check_sources(sources: Callable[..., Tensor]) -> None:
         parts = ledger(model, seen)
         for head in range(4):
             found = sources(model, seen, 1, head)
-            assert found.shape == (2, 7, 7, 16), f"(B, T, S, C), not {tuple(found.shape)}"
+            assert found.shape == (2, 7, 7, 16), (
+                f"(B, T, S, C), not {tuple(found.shape)}"
+            )
             off = (found.sum(2) - parts[f"1.head.{head}"]).abs().max()
-            assert off < 1e-10, f"the sources of head {head} do not add up to what it wrote"
+            assert off < 1e-10, (
+                f"the sources of head {head} do not add up to what it wrote"
+            )
             future = found[:, 2, 3:].abs().max()
             assert future == 0, "token 2 took something from later tokens"
