@@ -5,6 +5,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -59,6 +60,7 @@ def watch(model: GPT, see: See) -> Iterator[None]:
             undo.callback(hook.remove)
 
         entry("embedding", model.blocks[0])
+        block: Any
         for layer, block in enumerate(model.blocks):
             undo.callback(setattr, block.attention, "attend", block.attention.attend)
             block.attention.attend = _watched(layer, see)
@@ -101,6 +103,7 @@ def ledger(model: GPT, seen: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Book: 18_looking_inside.html#the-ledger-balances
     """
     parts = {"embedding": seen["embedding"]}
+    block: Any
     for layer, block in enumerate(model.blocks):
         projection = block.attention.projection
         contexts = seen[f"{layer}.contexts"].unbind(1)  # H of (B, T, D)
@@ -125,7 +128,7 @@ def attribute(
 
     Book: 18_looking_inside.html#who-writes-the-bracket
     """
-    norm = model.norm
+    norm: Any = model.norm
     parts = {name: part - _mean(norm, part) for name, part in parts.items()}
     size = torch.stack(list(parts.values())).sum(0).square().mean(-1) + norm.eps
     toward = direction if norm.weight is None else direction * norm.weight
@@ -171,7 +174,8 @@ def logit_lens(model: GPT, stream: Tensor) -> Tensor:
 
     Book: 18_looking_inside.html#when-does-it-know
     """
-    return model.head(model.norm(stream))
+    logits: Tensor = model.head(model.norm(stream))
+    return logits
 
 
 def fit_lens(stream: Tensor, final: Tensor) -> nn.Linear:
