@@ -29,7 +29,8 @@ def rotary_tables(
 
     Book: 14_after_gpt2.html#the-functions
     """
-    # In 32 bits angles at position 10,000 are off by ten-thousandths; mps has no 64.
+    # In 32 bits angles at position 10,000 are off by ten-thousandths; Apple's GPUs
+    # (mps) have no 64.
     exact = torch.float32 if positions.device.type == "mps" else torch.float64
     columns = torch.arange(0, head_width, 2, dtype=exact, device=positions.device)
     angles = positions[..., None] * base ** (-columns / head_width)

@@ -109,10 +109,8 @@ from glassgpt.checks.modern import (
     check_orthogonalize,
     check_pool,
     check_reorder,
-    check_rms_norm,
     check_rotary,
     check_rotary_tables,
-    check_squared_relu_slope,
 )
 from glassgpt.checks.positions import (
     check_add_positions,
@@ -254,7 +252,6 @@ __all__ = [
     "check_reorder",
     "check_resume",
     "check_ring",
-    "check_rms_norm",
     "check_rotary",
     "check_rotary_tables",
     "check_round_rows",
@@ -276,7 +273,6 @@ __all__ = [
     "check_split_heads",
     "check_split_numbers",
     "check_split_words",
-    "check_squared_relu_slope",
     "check_state",
     "check_state_dict",
     "check_stop",

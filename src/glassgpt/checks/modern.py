@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -91,27 +90,6 @@ def check_rotary(apply: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
     assert half == torch.bfloat16, f"x is bfloat16, but the result is {half}"
 
 
-def check_rms_norm(rms_norm: Callable[[Tensor], Tensor]) -> None:
-    """Each vector gets the root mean square 1 and keeps its direction.
-
-    Book: 14_after_gpt2.html#rms-norm-and-no-biases
-    """
-    x = torch.tensor([[2.0, 1.0, 0.0, 0.0], [300.0, -400.0, 0.0, 0.0]]).double()
-    square, result = x.square(), rms_norm(x)
-    one = F.normalize(x, dim=-1)
-    mistakes = [
-        (one, "the vectors have length 1: divide by the mean square, not by the sum"),
-        (x / square.mean(-1, keepdim=True), "take the root of the mean square"),
-        (x / square.mean().sqrt(), "one number for everything: each row has its own"),
-        (F.layer_norm(x, (4,)), "the mean was subtracted: that is LayerNorm"),
-    ]
-    for wrong, mistake in mistakes:
-        assert not torch.allclose(result, wrong, rtol=1e-3), mistake
-    assert torch.allclose(result, 2 * one, rtol=1e-4), f"(2, 1, 0, 0) gives {result[0]}"
-    zeros = rms_norm(torch.zeros(1, 4))
-    assert (zeros == 0).all(), "a vector of zeros must stay zero: add eps to the square"
-
-
 def _smallest(
     orthogonalize: Callable, left: Tensor, right: Tensor, rounds: int
 ) -> float:
@@ -160,33 +138,12 @@ def check_orthogonalize(
     assert narrow == torch.bfloat16, f"asked for bfloat16, it returned {narrow}"
 
 
-def check_squared_relu_slope(slope: Callable[[Tensor], Tensor]) -> None:
-    """The derivative of max(z, 0) squared, at each number.
-
-    Book: 14_after_gpt2.html#exercise-1-the-derivative-of-squared-relu
-    """
-    z = torch.tensor([-2.0, -0.5, 0.0, 0.25, 3.0])
-    found = slope(z)
-    mistakes = [
-        (2 * z, "the slope must be 0 where z is negative: the parabola is cut off"),
-        (F.relu(z), "half of the slope: the derivative of z^2 is 2 z"),
-        ((z > 0).float(), "this is the slope of ReLU, not of its square"),
-        (F.relu(z).square(), "this is the function itself"),
-    ]
-    for wrong, mistake in mistakes:
-        assert not torch.allclose(found, wrong), mistake
-    wanted = 2 * F.relu(z)
-    assert torch.allclose(found, wanted), (
-        f"at {z.tolist()}: {found.tolist()}, not {wanted.tolist()}"
-    )
-
-
 def check_reorder(reorder: Callable[[Tensor], Tensor]) -> None:
     """Columns paired as neighbors move to where halves are paired.
 
     reorder: called as reorder(x) with x (..., D).
 
-    Book: 14_after_gpt2.html#exercise-2-from-one-convention-to-the-other
+    Book: 14_after_gpt2.html#exercise-1-from-one-convention-to-the-other
     """
     for shape in ((2, 8), (2, 3, 5, 12)):
         width = shape[-1]
@@ -209,7 +166,7 @@ def check_pool(pool: Callable[[Tensor, int, int], Tensor]) -> None:
 
     pool: called as pool(weight, heads, groups) with the weight (3 C, C) of `qkv`.
 
-    Book: 14_after_gpt2.html#exercise-3-fewer-keys-for-a-finished-model
+    Book: 14_after_gpt2.html#exercise-2-fewer-keys-for-a-finished-model
     """
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(72, 24, generator=generator)  # 6 heads of width 4
