@@ -323,6 +323,74 @@ def test_half_a_character_is_refused():
         ForeignTokenizer(FOREIGN).encode("\ud800")
 
 
+ROLES = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
+TALKS = [
+    [{"role": "user", "content": "A tower<|end|><|im_end|>?"}],
+    [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hi \u2615"},
+        {"role": "assistant", "content": "A tower."},
+        {"role": "user", "content": "More\n\n"},
+    ],
+]
+
+
+@pytest.mark.parametrize("marks", [ROLES, ["<|im_start|>", "<|im_end|>"]])
+@pytest.mark.parametrize("foreign", [False, True])
+def test_a_chat_is_saved_with_its_template(marks, foreign, tmp_path):
+    tokenizer = BPETokenizer.train(TEXT, 270, ["<|endoftext|>", *marks])
+    if foreign:
+        tokenizer.save(tmp_path / "t.json")
+        tokenizer = ForeignTokenizer((tmp_path / "t.json").read_text("utf-8"))
+    model = random_model(BOTH[0])
+    glassgpt.save(tmp_path / "a", model, tokenizer)
+    _, again = glassgpt.load(tmp_path / "a")
+    assert isinstance(again, BPETokenizer)  # whoever wrote it, it is one of ours
+    glassgpt.save(tmp_path / "b", model, again)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "b")
+    assert theirs.eos_token == marks[-1]
+    config = json.loads((tmp_path / "b" / "config.json").read_text())
+    assert config["eos_token_id"] == tokenizer.special_tokens[marks[-1]]
+    for talk in TALKS:
+        found = theirs.apply_chat_template(talk, add_generation_prompt=True)
+        due = render(talk, tokenizer, reply=True)[0]
+        assert found["input_ids"] == due == render(talk, again, reply=True)[0]
+    write_gguf(tmp_path / "c.gguf", model, tokenizer)
+    facts = gguf.GGUFReader(tmp_path / "c.gguf").fields
+    template = facts["tokenizer.chat_template"].contents()
+    assert "generation" not in template.replace("add_generation_prompt", "")
+    assert facts["tokenizer.ggml.eos_token_id"].contents() == config["eos_token_id"]
+    theirs.chat_template = template
+    plain = [{"role": "user", "content": "A tower"}]
+    found = theirs.apply_chat_template(plain, add_generation_prompt=True)
+    assert found["input_ids"] == render(plain, tokenizer, reply=True)[0]
+
+
+def test_a_foreign_tokenizer_is_saved_and_read_again(tmp_path):
+    """Digits one by one, as in SmolLM2: none that our own could be."""
+    content = json.loads(FOREIGN)
+    digits = {"type": "Digits", "individual_digits": True}
+    steps = [digits, content["pre_tokenizer"]]
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
+    content["added_tokens"] += [
+        {**content["added_tokens"][0], "id": 270 + n, "content": mark}
+        for n, mark in enumerate(ROLES)
+    ]
+    tokenizer = ForeignTokenizer(json.dumps(content))
+    model = random_model(replace(BOTH[0], vocab_size=274))
+    glassgpt.save(tmp_path, model, tokenizer)
+    assert (tmp_path / "chat_template.jinja").exists()
+    _, again = glassgpt.load(tmp_path)
+    assert type(again) is ForeignTokenizer
+    text = "1889 <|user|> \ufdd01 \ufdd0 in 12"
+    assert again.encode(text) == tokenizer.encode(text)
+    assert again.decode(again.encode(text)) == text
+    content["normalizer"] = {"type": "NFC"}
+    glassgpt.save(tmp_path, model, ForeignTokenizer(json.dumps(content)))
+    saved = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
+    assert saved["normalizer"] == {"type": "NFC"}
+
+
 # Names.
 
 PROGRAM = """

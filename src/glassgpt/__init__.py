@@ -36,6 +36,16 @@ from glassgpt.generation import (
 from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.heads import MultiHeadAttention, merge_heads, split_heads
 from glassgpt.hub import ForeignTokenizer, write_card, write_gguf
+from glassgpt.inspection import (
+    attribute,
+    fit_lens,
+    induction_scores,
+    ledger,
+    logit_lens,
+    trace,
+    watch,
+    without,
+)
 from glassgpt.mlp import MLP, gelu
 from glassgpt.modern import (
     ModernConfig,
@@ -103,6 +113,14 @@ __all__ = [
     "ForeignTokenizer",
     "write_card",
     "write_gguf",
+    "attribute",
+    "fit_lens",
+    "induction_scores",
+    "ledger",
+    "logit_lens",
+    "trace",
+    "watch",
+    "without",
     "MLP",
     "gelu",
     "ModernConfig",

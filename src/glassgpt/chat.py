@@ -378,8 +378,8 @@ def fit_history(
     Book: 16_chat.html#talking
     """
     turns = list(conversation)
-    first = int(bool(turns) and turns[0].get("role") == "system")
     while (size := len(render(turns, tokenizer, reply=True)[0])) > room:
+        first = int(turns[0]["role"] == "system")
         users = [n for n, turn in enumerate(turns) if turn["role"] == "user"]
         later = [n for n in users if n > first]
         if not later:

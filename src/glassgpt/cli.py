@@ -441,6 +441,14 @@ class Generate:
         return 0
 
 
+# How a chat draws where nothing is said: as SmolLM2's makers advise.
+CAREFUL = {"temperature": 0.2, "top_p": 0.9}
+
+
+def _careful(name: str, default: Any) -> str:
+    return _default(name, CAREFUL.get(name, default))
+
+
 @dataclass
 class Chat:
     """Talk with a GPT that was taught to answer.
@@ -453,12 +461,13 @@ class Chat:
     tokens: int = 200  # of an answer, at most
     weights: Weights = "float32"  # lighter ones: faster for large models; or auto
     device: Maybe[str] = None  # cpu, cuda or mps; default: the best one here
-    sampling: given(options(Sampling, usual=_default)) = field(default_factory=dict)
+    sampling: given(options(Sampling, usual=_careful)) = field(default_factory=dict)
 
     def run(self) -> int:
         """Answer line after line, until there are no more."""
         if self.tokens < 1:
             raise ValueError(f"--tokens must be 1 or more, not {self.tokens}")
+        self.sampling = CAREFUL | self.sampling
         Sampling(**self.sampling)  # refuses before the first question
         device = glassgpt.pick_device(self.device)
         model, tokenizer = glassgpt.load(self.model)

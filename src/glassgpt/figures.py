@@ -612,6 +612,7 @@ _AROUND = [
     (15, "15_full_gpt", "on a GPU"),
     (16, "16_chat", "chat"),
     (17, "17_gpt2", "hub"),
+    (18, "18_looking_inside", "inside"),
     (20, "20_runs_that_survive", "runs"),
     (21, "21_speed", "speed"),
     (22, "22_many_machines", "scaling"),
@@ -667,7 +668,7 @@ def book_map(here: int | None = None) -> Markup:
         stop[13],
     ]
     learning = f"{stop[11]}{arrow}{stop[12]}{arrow}slopes flow back (8) <span>|</span>"
-    rest = "".join(stop[number] for number in (1, 14, 15, 16, 17, 20, 21, 22, 23))
+    rest = "".join(stop[number] for number in (1, 14, 15, 16, 17, 18, 20, 21, 22, 23))
     content = f"<div>{arrow.join(way)}</div><div>learning: {learning}{rest}</div>"
     place = "" if here is None else f" You are in chapter {here}, {labels[here]}."
     alt = (

@@ -58,7 +58,7 @@ def check_prefix_stable(render: Render) -> None:
     for end in range(1, len(_TALK)):
         some, learned = render(_TALK[:end], _TOKENIZER)
         assert ids[: len(some)] == some, (
-            f"the first {end} turns change when more follow"
+            f"the turns up to number {end} change if others follow"
         )
         assert list(mask[: len(some)]) == list(learned), "what is learned changes later"
         if _TALK[end]["role"] == "assistant":

@@ -1,0 +1,280 @@
+# Written by tools/tangle.py from book/18_looking_inside.ipynb: change it there.
+
+
+"""Checks of traces, ledgers, attribution and ablation that name the mistake."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from glassgpt.gpt import GPTConfig
+from glassgpt.inspection import See, ledger, trace
+from glassgpt.modern import LLAMA_CHOICES, ModernConfig, build
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": 11,
+    "context": 12,
+    "layers": 2,
+    "heads": 4,
+    "width": 16,
+}
+
+
+def _models() -> Iterator[tuple[Any, Tensor]]:
+    """Models with random numbers everywhere, biases and norms too, and ids (2, 7)."""
+    llama = ModernConfig(**_SIZES, key_value_heads=2, **LLAMA_CHOICES)
+    for config in (GPTConfig(**_SIZES), llama):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = build(replace(config, dropout=0.2)).double()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(0.3 * torch.randn_like(parameter))
+            yield model, torch.randint(11, (2, 7))
+
+
+def _near(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool((a - b).abs().max() < 1e-12)
+
+
+def check_trace(trace: Callable[..., dict[str, Tensor]]) -> None:
+    """Every name is its equation, and the model is left as it was.
+
+    trace: called as trace(model, ids) and trace(model, ids, edit).
+
+    Book: 18_looking_inside.html#the-function
+    """
+    for model, ids in _models():
+        attends = [block.attention.attend for block in model.blocks]
+        with torch.no_grad():
+            wanted = model.eval()(ids)
+        seen = trace(model.train(), ids)
+        off = (seen["logits"] - wanted).abs().max()
+        assert off < 1e-12, f"the logits are off by {off:.0e}: is dropout switched off?"
+        _check_equations(model, seen)
+        assert all(part.training for part in model.modules()), "restore the mode"
+        kept = [block.attention.attend for block in model.blocks]
+        assert kept == attends, "give the attention its own `attend` back"
+        hooks = [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
+        assert not hooks, "hooks are left in the model"
+        _check_edit(trace, model, ids, wanted)
+
+
+def _check_equations(model: Any, seen: dict[str, Tensor]) -> None:
+    x = seen["embedding"]
+    for layer, block in enumerate(model.blocks):
+        at = {
+            name.partition(".")[2]: v
+            for name, v in seen.items()
+            if name[0] == f"{layer}"
+        }
+        with torch.no_grad():
+            q, k, v = at["queries"], at["keys"], at["values"]
+            k, v = (p.repeat_interleave(q.shape[1] // p.shape[1], 1) for p in (k, v))
+            scores = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(
+                ~torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril(), -math.inf
+            )
+            together = at["contexts"].transpose(1, 2).flatten(2)
+            equations = {
+                "attention_norm": block.attention_norm(x),
+                "weights": scores.softmax(-1),
+                "contexts": at["weights"] @ v,
+                "attention": block.attention.projection(together),
+                "mlp_norm": block.mlp_norm(x + at["attention"]),
+                "hidden": block.mlp.activation(block.mlp.expand(at["mlp_norm"])),
+                "mlp": block.mlp.projection(at["hidden"]),
+                "stream": x + at["attention"] + at["mlp"],
+            }
+        for name, value in equations.items():
+            assert _near(at[name], value), (
+                f"{layer}.{name} is not what its equation says"
+            )
+        x = at["stream"]
+    assert _near(seen["final"], model.norm(x).detach()), (
+        "`final` is the norm of the stream"
+    )
+
+
+def _check_edit(
+    trace: Callable[..., dict[str, Tensor]], model: Any, ids: Tensor, wanted: Tensor
+) -> None:
+    def flatten(name: str, value: Tensor) -> Tensor:
+        return (
+            torch.zeros_like(value) if name.endswith(("contexts", "hidden")) else value
+        )
+
+    seen = trace(model, ids, flatten)
+    changed = not _near(seen["logits"], wanted)
+    assert changed, "what an edit returns must go on"
+    assert not seen["1.contexts"].any(), "the trace holds what the edit returned"
+
+
+def check_ledger(ledger: Callable[..., dict[str, Tensor]]) -> None:
+    """Embedding, heads, biases and MLPs add up to the final stream.
+
+    ledger: called as ledger(model, trace).
+
+    Book: 18_looking_inside.html#the-ledger-balances
+    """
+    for model, ids in _models():
+        seen = trace(model, ids)
+        parts = ledger(model, seen)
+        wanted, biased = seen["1.stream"], model.blocks[0].attention.projection.bias
+        off = (sum(parts.values()) - wanted).abs().max()
+        if biased is not None:
+            lacking = off > 1e-12 and "0.bias" not in parts
+            assert not lacking, "the biases of attention's last layer are missing"
+        assert off < 1e-12, f"the ledger is off by {off:.0e}"
+
+        def silence(name: str, value: Tensor) -> Tensor:
+            return (
+                value * (torch.arange(4) == 2)[:, None, None]
+                if name == "0.contexts"
+                else value
+            )
+
+        alone = trace(model, ids, silence)["0.attention"].detach()
+        alone = alone - (0 if biased is None else biased.detach())
+        assert _near(parts["0.head.2"], alone), "head 2 does not get its own columns"
+
+
+def check_attribute(attribute: Callable[..., dict[str, Tensor]]) -> None:
+    """The shares of all parts add up to the score.
+
+    attribute: called as attribute(model, parts, direction).
+
+    Book: 18_looking_inside.html#who-writes-the-bracket
+    """
+    for model, ids in _models():
+        seen = trace(model, ids)
+        parts = ledger(model, seen)
+        direction = (model.head.weight[3] - model.head.weight[5]).detach()
+        shares = attribute(model, parts, direction)
+        off = (sum(shares.values()) - seen["final"] @ direction).abs().max()
+        kind = type(model.norm).__name__
+        assert off < 1e-10, f"the shares are off by {off:.0e} behind a {kind}"
+        doubled = {
+            name: part if name == "0.mlp" else 2 * part for name, part in parts.items()
+        }
+        less = attribute(model, doubled, direction)["0.mlp"].abs().mean()
+        whole = shares["0.mlp"].abs().mean()
+        assert less < 0.9 * whole, (
+            "the scale is that of the whole stream, not of a part"
+        )
+
+
+def check_without(without: Callable[..., See]) -> None:
+    """The heads named hand over their mean, the others what they did.
+
+    without: called as without(heads, usual).
+
+    Book: 18_looking_inside.html#proof-by-removal
+    """
+    for model, ids in _models():
+        usual, seen = trace(model, ids.flip(1)), trace(model, ids)
+        edit = without([(0, 1), (1, 0), (1, 3)], usual)
+        for name, heads in (("0.contexts", [1]), ("1.contexts", [0, 3])):
+            before = seen[name].clone()
+            after, means = edit(name, seen[name]), usual[name].mean((0, 2))
+            assert torch.equal(seen[name], before), (
+                "clone before you write: the trace changed"
+            )
+            for head in range(4):
+                wanted = (
+                    means[head].expand_as(after[:, head])
+                    if head in heads
+                    else before[:, head]
+                )
+                words = (
+                    "its mean over texts and positions"
+                    if head in heads
+                    else "what it had"
+                )
+                assert _near(after[:, head], wanted), (
+                    f"{name}: head {head} must have {words}"
+                )
+        for name in ("0.mlp", "0.weights"):
+            assert torch.equal(edit(name, seen[name]), seen[name]), f"{name} must stay"
+
+
+def check_previous_scores(previous_scores: Callable[..., Tensor]) -> None:
+    """The mean weight of each head on the token before, (L, H).
+
+    previous_scores: called as previous_scores(trace).
+
+    Book: 18_looking_inside.html#exercise-1-the-token-before
+    """
+    for model, ids in _models():
+        seen = trace(model, ids)
+        found = previous_scores(seen)
+        assert found.shape == (2, 4), (
+            f"one number for each head: (2, 4), not {tuple(found.shape)}"
+        )
+        wanted, own = torch.zeros(2, 4).double(), torch.zeros(2, 4).double()
+        for layer in range(2):
+            weights = seen[f"{layer}.weights"]
+            for t in range(1, 7):
+                wanted[layer] += weights[:, :, t, t - 1].mean(0) / 6
+                own[layer] += weights[:, :, t, t].mean(0) / 6
+        assert not _near(found, wanted * 6 / 7), (
+            "the first token has none before it: leave it out"
+        )
+        assert (found - own).abs().max() > 1e-6, "these are weights on the token itself"
+        assert (found - wanted).abs().max() < 1e-6, (
+            "w[t, t - 1] is the weight on the token before"
+        )
+
+
+def check_patch(patch: Callable[..., See]) -> None:
+    """One head, at the last position only, hands over what it did in a clean run.
+
+    patch: called as patch(clean, layer, head), returns an edit.
+
+    Book: 18_looking_inside.html#exercise-1-the-token-before
+    """
+    for model, ids in _models():
+        clean, seen = trace(model, ids), trace(model, ids.flip(1))
+        edit = patch(clean, 1, 2)
+        before = seen["1.contexts"].clone()
+        after = edit("1.contexts", seen["1.contexts"])
+        assert after is not None, "an edit returns the activation, changed or not"
+        assert torch.equal(seen["1.contexts"], before), (
+            "clone before you write: the trace changed"
+        )
+        wanted = before.clone()
+        wanted[:, 2, -1] = clean["1.contexts"][:, 2, -1]
+        whole = before.clone()
+        whole[:, 2] = clean["1.contexts"][:, 2]
+        assert not torch.equal(after, whole), "patch the last position alone"
+        assert not torch.equal(after, before), "nothing was put in"
+        assert torch.equal(after, wanted), "other heads or positions were changed too"
+        for name in ("0.contexts", "1.weights", "logits"):
+            assert edit(name, seen[name]) is not None, f"{name} must go on as it is"
+            assert torch.equal(edit(name, seen[name]), seen[name]), f"{name} must stay"
+
+
+def check_sources(sources: Callable[..., Tensor]) -> None:
+    """What a head wrote, token by token that it came from: (B, T, S, C).
+
+    sources: called as sources(model, trace, layer, head).
+
+    Book: 18_looking_inside.html#exercise-1-the-token-before
+    """
+    for model, ids in _models():
+        seen = trace(model, ids)
+        parts = ledger(model, seen)
+        for head in range(4):
+            found = sources(model, seen, 1, head)
+            assert found.shape == (2, 7, 7, 16), (
+                f"(B, T, S, C), not {tuple(found.shape)}"
+            )
+            off = (found.sum(2) - parts[f"1.head.{head}"]).abs().max()
+            assert off < 1e-10, (
+                f"the sources of head {head} do not add up to what it wrote"
+            )
+            future = found[:, 2, 3:].abs().max()
+            assert future == 0, "token 2 took something from later tokens"

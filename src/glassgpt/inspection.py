@@ -1,0 +1,208 @@
+# Written by tools/tangle.py from book/18_looking_inside.ipynb: change it there.
+
+
+"""Looking inside: every activation by name, and what it does to the result."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from glassgpt.attention import attention, causal_mask
+from glassgpt.gpt import GPT
+from glassgpt.training import in_mode
+
+See = Callable[[str, Tensor], Tensor]  # of a name and an activation
+
+
+def _watched(layer: int, see: See) -> Callable[..., Tensor]:
+    """Attention by the oracle, which shows each of its steps."""
+
+    def attend(
+        queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, _: float
+    ) -> Tensor:
+        queries = see(f"{layer}.queries", queries)
+        keys, values = see(f"{layer}.keys", keys), see(f"{layer}.values", values)
+        T, S, shared = (
+            queries.shape[2],
+            keys.shape[2],
+            queries.shape[1] // keys.shape[1],
+        )
+        if mask is None:
+            mask = causal_mask(S, queries.device)[S - T :]
+        # Heads that share keys and values (chapter 14) get a copy each.
+        keys, values = (part.repeat_interleave(shared, 1) for part in (keys, values))
+        weights = see(f"{layer}.weights", attention(queries, keys, values, mask)[1])
+        return see(f"{layer}.contexts", weights @ values)
+
+    return attend
+
+
+@contextmanager
+def watch(model: GPT, see: See) -> Iterator[None]:
+    """Call see(name, activation) at each step; what it returns goes on in its place.
+
+    Book: 18_looking_inside.html#the-function
+    """
+    with ExitStack() as undo:
+
+        def output(name: str, part: nn.Module) -> None:
+            hook = part.register_forward_hook(lambda _part, _in, out: see(name, out))
+            undo.callback(hook.remove)
+
+        def entry(name: str, part: nn.Module) -> None:
+            hook = part.register_forward_pre_hook(
+                lambda _part, inputs: (see(name, inputs[0]), *inputs[1:])
+            )
+            undo.callback(hook.remove)
+
+        entry("embedding", model.blocks[0])
+        block: Any
+        for layer, block in enumerate(model.blocks):
+            undo.callback(setattr, block.attention, "attend", block.attention.attend)
+            block.attention.attend = _watched(layer, see)
+            for name in ("attention_norm", "attention", "mlp_norm", "mlp"):
+                output(f"{layer}.{name}", getattr(block, name))
+            entry(f"{layer}.hidden", block.mlp.projection)
+            output(f"{layer}.stream", block)
+        output("final", model.norm)
+        output("logits", model.head)
+        yield
+
+
+def trace(model: GPT, ids: Tensor, edit: See | None = None) -> dict[str, Tensor]:
+    """Run the model on ids (B, T) and return every activation by name.
+
+    edit: called with a name and an activation; what it returns goes on in its place,
+    and is what the trace holds. Dropout is off. The model stays as it was. Raises
+    ValueError for ids that the model refuses.
+
+    Book: 18_looking_inside.html#the-function
+    """
+    seen: dict[str, Tensor] = {}
+
+    def see(name: str, value: Tensor) -> Tensor:
+        seen[name] = edit(name, value) if edit else value
+        return seen[name]
+
+    with torch.no_grad(), in_mode(model, training=False), watch(model, see):
+        model(ids)
+    return seen
+
+
+@torch.no_grad()
+def ledger(model: GPT, seen: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What each part wrote into the stream, (B, T, C) each; their sum is the last one.
+
+    seen: a `trace` of the model. Entries: "embedding", and for each layer "0.head.0"
+    for each head, "0.bias" where attention's last layer has one, and "0.mlp".
+
+    Book: 18_looking_inside.html#the-ledger-balances
+    """
+    parts = {"embedding": seen["embedding"]}
+    block: Any
+    for layer, block in enumerate(model.blocks):
+        projection = block.attention.projection
+        contexts = seen[f"{layer}.contexts"].unbind(1)  # H of (B, T, D)
+        matrices = projection.weight.chunk(len(contexts), dim=1)  # H of (C, D)
+        for head, (context, matrix) in enumerate(zip(contexts, matrices, strict=True)):
+            parts[f"{layer}.head.{head}"] = context @ matrix.T
+        if projection.bias is not None:
+            parts[f"{layer}.bias"] = projection.bias.expand_as(parts["embedding"])
+        parts[f"{layer}.mlp"] = seen[f"{layer}.mlp"]
+    return parts
+
+
+@torch.no_grad()
+def attribute(
+    model: GPT, parts: Mapping[str, Tensor], direction: Tensor
+) -> dict[str, Tensor]:
+    """The share (B, T) of each part in final @ direction, its sum.
+
+    parts: a `ledger`. direction: (C,), such as a row of the head, or the difference of
+    two. The last norm's bias has a share of its own, "norm.bias". The scale of the norm
+    is taken as the whole stream made it. Source: Elhage et al. (2021).
+
+    Book: 18_looking_inside.html#who-writes-the-bracket
+    """
+    norm: Any = model.norm
+    parts = {name: part - _mean(norm, part) for name, part in parts.items()}
+    size = torch.stack(list(parts.values())).sum(0).square().mean(-1) + norm.eps
+    toward = direction if norm.weight is None else direction * norm.weight
+    shares = {name: part @ toward / size.sqrt() for name, part in parts.items()}
+    if (bias := getattr(norm, "bias", None)) is not None:
+        shares["norm.bias"] = (bias @ direction).expand_as(size)
+    return shares
+
+
+def _mean(norm: nn.Module, x: Tensor) -> Tensor:
+    """What a norm subtracts: LayerNorm the mean, RMS norm nothing."""
+    mean = x.mean(dim=-1, keepdim=True)
+    return mean if isinstance(norm, nn.LayerNorm) else torch.zeros_like(mean)
+
+
+def without(heads: Iterable[tuple[int, int]], usual: Mapping[str, Tensor]) -> See:
+    """An edit for `trace` that lets heads (layer, head) say only what they usually say.
+
+    usual: a trace of other texts; its mean over texts and positions takes the place of
+    a head's contexts.
+
+    Book: 18_looking_inside.html#proof-by-removal
+    """
+    removed: dict[str, list[int]] = {}
+    for layer, head in heads:
+        removed.setdefault(f"{layer}.contexts", []).append(head)
+
+    def edit(name: str, value: Tensor) -> Tensor:
+        if name in removed:
+            mean = usual[name].mean(dim=(0, 2), keepdim=True)[:, removed[name]]
+            value = value.clone()
+            value[:, removed[name]] = mean.expand_as(value[:, removed[name]])
+        return value
+
+    return edit
+
+
+@torch.no_grad()
+def logit_lens(model: GPT, stream: Tensor) -> Tensor:
+    """Logits (B, T, V) as if the stream (B, T, C) were the last one.
+
+    Source: nostalgebraist (2020).
+
+    Book: 18_looking_inside.html#when-does-it-know
+    """
+    logits: Tensor = model.head(model.norm(stream))
+    return logits
+
+
+def fit_lens(stream: Tensor, final: Tensor) -> nn.Linear:
+    """The linear layer that brings a stream (B, T, C) nearest to the final one.
+
+    By least squares, over at least C + 1 positions; try it on texts that it did not
+    see. Source: Belrose et al. (2023), who fit the probabilities instead.
+
+    Book: 18_looking_inside.html#when-does-it-know
+    """
+    inputs = F.pad(stream.flatten(0, -2), (0, 1), value=1.0)  # (B T, C + 1)
+    solution = torch.linalg.lstsq(inputs, final.flatten(0, -2)).solution
+    C = final.shape[-1]
+    lens = nn.Linear(C, C, device=stream.device, dtype=stream.dtype)
+    lens.weight.data, lens.bias.data = solution[:-1].T.contiguous(), solution[-1]
+    return lens.requires_grad_(False)
+
+
+def induction_scores(seen: Mapping[str, Tensor], period: int) -> Tensor:
+    """How much each head looks at what followed before: (L, H), between 0 and 1.
+
+    seen: a trace of ids (B, 2 period) whose second half repeats the first. The score is
+    the mean weight, over the second half, on the token after the earlier occurrence.
+    Source: Olsson et al. (2022).
+
+    Book: 18_looking_inside.html#watch-an-ability-appear
+    """
+    weights = [value for name, value in seen.items() if name.endswith(".weights")]
+    ahead = torch.stack(weights).diagonal(1 - period, -2, -1)  # (L, B, H, period + 1)
+    return ahead[..., 1:].mean(dim=(1, 3))

@@ -1,0 +1,145 @@
+"""Looking inside: traces, ledgers, attribution, ablation and lenses."""
+
+import pytest
+import torch
+
+import glassgpt
+from glassgpt.checks import inspection as checks
+from glassgpt.gpt import GPTConfig
+from glassgpt.heads import fused_attention
+from glassgpt.inspection import (
+    attribute,
+    fit_lens,
+    induction_scores,
+    ledger,
+    logit_lens,
+    trace,
+    watch,
+    without,
+)
+from glassgpt.modern import LLAMA_CHOICES, ModernConfig, build
+
+SIZES = {"vocab_size": 13, "context": 10, "layers": 3, "heads": 4, "width": 24}
+CONFIGS = [
+    GPTConfig(**SIZES),
+    ModernConfig(**SIZES, zero_projections=False),
+    ModernConfig(**SIZES, key_value_heads=2, **LLAMA_CHOICES),
+    ModernConfig(**SIZES, norm="layer", bias=True, activation="gelu"),
+]
+
+
+def make(config):
+    torch.manual_seed(0)
+    model = build(config).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model, torch.randint(13, (2, 8))
+
+
+def test_the_package_passes_its_checks():
+    checks.check_trace(trace)
+    checks.check_ledger(ledger)
+    checks.check_attribute(attribute)
+    checks.check_without(without)
+
+
+def test_checks_leave_the_random_state_alone():
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    checks.check_trace(trace)
+    checks.check_ledger(ledger)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_the_ledger_balances_and_shares_add_up(config):
+    model, ids = make(config)
+    seen = trace(model, ids)
+    parts = ledger(model, seen)
+    total = sum(parts.values())
+    torch.testing.assert_close(total, seen["2.stream"], atol=1e-12, rtol=0)
+    direction = torch.randn(24, dtype=torch.float64)
+    shares = attribute(model, parts, direction)
+    wanted = seen["final"] @ direction
+    torch.testing.assert_close(sum(shares.values()), wanted, atol=1e-11, rtol=0)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_logits_are_those_of_the_model(config):
+    model, ids = make(config)
+    with torch.no_grad():
+        wanted = model(ids)
+    torch.testing.assert_close(trace(model, ids)["logits"], wanted, atol=1e-12, rtol=0)
+
+
+def test_an_error_leaves_no_hooks():
+    model, ids = make(CONFIGS[0])
+
+    def fail(name, value):
+        raise RuntimeError(name)
+
+    with pytest.raises(RuntimeError, match="embedding"):
+        trace(model, ids, fail)
+    assert all(b.attention.attend is fused_attention for b in model.blocks)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_ids_are_refused_as_by_the_model():
+    model, _ = make(CONFIGS[0])
+    with pytest.raises(ValueError, match="out of range"):
+        trace(model, torch.tensor([[13]]))
+
+
+def test_watch_lets_gradients_through():
+    model, ids = make(CONFIGS[2])
+    kept = {}
+    with watch(model, lambda name, value: kept.setdefault(name, value)):
+        logits = model(ids)
+    (slope,) = torch.autograd.grad(logits[0, -1, 3], kept["1.stream"])
+    assert slope[0].abs().sum() > 0
+    assert not slope[1].any()
+
+
+def test_removing_every_head_leaves_nothing_of_other_positions():
+    model, ids = make(CONFIGS[0])
+    other = ids.clone()
+    other[:, 0] = (other[:, 0] + 1) % 13
+    everyone = [(layer, head) for layer in range(3) for head in range(4)]
+    edit = without(everyone, trace(model, ids))
+    one, two = (trace(model, text, edit)["logits"] for text in (ids, other))
+    assert torch.equal(one[:, 1:], two[:, 1:])
+    assert not torch.equal(one[:, 0], two[:, 0])
+
+
+def test_a_fitted_lens_finds_a_linear_relation():
+    torch.manual_seed(0)
+    stream = torch.randn(4, 30, 8, dtype=torch.float64)
+    matrix, bias = torch.randn(8, 8).double(), torch.randn(8).double()
+    lens = fit_lens(stream, stream @ matrix.T + bias)
+    torch.testing.assert_close(lens.weight, matrix)
+    torch.testing.assert_close(lens.bias, bias)
+
+
+def test_the_last_logit_lens_is_the_model():
+    model, ids = make(CONFIGS[2])
+    seen = trace(model, ids)
+    assert torch.equal(logit_lens(model, seen["2.stream"]), seen["logits"])
+
+
+def test_induction_scores_of_a_perfect_head():
+    weights = torch.zeros(1, 2, 8, 8)
+    for t in range(4, 8):
+        weights[:, 1, t, t - 3] = 1
+    scores = induction_scores({"0.weights": weights, "logits": weights}, 4)
+    assert scores.tolist() == [[0, 1]]
+
+
+def test_the_shipped_model_recalls_a_bracket():
+    model, tokenizer = glassgpt.load("shakespeare")
+    seen = trace(model, torch.tensor([tokenizer.encode("\n\n[Aside")]))
+    close = tokenizer.encode("]")[0]
+    assert seen["logits"][0, -1].softmax(-1)[close] > 0.5
+    heads = [(1, 1), (1, 4), (2, 1)]
+    places = tokenizer.encode("\n\n[Aside").index(tokenizer.encode("[")[0])
+    assert all(seen[f"{la}.weights"][0, h, -1, places] > 0.2 for la, h in heads)
