@@ -23,7 +23,7 @@ import pytest
 import torch
 
 import glassgpt
-from glassgpt import GPT, GPTConfig, Machine, TokenData, cli, load
+from glassgpt import GPT, GPTConfig, Machine, TokenData, cli, generate, load, render
 from glassgpt.checkpoints import save
 from glassgpt.cli import comments, main
 from glassgpt.modern import ModernConfig, MuonConfig
@@ -775,13 +775,18 @@ def test_the_commands_of_the_readme_are_commands():
 def test_the_programs_of_the_readme_run(made, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     shutil.copy(made / "my.txt", tmp_path)
-    first, second = blocks("python")
+    first, second, third = blocks("python")
     exec(first, {})
     assert capsys.readouterr().out.startswith("ROMEO:")
     sizes = "steps=3, layers=1, width=16, context=16, batch_size=4"
     exec(second.replace("1024", "270").replace("steps=500", sizes), {})
     assert "'validation_loss'" in capsys.readouterr().out
     assert glass("generate", "runs/python", "--tokens", "3") == 0
+    exec(third.replace("steps=100", "steps=40"), {})
+    model, tokenizer = load("assistant")
+    ids, _ = render([{"role": "user", "content": "Who are you?"}], tokenizer, True)
+    answer = generate(model, ids, 9, [tokenizer.special_tokens["<|end|>"]], top_k=1)
+    assert tokenizer.decode(answer[len(ids) :]) == "A small GPT."
 
 
 def test_a_program_with_strict_types(tmp_path):

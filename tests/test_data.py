@@ -388,11 +388,13 @@ def test_a_folder_that_may_not_be_written_to(bpe):
 
 
 def test_two_writers_of_one_folder(tmp_path, bpe):
-    """The second finds the folder of the first, which stays as it is."""
+    """Each leaves what the other writes; the later one finds a folder, and fails."""
     text = files(tmp_path / "in", TEXT, TEXT)
 
     def slow():
+        (mine,) = tmp_path.glob(".out.*.partial")
         first.append(tokenize(text, bpe, "out", progress=False))
+        assert (mine / "full" / "train.bin").exists()
         yield [1], None
 
     first, slower = [], {"train": slow(), "validation": parts([2])}
@@ -423,12 +425,13 @@ def test_a_killed_writer_leaves_nothing_that_opens(bpe):
     done = subprocess.run([sys.executable, "-c", RUN, "killed"], check=False)
     assert done.returncode == -signal.SIGKILL
     assert not Path("out").exists()
-    (partial,) = Path().glob(".out.*/full")
+    (partial,) = Path().glob(".out.*.partial/full")
     with pytest.raises(FileNotFoundError, match="a folder that tokenize made"):
         TokenData.open(partial)
     write_tokens("out", dict.fromkeys(module.SPLITS, parts([1])), bpe).verify()
     names = ["tokenizer.json", "tokens.json", "train.bin", "validation.bin"]
     assert sorted(written("out")) == names
+    assert [path.name for path in Path().iterdir()] == ["out"]  # nor what was left over
 
 
 def test_a_full_disk_leaves_nothing(tmp_path):

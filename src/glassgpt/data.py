@@ -8,18 +8,20 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from glob import glob
+from glob import escape, glob
 from itertools import accumulate, chain, islice, pairwise
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -373,8 +375,14 @@ def _new_folder(directory: Path) -> Iterator[Path]:
     if os.path.lexists(directory):
         raise FileExistsError(f"{directory} exists already: choose another folder")
     directory.parent.mkdir(parents=True, exist_ok=True)
-    place = {"prefix": f".{directory.name}.", "dir": directory.parent}
-    with tempfile.TemporaryDirectory(**place) as beside:
+    for leftover in directory.parent.glob(f".{escape(directory.name)}.*.partial"):
+        with suppress(OSError), FileLock(leftover / "lock", timeout=0):
+            shutil.rmtree(leftover)  # nobody holds its lock: its writer was killed
+    name = {"prefix": f".{directory.name}.", "suffix": ".partial"}
+    with (
+        tempfile.TemporaryDirectory(**name, dir=directory.parent) as beside,
+        FileLock(Path(beside, "lock")),
+    ):
         folder = Path(beside, "full")
         folder.mkdir()
         yield folder

@@ -34,7 +34,7 @@ class TrainConfig:
     steps: int = 1000  # how often the optimizer moves the weights
     batch_size: int = 32  # crops that one step learns from
     accumulate: int = 1  # parts in which a batch is computed: less memory
-    learning_rate: float = 3e-3  # the highest one; with Muon, of tables and vectors
+    learning_rate: float = 3e-3  # the highest one
     schedule: str = "cosine"  # cosine, linear or stable
     warmup: int = 50  # steps in which the rate rises
     final_rate: float = 0.1  # share of the rate that is left at the end
@@ -42,7 +42,7 @@ class TrainConfig:
     clip: float = 1.0  # a longer gradient is scaled to this norm
     evaluate_every: int = 250  # steps from one evaluation to the next
     evaluation_crops: int = 640  # held-out crops, the same at every evaluation
-    seed: int = 0  # of the weights, the batches and dropout
+    seed: int = 0  # of the batches and dropout, and of new weights
 
     def __post_init__(self) -> None:
         _check_settings(self)
