@@ -174,6 +174,8 @@ def test_the_notebook_is_stored_executed_from_the_top(path):
         cell["execution_count"] for cell in code_cells(path) if source(cell).strip()
     ]
     assert counts == list(range(1, len(counts) + 1))
+    # A page with the state of widgets fetches their script from the network.
+    assert "widgets" not in load(path)["metadata"]
 
 
 @each_chapter
