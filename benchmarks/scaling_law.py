@@ -22,8 +22,8 @@ from training import machine
 
 from glassgpt.data import TokenData, shakespeare, tokenize
 from glassgpt.device import Machine, make_loss, on_paper
+from glassgpt.laws import fit_law
 from glassgpt.modern import ModernConfig, ModernGPT, MuonConfig, muon_optimizers
-from glassgpt.scaling import fit_law
 from glassgpt.speed import keep_freed_memory
 from glassgpt.tokens import CharTokenizer
 from glassgpt.training import Trainer, train
@@ -32,7 +32,7 @@ CONTEXT, BATCH = 128, 16
 SIZES = [(2, 2, 24), (2, 2, 32), (3, 3, 48), (4, 4, 64)]  # layers, heads, width
 SIZES += [(4, 4, 96), (4, 4, 128), (6, 6, 192)]
 BUDGETS = {1e11: SIZES[:5], 3e11: SIZES[:5], 1e12: SIZES[1:6], 3e12: SIZES[2:7]}
-BUDGETS[1e13] = SIZES[4:5]  # not fitted: the law has to foretell it
+BUDGETS[1e13] = SIZES[4:5]  # not fitted
 LEAST_STEPS = 60  # shorter runs are mostly warm-up and decay
 
 STEPS = 4400

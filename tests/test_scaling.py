@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 import os
 import signal
 import subprocess
@@ -17,9 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
-from glassgpt import scaling, training
+from glassgpt import scaling
 from glassgpt.checks.scaling import (
     _small_run,
+    check_gradient,
+    check_lost_time,
+    check_memory,
+    check_optimum,
     check_ring,
     check_stream,
     train_in,
@@ -28,12 +33,12 @@ from glassgpt.checks.scaling import (
 from glassgpt.data import TokenData
 from glassgpt.device import Machine, Plan, count
 from glassgpt.gpt import GPT, GPTConfig
+from glassgpt.laws import Law, fit_law
 from glassgpt.modern import ModernConfig, MuonConfig
 from glassgpt.runs import checkpoints_in, read_checkpoint
 from glassgpt.scaling import (
-    Law,
     StreamedTokens,
-    fit_law,
+    connect,
     make_trainer,
     run_processes,
     team,
@@ -64,34 +69,23 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_all_ways_end_with_the_same_weights(processes):
-    found = run_processes(processes, everything, CASES)
-    for number, (names, how) in enumerate(CASES):
-        wanted = alone(**how)
-        for name in names:
-            first = found[0][number][name]
-            assert gap(wanted["weights"], first["weights"]) < 1e-12, (name, how)
-            assert abs(wanted["loss"] - first["loss"]) < 1e-12
-            for other in found[1:] if name != "FSDPTrainer" else []:
-                assert gap(first["weights"], other[number][name]["weights"]) == 0
-            held = [ranks[number][name]["held"] for ranks in found]
-            total = sum(w.numel() for w in wanted["weights"].values())
-            divided = {"FSDPTrainer": ["weights", "gradients", "moments"]}
-            divided["ShardedOptimizerTrainer"] = ["moments"]
-            for part, size in (("weights", 1), ("gradients", 1), ("moments", 2)):
-                if part == "moments" and how.get("muon"):
-                    continue
-                sums = sum(each[part] for each in held)
-                copies = 1 if part in divided.get(name, []) else processes
-                assert sums == copies * size * total, (name, part)
+def in_turn(place, calls):
+    """What some functions return, one after another, in the same processes."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    found = []
+    for number, (function, *arguments) in enumerate(calls):
+        if not dist.is_initialized():
+            meeting = Path(place, f"meeting-{number}").as_uri()
+            connect(init_method=meeting, rank=rank, world_size=world)
+        found.append(function(*arguments))
+    return found
 
 
 def with_dropout():
     torch.manual_seed(0)
     model = GPT(GPTConfig(11, 8, layers=1, heads=1, width=8, dropout=0.5))
     data = TokenData.of([1] * 100, [1] * 100, 11)  # all rows are alike
-    trainer = scaling.ParallelTrainer(model, data, TrainConfig(batch_size=4))
+    trainer = scaling.ParallelTrainer(model, data, TrainConfig(batch_size=6))
     losses = []
     usual = trainer.loss
 
@@ -104,22 +98,12 @@ def with_dropout():
     return losses
 
 
-def test_processes_drop_different_numbers():
-    first, second = run_processes(2, with_dropout)
-    assert first != second
-
-
 def started_apart():
     torch.manual_seed(dist.get_rank())
     model = GPT(GPTConfig(11, 8, layers=1, heads=1, width=8))
     data = TokenData.of(list(range(11)) * 9, list(range(11)), 11)
     scaling.DDPTrainer(model, data, TrainConfig(batch_size=4))
     return {name: value.detach() for name, value in model.named_parameters()}
-
-
-def test_all_begin_with_the_weights_of_rank_0():
-    first, second = run_processes(2, started_apart)
-    assert gap(first, second) == 0
 
 
 class Masked:
@@ -148,50 +132,10 @@ def with_masks(names):
     return found
 
 
-@pytest.mark.skipif(not hasattr(training, "count_targets"), reason="weighted by rows")
-def test_processes_with_unequal_numbers_of_targets_agree_with_one():
-    wanted = with_masks(["Trainer"])[0]
-    for weights in run_processes(3, with_masks, WAYS)[0]:
-        assert gap(wanted, weights) < 1e-12
-
-
-# A run in a folder.
-
-
-@pytest.mark.parametrize("shard", ["optimizer", "model"])
-def test_a_killed_run_goes_on_with_another_number(tmp_path, shard):
-    never = train_in(str(tmp_path / "never"), 30, shard)
-    with pytest.raises((ProcessExitedException, ProcessRaisedException)):
-        run_processes(3, train_in, str(tmp_path / "run"), 30, shard, 10)
-    steps = [int(path.name[11:]) for path in checkpoints_in(tmp_path / "run")]
-    assert steps[-1] in (10, 20)  # the kill may come a moment late
-    found = run_processes(2, train_in, str(tmp_path / "run"), 30, shard)
-    assert found[1] == []
-    assert np.allclose(found[0], never, atol=1e-4)
-
-
-@pytest.mark.parametrize("shard", ["optimizer", "model"])
-def test_a_checkpoint_is_that_of_one_process(tmp_path, shard):
-    train_in(str(tmp_path / "one"), 10, shard)
-    run_processes(2, train_in, str(tmp_path / "two"), 10, shard)
-    states = []
-    for name in ("one", "two"):
-        model, _, state = read_checkpoint(checkpoints_in(tmp_path / name)[-1])
-        assert model.head.weight is model.tokens.weight
-        states.append((dict(model.named_parameters()), state["optimizers"]))
-    (weights, optimizers), (other, others) = states
-    assert gap(weights, other) < 1e-5
-    for one, two in zip(optimizers, others, strict=True):
-        assert sorted(one["state"]) == sorted(two["state"])
-        for number, moments in one["state"].items():
-            for name, value in moments.items():
-                assert torch.allclose(value, two["state"][number][name], atol=1e-5)
-
-
 REFUSED = [
     ("optimizer", 1, False, "float32", "a batch of 1 rows is too small"),
     ("model", 4, True, "float32", "takes the optimizer adamw"),
-    ("model", 4, False, "float16", "takes the precision bfloat16"),
+    ("optimizer", 4, False, "float16", "need the precision bfloat16"),
 ]
 
 
@@ -211,35 +155,6 @@ def refused():
     return found
 
 
-def test_what_cannot_work_is_refused_before_it_begins():
-    first, second = run_processes(2, refused)
-    assert len(first) == len(REFUSED)
-    for said, (*_, why) in zip(first, REFUSED, strict=True):
-        assert why in said
-    assert second == []
-
-
-def half_precision():
-    """float16 beside the way processes share; a CPU can do it, slowly."""
-    model = GPTConfig(11, 8, layers=1, heads=1, width=8)
-    machine = Machine(precision="float16")
-    plan = Plan(model, TrainConfig(batch_size=4, steps=3, warmup=1), machine, 1e9)
-    data = TokenData.of(list(range(11)) * 9, list(range(11)), 11)
-    with team() as leads:
-        if leads:
-            trainer = make_trainer(plan, data, shard="optimizer")
-            for _ in range(3):
-                trainer.take_step()
-            return [trainer.read_losses(), trainer.state_dict()["scaler"]["scale"]]
-    return []
-
-
-def test_a_loss_scale_goes_with_processes():
-    (loss, scale), _ = run_processes(2, half_precision)
-    assert 0 < loss < 3
-    assert scale > 0
-
-
 def test_one_process_is_a_trainer_as_before():
     model = GPTConfig(11, 8, layers=1, heads=1, width=8)
     plan = Plan(model, TrainConfig(batch_size=4), Machine(), 1e9)
@@ -250,25 +165,125 @@ def test_one_process_is_a_trainer_as_before():
 
 
 def fails():
-    with team() as leads:
-        if leads:
-            raise ValueError("no such thing")
+    try:
+        with team() as leads:
+            if leads:
+                raise ValueError("no such thing")
+    except ValueError as error:
+        return str(error)
+    return "let go"
 
 
-def test_an_error_of_rank_0_lets_the_others_go():
-    with pytest.raises(ProcessRaisedException, match="no such thing"):
-        run_processes(2, fails)
+# What follows runs in few processes, since to start one takes seconds.
+
+SHARDS = ["optimizer", "model"]
 
 
-def chosen():
-    sizes = (64, 65_536)
-    models = [GPTConfig(50_000, 64, layers=2, heads=8, width=width) for width in sizes]
-    plans = [Plan(model, TrainConfig(batch_size=2), Machine(), 1e9) for model in models]
-    return [scaling.choose_shard(plan) for plan in plans]
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Runs in which two processes were killed at step 10, for each way to divide."""
+    place = tmp_path_factory.mktemp("runs")
+    for shard in SHARDS:
+        with pytest.raises((ProcessExitedException, ProcessRaisedException)):
+            run_processes(2, train_in, str(place / shard), 30, shard, 10)
+        steps = [int(path.name[11:]) for path in checkpoints_in(place / shard)]
+        assert steps[-1] in (10, 20)  # the kill may come a moment late
+    return place
 
 
-def test_the_model_is_divided_where_nothing_else_fits():
-    assert run_processes(2, chosen) == [["optimizer", "model"]] * 2
+@pytest.fixture(scope="module")
+def of_two(folder):
+    calls = [(everything, CASES), (refused,)]
+    calls += [(train_in, str(folder / f"two-{shard}"), 10, shard) for shard in SHARDS]
+    calls += [(fails,)]
+    found = run_processes(2, in_turn, str(folder), calls)
+    names = ["ways", "refused", *SHARDS, "fails"]
+    return dict(zip(names, zip(*found, strict=True), strict=True))
+
+
+@pytest.fixture(scope="module")
+def of_three(folder):
+    calls = [(everything, CASES), (with_dropout,), (started_apart,), (with_masks, WAYS)]
+    calls += [(train_in, str(folder / shard), 30, shard) for shard in SHARDS]
+    found = run_processes(3, in_turn, str(folder), calls)
+    names = ["ways", "dropout", "apart", "masks", *SHARDS]
+    return dict(zip(names, zip(*found, strict=True), strict=True))
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_all_ways_end_with_the_same_weights(of_two, of_three, processes):
+    found = (of_two if processes == 2 else of_three)["ways"]
+    for number, (names, how) in enumerate(CASES):
+        wanted = alone(**how)
+        for name in names:
+            first = found[0][number][name]
+            assert gap(wanted["weights"], first["weights"]) < 1e-12, (name, how)
+            assert abs(wanted["loss"] - first["loss"]) < 1e-12
+            for other in found[1:] if name != "FSDPTrainer" else []:
+                assert gap(first["weights"], other[number][name]["weights"]) == 0
+            held = [ranks[number][name]["held"] for ranks in found]
+            total = sum(w.numel() for w in wanted["weights"].values())
+            divided = {"FSDPTrainer": ["weights", "gradients", "moments"]}
+            divided["ShardedOptimizerTrainer"] = ["moments"]
+            for part, size in (("weights", 1), ("gradients", 1), ("moments", 2)):
+                if part == "moments" and how.get("muon"):
+                    continue
+                sums = sum(each[part] for each in held)
+                copies = 1 if part in divided.get(name, []) else processes
+                assert sums == copies * size * total, (name, part)
+
+
+def test_processes_drop_different_numbers(of_three):
+    losses = [tuple(each) for each in of_three["dropout"]]
+    assert len(set(losses)) == 3
+
+
+def test_all_begin_with_the_weights_of_rank_0(of_three):
+    first, *others = of_three["apart"]
+    assert all(gap(first, other) == 0 for other in others)
+
+
+def test_processes_with_unequal_numbers_of_targets_agree_with_one(of_three):
+    wanted = with_masks(["Trainer"])[0]
+    for weights in of_three["masks"][0]:
+        assert gap(wanted, weights) < 1e-12
+
+
+@pytest.mark.parametrize("shard", SHARDS)
+def test_a_killed_run_goes_on_with_another_number(of_three, tmp_path, shard):
+    never = train_in(str(tmp_path), 30, shard)
+    first, *others = of_three[shard]
+    assert others == [[], []]
+    assert np.allclose(first, never, atol=1e-4)
+
+
+@pytest.mark.parametrize("shard", SHARDS)
+def test_a_checkpoint_is_that_of_one_process(of_two, folder, tmp_path, shard):
+    train_in(str(tmp_path), 10, shard)
+    states = []
+    for place in (tmp_path, folder / f"two-{shard}"):
+        model, _, state = read_checkpoint(checkpoints_in(place)[-1])
+        assert model.head.weight is model.tokens.weight
+        states.append((dict(model.named_parameters()), state["optimizers"]))
+    (weights, optimizers), (other, others) = states
+    assert gap(weights, other) < 1e-5
+    for one, two in zip(optimizers, others, strict=True):
+        assert sorted(one["state"]) == sorted(two["state"])
+        for number, moments in one["state"].items():
+            for name, value in moments.items():
+                assert torch.allclose(value, two["state"][number][name], atol=1e-5)
+
+
+def test_what_cannot_work_is_refused_before_it_begins(of_two):
+    first, second = of_two["refused"]
+    assert len(first) == len(REFUSED)
+    for said, (*_, why) in zip(first, REFUSED, strict=True):
+        assert why in said
+    assert second == []
+
+
+def test_an_error_of_rank_0_lets_the_others_go(of_two):
+    assert of_two["fails"] == ("no such thing", "let go")
 
 
 # The command line.
@@ -293,21 +308,30 @@ def records(folder):
     return [json.loads(line)["validation_loss"] for line in lines]
 
 
-@pytest.mark.parametrize("shard", ["optimizer", "model"])
-def test_torchrun_trains_and_resumes(tmp_path, shard):
-    more = f" --shard {shard} --out run" + " --optimizer adamw" * (shard == "model")
-    ran = start(tmp_path, 2, TRAIN + more + " --steps 20")
+def test_torchrun_trains_resumes_and_stops_politely(tmp_path):
+    words = TRAIN + " --out run --optimizer adamw --steps 20 --shard optimizer"
+    ran = start(tmp_path, 2, words)
     out, errors = ran.communicate(timeout=300)
     assert ran.returncode == 0, errors
     assert out.count("write with it") == 1  # rank 0 alone speaks
     assert len(records(tmp_path / "run")) == 2
-    again = start(tmp_path, 3, f"resume run --steps 30 --shard {shard}")
-    out, errors = again.communicate(timeout=300)
-    assert again.returncode == 0, errors
+    again = start(tmp_path, 3, "resume run --steps 100000 --shard model")
+    try:
+        until = time.monotonic() + 200
+        while len(records(tmp_path / "run")) < 3:
+            assert time.monotonic() < until, "it never began"
+            assert again.poll() is None, again.communicate()[1]
+            time.sleep(0.05)
+        again.send_signal(signal.SIGTERM)
+        out, _ = again.communicate(timeout=100)
+    finally:
+        again.kill()
     assert "going on from checkpoint-00000020" in out
-    losses = records(tmp_path / "run")
-    assert len(losses) == 3
+    losses = records(tmp_path / "run")[:3]
     assert losses == sorted(losses, reverse=True)
+    step = int(out.split("stopped after step ")[1].split(":")[0])
+    last = checkpoints_in(tmp_path / "run")[-1]
+    assert last.name == f"checkpoint-{step:08d}"
 
 
 def test_a_mistake_under_torchrun_is_said_once(tmp_path):
@@ -316,24 +340,6 @@ def test_a_mistake_under_torchrun_is_said_once(tmp_path):
     assert ran.returncode != 0
     assert errors.count("glassgpt: width 33 is no multiple of") == 1
     assert not (tmp_path / "run").exists()
-
-
-def test_torchrun_stops_politely(tmp_path):
-    ran = start(tmp_path, 2, TRAIN + " --out run --steps 100000")
-    try:
-        until = time.monotonic() + 200
-        while not (tmp_path / "run" / "metrics.jsonl").exists():
-            assert time.monotonic() < until, "it never began"
-            assert ran.poll() is None, ran.communicate()[1]
-            time.sleep(0.05)
-        ran.send_signal(signal.SIGTERM)
-        out, _ = ran.communicate(timeout=100)
-    finally:
-        ran.kill()
-    assert "stopped after step" in out
-    step = int(out.split("stopped after step ")[1].split(":")[0])
-    last = checkpoints_in(tmp_path / "run")[-1]
-    assert last.name == f"checkpoint-{step:08d}"
 
 
 # Streams, rings and laws.
@@ -402,6 +408,34 @@ def test_the_checks_pass_what_is_right():
             yield held
 
     check_ring(ring)
+
+
+def rounded_down(matrices, n, divided):
+    sizes = sorted((rows * columns for rows, columns in matrices), reverse=True)
+    if divided == "model":
+        return 16 * sum(rows // n * columns for rows, columns in matrices)
+    moments = sum(sizes[::n]) if divided == "optimizer" else sum(sizes)
+    return 8 * sum(sizes) + 8 * moments
+
+
+def one_card(cards, years, cost, restart):
+    mean = years * 365 * 86_400
+    best = math.sqrt(2 * cost * mean)
+    return best, cost / best + best / (2 * mean) + restart / mean
+
+
+WRONG = [
+    (check_gradient, lambda gradients, targets: sum(gradients) / 2, "a mean of means"),
+    (check_memory, rounded_down, "model on 2: 4416, not 4480"),
+    (check_lost_time, one_card, "more cards fail more often"),
+    (check_optimum, lambda law, C: ((C / 6) ** 0.5, (C / 6) ** 0.5), "a smaller model"),
+]
+
+
+@pytest.mark.parametrize(("check", "wrong", "why"), WRONG)
+def test_wrong_answers_are_named(check, wrong, why):
+    with pytest.raises(AssertionError, match=why):
+        check(wrong)
 
 
 exponents = st.floats(0.2, 1.0)

@@ -46,6 +46,7 @@ from glassgpt.inspection import (
     watch,
     without,
 )
+from glassgpt.laws import Law, fit_law
 from glassgpt.mlp import MLP, gelu
 from glassgpt.modern import (
     ModernConfig,
@@ -61,11 +62,9 @@ from glassgpt.runs import Run, resume_run, start_run
 from glassgpt.scaling import (
     DDPTrainer,
     FSDPTrainer,
-    Law,
     ParallelTrainer,
     ShardedOptimizerTrainer,
     StreamedTokens,
-    fit_law,
     make_trainer,
     run_processes,
     team,

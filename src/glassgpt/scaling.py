@@ -1,13 +1,12 @@
 # Written by tools/tangle.py from book/22_many_machines.ipynb: change it there.
 """Many machines: one training run on many processes."""
 
-import math
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -18,13 +17,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from glassgpt.data import Batch, TokenData, Tokens
-from glassgpt.device import Plan, ScaledTrainer, count, memory_of, on_paper
+from glassgpt.device import Plan, on_paper
 from glassgpt.gpt import GPT
 from glassgpt.modern import MuonConfig
-from glassgpt.training import Loss, TrainConfig, Trainer
+from glassgpt.training import Loss, Trainer
 
 
 def connect(**meeting: Any) -> None:
@@ -73,17 +71,10 @@ class ParallelTrainer(Trainer):
     Book: 22_many_machines.html#all-processes-one-gradient
     """
 
-    def __init__(
-        self,
-        model: GPT,
-        data: TokenData,
-        config: TrainConfig,
-        optimizers: Sequence[Optimizer] | None = None,
-        loss: Loss | None = None,
-    ):
-        super().__init__(model, data, config, optimizers, loss)
+    def __init__(self, *arguments: Any, **named: Any):
+        super().__init__(*arguments, **named)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        for parameter in model.parameters():  # all begin with rank 0's
+        for parameter in self.model.parameters():  # all begin with rank 0's
             dist.broadcast(parameter.detach(), 0)
 
     def parts(self, batch: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
@@ -201,7 +192,7 @@ class FSDPTrainer(ParallelTrainer):
     """Every process keeps a slice of each parameter, gradient and moment: FSDP2.
 
     A block's weights are gathered when it computes, and dropped after it. Not for Muon,
-    which needs whole matrices, nor for float16. slices: the kind of device where they
+    which needs whole matrices. slices: the kind of device where they
     lie, if the model that is given begins elsewhere.
 
     Book: 22_many_machines.html#dividing-the-model
@@ -328,27 +319,14 @@ SHARDS: dict[str, type[ParallelTrainer]] = {
 }
 
 
-def choose_shard(plan: Plan) -> str:
-    """What to divide: "optimizer", or "model" where nothing else fits.
-
-    Book: 22_many_machines.html#a-whole-run
-    """
-    world, device = dist.get_world_size(), torch.device(plan.machine.device)
-    numbers = count(plan.model)[0]
-    copies = 8 * numbers + (plan.memory - 8 * numbers) / world  # bytes on each
-    sharing = 1 if device.type == "cuda" else world  # a computer's one memory
-    room = 0.85 * (memory_of(device) or math.inf) / sharing
-    return "optimizer" if copies < room else "model"
-
-
 def make_trainer(
     plan: Plan, data: TokenData, model: GPT | None = None, shard: str | None = None
 ) -> Any:
     """`Plan.trainer`, with all processes where there are several; for `start_run`.
 
-    shard: what they divide, "nothing", "optimizer" or "model"; else `choose_shard`.
-    Raises ValueError for fewer rows than processes, for a device on which processes
-    can't exchange numbers, and where Muon or float16 would have to work on slices.
+    shard: what they divide, "nothing", "optimizer" (if None) or "model". Raises
+    ValueError for fewer rows than processes, for a device on which processes can't
+    exchange numbers, for float16, and where Muon would have to work on slices.
 
     Book: 22_many_machines.html#a-whole-run
     """
@@ -358,11 +336,11 @@ def make_trainer(
         raise ValueError(f"a batch of {rows} rows is too small for {world} processes")
     if (kind := torch.device(plan.machine.device).type) not in ("cpu", "cuda"):
         raise ValueError(f"several processes need the device cpu or cuda, not {kind}")
-    shard = shard or choose_shard(plan)
-    muon, half = isinstance(plan.training, MuonConfig), plan.machine.precision
-    if shard == "model" and (muon or half == "float16"):
-        need = "the optimizer adamw" if muon else "the precision bfloat16 or float32"
-        raise ValueError(f"to divide the model takes {need}")
+    if plan.machine.precision == "float16":
+        raise ValueError("several processes need the precision bfloat16 or float32")
+    if shard == "model" and isinstance(plan.training, MuonConfig):
+        raise ValueError("to divide the model takes the optimizer adamw")
+    shard = shard or "optimizer"
     place = data.directory.resolve() if data.directory else data
     _order("begin", plan, place, shard)
     return Conductor(_begin(plan, data, shard, model))
@@ -378,8 +356,6 @@ def _begin(
         torch.cuda.set_device(card := f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
         plan = replace(plan, machine=replace(plan.machine, device=card))
     kind: Any = SHARDS[shard]
-    if plan.machine.precision == "float16":
-        kind = type("ScaledParallelTrainer", (kind, ScaledTrainer), {})
     start = None
     if shard == "model":  # made in main memory, where the whole may fit
         kind, start = partial(kind, slices=device), "cpu"
@@ -459,50 +435,3 @@ class StreamedTokens(Tokens):
         if (number := self.shard_at(*seed)) != self.number:
             self.number, self.ids = number, self.fetch(self.shards[number])
         return super().random_batch(batch_size, context, seed)
-
-
-@dataclass(frozen=True)
-class Law:
-    """A loss by size and tokens: E + A / N^alpha + B / D^beta.
-
-    Source: Hoffmann et al. (2022), approach 3.
-
-    Book: 22_many_machines.html#the-law
-    """
-
-    E: float
-    A: float
-    alpha: float
-    B: float
-    beta: float
-
-    def __call__(self, N: Any, D: Any) -> Any:
-        return self.E + self.A * N**-self.alpha + self.B * D**-self.beta
-
-    @property
-    def growth(self) -> float:
-        """The exponent a in N = G C^a, the best size for a budget C = 6 N D."""
-        return self.beta / (self.alpha + self.beta)
-
-
-def fit_law(N: np.ndarray, D: np.ndarray, losses: np.ndarray) -> Law:
-    """The law nearest to measured losses, by least squares. N, D, losses: (R,).
-
-    Book: 22_many_machines.html#the-law
-    """
-    low, width = np.array([0.02, 0.02]), np.array([1.5, 1.5])
-    n, d = (np.exp(np.log(x).mean()) for x in (N, D))  # the middle, for small numbers
-    for _ in range(5):
-        axes = (np.linspace(a, a + w, 31) for a, w in zip(low, width, strict=True))
-        alpha, beta = (grid.ravel() for grid in np.meshgrid(*axes))  # (G,)
-        parts = ((N / n) ** -alpha[:, None], (D / d) ** -beta[:, None])
-        x = np.stack([np.ones_like(parts[0]), *parts], axis=-1)  # (G, R, 3)
-        solved = np.linalg.pinv(x) @ losses[:, None]  # (G, 3, 1)
-        error = ((x @ solved)[..., 0] - losses) ** 2
-        score = error.sum(1) + 1e9 * (solved < 0).any((1, 2))
-        best = int(score.argmin())
-        width = width / 8
-        low = np.maximum(np.array([alpha[best], beta[best]]) - width / 2, 0.01)
-    E, A, B = solved[best, :, 0].tolist()
-    a, b = alpha[best].item(), beta[best].item()
-    return Law(E, A * n**a, a, B * d**b, b)

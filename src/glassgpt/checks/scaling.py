@@ -21,6 +21,7 @@ from glassgpt import scaling
 from glassgpt.data import TokenData
 from glassgpt.device import Machine, Plan
 from glassgpt.gpt import GPT, GPTConfig
+from glassgpt.laws import Law
 from glassgpt.modern import MuonConfig, muon_optimizers
 from glassgpt.runs import resume_run, start_run
 from glassgpt.tokens import CharTokenizer
@@ -364,18 +365,18 @@ def check_lost_time(
         assert abs(found / best - 1) < 1e-6, f"{found:.1f} seconds, not {best:.1f}"
         without = share - restart / mean
         assert abs(part / without - 1) > 1e-9, "the restart is lost, too"
-        assert abs(part / share - 1) < 1e-6, f"a share of {part:.4f}, not {share:.4f}"
+        assert abs(part / share - 1) < 1e-6, f"a share of {part:.4g}, not {share:.4g}"
 
 
-def check_optimum(optimum: Callable[[scaling.Law, float], tuple[float, float]]) -> None:
+def check_optimum(optimum: Callable[[Law, float], tuple[float, float]]) -> None:
     """The size and the tokens with the lowest loss at a budget C = 6 N D.
 
     optimum: called as optimum(law, C).
 
     Book: 22_many_machines.html#exercise-4-the-best-size-for-a-budget
     """
-    laws = [scaling.Law(1.7, 400.0, 0.34, 410.0, 0.28)]
-    laws += [scaling.Law(1.0, 50.0, 0.5, 20.0, 0.5)]
+    laws = [Law(1.7, 400.0, 0.34, 410.0, 0.28)]
+    laws += [Law(1.0, 50.0, 0.5, 20.0, 0.5)]
     for law in laws:
         for C in (1e12, 1e21):
             N, D = optimum(law, C)

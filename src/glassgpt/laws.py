@@ -1,0 +1,56 @@
+# Written by tools/tangle.py from book/22_many_machines.ipynb: change it there.
+
+
+"""A scaling law: the loss by size and tokens, fitted to small runs."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Law:
+    """A loss by size and tokens: E + A / N^alpha + B / D^beta.
+
+    Source: Hoffmann et al. (2022), approach 3.
+
+    Book: 22_many_machines.html#the-law
+    """
+
+    E: float
+    A: float
+    alpha: float
+    B: float
+    beta: float
+
+    def __call__(self, N: Any, D: Any) -> Any:
+        return self.E + self.A * N**-self.alpha + self.B * D**-self.beta
+
+    @property
+    def growth(self) -> float:
+        """The exponent a in N = G C^a, the best size for a budget C = 6 N D."""
+        return self.beta / (self.alpha + self.beta)
+
+
+def fit_law(N: np.ndarray, D: np.ndarray, losses: np.ndarray) -> Law:
+    """The law nearest to measured losses, by least squares. N, D, losses: (R,).
+
+    Book: 22_many_machines.html#the-law
+    """
+    low, width = np.array([0.02, 0.02]), np.array([1.5, 1.5])
+    n, d = (np.exp(np.log(x).mean()) for x in (N, D))  # the middle, for small numbers
+    for _ in range(5):
+        axes = (np.linspace(a, a + w, 31) for a, w in zip(low, width, strict=True))
+        alpha, beta = (grid.ravel() for grid in np.meshgrid(*axes))  # (G,)
+        parts = ((N / n) ** -alpha[:, None], (D / d) ** -beta[:, None])
+        x = np.stack([np.ones_like(parts[0]), *parts], axis=-1)  # (G, R, 3)
+        solved = np.linalg.pinv(x) @ losses[:, None]  # (G, 3, 1)
+        error = ((x @ solved)[..., 0] - losses) ** 2
+        score = error.sum(1) + 1e9 * (solved < 0).any((1, 2))
+        best = int(score.argmin())
+        width = width / 8
+        low = np.maximum(np.array([alpha[best], beta[best]]) - width / 2, 0.01)
+    E, A, B = solved[best, :, 0].tolist()
+    a, b = alpha[best].item(), beta[best].item()
+    return Law(E, A * n**a, a, B * d**b, b)
