@@ -171,7 +171,19 @@ MISTAKES = {
     "no number": ([*MY, "--steps"], "--steps"),
     "no part of it": ([*MY, "--clip", "nan"], "clip"),
     "unknown size": ([*MY, "--size", "huge"], "'huge' for argument '--size'"),
-    "unknown option": ([*MY, "--learning-pace", "1"], "mean --learning-rate?"),
+    "unknown option": (
+        [*MY, "--learning-pace", "1"],
+        "mean --learning-rate? See glassgpt train --help",
+    ),
+    "unknown option of another": (
+        [*WRITE, "--topk", "5"],
+        "See glassgpt generate --help",
+    ),
+    "unknown option of none": (["--versoin"], "See glassgpt --help"),
+    "number after an equals sign": (
+        [*MY, "--steps=many"],
+        "'many'. See glassgpt train --help",
+    ),
     "unknown device": ([*MY, "--device", "abacus"], "abacus"),
     "unknown precision": ([*MY, "--precision", "float3"], "float3"),
     "modern, not GPT-2's": ([*MY, "--norm", "batch"], "norm is rms or layer"),
@@ -217,6 +229,7 @@ MISTAKES = {
         "--data",
     ),
     "from a model with a width": ([*FROM, "--width", "8"], "leave out --width"),
+    "from a model with dropout": ([*FROM, "--dropout", "0.1"], "leave out --dropout"),
     "from a model with a tokenizer": ([*FROM, "--tokenizer", "bpe"], "--tokenizer"),
     "from no model": ([*FROM, "--init-from", "notes"], "config.json is missing"),
     "from a model, other tokens": (
@@ -289,6 +302,20 @@ def test_a_mistake_gets_a_sentence(stage, monkeypatch, capsys, mistake):
         shutil.rmtree(stage / "new")
     assert hashes(stage) == before
     assert not (stage / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "said", ["one line", "a\n\nb\n\nc", "╭─ a ─╮\n│ b c │\n╰─────╯"]
+)
+def test_a_mistake_in_another_layout_gets_a_sentence(monkeypatch, capsys, said):
+    def leave(*_, **options):
+        print(said, file=sys.stderr)
+        raise SystemExit(2)
+
+    monkeypatch.setattr(cli.tyro, "cli", leave)
+    assert glass("train") == 2
+    words = re.findall(r"\w+", said)
+    assert sentence_in(capsys.readouterr().err) == f"glassgpt: {' '.join(words)}\n"
 
 
 @pytest.mark.parametrize("option", ["--keep", "--checkpoint-every"])

@@ -1,5 +1,5 @@
 # Written by tools/tangle.py from book/23_command_line.ipynb: change it there.
-"""The command line: glassgpt train, resume, generate, chat, evaluate, tokenize."""
+"""The command line: train, resume, generate, chat, serve, evaluate, tokenize."""
 
 import io
 import json
@@ -649,11 +649,17 @@ def parse(words: Sequence[str]) -> Any:
         if leaving.code != 2:
             raise
     # A box with a title, then parts: what is wrong, what may be meant, where to look.
-    rows = [row.strip("│╭╮╰╯|+ ") for row in errors.getvalue().splitlines()]
-    text = "\n".join(re.sub("[─-]{3,}", "", row) for row in rows[1:])
-    wrong, *near, see = [" ".join(part.split()) for part in text.split("\n\n")]
-    meant = {*re.findall(r"--[\w-]+", " ".join(near))} - {*words, "--help"}
+    rows = [row.strip("│╭╮╰╯─|+ ") for row in errors.getvalue().splitlines()]
+    rows = [re.sub("[─-]{3,}", "", row) for row in rows]
+    parts = "\n".join(rows[1:]).split("\n\n")
+    wrong, *near = [" ".join(part.split()) for part in parts]
+    if not near or "--help" not in near.pop():  # a later tyro draws it otherwise
+        raise ValueError(" ".join(" ".join(rows).split()))
+    meant = {*re.findall(r"--[\w-]+", " ".join(near))}
+    meant -= {"--help", *(word.split("=")[0] for word in words)}
     near = [f"Do you mean {' or '.join(sorted(meant))}?"] if meant else []
+    at = f"{words[0]} " if words[0] in commands else ""
+    see = f"See glassgpt {at}--help"
     raise ValueError(" ".join([wrong.rstrip(".") + ".", *near, see]))
 
 

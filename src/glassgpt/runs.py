@@ -87,6 +87,7 @@ def write_checkpoint(run: Run) -> None:
     Book: 20_runs_that_survive.html#a-checkpoint
     """
     final = run.directory / f"checkpoint-{run.trainer.step:08d}"
+    # Only step 0 can be there already, of a start that was killed.
     _drop(run.directory, [final] if final.exists() else [])
     state = run.trainer.state_dict()
     del state["model"]  # it has a file of its own
@@ -96,17 +97,6 @@ def write_checkpoint(run: Run) -> None:
             torch.save(state, file)
         write_json(partial / "hashes.json", _hashes(partial))
     _drop(run.directory, checkpoints_in(run.directory)[: -run.settings["keep"]])
-
-
-@contextmanager
-def _damaged(path: Path) -> Iterator[None]:
-    """Turn any error into a ValueError that says how to go on without a checkpoint."""
-    try:
-        yield
-    except Exception as error:  # a forged file can raise anything
-        others = [p.name for p in checkpoints_in(path.parent) if p != path][-1:]
-        advice = f"delete it to go on from {others[0]}" if others else "start anew"
-        raise ValueError(f"{path} is damaged ({error}): {advice}") from error
 
 
 # All that the pickle in a checkpoint may name: tensors of 32-bit numbers.
@@ -126,6 +116,17 @@ def _check_archive(path: Path) -> None:
         for code, name, _ in pickletools.genops(archive.read(pickle)):
             if "GLOBAL" in code.name and name not in _NAMES:
                 raise ValueError(f"{path.name} asks for {name or code.name}")
+
+
+@contextmanager
+def _damaged(path: Path) -> Iterator[None]:
+    """Turn any error into a ValueError that says how to go on without a checkpoint."""
+    try:
+        yield
+    except Exception as error:  # a forged file can raise anything
+        others = [p.name for p in checkpoints_in(path.parent) if p != path][-1:]
+        advice = f"delete it to go on from {others[0]}" if others else "start anew"
+        raise ValueError(f"{path} is damaged ({error}): {advice}") from error
 
 
 def read_checkpoint(path: Path) -> tuple[GPT, Tokenizer, dict[str, Any]]:
