@@ -124,6 +124,8 @@ def check_split_numbers(split_numbers: Callable[[str], Sequence[str]]) -> None:
     got = list(split_numbers("18890"))
     assert got != ["188", "90"], "18890 was cut from the left: count from the right"
     assert got == ["18", "890"], f"18890 was cut into {got}"
+    got = list(split_numbers("1234567"))
+    assert got == ["1", "234", "567"], f"1234567 was cut into {got}: go on in threes"
     got = list(split_numbers("a 1889 b"))
     assert got == ["a", " ", "1", "889", " b"], f"'a 1889 b' was cut into {got}"
     got = list(split_numbers("it's 123456"))
