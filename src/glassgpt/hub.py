@@ -251,7 +251,9 @@ def read_config(theirs: Format, content: dict[str, Any]) -> GPTConfig:
         config, derived = GPTConfig(**own), {"n_inner": 4 * own["width"]}
     else:
         config = ModernConfig(**{**LLAMA_CHOICES, **own})
-        derived = {"head_dim": config.width // config.heads}
+        derived = dict.fromkeys(
+            ("head_dim", "rope.dimension_count"), config.width // config.heads
+        )
     options = {**theirs.options, **{key: (None, n) for key, n in derived.items()}}
     for key, allowed in options.items():
         if content.get(key, allowed[0]) not in allowed:
@@ -336,6 +338,9 @@ class ForeignTokenizer(Tokenizer):
             facts = json.loads(content)
             if facts["normalizer"] == UNESCAPE:  # for others: we escape nothing
                 facts["normalizer"] = None
+            vocab = facts["model"]["vocab"]
+            if isinstance(vocab, dict) and max(vocab.values()) > 2 * len(vocab) + 1000:
+                raise ValueError("its ids have holes")
             self._inner = library.from_str(json.dumps(facts))
         except Exception as error:  # it raises nothing finer
             raise ValueError(f"it is damaged or no tokenizer: {error}") from None
@@ -496,7 +501,12 @@ GGUF_LLAMA = Format(
         "hidden": "feed_forward_length",
         "key_value_heads": "attention.head_count_kv",
     },
-    options={"rope.scaling.type": ("none",), "expert_count": (0,)},
+    options={
+        "rope.scaling.type": ("none",),
+        "rope.scaling.factor": (0.0, 1.0),
+        "rope.scale_linear": (0.0, 1.0),
+        "expert_count": (0,),
+    },
     neighbors=True,
 )
 
@@ -535,6 +545,8 @@ def load_gguf(path: Path) -> tuple[GPT, Tokenizer]:
         file = gguf.GGUFReader(path)
         facts = {name: part.contents() for name, part in file.fields.items()}
         tensors = {part.name: part for part in file.tensors}
+        if sum(int(part.n_bytes) for part in file.tensors) > path.stat().st_size:
+            raise ValueError("several tensors have the same bytes")
         shapes = {n: tuple(t.shape[::-1].tolist()) for n, t in tensors.items()}
         kind = facts["general.architecture"]
         kinds = {form.kind: form for form in (GGUF_GPT2, GGUF_LLAMA)}
@@ -545,12 +557,17 @@ def load_gguf(path: Path) -> tuple[GPT, Tokenizer]:
         content["tied"] = "output.weight" not in shapes
         model = fit(read_config(kinds[kind], content), shapes, kinds[kind])
         tokenizer = _gguf_tokenizer(facts)
+        if tokenizer.vocab_size > model.config.vocab_size:
+            sizes = f"{tokenizer.vocab_size} ids, the model {model.config.vocab_size}"
+            raise ValueError(f"the tokenizer has {sizes}")
 
         def read(name: str) -> Tensor:
             part = tensors[name]
             return torch.from_numpy(unpack(part.tensor_type.name, part.data))
 
         return fill(model, read, kinds[kind]).eval(), tokenizer
+    except ModuleNotFoundError:
+        raise
     except Exception as error:  # whatever a broken file makes the library stumble over
         raise ValueError(f"{path} is damaged or foreign: {error!r}") from error
 
