@@ -16,7 +16,6 @@ import torch
 
 import glassgpt
 from glassgpt import server
-from glassgpt.checks.hub import check_until
 from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.server import make_app, running, until
 from glassgpt.tokens import BPETokenizer
@@ -420,9 +419,25 @@ def test_without_its_libraries_the_command_says_what_to_install():
     assert "pip install 'glassgpt[serve]'" in done.stderr
 
 
-def test_package_passes_its_check():
-    check_until(until)
-    assert [*until(["abc"], [])] == ["abc", ""]
+@pytest.mark.parametrize(
+    ("pieces", "stops", "due"),
+    [
+        (["ab", "c", "d"], ["x"], "abcd"),
+        (["ab", "c"], [], "abc"),
+        (["a b", " US", "ER", ": x"], ["USER:"], "a b "),
+        (["one stop two"], ["stop", "two"], "one "),
+        (["aab", "aa", "c"], ["aac"], "aab"),
+        (["a\n", "\nb"], ["\n\n"], "a"),
+        (["ends in US"], ["USER"], "ends in US"),
+    ],
+)
+def test_a_text_ends_before_its_first_stop(pieces, stops, due):
+    assert "".join(until(iter(pieces), stops)) == due
+
+
+def test_no_more_of_a_text_is_held_back_than_needed():
+    parts = until(iter(["a tower", " of U", "nusual", " US", "ER"]), ["USER"])
+    assert [*parts] == ["a tower", " of ", "Unusual", " ", ""]
 
 
 def test_a_long_stop_text_costs_no_more_than_what_is_held():

@@ -1,4 +1,6 @@
 # Written by tools/tangle.py from book/17_gpt2.ipynb: change it there.
+
+
 """A server for OpenAI's clients, on this machine alone."""
 
 import codecs
@@ -105,12 +107,6 @@ class Wanted:
         if self.used == self.limit:  # and `until` has not stopped before
             self.reason = "length"
 
-    @property
-    def usage(self) -> dict[str, int]:
-        """How many tokens were read and written."""
-        usage = {"prompt_tokens": len(self.ids), "completion_tokens": self.used}
-        return {**usage, "total_tokens": sum(usage.values())}
-
 
 def _messages(messages: list[dict[str, Any]]) -> list[dict[str, str]]:
     """Messages whose contents are texts; a client may send a list of parts."""
@@ -172,9 +168,12 @@ def make_app(model: GPT, tokenizer: Tokenizer, name: str) -> Starlette:
             parts = _events(frame, pieces(request, wanted), wanted, chat)
             return StreamingResponse(parts, media_type="text/event-stream")
         text = "".join([piece async for piece in pieces(request, wanted)])
-        words = {"message": {"role": "assistant", "content": text}}
-        choice = _choice(words if chat else {"text": text}, wanted.reason)
-        return JSONResponse({**frame, "choices": [choice], "usage": wanted.usage})
+        message = {"message": {"role": "assistant", "content": text}}
+        choice = {"index": 0, **(message if chat else {"text": text})}
+        choice |= {"logprobs": None, "finish_reason": wanted.reason}
+        usage = {"prompt_tokens": len(wanted.ids), "completion_tokens": wanted.used}
+        usage["total_tokens"] = sum(usage.values())
+        return JSONResponse({**frame, "choices": [choice], "usage": usage})
 
     async def models(request: Request) -> Response:
         model = {"id": name, "object": "model", "created": 0, "owned_by": "glassgpt"}
@@ -192,18 +191,14 @@ def make_app(model: GPT, tokenizer: Tokenizer, name: str) -> Starlette:
     return Starlette(routes=routes, middleware=[here], exception_handlers=refusals)
 
 
-def _choice(words: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
-    return {"index": 0, **words, "logprobs": None, "finish_reason": reason}
-
-
 async def _events(
     frame: dict[str, Any], pieces: AsyncIterator[str], wanted: Wanted, chat: bool
 ) -> AsyncIterator[str]:
     """The pieces of an answer as server-sent events, one a line, each in a frame."""
 
     def event(words: dict[str, Any], reason: str | None = None) -> str:
-        content = {**frame, "choices": [_choice(words, reason)]}
-        return f"data: {json.dumps(content)}\n\n"
+        choice = {"index": 0, **words, "logprobs": None, "finish_reason": reason}
+        return f"data: {json.dumps({**frame, 'choices': [choice]})}\n\n"
 
     if chat:
         yield event({"delta": {"role": "assistant", "content": ""}})
