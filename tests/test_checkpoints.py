@@ -286,6 +286,21 @@ def test_a_model_that_transformers_enlarged(tmp_path):
         assert torch.allclose(larger(ids), theirs(ids).logits, atol=1e-4)
 
 
+@pytest.mark.parametrize("prefix", [True, False])
+def test_a_head_of_its_own_in_a_tied_model_is_refused(tmp_path, prefix):
+    save(tmp_path, random_gpt(), tokenizer_of())
+    path = tmp_path / "model.safetensors"
+    state = load_file(path)
+    if not prefix:
+        state = {n.removeprefix("transformer."): t for n, t in state.items()}
+    table = state["transformer.wte.weight" if prefix else "wte.weight"]
+    write_tensors(path, {**state, "lm_head.weight": table.clone()})
+    assert torch.equal(load(tmp_path)[0](IDS), random_gpt()(IDS))
+    write_tensors(path, {**state, "lm_head.weight": table.flip(0)})
+    with pytest.raises(ValueError, match="a head of its own, its config.json says"):
+        load(tmp_path)
+
+
 def test_weights_in_several_files_are_named(tmp_path):
     save(tmp_path, random_gpt(), tokenizer_of())
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -456,15 +471,25 @@ def test_a_loaded_model_shares_what_is_tied_and_nothing_with_the_file(tmp_path, 
 
 
 @pytest.mark.parametrize(
-    "name", ["n_head", "n_layer", "n_embd", "n_positions", "tie_word_embeddings"]
+    "name", ["n_layer", "n_embd", "n_positions", "tie_word_embeddings"]
 )
-def test_a_config_that_contradicts_itself_is_refused(tmp_path, name):
+def test_a_config_that_contradicts_its_file_is_refused(tmp_path, name):
     save(tmp_path, random_gpt(), tokenizer_of())
     content = json.loads((tmp_path / "config.json").read_text())
     content[name] = False if name.startswith("tie") else 2 * content[name]
     (tmp_path / "config.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="and in another place"):
+    with pytest.raises(ValueError, match="does not fit its config.json"):
         load(tmp_path)
+
+
+def test_what_was_changed_in_their_keys_is_what_transformers_reads(tmp_path):
+    save(tmp_path, random_gpt(), tokenizer_of())
+    content = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**content, "n_head": 2}))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    ours, _ = load(tmp_path)
+    assert ours.config.heads == 2
+    torch.testing.assert_close(ours(IDS), theirs(IDS).logits, atol=1e-4, rtol=1e-4)
 
 
 def test_what_a_compiler_returned_is_not_saved(tmp_path):

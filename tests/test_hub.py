@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import struct
 import subprocess
 import sys
 from dataclasses import replace
@@ -318,6 +319,13 @@ def test_what_is_no_tokenizer_is_refused(text, tmp_path):
         ForeignTokenizer(text)
 
 
+def test_a_tokenizer_of_ids_with_holes_is_refused_before_they_are_filled():
+    content = json.loads(FOREIGN)
+    content["model"]["vocab"]["a"] = 4 * 10**9
+    with pytest.raises(ValueError, match="its ids have holes"):
+        ForeignTokenizer(json.dumps(content))
+
+
 def test_half_a_character_is_refused():
     with pytest.raises(ValueError, match="surrogates"):
         ForeignTokenizer(FOREIGN).encode("\ud800")
@@ -569,6 +577,85 @@ def test_gguf_files_that_attack(tokenizer, tmp_path):
     ):
         assert text in good
         forged(good.replace(text, other), tmp_path)
+
+
+def described(path, model, tokenizer, **changes):
+    """A good file, in which some fields are others."""
+    write_gguf(path, model, tokenizer, "float32")
+    reader = gguf.GGUFReader(path)
+    writer = gguf.GGUFWriter(path.with_name("other.gguf"), "llama")
+    facts = {name: part.contents() for name, part in reader.fields.items()}
+    for key, value in {**facts, **changes}.items():
+        if isinstance(value, list):
+            writer.add_array(key, value)
+        elif not key.startswith(("GGUF.", "general.architecture")):
+            kind = {bool: "bool", float: "float32", int: "uint32", str: "string"}
+            getattr(writer, f"add_{kind[type(value)]}")(key, value)
+    for part in reader.tensors:
+        writer.add_tensor(part.name, np.array(part.data))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path.with_name("other.gguf")
+
+
+@pytest.mark.parametrize(
+    ("key", "good", "bad"),
+    [
+        ("rope.dimension_count", 4, 2),
+        ("rope.scaling.factor", 1.0, 4.0),
+        ("rope.scale_linear", 1.0, 0.5),
+        ("rope.scaling.type", "none", "yarn"),
+        ("expert_count", 0, 8),
+    ],
+)
+def test_a_gguf_that_is_another_function_is_refused(
+    key, good, bad, tokenizer, tmp_path
+):
+    model = random_model(llama())
+    path = described(tmp_path / "m", model, tokenizer, **{f"llama.{key}": good})
+    assert torch.equal(glassgpt.load(path)[0](IDS), model(IDS))
+    path = described(tmp_path / "m", model, tokenizer, **{f"llama.{key}": bad})
+    with pytest.raises(ValueError, match=f"its {key} is {bad!r}"):
+        glassgpt.load(path)
+
+
+def test_a_gguf_with_more_tokens_than_rows_is_refused(tokenizer, tmp_path):
+    model = random_model(llama())
+    write_gguf(tmp_path / "m", model, tokenizer)
+    fields = gguf.GGUFReader(tmp_path / "m").fields
+    more = {
+        f"tokenizer.ggml.{name}": fields[f"tokenizer.ggml.{name}"].contents() + [extra]
+        for name, extra in (("tokens", "tower"), ("token_type", 1))
+    }
+    with pytest.raises(ValueError, match="the tokenizer has 271 ids, the model 270"):
+        glassgpt.load(described(tmp_path / "m", model, tokenizer, **more))
+
+
+def test_without_the_library_a_good_gguf_is_not_called_damaged(
+    tokenizer, tmp_path, monkeypatch
+):
+    write_gguf(tmp_path / "m.gguf", random_model(llama()), tokenizer)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ModuleNotFoundError, match=r"tokenizers is missing: pip inst"):
+        glassgpt.load(tmp_path / "m.gguf")
+
+
+def test_tensors_that_share_their_bytes_are_refused(tokenizer, tmp_path, monkeypatch):
+    """A small file must not become a large model."""
+    write_gguf(tmp_path / "m.gguf", random_model(llama()), tokenizer, "float32")
+    good = bytearray((tmp_path / "m.gguf").read_bytes())
+    reader = gguf.GGUFReader(tmp_path / "m.gguf")
+    for part in reader.tensors:
+        place = part.field.offset + sum(p.nbytes for p in part.field.parts[:-1])
+        struct.pack_into("<Q", good, place, 0)
+    largest = max(int(part.n_bytes) for part in reader.tensors)
+    monkeypatch.setattr("glassgpt.hub.unpack", None)  # nothing may be read
+    path = tmp_path / "forged.gguf"
+    path.write_bytes(good[: reader.data_offset + largest])
+    with pytest.raises(ValueError, match="several tensors have the same bytes"):
+        glassgpt.load(path)
 
 
 def test_damaged_bytes_are_refused_or_read_but_never_run(tokenizer, tmp_path):

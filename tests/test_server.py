@@ -16,7 +16,6 @@ import torch
 
 import glassgpt
 from glassgpt import server
-from glassgpt.checks.hub import check_until
 from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.server import make_app, running, until
 from glassgpt.tokens import BPETokenizer
@@ -108,6 +107,40 @@ def test_a_stop_text_ends_the_answer(client, shakespeare):
     assert "".join(e.choices[0].text for e in events) == answer.text
 
 
+def test_a_stop_text_in_the_last_token_is_a_stop(client, shakespeare):
+    model, tokenizer = shakespeare
+    ids = tokenizer.encode("ROMEO:\n")
+    last = tokenizer.decode(glassgpt.generate(model, ids, 12, top_k=1)[-1:])
+    options = {"model": "any", "prompt": "ROMEO:\n", "temperature": 0}
+    for limit in range(1, 13):
+        answer = client.completions.create(**options, max_tokens=limit, stop=last)
+        choice, used = answer.choices[0], answer.usage.completion_tokens
+        due = expected(model, tokenizer, ids, limit)
+        assert choice.text == due.split(last)[0]
+        assert choice.finish_reason == ("stop" if last in due else "length")
+        assert used <= limit
+    assert choice.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+def test_no_token_wanted_is_no_token(address, name):
+    body = {"prompt": "ROMEO:", name: 0}
+    status, content = post(address, json.dumps(body).encode())
+    answer = json.loads(content)
+    assert status == 200
+    assert answer["choices"][0]["text"] == ""
+    assert answer["choices"][0]["finish_reason"] == "length"
+    assert answer["usage"]["completion_tokens"] == 0
+
+
+def test_what_is_null_is_as_if_it_were_not_there(address):
+    body = dict.fromkeys(["n", "stop", "seed", "echo", "logprobs", "best_of"])
+    body |= {"prompt": "ROMEO:", "max_completion_tokens": None, "max_tokens": 2}
+    status, content = post(address, json.dumps(body).encode())
+    assert status == 200
+    assert json.loads(content)["usage"]["completion_tokens"] == 2
+
+
 def test_a_conversation_is_rendered_and_answered(chat, talker):
     from glassgpt.chat import render
 
@@ -157,6 +190,9 @@ def test_nobody_forges_a_turn(chat, talker):
     ("change", "message"),
     [
         ({"n": 2}, "n must be 1"),
+        ({"best_of": 3}, "best_of must be 1"),
+        ({"echo": True}, "echo must be False"),
+        ({"logprobs": 5}, "logprobs must be False"),
         ({"temperature": -1}, "temperature"),
         ({"temperature": "hot"}, "temperature"),
         ({"top_p": 2}, "top_p"),
@@ -239,6 +275,18 @@ def test_a_page_of_another_name_is_refused(address):
     assert post(address, b"{}", Host="evil.example")[0] == 400
     assert b"Invalid host" in post(address, b"{}", Host="evil.example")[1]
     assert json.loads(post(address, b"{}", Host="localhost")[1])["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_a_web_page_is_refused(address, path):
+    """A page may post text/plain anywhere, without asking; its browser says who."""
+    body = json.dumps({"prompt": "ROMEO:", "max_tokens": 1}).encode()
+    names = {"Origin": "https://evil.example", "Content-Type": "text/plain"}
+    status, content = post(address, body, path, **names)
+    assert status == 403
+    assert json.loads(content)["error"]["message"] == "web pages may not ask"
+    assert post(address, body, path, **{**names, "Origin": "null"})[0] == 403
+    assert post(address, body, path, **{**names, "Origin": address})[0] == 403
 
 
 def test_it_listens_on_this_machine_alone(address):
@@ -371,6 +419,34 @@ def test_without_its_libraries_the_command_says_what_to_install():
     assert "pip install 'glassgpt[serve]'" in done.stderr
 
 
-def test_package_passes_its_check():
-    check_until(until)
-    assert [*until(["abc"], [])] == ["abc", ""]
+@pytest.mark.parametrize(
+    ("pieces", "stops", "due"),
+    [
+        (["ab", "c", "d"], ["x"], "abcd"),
+        (["ab", "c"], [], "abc"),
+        (["a b", " US", "ER", ": x"], ["USER:"], "a b "),
+        (["one stop two"], ["stop", "two"], "one "),
+        (["aab", "aa", "c"], ["aac"], "aab"),
+        (["a\n", "\nb"], ["\n\n"], "a"),
+        (["ends in US"], ["USER"], "ends in US"),
+    ],
+)
+def test_a_text_ends_before_its_first_stop(pieces, stops, due):
+    assert "".join(until(iter(pieces), stops)) == due
+
+
+def test_no_more_of_a_text_is_held_back_than_needed():
+    parts = until(iter(["a tower", " of U", "nusual", " US", "ER"]), ["USER"])
+    assert [*parts] == ["a tower", " of ", "Unusual", " ", ""]
+
+
+def test_a_long_stop_text_costs_no_more_than_what_is_held():
+    class Long(str):
+        asked = 0
+
+        def startswith(self, *what):
+            Long.asked += 1
+            return super().startswith(*what)
+
+    assert [*until("bbbx", [Long("b" * 10**6)])] == ["", "", "", "bbbx", ""]
+    assert Long.asked < 20

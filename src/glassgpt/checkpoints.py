@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -205,6 +206,10 @@ def load_parameters(path: Path, config: GPTConfig) -> GPT:
     except (ValueError, RuntimeError, OverflowError, TypeError) as error:
         raise ValueError(f"{path} does not fit its config.json: {error}") from None
     state = load_file(path)
+    head, table = "lm_head.weight", theirs.names("tokens.weight")[0]
+    own = config.tied and head in state
+    if own and not torch.equal(state[head], state[table.removeprefix(prefix)]):
+        raise ValueError(f"{path} has a head of its own, its config.json says tied")
     return fill(model, lambda name: state[name.removeprefix(prefix)], theirs)
 
 

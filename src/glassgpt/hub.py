@@ -178,12 +178,9 @@ def values_of(config: GPTConfig) -> dict[str, Any]:
 
     Book: 17_gpt2.html#the-same-function
     """
-    values = asdict(config)
-    if isinstance(config, ModernConfig):
-        small = on_paper(replace(config, layers=1))
-        shape = small.get_parameter("blocks.0.mlp.projection.weight").shape
-        values["hidden"] = shape[1]
-        values["key_value_heads"] = config.key_value_heads or config.heads
+    values, small = asdict(config), on_paper(replace(config, layers=1))
+    values["hidden"] = small.get_parameter("blocks.0.mlp.projection.weight").shape[1]
+    values["key_value_heads"] = values.get("key_value_heads") or config.heads
     return values
 
 
@@ -241,17 +238,15 @@ def read_config(theirs: Format, content: dict[str, Any]) -> GPTConfig:
     if missing := sorted(set(theirs.keys.values()) - set(content)):
         raise ValueError(f"{', '.join(missing)} is missing")
     values = {name: content[key] for name, key in theirs.keys.items()}
-    own = {**values, **content.get("glassgpt", {})}
-    own["vocab_size"] = values["vocab_size"]  # `transformers` can enlarge it
-    for name, value in values.items():
-        if own[name] not in (value, None):
-            other = f"and in another place {own[name]}"
-            raise ValueError(f"its {name} is {value}, {other}")
+    own = content.get("glassgpt", {})
+    # Their keys win, which `transformers` may have changed; but a default stays one.
+    own = {**own, **{n: v for n, v in values.items() if own.get(n, v) is not None}}
     if theirs.kind == "gpt2":
         config, derived = GPTConfig(**own), {"n_inner": 4 * own["width"]}
     else:
         config = ModernConfig(**{**LLAMA_CHOICES, **own})
-        derived = {"head_dim": config.width // config.heads}
+        head = config.width // config.heads
+        derived = {"head_dim": head, "rope.dimension_count": head}
     options = {**theirs.options, **{key: (None, n) for key, n in derived.items()}}
     for key, allowed in options.items():
         if content.get(key, allowed[0]) not in allowed:
@@ -336,6 +331,9 @@ class ForeignTokenizer(Tokenizer):
             facts = json.loads(content)
             if facts["normalizer"] == UNESCAPE:  # for others: we escape nothing
                 facts["normalizer"] = None
+            vocab = facts["model"]["vocab"]
+            if isinstance(vocab, dict) and max(vocab.values()) > 2 * len(vocab) + 1000:
+                raise ValueError("its ids have holes")
             self._inner = library.from_str(json.dumps(facts))
         except Exception as error:  # it raises nothing finer
             raise ValueError(f"it is damaged or no tokenizer: {error}") from None
@@ -398,11 +396,9 @@ def find_model(name: str) -> Path | None:
     if name not in NAMES and not name.startswith("hf:"):
         return None
     patterns = ["*.json", "model.safetensors", "*.jinja"]
+    hub = _library("huggingface_hub")
     try:
-        hub = _library("huggingface_hub")
         return Path(hub.snapshot_download(repository, allow_patterns=patterns))
-    except ModuleNotFoundError:
-        raise
     except Exception as error:  # no network, no such model, a license to accept ...
         what = f"{repository} isn't in the cache and can't be fetched"
         advice = "load it once with a network, or give a folder that holds it"
@@ -496,7 +492,12 @@ GGUF_LLAMA = Format(
         "hidden": "feed_forward_length",
         "key_value_heads": "attention.head_count_kv",
     },
-    options={"rope.scaling.type": ("none",), "expert_count": (0,)},
+    options={
+        "rope.scaling.type": ("none",),
+        "rope.scaling.factor": (0.0, 1.0),
+        "rope.scale_linear": (0.0, 1.0),
+        "expert_count": (0,),
+    },
     neighbors=True,
 )
 
@@ -535,6 +536,8 @@ def load_gguf(path: Path) -> tuple[GPT, Tokenizer]:
         file = gguf.GGUFReader(path)
         facts = {name: part.contents() for name, part in file.fields.items()}
         tensors = {part.name: part for part in file.tensors}
+        if sum(int(part.n_bytes) for part in file.tensors) > path.stat().st_size:
+            raise ValueError("several tensors have the same bytes")
         shapes = {n: tuple(t.shape[::-1].tolist()) for n, t in tensors.items()}
         kind = facts["general.architecture"]
         kinds = {form.kind: form for form in (GGUF_GPT2, GGUF_LLAMA)}
@@ -545,12 +548,17 @@ def load_gguf(path: Path) -> tuple[GPT, Tokenizer]:
         content["tied"] = "output.weight" not in shapes
         model = fit(read_config(kinds[kind], content), shapes, kinds[kind])
         tokenizer = _gguf_tokenizer(facts)
+        if tokenizer.vocab_size > model.config.vocab_size:
+            sizes = f"{tokenizer.vocab_size} ids, the model {model.config.vocab_size}"
+            raise ValueError(f"the tokenizer has {sizes}")
 
         def read(name: str) -> Tensor:
             part = tensors[name]
             return torch.from_numpy(unpack(part.tensor_type.name, part.data))
 
         return fill(model, read, kinds[kind]).eval(), tokenizer
+    except ModuleNotFoundError:
+        raise
     except Exception as error:  # whatever a broken file makes the library stumble over
         raise ValueError(f"{path} is damaged or foreign: {error!r}") from error
 
@@ -603,7 +611,7 @@ def write_gguf(
     gguf, kind = _library("gguf"), theirs.kind
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     writer = gguf.GGUFWriter(unfinished, kind)
-    values = {"hidden": 4 * config.width, **values_of(config)}
+    values = values_of(config)
     keys = {"hidden": "feed_forward_length", **theirs.keys}
     for name, key in keys.items():
         if name != "tied":
@@ -656,45 +664,32 @@ def _write_tokenizer(writer: Any, tokenizer: Tokenizer, size: int) -> None:
 
 
 _CARD = """---
-library_name: transformers
+library_name: {library}
 pipeline_tag: text-generation
 tags: [glassgpt]
 ---
 # {name}
 
-A {kind} of {parameters:,} parameters, trained with Glass GPT:
-{layers} layers, {heads} heads, width {width}, context {context}, {vocab_size:,} tokens.
-
-## How good it is
+A {kind} of {parameters:,} parameters, trained with Glass GPT: {layers} layers, {heads}
+heads, width {width}, context {context}, {vocab_size:,} tokens.
 
 After {step:,} of {steps:,} steps it predicts held-out text with a loss of
-{validation_loss:.4f} nats a token{a_character}.
-
-## How it was trained
-
-It saw {tokens:,} tokens, {batch_size} crops a step, seed {seed}, highest learning
-rate {learning_rate:g}, in {precision} on {device}.
-It took {seconds:.0f} seconds.
+{validation_loss:.4f} nats a token. It saw {seen:,} tokens, {batch_size} crops a step,
+seed {seed}, highest learning rate {learning_rate:g}, in {precision} on {device}.
 The fingerprint of its data: `{fingerprint}`.
-
-## How to use it
 
 ```python
 {use}
 ```
 
-## What only its maker knows
-
-The text it learned from, the license, what it is for and what it isn't for. It goes on
-with a text by what is likely, not by what is true.
+What only its maker knows: the text it learned from, the license, what it is for and
+what it isn't for. It goes on with a text by what is likely, not by what is true.
 """
-_USE = """from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{name}")
-tokenizer = AutoTokenizer.from_pretrained("{name}")"""
-_USE_OURS = """import glassgpt
-
-model, tokenizer = glassgpt.load("{name}")"""
+_USES = {
+    "transformers": "from transformers import pipeline\n\n"
+    'write = pipeline("text-generation", "{name}")',
+    "glassgpt": 'import glassgpt\n\nmodel, tokenizer = glassgpt.load("{name}")',
+}
 
 
 def write_card(directory: str | Path) -> Path:
@@ -711,18 +706,20 @@ def write_card(directory: str | Path) -> Path:
     best = min(records, key=lambda record: record["validation_loss"])
     modern = "positions" in run["model"]
     config = (ModernConfig if modern else GPTConfig)(**run["model"])
-    theirs, name = format_of(config), directory.resolve().name
+    kind, name = format_of(config).kind, directory.resolve().name
     kinds = {"gpt2": "GPT-2", "llama": "Llama", "glassgpt": "GPT of our own kind"}
+    library = "glassgpt" if kind == "glassgpt" else "transformers"
     facts = {**run["model"], **run["training"], **run["machine"], **best}
-    facts |= {"name": name, "kind": kinds[theirs.kind]}
-    facts |= {"parameters": on_paper(config).parameter_count()}
-    facts |= {"seconds": records[-1]["seconds"], "fingerprint": run["fingerprint"]}
-    crops = records[-1]["step"] * facts["batch_size"]
-    facts |= {"tokens": crops * config.context, "a_character": ""}
-    if "nats_per_character" in best:
-        each = f", {best['nats_per_character']:.4f} a character"
-        facts["a_character"] = each
-    use = _USE_OURS if theirs is OURS else _USE
+    card = _CARD.format(
+        **facts,
+        name=name,
+        kind=kinds[kind],
+        library=library,
+        parameters=on_paper(config).parameter_count(),
+        seen=records[-1]["step"] * facts["batch_size"] * config.context,
+        fingerprint=run["fingerprint"],
+        use=_USES[library].format(name=name),
+    )
     path = directory / "README.md"
-    path.write_text(_CARD.format(**facts, use=use.format(name=name)), "utf-8")
+    path.write_text(card, "utf-8")
     return path

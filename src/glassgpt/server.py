@@ -1,4 +1,6 @@
 # Written by tools/tangle.py from book/17_gpt2.ipynb: change it there.
+
+
 """A server for OpenAI's clients, on this machine alone."""
 
 import codecs
@@ -44,11 +46,14 @@ def until(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
         if found := [held.index(stop) for stop in stops if stop in held]:
             yield held[: min(found)]
             return
-        begun = [n for s in stops for n in range(1, len(s)) if held.endswith(s[:n])]
-        ready = len(held) - max(begun, default=0)
+        begun = (n for n in range(len(held)) for s in stops if s.startswith(held[n:]))
+        ready = next(begun, len(held))
         yield held[:ready]
         held = held[ready:]
     yield held
+
+
+USUAL = {"n": 1, "best_of": 1, "echo": False, "logprobs": False}
 
 
 class Wanted:
@@ -63,8 +68,9 @@ class Wanted:
     def __init__(
         self, body: dict[str, Any], model: GPT, tokenizer: Tokenizer, chat: bool
     ):
-        if body.get("n", 1) != 1:
-            raise ValueError("n must be 1: one answer to a request")
+        for key, usual in USUAL.items():
+            if body.get(key) not in (None, usual):
+                raise ValueError(f"{key} must be {usual}: one answer, its text alone")
         if chat:
             self.ids, _ = render(_messages(body["messages"]), tokenizer, reply=True)
         else:
@@ -73,8 +79,9 @@ class Wanted:
         room = model.config.context - len(self.ids)
         if room < 1:
             raise ValueError(f"the prompt has {len(self.ids)} tokens: too long")
-        asked = body.get("max_completion_tokens") or body.get("max_tokens")
-        self.limit, self.used = asked or min(room, 512), 0
+        asked = [body.get(key) for key in ("max_completion_tokens", "max_tokens")]
+        self.limit = next((n for n in asked if n is not None), min(room, 512))
+        self.used, self.reason = 0, "stop"  # why the text ended
         stops = body.get("stop") or []
         self.stops = [stops] if isinstance(stops, str) else [s for s in stops if s]
         if not all(isinstance(stop, str) for stop in self.stops):
@@ -97,17 +104,8 @@ class Wanted:
             self.used += 1
             yield decoder.decode(self.tokenizer.decode_bytes(step))
         yield decoder.decode(b"", final=True)
-
-    @property
-    def reason(self) -> str:
-        """Why the text ended: its limit, or a stop."""
-        return "length" if self.used == self.limit else "stop"
-
-    @property
-    def usage(self) -> dict[str, int]:
-        """How many tokens were read and written."""
-        usage = {"prompt_tokens": len(self.ids), "completion_tokens": self.used}
-        return {**usage, "total_tokens": sum(usage.values())}
+        if self.used == self.limit:  # and `until` has not stopped before
+            self.reason = "length"
 
 
 def _messages(messages: list[dict[str, Any]]) -> list[dict[str, str]]:
@@ -158,6 +156,8 @@ def make_app(model: GPT, tokenizer: Tokenizer, name: str) -> Starlette:
             yield piece
 
     async def answer(request: Request) -> Response:
+        if "origin" in request.headers:
+            raise HTTPException(403, "web pages may not ask")
         chat = request.url.path.endswith("chat/completions")
         wanted, in_pieces = await read(request, chat)
         kind = "chat.completion" if chat else "text_completion"
@@ -168,9 +168,12 @@ def make_app(model: GPT, tokenizer: Tokenizer, name: str) -> Starlette:
             parts = _events(frame, pieces(request, wanted), wanted, chat)
             return StreamingResponse(parts, media_type="text/event-stream")
         text = "".join([piece async for piece in pieces(request, wanted)])
-        words = {"message": {"role": "assistant", "content": text}}
-        choice = _choice(words if chat else {"text": text}, wanted.reason)
-        return JSONResponse({**frame, "choices": [choice], "usage": wanted.usage})
+        message = {"message": {"role": "assistant", "content": text}}
+        choice = {"index": 0, **(message if chat else {"text": text})}
+        choice |= {"logprobs": None, "finish_reason": wanted.reason}
+        usage = {"prompt_tokens": len(wanted.ids), "completion_tokens": wanted.used}
+        usage["total_tokens"] = sum(usage.values())
+        return JSONResponse({**frame, "choices": [choice], "usage": usage})
 
     async def models(request: Request) -> Response:
         model = {"id": name, "object": "model", "created": 0, "owned_by": "glassgpt"}
@@ -188,18 +191,14 @@ def make_app(model: GPT, tokenizer: Tokenizer, name: str) -> Starlette:
     return Starlette(routes=routes, middleware=[here], exception_handlers=refusals)
 
 
-def _choice(words: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
-    return {"index": 0, **words, "logprobs": None, "finish_reason": reason}
-
-
 async def _events(
     frame: dict[str, Any], pieces: AsyncIterator[str], wanted: Wanted, chat: bool
 ) -> AsyncIterator[str]:
     """The pieces of an answer as server-sent events, one a line, each in a frame."""
 
     def event(words: dict[str, Any], reason: str | None = None) -> str:
-        content = {**frame, "choices": [_choice(words, reason)]}
-        return f"data: {json.dumps(content)}\n\n"
+        choice = {"index": 0, **words, "logprobs": None, "finish_reason": reason}
+        return f"data: {json.dumps({**frame, 'choices': [choice]})}\n\n"
 
     if chat:
         yield event({"delta": {"role": "assistant", "content": ""}})

@@ -86,7 +86,6 @@ from glassgpt.checks.hub import (
     check_safetensors,
     check_special,
     check_unpack,
-    check_until,
 )
 from glassgpt.checks.inspection import (
     check_attribute,
@@ -283,7 +282,6 @@ __all__ = [
     "check_tokenizer_round_trip",
     "check_trace",
     "check_unpack",
-    "check_until",
     "check_weighing",
     "check_whole_file",
     "check_without",

@@ -4,7 +4,7 @@
 import json
 import pickle
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -240,39 +240,6 @@ def check_pairs(reorder: Callable[[Tensor, int], Tensor]) -> None:
             f"with {heads} heads of {width} columns the scores differ by {gap:.1g}: "
             "row i of a head goes to 2 i, row i + D / 2 to 2 i + 1"
         )
-
-
-def check_until(until: Callable[[Iterable[str], list[str]], Iterator[str]]) -> None:
-    """A stream ends before the first stop text, and holds back only what it must.
-
-    until: called as until(pieces, stops); yields pieces.
-
-    Book: 17_gpt2.html#a-server
-    """
-    cases = [
-        (["ab", "c", "d"], ["x"], "abcd"),
-        (["a b", " US", "ER", ": x"], ["USER:"], "a b "),
-        (["one stop two"], ["stop", "two"], "one "),
-        (["aab", "aa", "c"], ["aac"], "aab"),
-        (["a\n", "\nb"], ["\n\n"], "a"),
-        (["ends in US"], ["USER"], "ends in US"),
-    ]
-    for pieces, stops, due in cases:
-        found = "".join(until(iter(pieces), stops))
-        assert found == due, f"{pieces} with stops {stops} gave {found!r}, not {due!r}"
-    read: list[str] = []
-    seen: list[str] = []
-
-    def slowly() -> Iterator[str]:
-        for piece in ("a tower", " of U", "nusual", " size"):
-            come, sent = "".join(read), "".join(seen)
-            late = come[len(sent) :]
-            assert len(late) <= 3, f"{late!r} was held back, longer than needed"
-            read.append(piece)
-            yield piece
-
-    for piece in until(slowly(), ["USER"]):
-        seen.append(piece)
 
 
 def _forged(header: dict[str, Any], size: int, length: int | None = None) -> bytes:
