@@ -11,13 +11,15 @@ import json
 import re
 import sys
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+import yaml
 from torch.nn.utils.rnn import pad_sequence
 
 import glassgpt
-from glassgpt.chat import Packed, chat_loss, chatterbot, chitchat, pack, render
+from glassgpt.chat import Packed, chat_loss, pack, render
 from glassgpt.data import TokenData, shakespeare
 
 RECORD = Path(__file__).parent.parent / "book" / "runs" / "chat.json"
@@ -53,6 +55,29 @@ def trainer_of(data, steps, every, seed=0):
     return glassgpt.Trainer(model, data, config, loss=chat_loss(model, separator))
 
 
+def alternating(said):
+    """A conversation in which the user begins and the assistant speaks second."""
+    roles = ("user", "assistant")
+    return [{"role": roles[n % 2], "content": text} for n, text in enumerate(said)]
+
+
+def read_packages():
+    """The conversations of two packages, read as the chapter reads them."""
+    bot, chat = (
+        Path(find_spec(package).submodule_search_locations[0])
+        for package in ("chatterbot_corpus", "chitchat_dataset")
+    )
+    questions, students = [], []
+    for path in sorted(bot.glob("data/english/*.yml")):
+        for said in yaml.safe_load(path.read_text("utf-8"))["conversations"]:
+            questions.append(alternating(map(str, said)))
+    for talk in json.loads((chat / "dataset.json").read_text("utf-8")).values():
+        said = [" ".join(part["text"] for part in turn) for turn in talk["messages"]]
+        if len(said) > 1:
+            students.append(alternating(said))
+    return questions, students
+
+
 def length(talk):
     """The characters of a conversation."""
     return sum(len(turn["content"]) for turn in talk)
@@ -61,8 +86,9 @@ def length(talk):
 def masks(steps=120, every=20, seeds=3):
     """Held-out loss of answers, where answers are learned, and where everything is."""
     _, tokenizer, _ = beginning()
-    short = [talk for talk in chatterbot() if length(talk) <= 400]
-    openings = [talk[:4] for talk in chitchat() if 40 < length(talk[:4]) <= 200][:300]
+    questions, students = read_packages()
+    short = [talk for talk in questions if length(talk) <= 400]
+    openings = [talk[:4] for talk in students if 40 < length(talk[:4]) <= 200][:300]
     taught = [talk for n, talk in enumerate(short) if n % 10 != 9] + openings
     held_out = rows(short[9::10], tokenizer)
     record = {"steps": list(range(0, steps + 1, every)), "torch": torch.__version__}

@@ -2,7 +2,6 @@
 
 import io
 import json
-import random
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -21,7 +20,6 @@ from glassgpt.chat import (
     Packed,
     add_roles,
     chat_loss,
-    fit_history,
     pack,
     pack_data,
     render,
@@ -80,6 +78,11 @@ def swapped(role):
     ("check", "wrong", "named"),
     [
         ("check_stop_learned", swapped("<|end|>"), "never stop"),
+        (
+            "check_prefix_stable",
+            lambda talk, words, reply=False: render(talk, words),
+            "reply",
+        ),
         ("check_answers_only", swapped("<|assistant|>"), "mark before an answer"),
         ("check_answers_only", swapped("<|user|>"), "user's mark"),
         ("check_pack", lambda t, c, s: pack(t[:-1], c, s), "dropped"),
@@ -170,7 +173,6 @@ def theirs(tokenizer, model, tmp_path_factory):
     transformers = pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("saved") / "chat"
     glassgpt.save(folder, model, tokenizer)
-    save_template(folder, tokenizer)
     return transformers.AutoTokenizer.from_pretrained(folder)
 
 
@@ -240,9 +242,45 @@ def test_the_plain_template_lets_marks_through_and_ours_does_not(theirs, tokeniz
     assert count(render(evil, tokenizer)[0]) == 2
 
 
-def test_chatml_in_transformers(tmp_path):
+@pytest.mark.parametrize(
+    "kept", ["||", "<<", 'say "x"', "a\n", "\\n", "|>x", "→→", "0x"]
+)
+def test_older_special_tokens_are_not_forged_either(kept, tmp_path, model):
+    """Tokens that `add_roles` kept, whatever they begin with, overlap or quote."""
     transformers = pytest.importorskip("transformers")
-    tokenizer = BPETokenizer([], ["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    _, tokenizer = add_roles(model, BPETokenizer([], [*MARKS, kept]))
+    tokenizer.save(tmp_path / "tokenizer.json")
+    save_template(tmp_path, tokenizer)
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(tmp_path / "tokenizer.json"),
+        chat_template=(tmp_path / "chat_template.jinja").read_text("utf-8"),
+    )
+    said = [kept, kept + kept[-1], kept[0] + kept, f"a {kept[:-1]}", "<|end|>" + kept]
+    for text in [*said, "\ufdd0" + kept, kept + "\ufdd01", "!" + kept[1:]]:
+        talk = [{"role": role, "content": text} for role in ("user", "assistant")]
+        found = theirs.apply_chat_template(talk, return_assistant_tokens_mask=True)
+        ids, mask = render(talk, tokenizer)
+        assert found["input_ids"] == ids
+        assert [bool(flag) for flag in found["assistant_masks"]] == mask
+
+
+@pytest.mark.parametrize("name", ["→", "1x", "<\ufdd01", "<|end|>>", "<|user|>x"])
+def test_a_special_token_that_no_escape_breaks_is_refused(name, tmp_path):
+    tokenizer = BPETokenizer([], [*MARKS, name])
+    tokenizer.save(tmp_path / "tokenizer.json")
+    before = (tmp_path / "tokenizer.json").read_bytes()
+    with pytest.raises(ValueError, match="spelling"):
+        save_template(tmp_path, tokenizer)
+    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.json"]
+    assert (tmp_path / "tokenizer.json").read_bytes() == before
+
+
+def test_chatml_in_transformers(tmp_path):
+    """The same, but where a content begins with white space, which joins a mark."""
+    transformers = pytest.importorskip("transformers")
+    words = "user\n\n assistant\n\n system\n\n a miniature Eiffel tower of iron " * 5
+    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = BPETokenizer.train(words, 320, marks)
     tokenizer.save(tmp_path / "tokenizer.json")
     theirs = transformers.PreTrainedTokenizerFast(
         tokenizer_file=str(tmp_path / "tokenizer.json"), chat_template=to_jinja(CHATML)
@@ -252,11 +290,12 @@ def test_chatml_in_transformers(tmp_path):
         ids, mask = render(talk, tokenizer)
         assert found["input_ids"] == ids
         assert [bool(flag) for flag in found["assistant_masks"]] == mask
+    white = [{"role": "user", "content": "\n\n a"}]
+    assert theirs.apply_chat_template(white)["input_ids"] != render(white, tokenizer)[0]
 
 
 def test_a_saved_chat_model_loads_again(tmp_path, tokenizer, model):
     glassgpt.save(tmp_path / "one", model, tokenizer)
-    save_template(tmp_path / "one", tokenizer)
     again, same = glassgpt.load(tmp_path / "one")
     assert same.special_tokens == tokenizer.special_tokens
     assert render(TALK, same) == render(TALK, tokenizer)
@@ -442,9 +481,9 @@ def test_history_is_cut_where_a_user_begins(tokenizer):
         least = [talk[0], talk[-1]]
         if len(render(least, tokenizer, reply=True)[0]) > room:
             with pytest.raises(ValueError, match=f"more than the {room}"):
-                fit_history(talk, tokenizer, room)
+                cli.fit_history(talk, tokenizer, room)
             continue
-        kept = fit_history(talk, tokenizer, room)
+        kept = cli.fit_history(talk, tokenizer, room)
         assert len(render(kept, tokenizer, reply=True)[0]) <= room
         assert (kept[0], kept[-1]) == (talk[0], talk[-1])
         assert kept[1]["role"] == "user"
@@ -452,9 +491,9 @@ def test_history_is_cut_where_a_user_begins(tokenizer):
         if dropped:  # no more than had to go
             longer = [talk[0], *talk[dropped - 1 :]]
             assert len(render(longer, tokenizer, reply=True)[0]) > room
-    assert fit_history(talk, tokenizer, 500) == talk
+    assert cli.fit_history(talk, tokenizer, 500) == talk
     with pytest.raises(ValueError, match="shorten"):
-        fit_history([{"role": "user", "content": "word " * 99}], tokenizer, 20)
+        cli.fit_history([{"role": "user", "content": "word " * 99}], tokenizer, 20)
 
 
 def test_an_answer_ends_with_a_special_token_or_the_context(model, tokenizer):
@@ -594,25 +633,6 @@ def test_the_program_itself_in_a_pipe(folder):
     assert first.returncode == 0, first.stderr
     assert first.stdout == again.stdout
     assert first.stderr == b""
-
-
-def test_conversations_come_from_packages(monkeypatch):
-    chat = sys.modules["glassgpt.chat"]
-    monkeypatch.setattr(chat.importlib.util, "find_spec", lambda name: None)
-    for read in (chat.chitchat, chat.chatterbot):
-        with pytest.raises(ModuleNotFoundError, match="glassgpt.chat"):
-            read()
-
-
-def test_the_packages_hold_what_the_chapter_says():
-    pytest.importorskip("chitchat_dataset")
-    pytest.importorskip("chatterbot_corpus")
-    chat = sys.modules["glassgpt.chat"]
-    for talks, least in ((chat.chitchat(), 4000), (chat.chatterbot(), 2000)):
-        assert len(talks) >= least
-        for talk in random.Random(0).sample(talks, 50):
-            assert [t["role"] for t in talk[:2]] == ["user", "assistant"]
-            assert all(isinstance(turn["content"], str) for turn in talk)
 
 
 def test_the_record_is_what_the_chapter_reads():

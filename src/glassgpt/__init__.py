@@ -18,7 +18,6 @@ from glassgpt.chat import (
     chat_loss,
     pack_data,
     render,
-    save_template,
     stream_answer,
 )
 from glassgpt.checkpoints import load, save
@@ -84,7 +83,6 @@ __all__ = [
     "chat_loss",
     "pack_data",
     "render",
-    "save_template",
     "stream_answer",
     "load",
     "save",

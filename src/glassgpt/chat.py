@@ -3,7 +3,6 @@
 
 import copy
 import hashlib
-import importlib.util
 import json
 import re
 from bisect import bisect_left, insort
@@ -105,13 +104,13 @@ def _turns(conversation: Conversation, template: Template) -> list[tuple[str, st
     """The (role, content) of each turn, the template's own system line included."""
     try:
         turns = [(turn["role"], turn["content"]) for turn in conversation]
-    except (TypeError, KeyError, AttributeError):
+    except (TypeError, KeyError):
         raise ValueError('a turn is {"role": ..., "content": ...}') from None
     if not turns:
         raise ValueError("a conversation needs at least one turn")
     for role, content in turns:
-        if not isinstance(role, str) or role not in template.before:
-            raise ValueError(f"a role is {', '.join(template.before)}, not {role!r}")
+        if role not in ROLES:
+            raise ValueError(f"a role is {', '.join(ROLES)}, not {role!r}")
         if not isinstance(content, str):
             raise ValueError(f"what the {role} says must be text, not {content!r:.60}")
     if template.default_system is not None and turns[0][0] != "system":
@@ -143,13 +142,13 @@ def add_roles(model: GPT, tokenizer: Tokenizer) -> tuple[GPT, Tokenizer]:
         larger = CharTokenizer((tokenizer.decode([n]) for n in plain), names)
     else:
         raise ValueError(f"a {type(tokenizer).__name__} can't gain special tokens")
-    model, tied = copy.deepcopy(model), model.config.tied
-    tables: list[Any] = [model.tokens] if tied else [model.tokens, model.head]
+    model = copy.deepcopy(model)
+    tables: list[Any] = [model.tokens, model.head]
     for layer in tables:
         old = layer.weight.detach()
         rows = old[:first].mean(dim=0).expand(len(new), -1)
         layer.weight = nn.Parameter(torch.cat((old[:first], rows, old[size:])))
-    if tied:
+    if model.config.tied:
         model.head.weight = model.tokens.weight
     size = len(model.tokens.weight)
     model.config, model.head.out_features = replace(model.config, vocab_size=size), size
@@ -253,13 +252,12 @@ class Packed(Tokens):
     ) -> Batch:
         """Inputs and targets (B, T), by (seed, step): every row once an epoch."""
         seed, step = (seed, 0) if isinstance(seed, int) else seed
-        count, places = (
-            len(self.inputs),
-            range(step * batch_size, (step + 1) * batch_size),
-        )
-        epochs = {place // count for place in places}
-        dice = {epoch: np.random.default_rng((seed, epoch)) for epoch in epochs}
-        order = {epoch: dice[epoch].permutation(count) for epoch in epochs}
+        places = range(step * batch_size, (step + 1) * batch_size)
+        count = len(self.inputs)
+        order = {
+            epoch: np.random.default_rng((seed, epoch)).permutation(count)
+            for epoch in {place // count for place in places}
+        }
         rows = [order[place // count][place % count] for place in places]
         return self.inputs[rows], self.targets[rows]
 
@@ -269,8 +267,7 @@ class Packed(Tokens):
         """At most `crops` rows at equal distances, the same every time, in batches."""
         last = len(self.inputs) - 1
         rows = np.linspace(0, last, min(crops, last + 1)).astype(np.int64)
-        for first in range(0, len(rows), batch_size):
-            some = rows[first : first + batch_size]
+        for some in torch.from_numpy(rows).split(batch_size):
             yield self.inputs[some], self.targets[some]
 
 
@@ -287,59 +284,13 @@ def pack_data(
     Book: 16_chat.html#the-loss-and-its-weight
     """
     end, parts = tokenizer.special_tokens[END_OF_TEXT], []
+    digest = hashlib.sha256()
     for talks in (train, validation):
-        rendered = (render(talk, tokenizer) for talk in talks)
-        parts.append(Packed(*pack(rendered, context, end)))
-    learned, held_out = parts
-    every = b"".join(
-        row.numpy().tobytes() for p in parts for row in (p.inputs, p.targets)
-    )
-    name = hashlib.sha256(every).hexdigest()
-    return TokenData(learned, held_out, tokenizer.vocab_size, name)
-
-
-def _folder_of(package: str) -> Path:
-    """Where an installed package has its files. ModuleNotFoundError, with advice."""
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        advice = "pip install 'glassgpt[chat]'"
-        raise ModuleNotFoundError(f"the conversations of {package} need: {advice}")
-    return Path(spec.submodule_search_locations[0])
-
-
-def _alternating(said: Iterable[str]) -> list[dict[str, str]]:
-    """A conversation in which the user begins and the assistant speaks second."""
-    roles = ("user", "assistant")
-    return [{"role": roles[n % 2], "content": text} for n, text in enumerate(said)]
-
-
-def chatterbot() -> list[list[dict[str, str]]]:
-    """The English conversations of the package chatterbot-corpus.
-
-    Raises ModuleNotFoundError, with the command that installs it, where it is missing.
-
-    Book: 16_chat.html#fine-tuning
-    """
-    folder = _folder_of("chatterbot_corpus")
-    import yaml  # type: ignore[import-untyped]  # here: it comes with the same extra
-
-    files = sorted(folder.glob("data/english/*.yml"))
-    contents = (yaml.safe_load(path.read_text("utf-8")) for path in files)
-    talks = (talk for content in contents for talk in content["conversations"])
-    return [_alternating(map(str, talk)) for talk in talks]
-
-
-def chitchat() -> list[list[dict[str, str]]]:
-    """The conversations of the package chitchat-dataset in which both speak.
-
-    Raises ModuleNotFoundError, with the command that installs it, where it is missing.
-
-    Book: 16_chat.html#fine-tuning
-    """
-    content = (_folder_of("chitchat_dataset") / "dataset.json").read_text("utf-8")
-    talks = [talk["messages"] for talk in json.loads(content).values()]
-    said = ([" ".join(part["text"] for part in turn) for turn in t] for t in talks)
-    return [_alternating(turns) for turns in said if len(turns) > 1]
+        rows = pack((render(talk, tokenizer) for talk in talks), context, end)
+        parts.append(Packed(*rows))
+        for table in rows:
+            digest.update(table.numpy().tobytes())
+    return TokenData(*parts, tokenizer.vocab_size, digest.hexdigest())
 
 
 def stream_answer(
@@ -353,7 +304,7 @@ def stream_answer(
 
     An answer ends with the first special token, or where the context is full.
     settings: those of `Sampling`. Raises ValueError for what `render` and `stream`
-    refuse, and where the conversation leaves no room (see `fit_history`).
+    refuse, and where the conversation leaves no room.
 
     Book: 16_chat.html#talking
     """
@@ -365,28 +316,6 @@ def stream_answer(
         )
     tokens = min(max_new_tokens, room)
     return stream_text(model, tokenizer, ids, tokens, stop, **settings)
-
-
-def fit_history(
-    conversation: Conversation, tokenizer: Any, room: int
-) -> list[Mapping[str, str]]:
-    """A conversation without its oldest turns, so that it takes at most `room` tokens.
-
-    A system line at the beginning stays, and so does the last turn. What is dropped
-    ends where a user begins. Raises ValueError where that isn't enough.
-
-    Book: 16_chat.html#talking
-    """
-    turns = list(conversation)
-    while (size := len(render(turns, tokenizer, reply=True)[0])) > room:
-        first = int(turns[0]["role"] == "system")
-        users = [n for n, turn in enumerate(turns) if turn["role"] == "user"]
-        later = [n for n in users if n > first]
-        if not later:
-            what = f"the last message and what must stay take {size} tokens"
-            raise ValueError(f"{what}, more than the {room} there are: shorten it")
-        del turns[first : later[0]]
-    return turns
 
 
 _JINJA = """\
@@ -418,9 +347,9 @@ def to_jinja(template: Template, escaped: Sequence[str] = ()) -> str:
     if (line := template.default_system) is not None:
         parts["DEFAULT"] = parts["SYSTEM"] + line + template.stop + template.after
     parts = {name: json.dumps(text) for name, text in parts.items()}
-    broken = [(name, f"{name[0]}\\ufdd01{name[1:]}") for name in escaped]
-    pairs = [("\\ufdd0", "\\ufdd00"), *broken] if broken else []
-    filters = [f' | replace("{old}", "{new}")' for old, new in pairs]
+    pairs = [("\ufdd0", "\ufdd00")] if escaped else []
+    pairs += [(c, f"{c}\ufdd01") for c in sorted({name[0] for name in escaped})]
+    filters = [f" | replace({json.dumps(a)}, {json.dumps(b)})" for a, b in pairs]
     parts["ESCAPES"] = "".join(filters)
     return re.sub(r"\b[A-Z]{4,}\b", lambda word: parts[word[0]], _JINJA)
 
@@ -430,7 +359,9 @@ def save_template(directory: str | Path, tokenizer: Any) -> None:
 
     With this package's tokenizers it escapes special tokens that people spell, and the
     folder's tokenizer.json undoes that, so that `transformers` gives the ids and the
-    assistant's mask of `render`. Raises ValueError for a tokenizer without roles.
+    assistant's mask of `render` (with ChatML, but for contents that begin with white
+    space). Raises ValueError for a tokenizer without roles, or with a special token
+    that an escape can't break.
 
     Book: 16_chat.html#a-template-that-can-t-be-forged
     """
@@ -438,6 +369,11 @@ def save_template(directory: str | Path, tokenizer: Any) -> None:
     names: list[str] = []
     if isinstance(tokenizer, Tokenizer):
         names, path = list(tokenizer.special_tokens), folder / "tokenizer.json"
+        marks = (template.stop, *template.before.values())
+        for name in names:
+            longer = name.startswith(marks) and name not in marks
+            if longer or len(name) < 2 or name[0] == "1" or "\ufdd0" in name:
+                raise ValueError(f"no escape keeps people from spelling {name!r}")
         content = {**json.loads(path.read_text("utf-8")), "normalizer": UNESCAPE}
         path.write_text(json.dumps(content, ensure_ascii=False, indent=1), "utf-8")
     (folder / "chat_template.jinja").write_text(to_jinja(template, names), "utf-8")

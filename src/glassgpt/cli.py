@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 from tyro.conf import OmitArgPrefixes, Positional
 
 import glassgpt
-from glassgpt.chat import fit_history, stream_answer, template_of
+from glassgpt.chat import render, stream_answer, template_of
 from glassgpt.checkpoints import write_file
 from glassgpt.data import TokenData, read_documents, split_documents
 from glassgpt.device import RECIPES, SIZES, Machine, names
@@ -449,6 +449,28 @@ def _careful(name: str, default: Any) -> str:
     return _default(name, CAREFUL.get(name, default))
 
 
+def fit_history(
+    conversation: list[dict[str, str]], tokenizer: Any, room: int
+) -> list[dict[str, str]]:
+    """A conversation without its oldest turns, so that it takes at most `room` tokens.
+
+    A system line at the beginning stays, and so does the last turn. What is dropped
+    ends where a user begins. Raises ValueError where that isn't enough.
+
+    Book: 23_command_line.html#writing-and-measuring
+    """
+    turns = list(conversation)
+    while (size := len(render(turns, tokenizer, reply=True)[0])) > room:
+        first = int(turns[0]["role"] == "system")
+        users = [n for n, turn in enumerate(turns) if turn["role"] == "user"]
+        later = [n for n in users if n > first]
+        if not later:
+            what = f"the last message (system line included) takes {size} tokens"
+            raise ValueError(f"{what}, more than the {room} there are: shorten it")
+        del turns[first : later[0]]
+    return turns
+
+
 @dataclass
 class Chat:
     """Talk with a GPT that was taught to answer.
@@ -523,7 +545,7 @@ class Chat:
         """Print an answer as it comes; the conversation as far as it fits, with it."""
         context = model.config.context
         room = context - min(self.tokens, context // 2)
-        kept = [dict(turn) for turn in fit_history(asked, tokenizer, room)]
+        kept = fit_history(asked, tokenizer, room)
         if lost := len(asked) - len(kept):
             self.say(f"the context is full: the {lost} oldest turns are forgotten")
         said = ""

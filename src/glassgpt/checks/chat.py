@@ -65,6 +65,8 @@ def check_prefix_stable(render: Render) -> None:
             some, _ = render(_TALK[:end], _TOKENIZER, reply=True)
             due = "the question as it is asked isn't the beginning of what is learned"
             assert ids[: len(some)] == some, due
+            mark = [_TOKENIZER.special_tokens["<|assistant|>"]]
+            assert some[-1:] == mark, "reply=True: the mark that asks is missing"
 
 
 def check_answers_only(render: Render) -> None:
