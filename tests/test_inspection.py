@@ -1,10 +1,14 @@
 """Looking inside: traces, ledgers, attribution, ablation and lenses."""
 
+import random
+import re
+
 import pytest
 import torch
 
 import glassgpt
 from glassgpt.checks import inspection as checks
+from glassgpt.data import HELD_OUT_PLAYS, shakespeare
 from glassgpt.gpt import GPTConfig
 from glassgpt.heads import fused_attention
 from glassgpt.inspection import (
@@ -143,3 +147,25 @@ def test_the_shipped_model_recalls_a_bracket():
     heads = [(1, 1), (1, 4), (2, 1)]
     places = tokenizer.encode("\n\n[Aside").index(tokenizer.encode("[")[0])
     assert all(seen[f"{la}.weights"][0, h, -1, places] > 0.2 for la, h in heads)
+
+
+def test_the_bracket_makes_the_difference_in_most_directions():
+    """The numbers of chapter 18's first section."""
+    model, tokenizer = glassgpt.load("shakespeare")
+    close = tokenizer.encode("]")[0]
+
+    @torch.no_grad()
+    def chance(text):
+        logits = model(torch.tensor([tokenizer.encode(f"\n\n{text}")]))[0, -1]
+        return logits.softmax(-1)[close].item()
+
+    plays = [play.text for play in shakespeare() if play.name in HELD_OUT_PLAYS]
+    found = re.findall(r"\[([^\]\n]{3,40})\]", "\n".join(plays))
+    random.Random(0).shuffle(found)
+    directions = list(dict.fromkeys(found))[:200]
+    chances = torch.tensor([(chance(f"[{d}"), chance(d)) for d in directions])
+    assert len(directions) == 200
+    medians = [f"{median:.2f}" for median in chances.median(0).values]
+    assert medians == ["0.49", "0.02"]
+    assert 0.57 < (chances[:, 0] > 5 * chances[:, 1]).float().mean() < 0.65
+    assert round(chance("Exeunt"), 2) == 0.45
