@@ -584,14 +584,16 @@ def save_words(directory: Path, tokenizer: Tokenizer) -> None:
     Book: 17_gpt2.html#out-for-laptops
     """
     tokenizer.save(directory / "tokenizer.json")
-    with suppress(ValueError):
+    try:
         template = template_of(tokenizer)
-        content = json.loads((directory / "tokenizer.json").read_text("utf-8"))
-        if content["normalizer"] is None:  # else there is no place for escapes
-            save_template(directory, tokenizer)
-        else:
-            path = directory / "chat_template.jinja"
-            path.write_text(to_jinja(template), "utf-8")
+    except ValueError:  # no roles, no template
+        return
+    content = json.loads((directory / "tokenizer.json").read_text("utf-8"))
+    if content["normalizer"] is None:  # else there is no place for escapes
+        save_template(directory, tokenizer)
+    else:
+        path = directory / "chat_template.jinja"
+        path.write_text(to_jinja(template), "utf-8")
 
 
 def write_gguf(
