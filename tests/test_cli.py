@@ -129,7 +129,7 @@ def stage(made, tmp_path_factory):
         shutil.copytree(made / "run", folder / name)
     shutil.copytree(made / "run" / "data", folder / "tokens")
     edit(folder / "cut" / "model.safetensors", lambda content: content[:1000])
-    edit(folder / "other" / "config.json", put("glassgpt", "width", value=32))
+    edit(folder / "other" / "config.json", put("n_embd", value=32))
     edit(folder / "scrambled" / "tokenizer.json", lambda content: content[:100])
     (folder / "lost" / "model.safetensors").unlink()
     edit(folder / "broken-run" / "run.json", lambda content: content[:50])
