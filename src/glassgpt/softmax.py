@@ -10,7 +10,7 @@ from torch import Tensor
 def _below_peak(x: Tensor, dim: int) -> Tensor:
     """Scores minus the largest of their slice (one row along dim), in 32+ bits."""
     scores = x.to(torch.promote_types(x.dtype, torch.float32))
-    peak = scores.amax(dim, keepdim=True)
+    peak = scores.detach().amax(dim, keepdim=True)
     return scores - peak.clamp(min=torch.finfo(x.dtype).min)
 
 
