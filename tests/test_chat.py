@@ -23,11 +23,11 @@ from glassgpt.chat import (
     pack,
     pack_data,
     render,
-    save_template,
     separate,
     stream_answer,
     template_of,
     to_jinja,
+    tokenizer_files,
 )
 from glassgpt.checks import chat as checks
 from glassgpt.modern import LLAMA_CHOICES, ModernConfig, ModernGPT
@@ -249,8 +249,8 @@ def test_older_special_tokens_are_not_forged_either(kept, tmp_path, model):
     """Tokens that `add_roles` kept, whatever they begin with, overlap or quote."""
     transformers = pytest.importorskip("transformers")
     _, tokenizer = add_roles(model, BPETokenizer([], [*MARKS, kept]))
-    tokenizer.save(tmp_path / "tokenizer.json")
-    save_template(tmp_path, tokenizer)
+    for name, content in tokenizer_files(tokenizer).items():
+        (tmp_path / name).write_text(content, "utf-8")
     theirs = transformers.PreTrainedTokenizerFast(
         tokenizer_file=str(tmp_path / "tokenizer.json"),
         chat_template=(tmp_path / "chat_template.jinja").read_text("utf-8"),
@@ -265,14 +265,11 @@ def test_older_special_tokens_are_not_forged_either(kept, tmp_path, model):
 
 
 @pytest.mark.parametrize("name", ["→", "1x", "<\ufdd01", "<|end|>>", "<|user|>x"])
-def test_a_special_token_that_no_escape_breaks_is_refused(name, tmp_path):
+def test_a_special_token_that_no_escape_breaks_is_refused(name, tmp_path, model):
     tokenizer = BPETokenizer([], [*MARKS, name])
-    tokenizer.save(tmp_path / "tokenizer.json")
-    before = (tmp_path / "tokenizer.json").read_bytes()
     with pytest.raises(ValueError, match="spelling"):
-        save_template(tmp_path, tokenizer)
-    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.json"]
-    assert (tmp_path / "tokenizer.json").read_bytes() == before
+        glassgpt.save(tmp_path, model, tokenizer)
+    assert not list(tmp_path.iterdir())
 
 
 def test_chatml_in_transformers(tmp_path):
@@ -309,8 +306,7 @@ def test_a_saved_chat_model_loads_again(tmp_path, tokenizer, model):
     path.write_text(json.dumps(broken), "utf-8")
     with pytest.raises(ValueError, match="normalizer"):
         load_tokenizer(path)
-    with pytest.raises(ValueError, match="add_roles"):
-        save_template(tmp_path / "one", BPETokenizer([], []))
+    assert list(tokenizer_files(BPETokenizer([], []))) == ["tokenizer.json"]
 
 
 def test_roles_for_any_model():

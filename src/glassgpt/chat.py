@@ -8,7 +8,6 @@ import re
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -338,7 +337,7 @@ def to_jinja(template: Template, escaped: Sequence[str] = ()) -> str:
 
     Between {% generation %} and {% endgeneration %} stands what is learned. Other roles
     and contents that aren't text raise an error. escaped: names of special tokens that
-    contents may spell; see `save_template`.
+    contents may spell; see `tokenizer_files`.
 
     Book: 16_chat.html#in-the-usual-stack
     """
@@ -354,26 +353,32 @@ def to_jinja(template: Template, escaped: Sequence[str] = ()) -> str:
     return re.sub(r"\b[A-Z]{4,}\b", lambda word: parts[word[0]], _JINJA)
 
 
-def save_template(directory: str | Path, tokenizer: Any) -> None:
-    """Write chat_template.jinja into the folder of a model that was saved.
+def tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
+    """The files of a tokenizer in a model's folder: their names, and what they hold.
 
-    With this package's tokenizers it escapes special tokens that people spell, and the
-    folder's tokenizer.json undoes that, so that `transformers` gives the ids and the
-    assistant's mask of `render` (with ChatML, but for contents that begin with white
-    space). Raises ValueError for a tokenizer without roles, or with a special token
-    that an escape can't break.
+    tokenizer.json, and where there are roles chat_template.jinja. The template escapes
+    special tokens that people spell, and tokenizer.json undoes that, so that
+    `transformers` gives the ids and the assistant's mask of `render` (with ChatML, but
+    for contents that begin with white space; and a tokenizer of others with a
+    normalizer of its own has no place for the second half). Raises ValueError for a
+    special token that an escape can't break.
 
     Book: 16_chat.html#a-template-that-can-t-be-forged
     """
-    template, folder = template_of(tokenizer), Path(directory)
-    names: list[str] = []
-    if isinstance(tokenizer, Tokenizer):
-        names, path = list(tokenizer.special_tokens), folder / "tokenizer.json"
-        marks = (template.stop, *template.before.values())
-        for name in names:
-            longer = name.startswith(marks) and name not in marks
-            if longer or len(name) < 2 or name[0] == "1" or "\ufdd0" in name:
-                raise ValueError(f"no escape keeps people from spelling {name!r}")
-        content = {**json.loads(path.read_text("utf-8")), "normalizer": UNESCAPE}
-        path.write_text(json.dumps(content, ensure_ascii=False, indent=1), "utf-8")
-    (folder / "chat_template.jinja").write_text(to_jinja(template, names), "utf-8")
+    content = tokenizer.to_json()
+    try:
+        template = template_of(tokenizer)
+    except ValueError:  # no roles, no template
+        return {"tokenizer.json": content}
+    facts, names = json.loads(content), list(tokenizer.special_tokens)
+    if facts["normalizer"] is not None:
+        return {"tokenizer.json": content, "chat_template.jinja": to_jinja(template)}
+    marks = (template.stop, *template.before.values())
+    for name in names:
+        longer = name.startswith(marks) and name not in marks
+        if longer or len(name) < 2 or name[0] == "1" or "\ufdd0" in name:
+            raise ValueError(f"no escape keeps people from spelling {name!r}")
+    facts["normalizer"] = UNESCAPE
+    content = json.dumps(facts, ensure_ascii=False, indent=1)
+    jinja = to_jinja(template, names)
+    return {"tokenizer.json": content, "chat_template.jinja": jinja}

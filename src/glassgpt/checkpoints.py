@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from glassgpt.chat import tokenizer_files
 from glassgpt.device import on_paper
 from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.hub import (
@@ -33,7 +33,6 @@ from glassgpt.hub import (
     format_of,
     load_gguf,
     read_tokenizer,
-    save_words,
     to_theirs,
 )
 from glassgpt.tokens import Tokenizer
@@ -172,10 +171,8 @@ def write_model(directory: Path, model: GPT, tokenizer: Tokenizer) -> None:
     Book: 20_runs_that_survive.html#a-model-on-disk
     """
     make_folder(directory)
-    with TemporaryDirectory() as place:
-        save_words(Path(place), tokenizer)
-        for path in Path(place).iterdir():
-            write_file(directory / path.name, path.read_bytes())
+    for name, content in tokenizer_files(tokenizer).items():
+        write_file(directory / name, content.encode())
     end = end_of(tokenizer)
     kind: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     kind |= {"clean_up_tokenization_spaces": False}
@@ -183,8 +180,8 @@ def write_model(directory: Path, model: GPT, tokenizer: Tokenizer) -> None:
     if end:
         kind |= dict.fromkeys(("bos_token", "eos_token"), end)
     write_json(directory / "tokenizer_config.json", kind)
-    content = config_to_json(model.config, tokenizer.special_tokens.get(end or ""))
-    write_json(directory / "config.json", content)
+    config = config_to_json(model.config, tokenizer.special_tokens.get(end or ""))
+    write_json(directory / "config.json", config)
     state = to_theirs(model, format_of(model.config))
     write_tensors(directory / "model.safetensors", state)
 

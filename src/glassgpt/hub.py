@@ -10,14 +10,13 @@ from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from glassgpt.chat import save_template, template_of, to_jinja
+from glassgpt.chat import template_of, to_jinja
 from glassgpt.device import on_paper
 from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.modern import LLAMA_CHOICES, ModernConfig
@@ -352,12 +351,12 @@ class ForeignTokenizer(Tokenizer):
         text.encode()  # ValueError for half a character
         return self._inner.encode(text, add_special_tokens=False).ids
 
-    def save(self, path: str | Path) -> None:
-        """Write the `tokenizer.json` again."""
-        Path(path).write_text(self._inner.to_str(pretty=True), "utf-8")
+    def to_json(self) -> str:
+        """The content of the `tokenizer.json` again."""
+        return self._inner.to_str(pretty=True)
 
     def __reduce__(self) -> tuple:
-        return type(self), (self._inner.to_str(),)
+        return type(self), (self.to_json(),)
 
 
 def read_tokenizer(path: str | Path) -> Tokenizer:
@@ -578,24 +577,6 @@ def end_of(tokenizer: Tokenizer) -> str | None:
     return "<|endoftext|>" if "<|endoftext|>" in tokenizer.special_tokens else None
 
 
-def save_words(directory: Path, tokenizer: Tokenizer) -> None:
-    """Write tokenizer.json, and where there are roles chat_template.jinja.
-
-    Book: 17_gpt2.html#out-for-laptops
-    """
-    tokenizer.save(directory / "tokenizer.json")
-    try:
-        template = template_of(tokenizer)
-    except ValueError:  # no roles, no template
-        return
-    content = json.loads((directory / "tokenizer.json").read_text("utf-8"))
-    if content["normalizer"] is None:  # else there is no place for escapes
-        save_template(directory, tokenizer)
-    else:
-        path = directory / "chat_template.jinja"
-        path.write_text(to_jinja(template), "utf-8")
-
-
 def write_gguf(
     path: str | Path, model: GPT, tokenizer: Tokenizer, dtype: str = "float16"
 ) -> None:
@@ -638,9 +619,7 @@ def write_gguf(
 
 def _write_tokenizer(writer: Any, tokenizer: Tokenizer, size: int) -> None:
     """The fields of a tokenizer. Raises ValueError for what isn't byte pairs."""
-    with TemporaryDirectory() as place:
-        tokenizer.save(Path(place, "tokenizer.json"))
-        saved = json.loads(Path(place, "tokenizer.json").read_text("utf-8"))
+    saved = json.loads(tokenizer.to_json())
     steps = set(re.findall(r'"type": "(\w+)"', json.dumps(saved["pre_tokenizer"])))
     pre = [name for name, digits in _DIGITS.items() if digits == ("Digits" in steps)]
     if "ByteLevel" not in steps or not steps <= {"ByteLevel", "Digits", "Sequence"}:

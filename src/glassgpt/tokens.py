@@ -219,13 +219,16 @@ class Tokenizer:
         """As `decode_bytes`, read as UTF-8; what isn't UTF-8 becomes U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
+    def to_json(self) -> str:
+        """The content of a `tokenizer.json` that `tokenizers` reads."""
+        return json.dumps(_as_json(self), ensure_ascii=False, indent=1)
+
     def save(self, path: str | Path) -> None:
-        """Write a `tokenizer.json` that `tokenizers` reads: whole, or not at all."""
+        """Write a `tokenizer.json`: whole, or not at all."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-        content = json.dumps(_as_json(self), ensure_ascii=False, indent=1)
-        unfinished.write_text(content, "utf-8")
+        unfinished.write_text(self.to_json(), "utf-8")
         unfinished.replace(path)
 
     @classmethod
