@@ -624,6 +624,7 @@ _MAP_STYLE = """<style>
 .glass-map{font:11.5px/1.25 system-ui,sans-serif}
 .glass-map div{display:flex;flex-wrap:wrap;align-items:center;justify-content:center;
 gap:14px 1px;padding-top:10px}
+.glass-map div+div{padding-top:14px}
 .glass-map span.glass-block{display:inline-flex;flex-wrap:wrap;align-items:center;
 justify-content:center;gap:14px 2px;border:1px dashed;border-radius:6px;
 padding:13px 3px 3px}
