@@ -114,11 +114,11 @@ def learn_merges(counts: Mapping[str, int], number: int) -> list[Pair]:
     Book: 02_tokens.html#the-fast-version
     """
     words, times = [byte_ids(word) for word in counts], list(counts.values())
-    places = defaultdict(list)
+    places, pairs = defaultdict(list), defaultdict(int)
     for place, word in enumerate(words):
         for pair in pairwise(word):
             places[pair].append(place)
-    pairs = Counter({pair: sum(times[n] for n in at) for pair, at in places.items()})
+            pairs[pair] += times[place]
     queue = [(-count, pair) for pair, count in pairs.items()]
     heapq.heapify(queue)
     merges = []
