@@ -8,6 +8,9 @@ first line is `#| export` goes into that module, `#| export other` into another 
 notebook the order of the cells is kept; cells that hold only a docstring and imports go to the top.
 The docstring of every public function and class gets one more line, which names the page and the
 section of the book that explain it.
+
+A cell that begins with `%%javascript` and `//| export page/gpt.js` goes into that script of the
+package.
 """
 
 import argparse
@@ -21,6 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 MARK = re.compile(r"#\|\s*(export|default_exp)(?:[ \t]+([\w.]+))?[ \t]*(?:\n+|$)")
+SCRIPT = re.compile(r"%%javascript\n//\| export (\S+\.js)\n+")
 HEADING = re.compile(r"^#{1,6}\s+(.+?)\s*$", re.MULTILINE)
 HEADER = "# Written by tools/tangle.py from {}: change it there.\n"
 
@@ -115,6 +119,18 @@ def tangle(book):
     return {name: render(cells) for name, cells in modules.items()}
 
 
+def scripts(book):
+    """Return {path: source} for the JavaScript that the notebooks of a folder export."""
+    found = {}
+    for notebook in sorted(book.glob("*.ipynb")):
+        for cell in json.loads(notebook.read_text("utf-8"))["cells"]:
+            source = "".join(cell["source"])
+            if cell["cell_type"] == "code" and (mark := SCRIPT.match(source)):
+                head = [HEADER.format(f"book/{notebook.name}").replace("#", "//")]
+                found.setdefault(mark[1], head).append(source[mark.end() :].strip("\n") + "\n")
+    return {path: "\n".join(parts) for path, parts in found.items()}
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="only compare; exit 1 on a difference")
@@ -129,7 +145,8 @@ def main(arguments=None):
     wanted = {
         options.package / (name.replace(".", "/") + ".py"): text for name, text in modules.items()
     }
-    present = set(options.package.rglob("*.py")) if options.package.exists() else set()
+    wanted |= {options.package / path: text for path, text in scripts(options.book).items()}
+    present = {*options.package.rglob("*.py"), *options.package.rglob("*.js")}
     differences = 0
     for path in sorted(set(wanted) | present):
         old = path.read_text("utf-8") if path in present else ""

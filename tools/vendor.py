@@ -1,4 +1,4 @@
-"""Copy what the page serves, MathJax and the icon, into `_vendor/`.
+"""Write what the page serves into `_vendor/`: MathJax, the icon, the live model.
 
 The page must ask nothing of the network, and no third-party JavaScript is committed. MathJax
 comes with the package `django-static-mathjax`; one file of its code and its fonts are enough.
@@ -29,7 +29,19 @@ def copy_mathjax(target):
     shutil.copy(source / "LICENSE", target)
 
 
+def write_live(target):
+    """Write the scripts of a model that runs in the page: its code, and its weights."""
+    import glassgpt
+    from glassgpt.publish import model_script, page_script
+
+    target.mkdir(parents=True, exist_ok=True)
+    (target / "glass-gpt.js").write_text(page_script(), "utf-8")
+    model = model_script(*glassgpt.load("shakespeare"))
+    (target / "shakespeare.js").write_text(model, "utf-8")
+
+
 if __name__ == "__main__":
+    write_live(ROOT / "_vendor" / "live")
     copy_mathjax(ROOT / "_vendor" / "mathjax")
     # What a browser asks for where a page names no icon, as the redirect at the root.
     shutil.copy(ROOT / "book" / "_static" / "favicon.svg", ROOT / "_vendor" / "favicon.ico")

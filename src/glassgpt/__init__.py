@@ -57,6 +57,7 @@ from glassgpt.modern import (
     squared_relu,
 )
 from glassgpt.positions import sinusoidal_positions
+from glassgpt.publish import publish
 from glassgpt.runs import Run, resume_run, start_run
 from glassgpt.scaling import (
     DDPTrainer,
@@ -128,6 +129,7 @@ __all__ = [
     "rotary_tables",
     "squared_relu",
     "sinusoidal_positions",
+    "publish",
     "cross_entropy",
     "log_softmax",
     "softmax",

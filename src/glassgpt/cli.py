@@ -1,5 +1,5 @@
 # Written by tools/tangle.py from book/23_command_line.ipynb: change it there.
-"""The command line: train, resume, generate, chat, serve, evaluate, tokenize."""
+"""The command line: train, resume, generate, chat, serve, publish, ...."""
 
 import io
 import json
@@ -637,7 +637,30 @@ class Serve:
         return 0
 
 
-COMMANDS = (Train, Resume, Generate, Chat, Evaluate, Tokenize, Serve)
+@dataclass
+class Publish:
+    """Write a GPT into one HTML file that any browser runs, without a network.
+
+    Book: 23_command_line.html#writing-and-measuring
+    """
+
+    model: Positional[str]  # a run's folder, a checkpoint, or a name: shakespeare
+    out: str = "model.html"  # the file
+    title: Maybe[str] = None  # above the model; default: its name
+    prompt: str = ""  # what stands there at the start
+    weights: Literal["int8", "float32"] = "int8"  # one byte for each, or four
+
+    def run(self) -> int:
+        """Write the file, and say how large it is."""
+        model, tokenizer = glassgpt.load(self.model)
+        title = self.title or Path(self.model).resolve().name
+        glassgpt.publish(model, tokenizer, self.out, title, self.weights, self.prompt)
+        size = Path(self.out).stat().st_size
+        print(f"wrote {self.out}, {size / 1e6:.1f} MB: open it in any browser")
+        return 0
+
+
+COMMANDS = (Train, Resume, Generate, Chat, Evaluate, Tokenize, Serve, Publish)
 
 
 def parse(words: Sequence[str]) -> Any:

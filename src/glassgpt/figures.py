@@ -591,6 +591,20 @@ def slider(
     return moving
 
 
+def live_model(show: str, prompt: str, still: Any, temperature: float = 0.8) -> Markup:
+    """The shipped model, running in the published page; `still` stands in for it.
+
+    show: the panels, such as "tokens next" (chapter 19 has them all). prompt: the text
+    at the start. still: a picture or Markup with the same content.
+
+    Book: a1_figures.html#a-model-that-runs-in-the-page
+    """
+    settings = {"show": show, "prompt": prompt, "temperature": f"{temperature:g}"}
+    given = "".join(f' {k}="{html.escape(v)}"' for k, v in settings.items())
+    inside = still._repr_html_()
+    return Markup(f"<glass-gpt{given}>{inside}</glass-gpt>", repr(still), role="group")
+
+
 # Number, page and label of every chapter that the map shows, in the map's order.
 _WAY = [
     (2, "02_tokens", "tokens"),
@@ -613,6 +627,7 @@ _AROUND = [
     (16, "16_chat", "chat"),
     (17, "17_gpt2", "hub"),
     (18, "18_looking_inside", "inside"),
+    (19, "19_publishing", "publishing"),
     (20, "20_runs_that_survive", "runs"),
     (21, "21_speed", "speed"),
     (22, "22_many_machines", "scaling"),
@@ -669,7 +684,7 @@ def book_map(here: int | None = None) -> Markup:
         stop[13],
     ]
     learning = f"{stop[11]}{arrow}{stop[12]}{arrow}slopes flow back (8) <span>|</span>"
-    rest = "".join(stop[number] for number in (1, 14, 15, 16, 17, 18, 20, 21, 22, 23))
+    rest = "".join(stop[number] for number in (1, *range(14, 24)))
     content = f"<div>{arrow.join(way)}</div><div>learning: {learning}{rest}</div>"
     place = "" if here is None else f" You are in chapter {here}, {labels[here]}."
     alt = (

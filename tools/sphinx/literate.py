@@ -18,7 +18,7 @@ from docutils.parsers.rst import Directive
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import names
-from tangle import MARK
+from tangle import MARK, SCRIPT
 
 TITLE = re.compile(r"# ?@title (.+)\n+")
 CHAPTER = re.compile(r"book/(0?)(\d+|a\d+)_")
@@ -47,6 +47,10 @@ def hide_markers(app, docname, source):
                     checks = (name or "").startswith("checks")
                     folded = "check" if checks else "code"
                 tags += ["export", f"enters-{name or default}"]
+        elif script := SCRIPT.match(code):
+            cell["source"] = "%%javascript\n" + code[script.end() :]
+            folded = "code" if "hide-input" in tags else None
+            tags += ["export", f"enters-{script[1]}"]
         elif title := TITLE.match(code):
             cell["source"] = code[title.end() :]
             folded = title[1].lower()
@@ -68,10 +72,11 @@ def label_exports(app, doctree, docname):
             continue
         cell["classes"].remove(marks[0])
         module = marks[0].removeprefix(ENTERS)
-        path = f"src/glassgpt/{module.replace('.', '/')}.py"
-        link = nodes.reference(
-            "", f"glassgpt.{module}", refuri=f"{repository}/blob/{branch}/{path}"
-        )
+        script = module.endswith(".js")
+        path = module if script else f"{module.replace('.', '/')}.py"
+        name = f"glassgpt/{module}" if script else f"glassgpt.{module}"
+        refuri = f"{repository}/blob/{branch}/src/glassgpt/{path}"
+        link = nodes.reference("", name, refuri=refuri)
         cell.insert(0, nodes.paragraph("", "enters ", link, classes=["enters"]))
 
 
@@ -136,6 +141,12 @@ def drop_repeated_scripts(app, pagename, templatename, context, doctree):
     context["script_files"] = kept
 
 
+def run_model(app, pagename, templatename, context, doctree):
+    """A page with a live model loads what runs it (tools/vendor.py)."""
+    if "<glass-gpt" in context.get("body", ""):
+        app.add_js_file(context["pathto"]("live/glass-gpt.js", 1), loading_method="defer")
+
+
 def share_address(app, config):
     """The address of the page stands once, in html.baseurl."""
     config.ogp_site_url = config.html_baseurl
@@ -165,4 +176,5 @@ def setup(app):
     # After Sphinx has collected the titles, so that the number stays out of the contents.
     app.connect("doctree-read", number_title, priority=900)
     app.connect("html-page-context", drop_repeated_scripts, priority=900)
+    app.connect("html-page-context", run_model)
     return {"version": "1", "parallel_read_safe": True}

@@ -32,7 +32,10 @@ from glassgpt.checks.chat import (
     check_stop_learned,
     check_weighing,
 )
-from glassgpt.checks.cli import check_mistakes
+from glassgpt.checks.cli import (
+    call,
+    check_mistakes,
+)
 from glassgpt.checks.data import (
     check_batches,
     check_epochs,
@@ -53,6 +56,7 @@ from glassgpt.checks.embeddings import (
     check_embedding_gradient,
     check_lookup,
     check_matrix_product,
+    expect_tensor,
 )
 from glassgpt.checks.generation import (
     check_beam_search,
@@ -69,7 +73,10 @@ from glassgpt.checks.gpt import (
     check_gpt,
     check_parameter_count,
 )
-from glassgpt.checks.grading import catch, grade
+from glassgpt.checks.grading import (
+    catch,
+    grade,
+)
 from glassgpt.checks.heads import (
     check_causal_attention,
     check_contributions,
@@ -86,6 +93,9 @@ from glassgpt.checks.hub import (
     check_safetensors,
     check_special,
     check_unpack,
+    parity_gap,
+    random_model,
+    theirs_in_double,
 )
 from glassgpt.checks.inspection import (
     check_attribute,
@@ -116,7 +126,14 @@ from glassgpt.checks.positions import (
     check_shift_matrix,
     check_sinusoidal_positions,
 )
+from glassgpt.checks.publish import (
+    check_kept,
+    check_page_logits,
+    check_size,
+    check_tag,
+)
 from glassgpt.checks.runs import (
+    Walk,
     check_interval,
     check_names,
     check_resume,
@@ -126,6 +143,10 @@ from glassgpt.checks.runs import (
     check_whole_file,
 )
 from glassgpt.checks.scaling import (
+    ForgetsToExchange,
+    FrozenRows,
+    MeanOfMeans,
+    SwitchesAfterForward,
     check_gradient,
     check_lost_time,
     check_memory,
@@ -133,6 +154,8 @@ from glassgpt.checks.scaling import (
     check_parallel,
     check_ring,
     check_stream,
+    train_in,
+    train_ways,
 )
 from glassgpt.checks.softmax import (
     check_cross_entropy,
@@ -166,6 +189,12 @@ from glassgpt.checks.training import (
 )
 
 __all__ = [
+    "ForgetsToExchange",
+    "FrozenRows",
+    "MeanOfMeans",
+    "SwitchesAfterForward",
+    "Walk",
+    "call",
     "catch",
     "check_accumulation",
     "check_adamw",
@@ -208,6 +237,7 @@ __all__ = [
     "check_grouped_attention",
     "check_groups",
     "check_interval",
+    "check_kept",
     "check_layer_norm",
     "check_layer_norm_gradient",
     "check_learn_merges",
@@ -236,6 +266,7 @@ __all__ = [
     "check_orthogonalize",
     "check_pack",
     "check_padded_logits",
+    "check_page_logits",
     "check_pairs",
     "check_parallel",
     "check_parameter_count",
@@ -263,6 +294,7 @@ __all__ = [
     "check_shared_weight",
     "check_shift_matrix",
     "check_sinusoidal_positions",
+    "check_size",
     "check_softmax",
     "check_something_learned",
     "check_sources",
@@ -279,11 +311,18 @@ __all__ = [
     "check_stream",
     "check_stream_text",
     "check_streaming_attention",
+    "check_tag",
     "check_tokenizer_round_trip",
     "check_trace",
     "check_unpack",
     "check_weighing",
     "check_whole_file",
     "check_without",
+    "expect_tensor",
     "grade",
+    "parity_gap",
+    "random_model",
+    "theirs_in_double",
+    "train_in",
+    "train_ways",
 ]

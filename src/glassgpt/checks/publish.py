@@ -1,0 +1,93 @@
+# Written by tools/tangle.py from book/19_publishing.ipynb: change it there.
+"""Checks of a GPT in a page that name the mistake they find."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from glassgpt.gpt import GPT, GPTConfig
+from glassgpt.publish import page_model
+from glassgpt.tokens import BPETokenizer
+
+
+def check_page_logits(logits: Callable[[dict[str, Any], list[int]], Any]) -> None:
+    """A page's logits after each token are those of the package, to 1e-4.
+
+    Book: 19_publishing.html#the-same-numbers
+    """
+    dice = torch.Generator().manual_seed(5)
+    tokenizer = BPETokenizer([(0, 1)])
+    model = GPT(GPTConfig(len(tokenizer), context=12, layers=3, heads=3, width=24))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.3, generator=dice)
+    ids = torch.randint(len(tokenizer), (1, 11), generator=dice)
+    wanted = model(ids)[0].detach().double()
+    stored = page_model(model, tokenizer, "float32")
+    found = torch.tensor(logits(stored, ids[0].tolist()))
+    off = (found.double() - wanted).abs().amax(dim=1)
+    assert off[0] < 1e-4, f"a single token's logits are off by {off[0]:.1g}"
+    assert off.max() < 1e-4, f"with more tokens the logits are off by {off.max():.1g}"
+
+
+def check_size(size: Callable[[int, int, int, int], int]) -> None:
+    """Characters of a page's weights: one byte a number, scales, four for three.
+
+    Book: 19_publishing.html#exercise-1-how-large-is-the-page
+    """
+    for layers, width, vocabulary, context in ((1, 6, 257, 8), (4, 144, 2048, 256)):
+        heads = 2
+        model = GPT(GPTConfig(vocabulary, context, layers, heads, width))
+        tokenizer = BPETokenizer([], [f"<{n}>" for n in range(vocabulary - 256)])
+        stored = page_model(model, tokenizer)["weights"]
+        parts = {name: sum(map(len, part.values())) for name, part in stored.items()}
+        wanted, found = sum(parts.values()), size(layers, width, vocabulary, context)
+        vectors = sum(n for name, n in parts.items() if "float32" in stored[name])
+        assert found != wanted - vectors, "biases and norms take room, too"
+        scales = sum(len(part.get("scales", "")) for part in stored.values())
+        assert found != wanted - scales, "each row of a matrix has a scale"
+        assert found != wanted + parts["tokens.weight"], "a tied head is stored once"
+        assert found == wanted, f"{wanted:,} characters, not {found:,}"
+
+
+def check_tag(script: Callable[[Any], str]) -> None:
+    """No value of a script can end it, and the value arrives unchanged.
+
+    Book: 19_publishing.html#exercise-2-a-string-that-ends-the-script
+    """
+    for value in ({"a": [1, "x"]}, "1 < 2 & 'so' on", "</script><b>", "<!-- <script>"):
+        text = script(value)
+        assert text.startswith("<script>x = "), "begin with <script>x = "
+        assert text.endswith(";</script>"), "end with ;</script>"
+        inside = text.removeprefix("<script>x = ").removesuffix(";</script>")
+        lower = inside.lower()
+        assert "</script" not in lower, f"{value!r} ends the script"
+        assert "<!--" not in lower, f"{value!r} begins a comment, which hides the end"
+        try:
+            found = json.loads(inside)
+        except json.JSONDecodeError:
+            raise AssertionError(f"{inside} is not JSON") from None
+        assert found == value, f"{value!r} arrived as {found!r}"
+
+
+def check_kept(kept: Callable[[list[int], list[int], int], int]) -> None:
+    """What two windows have in common at their beginning stays.
+
+    Book: 19_publishing.html#exercise-3-what-stays-in-the-cache
+    """
+    found = kept([1, 2, 3], [1, 2, 3, 4], 8)
+    assert found == 3, f"one more token: all 3 stay, not {found}"
+    found = kept([1, 2, 3, 4], [1, 2], 8)
+    assert found == 2, f"cut short: 2 stay, not {found}"
+    found = kept([1, 2, 3, 4], [1, 9, 3, 4], 8)
+    assert found != 3, "a changed token changes the keys of all that follow it"
+    assert found == 1, f"the second token changed: 1 stays, not {found}"
+    found = kept([5, 6, 7, 8], [5, 6, 7, 8, 9], 4)
+    assert found != 4, "the window has moved on: its first token is another one"
+    assert found == 0, f"after the window has moved nothing stays, not {found}"
+    found = kept([1, 1, 1, 1], [1, 1, 1, 1, 1], 4)
+    assert found == 3, f"by chance the windows begin alike: 3 stay, not {found}"
+    found = kept([5, 6, 7, 8, 9], [5, 6, 7, 8, 9, 3], 4)
+    assert found == 3, f"7, 8, 9 are in both windows, not {found} tokens"

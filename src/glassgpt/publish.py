@@ -1,0 +1,181 @@
+# Written by tools/tangle.py from book/19_publishing.ipynb: change it there.
+"""Publishing: a GPT as one HTML file that runs in any browser."""
+
+import base64
+import html
+import json
+import os
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from glassgpt.chat import template_of
+from glassgpt.gpt import GPT, GPTConfig
+from glassgpt.tokens import BPETokenizer, CharTokenizer, Tokenizer
+
+
+def as_text(parameter: Tensor, weights: str = "int8") -> dict[str, str]:
+    """A parameter in base64: its float32 numbers, or for each row int8 and a scale.
+
+    weights: "int8", for parameters with two axes, or "float32".
+
+    Book: 19_publishing.html#one-byte-a-weight
+    """
+
+    def written(numbers: Tensor) -> str:
+        return base64.b64encode(numbers.contiguous().numpy().tobytes()).decode()
+
+    x = parameter.detach().cpu().float()
+    if weights == "float32" or x.dim() == 1:
+        return {"float32": written(x)}
+    scales = x.abs().amax(dim=1) / 127 + 1e-30  # a row may be all 0
+    whole = (x / scales[:, None]).round().to(torch.int8)
+    return {"int8": written(whole), "scales": written(scales)}
+
+
+LARGEST = 50_000_000  # characters of a model: a browser has to read them all
+
+
+def page_model(
+    model: GPT, tokenizer: Tokenizer, weights: str = "int8", prompt: str = ""
+) -> dict[str, Any]:
+    """All that a page needs to run a model, as JSON can hold it.
+
+    weights: "int8", one byte for each, or "float32". prompt: what stands in the page at
+    the start. Raises ValueError for another architecture than GPT-2's, a tokenizer of
+    another package or another size, and a model too large for a page.
+
+    Book: 19_publishing.html#the-block-and-the-gpt
+    """
+    if weights not in ("int8", "float32"):
+        raise ValueError(f"weights must be int8 or float32, not {weights!r}")
+    c, parameters = model.config, dict(model.named_parameters())
+    if type(c) is not GPTConfig or "blocks.0.mlp.expand.weight" not in parameters:
+        raise ValueError("a page runs GPT-2's architecture (glassgpt.GPT), no other")
+    if len(tokenizer) != c.vocab_size:
+        raise ValueError(f"{len(tokenizer)} tokens for a model of {c.vocab_size}")
+    size = sum(p.numel() for p in parameters.values()) * 4 // 3
+    size *= 4 if weights == "float32" else 1
+    if size > LARGEST:
+        most = f"a browser should read at most {LARGEST / 1e6:.0f} MB"
+        raise ValueError(f"the page would have {size / 1e6:.0f} MB, and {most}")
+    sizes = {name: getattr(c, name) for name in ("context", "layers", "heads", "width")}
+    return {
+        "config": sizes,
+        "weights": {name: as_text(p, weights) for name, p in parameters.items()},
+        "tokenizer": tokenizer_data(tokenizer),
+        "chat": chat_data(tokenizer),
+        "prompt": prompt,
+    }
+
+
+def tokenizer_data(tokenizer: Tokenizer) -> dict[str, Any]:
+    """A tokenizer as JSON can hold it; "start" is what an empty prompt stands for.
+
+    Raises ValueError for a tokenizer of another package.
+
+    Book: 19_publishing.html#byte-pairs
+    """
+    special = list(tokenizer.special_tokens)
+    if isinstance(tokenizer, BPETokenizer):
+        symbols = {"bytes": list(tokenizer.decode_bytes(range(256)))}
+        start = tokenizer.encode("\n")
+    elif isinstance(tokenizer, CharTokenizer):
+        ids = range(len(tokenizer) - len(special))
+        symbols, start = {"characters": [tokenizer.decode([n]) for n in ids]}, [0]
+    else:
+        kind = type(tokenizer).__name__
+        raise ValueError(f"a page has tokenizers of this package only, no {kind}")
+    merges = list(tokenizer.merges)
+    return {**symbols, "merges": merges, "special": special, "start": start}
+
+
+def chat_data(tokenizer: Tokenizer) -> dict[str, Any] | None:
+    """The marks of a model's chat template as ids, or None where it knows no roles.
+
+    Book: 19_publishing.html#byte-pairs
+    """
+    try:
+        template = template_of(tokenizer)
+    except ValueError:
+        return None
+
+    def ids(text: str) -> list[int]:
+        return tokenizer.encode(text, allow_special=True)
+
+    before = {role: ids(mark) for role, mark in template.before.items()}
+    return {"before": before, "stop": ids(template.stop), "after": ids(template.after)}
+
+
+def model_script(model: GPT, tokenizer: Tokenizer, **settings: str) -> str:
+    """The JavaScript that hands a model to the page. settings: as in `page_model`.
+
+    Book: 19_publishing.html#one-file
+    """
+    stored = json.dumps(page_model(model, tokenizer, **settings))
+    return f"globalThis.glassModel = {stored};\n".replace("<", "\\u003c")
+
+
+def page_script() -> str:
+    """The JavaScript that runs a model: the engine inside a function, and the page.
+
+    Book: 19_publishing.html#one-file
+    """
+    folder = files("glassgpt") / "page"
+    engine = (folder / "gpt.js").read_text("utf-8")
+    page = (folder / "page.js").read_text("utf-8")
+    return f"function engine() {{\n{engine}}}\n\n{page}"
+
+
+PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+:root {{ color-scheme: light dark }}
+body {{ max-width: 42rem; margin: 1rem auto; padding: 0 1rem; font-family: system-ui }}
+</style>
+<main>
+<h1>{title}</h1>
+<p>A GPT of {parameters:,} parameters, in this page. Nothing you write leaves it.</p>
+<glass-gpt><p>It needs JavaScript.</p></glass-gpt>
+</main>
+<script>{model}</script>
+<script>{page}</script>
+</html>
+"""
+
+
+def publish(
+    model: GPT,
+    tokenizer: Tokenizer,
+    path: str | Path,
+    title: str = "Glass GPT",
+    weights: str = "int8",
+    prompt: str = "",
+) -> None:
+    """Write one HTML file that runs a model in any browser, without a network.
+
+    weights: "int8" (one byte for each weight) or "float32" (four). prompt: what stands
+    there at the start. The file is written whole, or not at all.
+    Raises ValueError for what a page can't run: another architecture than GPT-2's, a
+    tokenizer of another package, a model too large.
+
+    Book: 19_publishing.html#one-file
+    """
+    path = Path(path)
+    script = model_script(model, tokenizer, weights=weights, prompt=prompt)
+    text = PAGE.format(
+        title=html.escape(title),
+        parameters=model.parameter_count(),
+        model=script,
+        page=page_script(),
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_text(text, "utf-8")
+    unfinished.replace(path)

@@ -1,0 +1,288 @@
+"""A published page, opened from the disk in a browser: it computes what we do."""
+
+import json
+import random
+
+import pytest
+import torch
+from conftest import find_browser
+from test_page import FLAGS, REQUIRED
+
+import glassgpt
+from glassgpt.publish import LARGEST, page_model, publish
+from glassgpt.tokens import BPETokenizer, CharTokenizer
+
+no_browser = pytest.mark.skipif(
+    find_browser() is None and not REQUIRED, reason="no Chromium or Chrome was found"
+)
+ASK = "(question) => document.querySelector('glass-gpt').ask(...question)"
+# The greedy continuation by the page's own engine, as its button asks for it.
+GREEDY = """async ([prompts, count]) => {
+  const { ask } = document.querySelector("glass-gpt"), rows = [];
+  for (const prompt of prompts) {
+    const ids = await ask("encode", prompt);
+    for (let n = 0; n < count; n++) {
+      await ask("read", ids);
+      ids.push(await ask("draw", { topK: 1 }));
+    }
+    rows.push(ids);
+  }
+  return rows;
+}"""
+
+
+@pytest.fixture(scope="module")
+def shakespeare():
+    return glassgpt.load("shakespeare")
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    from playwright.sync_api import sync_playwright
+
+    path = find_browser()
+    assert path, "GLASSGPT_REQUIRE_BROWSER=1, but no Chromium or Chrome was found"
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=path, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+def opened(chromium, path, **options):
+    """The page of a file, when its model answers; whatever goes wrong is collected."""
+    page = chromium.new_page(**options)
+    page.trouble = []
+    page.on("pageerror", lambda error: page.trouble.append(str(error)))
+    page.on("console", lambda message: page.trouble.append(message.text))
+    page.on("request", lambda sent: page.trouble.append(sent.url))
+    page.goto(path.as_uri())
+    page.locator(".live:not([hidden])").wait_for()
+    page.trouble = [
+        text for text in page.trouble if not text.startswith(("file:", "blob:"))
+    ]
+    return page
+
+
+@pytest.fixture(scope="module")
+def page(chromium, shakespeare, tmp_path_factory):
+    path = tmp_path_factory.mktemp("page") / "model.html"
+    publish(*shakespeare, path, "A <page>", prompt="</script>ROMEO:\nO")
+    page = opened(chromium, path)
+    yield page
+    assert page.trouble == []
+    page.close()
+
+
+def lightened(model):
+    """The model with the weights that the page has, rounded to int8."""
+    import copy
+
+    light = copy.deepcopy(model)
+    for parameter in light.parameters():
+        if parameter.dim() == 2:
+            scale = parameter.data.abs().amax(1, keepdim=True) / 127 + 1e-30
+            parameter.data = (parameter.data / scale).round() * scale
+    return light
+
+
+def prompts(tokenizer, count):
+    dice = random.Random(3)
+    ids = [
+        [dice.randrange(2047) for _ in range(dice.randint(1, 8))] for _ in range(count)
+    ]
+    return [text for row in ids if "\ufffd" not in (text := tokenizer.decode(row))]
+
+
+@no_browser
+def test_greedy_ids_are_the_packages(page, shakespeare):
+    model, tokenizer = lightened(shakespeare[0]), shakespeare[1]
+    texts = prompts(tokenizer, 300)[:200]
+    assert len(texts) == 200
+    ids = [tokenizer.encode(text) for text in texts]
+    wanted = [glassgpt.generate(model, row, 6, top_k=1) for row in ids]
+    assert page.evaluate(GREEDY, [texts, 6]) == wanted
+
+
+@no_browser
+def test_past_the_context_too(page, shakespeare):
+    model, tokenizer = lightened(shakespeare[0]), shakespeare[1]
+    (found,) = page.evaluate(GREEDY, [["ROMEO:"], 300])
+    assert found == glassgpt.generate(model, tokenizer.encode("ROMEO:"), 300, top_k=1)
+
+
+@no_browser
+@pytest.mark.parametrize("kind", ["float32", "int8"])
+def test_probabilities_are_the_models(chromium, shakespeare, tmp_path, kind):
+    """All of them, after each token: what the bars and the dice are made of."""
+    model, tokenizer = shakespeare
+    publish(model, tokenizer, tmp_path / "page.html", weights=kind)
+    page = opened(chromium, tmp_path / "page.html")
+    ids = tokenizer.encode("JULIET:\nO Romeo, Romeo, wherefore art thou")
+    page.evaluate(ASK, ["read", ids])
+    with torch.no_grad():
+        logits = (model if kind == "float32" else lightened(model))(
+            torch.tensor([ids])
+        )[0]
+    for place, row in enumerate(logits.double().softmax(-1)):
+        choices = page.evaluate(ASK, ["next", place, {}, 5000])["choices"]
+        found = torch.zeros_like(row)
+        for choice in choices:
+            found[choice["id"]] = choice["probability"]
+        assert (found.log() - row.log()).abs().max() < 1e-4
+    assert page.trouble == []
+
+
+@no_browser
+def test_tokens_on_nasty_text(page, shakespeare):
+    texts = [
+        "",
+        " ",
+        "a  b",
+        "\n\n x",
+        "it's WE'LL",
+        "na\u00efve \u65e5\u672c \U0001f409",
+        "x" * 500,
+    ]
+    texts += [
+        "\u0085\ufeff\u00a0",
+        "\x1c\x1d",
+        "a\u0301 \u0660\u0661",
+        "<|endoftext|>",
+        "\r\n\t",
+    ]
+    for text in texts:
+        assert page.evaluate(ASK, ["encode", text]) == shakespeare[1].encode(text)
+
+
+@no_browser
+def test_filters_are_the_packages(page, shakespeare):
+    model, tokenizer = shakespeare
+    ids = tokenizer.encode("O")
+    page.evaluate(ASK, ["read", ids])
+    logits = lightened(model)(torch.tensor([ids]))[0, -1:].detach()
+    for settings in (
+        {"topK": 3},
+        {"topP": 0.5, "temperature": 0.7},
+        {"topK": 9, "topP": 0.6},
+    ):
+        t = settings.get("temperature", 1.0)
+        kept = logits
+        if "topK" in settings:
+            kept = glassgpt.generation.keep_top_k(kept, settings["topK"])
+        if "topP" in settings:
+            kept = glassgpt.generation.keep_top_p(kept, settings["topP"], t)
+        p = glassgpt.softmax(kept, temperature=t)[0]
+        choices = page.evaluate(ASK, ["next", 0, settings, 5000])["choices"]
+        assert {c["id"] for c in choices} == set(p.nonzero()[:, 0].tolist())
+        assert all(abs(c["probability"] - p[c["id"]].item()) < 1e-5 for c in choices)
+
+
+@no_browser
+def test_weights_and_lens_are_the_models(page, shakespeare):
+    model, tokenizer = lightened(shakespeare[0]), shakespeare[1]
+    ids = tokenizer.encode("ROMEO:\nO Juliet,")
+    page.evaluate(ASK, ["read", ids])
+    seen = glassgpt.trace(model, torch.tensor([ids]))
+    found = page.evaluate(
+        "async (question) => [...await document.querySelector("
+        "'glass-gpt').ask(...question)]",
+        ["weights", 2, 4, 5],
+    )
+    wanted = seen["2.weights"][0, 4, 5, :6]
+    assert torch.allclose(torch.tensor(found), wanted, atol=1e-5)
+    rows = page.evaluate(ASK, ["lens", 5, 1])
+    streams = [seen["embedding"], *(seen[f"{n}.stream"] for n in range(4))]
+    best = [glassgpt.logit_lens(model, s)[0, 5].argmax().item() for s in streams]
+    assert [row[0]["id"] for row in rows] == best
+
+
+@no_browser
+def test_a_reader_writes_and_looks(chromium, shakespeare, tmp_path):
+    publish(*shakespeare, tmp_path / "page.html", prompt="ROMEO:")
+    page = opened(
+        chromium, tmp_path / "page.html", viewport={"width": 360, "height": 740}
+    )
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    tokens = page.locator(".tokens span")
+    assert tokens.all_inner_texts() == ["ROMEO", ":"]
+    page.get_by_role("button", name="One token").click()
+    page.wait_for_function("document.querySelector('glass-gpt').ids.length === 3")
+    page.get_by_role("textbox", name="Prompt").fill("O Juliet")
+    page.wait_for_function("document.querySelector('glass-gpt').pieces[0] === 'O'")
+    box = page.get_by_role("listbox")
+    box.focus()
+    page.keyboard.press("ArrowLeft")
+    chosen = page.locator("[aria-selected=true]")
+    page.wait_for_function("document.querySelector('glass-gpt').position === 2")
+    assert chosen.inner_text() == "ul"
+    assert (
+        "\u201cul\u201d looks at"
+        in page.locator("section", has_text="Attention").inner_text()
+    )
+    page.get_by_role("slider", name="head").press("ArrowRight")
+    page.get_by_role("slider", name="top-k").press("Home")
+    page.get_by_text("Tokens that can be drawn: 1", exact=True).wait_for()
+    page.get_by_role("button", name="Write").click()
+    page.wait_for_function("document.querySelector('glass-gpt').ids.length > 60")
+    page.get_by_role("button", name="Stop").click()
+    page.get_by_role("button", name="Write").wait_for()
+    assert page.trouble == []
+
+
+@no_browser
+def test_a_model_of_characters_and_one_that_chats(chromium, tmp_path):
+    torch.manual_seed(0)
+    letters = CharTokenizer(sorted("abc .\n<>&"))
+    model = glassgpt.GPT(glassgpt.GPTConfig(len(letters), 16, 1, 2, 8))
+    publish(model, letters, tmp_path / "letters.html", prompt="a<b>&c")
+    page = opened(chromium, tmp_path / "letters.html")
+    assert page.locator(".tokens span").all_inner_texts() == list("a<b>&c")
+    page.get_by_role("textbox", name="Prompt").fill("az")
+    page.get_by_text("does not know the character").wait_for()
+    assert page.trouble == []
+    small = glassgpt.GPT(glassgpt.GPTConfig(257, 64, 1, 2, 8))
+    model, tokenizer = glassgpt.add_roles(small, BPETokenizer([]))
+    publish(model, tokenizer, tmp_path / "chat.html")
+    page = opened(chromium, tmp_path / "chat.html")
+    said = [{"role": "user", "content": "Hi <|end|>"}]
+    wanted, _ = glassgpt.render(said, tokenizer, reply=True)
+    assert page.evaluate(ASK, ["render", said]) == wanted
+    page.get_by_label("Your message").fill("Hi")
+    page.get_by_role("button", name="Send").click()
+    page.get_by_text("Assistant", exact=True).wait_for()
+    page.wait_for_function("!document.querySelector('glass-gpt').writing")
+    assert page.trouble == []
+
+
+def test_what_a_page_cannot_run_is_refused_and_nothing_is_written(
+    tmp_path, shakespeare
+):
+    model, tokenizer = shakespeare
+    path = tmp_path / "page.html"
+    path.write_text("mine", "utf-8")
+    modern = glassgpt.ModernGPT(glassgpt.ModernConfig(len(tokenizer), 8, 1, 2, 8))
+    large = glassgpt.GPT(glassgpt.GPTConfig(len(tokenizer), 8, 12, 2, 512))
+    assert large.parameter_count() * 4 / 3 > LARGEST
+    for wrong, sentence in (
+        ((modern, tokenizer), "GPT-2's architecture"),
+        ((glassgpt.lighten(model, "int8"), tokenizer), "GPT-2's architecture"),
+        ((model, CharTokenizer("abc")), "3 tokens for a model of 2048"),
+        ((large, tokenizer), "the page would have 52 MB"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            publish(*wrong, path)
+    with pytest.raises(ValueError, match="int8 or float32"):
+        publish(model, tokenizer, path, weights="int4")
+    assert path.read_text("utf-8") == "mine"
+    assert [p.name for p in tmp_path.iterdir()] == ["page.html"]
+
+
+def test_no_text_can_end_the_script(tmp_path):
+    odd = BPETokenizer([], ["</script><!-- <script>"])
+    model = glassgpt.GPT(glassgpt.GPTConfig(len(odd), 8, 1, 2, 8))
+    publish(model, odd, tmp_path / "page.html", "</title>&", prompt="</script>")
+    text = (tmp_path / "page.html").read_text("utf-8")
+    assert text.count("</script>") == 2
+    assert "<title>&lt;/title&gt;&amp;</title>" in text
+    stored = text.split("globalThis.glassModel = ")[1].split(";\n</script>")[0]
+    assert json.loads(stored) == page_model(model, odd, prompt="</script>")
