@@ -1,5 +1,7 @@
 """The wheel and the sdist: built without a network, and they hold what they should."""
 
+import email
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import tangle
+import yaml
 
 ROOT = Path(__file__).parent.parent
 
@@ -41,6 +44,20 @@ def test_wheel_holds_the_tangled_modules_a_model_and_nothing_else(dist):
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
         Path(name).name for name in model
     }
+
+
+def test_the_index_gets_a_page_whose_links_lead_somewhere(dist):
+    """It shows README.md without the repository around it: whole addresses only."""
+    (wheel,) = dist.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [n for n in archive.namelist() if n.endswith("/METADATA")]
+        facts = email.message_from_bytes(archive.read(name))
+    assert facts["Description-Content-Type"] == "text/markdown"
+    page = facts.get_payload()
+    assert "](https://" in page
+    assert re.findall(r"\]\((?!https://)[^)]*\)", page) == []
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    assert facts["Version"] == cited["version"]
 
 
 def test_the_model_takes_at_most_three_megabytes(dist):
