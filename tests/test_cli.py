@@ -654,6 +654,7 @@ def test_a_second_run_never_removes_the_first(made, tmp_path, monkeypatch, capsy
     assert (tmp_path / "run" / "model.safetensors").exists()
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
 def test_ending_a_start_leaves_nothing(made, tmp_path):
     code = """
         import os, signal
@@ -676,6 +677,7 @@ def test_a_program_that_calls_main_keeps_its_handlers():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes break otherwise")
 def test_output_that_nobody_reads_any_more_is_no_mistake(made):
     command = [str(SCRIPT), "generate", str(made / "run"), "--tokens", "3000"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -686,6 +688,7 @@ def test_output_that_nobody_reads_any_more_is_no_mistake(made):
     assert process.returncode == 141
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_and_resumed_it_reaches_the_same_weights(made, tmp_path, number):
     words = ["train", "--data", made / "my.txt", "--tokenizer", "char", *TINY]

@@ -69,7 +69,7 @@ def change(root, repository):
         text = path.read_text("utf-8")
         text, count = pattern.subn(lambda match: new[match[0]], text)
         if count:
-            path.write_text(text, "utf-8")
+            path.write_text(text, "utf-8", newline="\n")
             counts[path] = count
     return counts
 

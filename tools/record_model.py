@@ -359,7 +359,7 @@ def draw_cover(content):
 
     moving = slider(draw, range(len(trace["steps"]) + 1), "tokens written", tell, play=1.2)
     opened = '<div class="glass-cover" style="margin-bottom:1.5rem">'
-    COVER.write_text(f"{opened}{moving._repr_html_()}</div>\n{START}", "utf-8")
+    COVER.write_text(f"{opened}{moving._repr_html_()}</div>\n{START}", "utf-8", newline="\n")
 
 
 # Seconds for a token, how many such beats the whole text stays, and the step of the still picture.
@@ -444,7 +444,7 @@ def draw_readme_picture(content):
         stays="\n".join(stays),
         shapes="\n".join(shapes),
     )
-    README_PICTURE.write_text(picture, "utf-8")
+    README_PICTURE.write_text(picture, "utf-8", newline="\n")
 
 
 def main(arguments=None):
@@ -459,8 +459,8 @@ def main(arguments=None):
             parser.error("name the run's folder")
         ship(options.run)
         text = to_json(record(options.run))
-        RECORD.write_text(text, "utf-8")
-        (MODEL / "run.json").write_text(text, "utf-8")
+        RECORD.write_text(text, "utf-8", newline="\n")
+        (MODEL / "run.json").write_text(text, "utf-8", newline="\n")
         size = sum(path.stat().st_size for path in MODEL.iterdir())
         print(f"{MODEL}: {size / 1e6:.2f} MB; {RECORD}: {len(text) / 1e3:.0f} kB")
     content = json.loads(RECORD.read_text("utf-8"))
