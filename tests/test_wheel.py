@@ -20,10 +20,17 @@ ROOT = Path(__file__).parent.parent
 def dist(tmp_path_factory):
     """Both, built from a copy, so that nothing is left in the tree."""
     source = tmp_path_factory.mktemp("source")
-    for name in ("pyproject.toml", "README.md", "LICENSE", "LICENSE-TEXT"):
+    for name in (
+        "pyproject.toml",
+        "MANIFEST.in",
+        "README.md",
+        "LICENSE",
+        "LICENSE-TEXT",
+    ):
         shutil.copy(ROOT / name, source)
     skipped = shutil.ignore_patterns("__pycache__", "*.egg-info")
-    shutil.copytree(ROOT / "src", source / "src", ignore=skipped)
+    for name in ("src", "tests"):
+        shutil.copytree(ROOT / name, source / name, ignore=skipped)
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", "dist", "."]
     done = subprocess.run(command, cwd=source, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -77,3 +84,4 @@ def test_sdist_holds_what_builds_the_wheel(dist):
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[-1] for name in archive.getnames()}
     assert {"pyproject.toml", "README.md", "LICENSE", "src/glassgpt/py.typed"} <= names
+    assert not [name for name in names if name.startswith("tests")]
