@@ -59,7 +59,8 @@ def copy(tmp_path):
 
 def test_one_command_changes_it_everywhere(copy, capsys):
     old_repository, old_page = address.current(copy)
-    old_colab = address.on_colab(old_repository)
+    owner_and_name = old_repository.removeprefix("https://github.com/")
+    old_colab = f"colab.research.google.com/github/{owner_and_name}"
     assert any(old_colab in path.read_text("utf-8") for path in copy.glob("*.md"))
     assert address.main([NEW], copy) == 0
     said = capsys.readouterr().out
