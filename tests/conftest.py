@@ -5,10 +5,13 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
 
+if os.name == "nt":  # the texts that tests write have the same bytes everywhere
+    Path.write_text = partialmethod(Path.write_text, newline="\n")
 # Programs started in the background, or under nohup, hand ignored signals on to theirs.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 if hasattr(signal, "SIGHUP"):

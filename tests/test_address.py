@@ -59,6 +59,9 @@ def copy(tmp_path):
 
 def test_one_command_changes_it_everywhere(copy, capsys):
     old_repository, old_page = address.current(copy)
+    owner_and_name = old_repository.removeprefix("https://github.com/")
+    old_colab = f"colab.research.google.com/github/{owner_and_name}"
+    assert any(old_colab in path.read_text("utf-8") for path in copy.glob("*.md"))
     assert address.main([NEW], copy) == 0
     said = capsys.readouterr().out
     for name in ("_config.yml", "pyproject.toml", "README.md"):
@@ -67,6 +70,7 @@ def test_one_command_changes_it_everywhere(copy, capsys):
         text = path.read_text("utf-8") if path.is_file() else ""
         assert old_repository not in text, path
         assert old_page not in text, path
+        assert old_colab not in text, path
     config = yaml.safe_load((copy / "_config.yml").read_text("utf-8"))
     assert config["repository"]["url"] == NEW
     assert config["html"]["baseurl"] == "https://you.github.io/yours/"

@@ -19,6 +19,7 @@ from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 
+import address
 import pytest
 import torch
 
@@ -653,6 +654,7 @@ def test_a_second_run_never_removes_the_first(made, tmp_path, monkeypatch, capsy
     assert (tmp_path / "run" / "model.safetensors").exists()
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
 def test_ending_a_start_leaves_nothing(made, tmp_path):
     code = """
         import os, signal
@@ -675,6 +677,7 @@ def test_a_program_that_calls_main_keeps_its_handlers():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes break otherwise")
 def test_output_that_nobody_reads_any_more_is_no_mistake(made):
     command = [str(SCRIPT), "generate", str(made / "run"), "--tokens", "3000"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -685,6 +688,7 @@ def test_output_that_nobody_reads_any_more_is_no_mistake(made):
     assert process.returncode == 141
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_and_resumed_it_reaches_the_same_weights(made, tmp_path, number):
     words = ["train", "--data", made / "my.txt", "--tokenizer", "char", *TINY]
@@ -786,9 +790,9 @@ def test_transformers_reads_a_run(made):
 ROOT = Path(__file__).parent.parent
 
 
-def blocks(language):
-    """The blocks of code in README.md."""
-    text = (ROOT / "README.md").read_text("utf-8")
+def blocks(language, name="README.md"):
+    """The blocks of code in a Markdown file of the root."""
+    text = (ROOT / name).read_text("utf-8")
     return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
@@ -814,6 +818,28 @@ def test_the_programs_of_the_readme_run(made, tmp_path, monkeypatch, capsys):
     ids, _ = render([{"role": "user", "content": "Who are you?"}], tokenizer, True)
     answer = generate(model, ids, 9, [tokenizer.special_tokens["<|end|>"]], top_k=1)
     assert tokenizer.decode(answer[len(ids) :]) == "A small GPT."
+
+
+def test_what_agents_are_told_is_true(capsys):
+    (program,), (said,) = blocks("python", "AGENTS.md"), blocks("text", "AGENTS.md")
+    exec(program, {})
+    assert capsys.readouterr().out == said
+    text = (ROOT / "AGENTS.md").read_text("utf-8")
+    name, place = re.search(r"`help\(glassgpt\.(\w+)\)` ends in `(.+?)`", text).groups()
+    assert getattr(glassgpt, name).__doc__.rstrip().endswith(place)
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "AGENTS.md"])
+def test_files_and_targets_that_are_named_are_there(name):
+    text = (ROOT / name).read_text("utf-8")
+    text = re.sub(rf"{address.current(ROOT)[0]}/(blob|raw)/main/", "", text)
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    for target in re.findall(r"(?m)(?:^|`|=1 )make ([a-z]+)", text):
+        assert f"\n{target}:" in makefile, target
+    for path in re.findall(r"(?<![\w/])(?:book|src|tests|tools)/[\w/.]*\w", text):
+        assert (ROOT / path).exists(), path
+    for path in re.findall(r"\]\(([\w./-]+)\)", text):
+        assert (ROOT / path).exists(), path
 
 
 def test_a_program_with_strict_types(tmp_path):

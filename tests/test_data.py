@@ -222,6 +222,7 @@ def not_root():
         os.seteuid(user)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="rights are others on Windows")
 def test_a_folder_that_may_not_be_looked_into():
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
@@ -379,6 +380,7 @@ def test_what_exists_is_left_alone(tmp_path, bpe):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "link", "out"]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="rights are others on Windows")
 def test_a_folder_that_may_not_be_written_to(bpe):
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o555)
@@ -421,6 +423,7 @@ write_tokens("out", {"train": ids(), "validation": ids()}, CharTokenizer("a"))
 """
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
 def test_a_killed_writer_leaves_nothing_that_opens(bpe):
     done = subprocess.run([sys.executable, "-c", RUN, "killed"], check=False)
     assert done.returncode == -signal.SIGKILL
@@ -434,6 +437,7 @@ def test_a_killed_writer_leaves_nothing_that_opens(bpe):
     assert [path.name for path in Path().iterdir()] == ["out"]  # nor what was left over
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs limits of the system")
 def test_a_full_disk_leaves_nothing(tmp_path):
     command = [sys.executable, "-c", RUN, "full"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -459,6 +463,7 @@ print(len(data.train) + len(data.validation), peak() - before)
 """
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="counts memory as POSIX does")
 def test_memory_stays_bounded_for_64_megabytes():
     """Learning the characters and encoding; to hold the text would take 61 MiB more."""
     Path("text").write_text(TEXT * 40_000 * 64)

@@ -54,7 +54,9 @@ from glassgpt.heads import fused_attention
 from glassgpt.modern import LLAMA_CHOICES, ModernConfig, MuonConfig, build
 from glassgpt.training import TrainConfig, Trainer, token_loss, train
 
-needs_compiler = pytest.mark.skipif(not which("c++"), reason="needs a C++ compiler")
+needs_compiler = pytest.mark.skipif(
+    not which("cl" if os.name == "nt" else "c++"), reason="needs a C++ compiler"
+)
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SHAPE = GPTConfig(11, context=8, layers=2, heads=2, width=16)
 TRAINING = TrainConfig(steps=6, batch_size=4, warmup=3, evaluate_every=3)

@@ -3,7 +3,9 @@
 import json
 import math
 import re
+from itertools import pairwise
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import record_model as tool
@@ -124,8 +126,31 @@ def test_every_token_is_counted_once_and_sees_half_a_context():
 
 def test_the_same_record_gives_the_same_bytes(record, monkeypatch, tmp_path):
     assert tool.to_json(record) == tool.RECORD.read_text("utf-8")
-    monkeypatch.setattr(tool, "COVER", tmp_path / "cover.html")
-    tool.draw_cover(record)
-    assert (tmp_path / "cover.html").read_bytes() == (
-        ROOT / "book" / "_static" / "cover.html"
-    ).read_bytes()
+    for name, draw in (
+        ("COVER", "draw_cover"),
+        ("README_PICTURE", "draw_readme_picture"),
+    ):
+        drawn = getattr(tool, name)
+        monkeypatch.setattr(tool, name, tmp_path / drawn.name)
+        getattr(tool, draw)(record)
+        assert (tmp_path / drawn.name).read_bytes() == drawn.read_bytes()
+
+
+def tell(piece, p):
+    """What stands beside a bar of the picture."""
+    return piece.replace("\n", "\u21b5").strip() + f"{p:.1%}"
+
+
+def test_the_picture_of_the_readme_tells_the_trace_and_stands_still_when_asked(record):
+    picture = ElementTree.parse(tool.README_PICTURE)
+    steps, groups = record["trace"]["steps"], picture.findall("{*}g")
+    words = ["".join(group.itertext()) for group in groups]
+    chosen = [before for before, word in pairwise(words) if word == "\u25c4 chosen"]
+    assert chosen == [tell(step["token"], step["p"]) for step in steps]
+    # Seen without motion: the text before one step, its bars and its choice.
+    still = [w for w, g in zip(words, groups, strict=True) if not g.get("visibility")]
+    wanted = [step["token"].strip() for step in steps[: tool.STILL]]
+    wanted += [tell(*candidate) for candidate in steps[tool.STILL]["top"][:8]]
+    assert [word for word in still if word not in ("", "\u25c4 chosen")] == wanted
+    assert still.count("\u25c4 chosen") == 1
+    assert tool.README_PICTURE.stat().st_size < 300_000

@@ -377,6 +377,7 @@ def test_turns_are_fair(client, monkeypatch):
     assert all(a != b for a, b in zip(overlap[2:-2], overlap[3:-1], strict=True))
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="says it in other words")
 def test_a_port_in_use_is_an_error(shakespeare):
     app = make_app(*shakespeare, "x")
     with running(app) as address:
@@ -385,6 +386,7 @@ def test_a_port_in_use_is_an_error(shakespeare):
             again.__enter__()
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
 def test_the_command_serves_until_ctrl_c():
     command = [sys.executable, "-m", "glassgpt", "serve", "shakespeare", "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:

@@ -1,5 +1,7 @@
 """The wheel and the sdist: built without a network, and they hold what they should."""
 
+import email
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import tangle
+import yaml
 
 ROOT = Path(__file__).parent.parent
 
@@ -17,10 +20,17 @@ ROOT = Path(__file__).parent.parent
 def dist(tmp_path_factory):
     """Both, built from a copy, so that nothing is left in the tree."""
     source = tmp_path_factory.mktemp("source")
-    for name in ("pyproject.toml", "README.md", "LICENSE", "LICENSE-TEXT"):
+    for name in (
+        "pyproject.toml",
+        "MANIFEST.in",
+        "README.md",
+        "LICENSE",
+        "LICENSE-TEXT",
+    ):
         shutil.copy(ROOT / name, source)
     skipped = shutil.ignore_patterns("__pycache__", "*.egg-info")
-    shutil.copytree(ROOT / "src", source / "src", ignore=skipped)
+    for name in ("src", "tests"):
+        shutil.copytree(ROOT / name, source / name, ignore=skipped)
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", "dist", "."]
     done = subprocess.run(command, cwd=source, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -43,6 +53,20 @@ def test_wheel_holds_the_tangled_modules_a_model_and_nothing_else(dist):
     }
 
 
+def test_the_index_gets_a_page_whose_links_lead_somewhere(dist):
+    """It shows README.md without the repository around it: whole addresses only."""
+    (wheel,) = dist.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [n for n in archive.namelist() if n.endswith("/METADATA")]
+        facts = email.message_from_bytes(archive.read(name))
+    assert facts["Description-Content-Type"] == "text/markdown"
+    page = facts.get_payload()
+    assert "](https://" in page
+    assert re.findall(r"\]\((?!https://)[^)]*\)", page) == []
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    assert facts["Version"] == cited["version"]
+
+
 def test_the_model_takes_at_most_three_megabytes(dist):
     (wheel,) = dist.glob("*.whl")
     parts = zipfile.ZipFile(wheel).infolist()
@@ -60,3 +84,4 @@ def test_sdist_holds_what_builds_the_wheel(dist):
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[-1] for name in archive.getnames()}
     assert {"pyproject.toml", "README.md", "LICENSE", "src/glassgpt/py.typed"} <= names
+    assert not [name for name in names if name.startswith("tests")]

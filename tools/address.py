@@ -3,8 +3,8 @@
     python tools/address.py https://github.com/you/yours
 
 The addresses stand in _config.yml (repository.url and html.baseurl); this writes them there and
-in the other files that must repeat them: pyproject.toml, README.md, CONTRIBUTING.md and the first
-code cell of each chapter. The page's address follows GitHub Pages' rule, so the example gives
+in the other files that must repeat them: pyproject.toml, the texts in the root and the first code
+cell of each chapter. The page's address follows GitHub Pages' rule, so the example gives
 https://you.github.io/yours/ . Outputs and ids of the notebooks stay as they are.
 """
 
@@ -34,6 +34,11 @@ def page_address(repository):
     return f"https://{owner.lower()}.github.io/{name}/"
 
 
+def on_colab(repository):
+    """Where Colab opens the notebooks of a repository."""
+    return repository.replace("github.com", "colab.research.google.com/github")
+
+
 def carriers(root):
     """The files in which an address may stand."""
     names = [
@@ -41,6 +46,8 @@ def carriers(root):
         "pyproject.toml",
         "README.md",
         "CONTRIBUTING.md",
+        "AGENTS.md",
+        "CHANGELOG.md",
         "CITATION.cff",
     ]
     files = [root / name for name in names]
@@ -53,14 +60,16 @@ def change(root, repository):
     """Write the new addresses; return {path: how many were replaced}."""
     old_repository, old_page = current(root)
     # The whole name only: github.com/a/b must not match in github.com/a/bc.
-    pattern = re.compile(rf"{re.escape(old_repository)}(?![\w-])|{re.escape(old_page)}")
-    new = {old_repository: repository, old_page: page_address(repository)}
+    new = {old_repository: repository, on_colab(old_repository): on_colab(repository)}
+    pattern = "|".join(rf"{re.escape(old)}(?![\w-])" for old in new)
+    pattern = re.compile(rf"{pattern}|{re.escape(old_page)}")
+    new[old_page] = page_address(repository)
     counts = {}
     for path in carriers(root):
         text = path.read_text("utf-8")
         text, count = pattern.subn(lambda match: new[match[0]], text)
         if count:
-            path.write_text(text, "utf-8")
+            path.write_text(text, "utf-8", newline="\n")
             counts[path] = count
     return counts
 

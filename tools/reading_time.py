@@ -62,7 +62,7 @@ def main(arguments=None):
         elif due not in text:
             first["source"] = PLACE.sub(due, text).splitlines(keepends=True)
             new = json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
-            path.write_text(new, "utf-8")
+            path.write_text(new, "utf-8", newline="\n")
             print(f"{path}: {due}")
     return 1 if wrong else 0
 

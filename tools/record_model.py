@@ -7,14 +7,16 @@ From the folder of a run with all its checkpoints (`make model` trains it) this 
 * src/glassgpt/models/shakespeare/   config.json, tokenizer and weights in float16,
 * book/runs/shakespeare.json         the record that chapter 1 draws its figures from,
 * the same record as run.json beside the weights, for a notebook that runs alone,
-* book/_static/cover.html            the moving figure of the cover.
+* book/_static/cover.html            the moving figure of the cover,
+* book/_static/readme.svg            the same for README.md, where no script may run.
 
 Everything is computed with one thread and fixed seeds, so that a second call writes the same bytes.
-`--cover` only draws the cover again, from the record that is there.
+`--cover` only draws the last two again, from the record that is there.
 """
 
 import argparse
 import bz2
+import html
 import json
 import lzma
 import math
@@ -28,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "src" / "glassgpt" / "models" / "shakespeare"
 RECORD = ROOT / "book" / "runs" / "shakespeare.json"
 COVER = ROOT / "book" / "_static" / "cover.html"
+README_PICTURE = ROOT / "book" / "_static" / "readme.svg"
 
 TEXT_PROMPT, TEXT_STEPS, TEXT_TOKENS, TEXT_SEED = "ROMEO:\n", [0, 50, 100, 300, 1000, 3000], 60, 1
 BARS_PROMPT, BARS_STEPS = "ROMEO:\nO, my", [0, 50, 100, 200, 400, 800, 1600, 3200, 6400]
@@ -356,7 +359,92 @@ def draw_cover(content):
 
     moving = slider(draw, range(len(trace["steps"]) + 1), "tokens written", tell, play=1.2)
     opened = '<div class="glass-cover" style="margin-bottom:1.5rem">'
-    COVER.write_text(f"{opened}{moving._repr_html_()}</div>\n{START}", "utf-8")
+    COVER.write_text(f"{opened}{moving._repr_html_()}</div>\n{START}", "utf-8", newline="\n")
+
+
+# Seconds for a token, how many such beats the whole text stays, and the step of the still picture.
+BEAT, LAST_BEATS, STILL = 1.5, 2, 2
+# A card of its own color can be read on any page. Without motion the attributes hold: the still.
+PICTURE = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 352" role="img">
+<title>A GPT writes on from {prompt}: {written}</title>
+<style>
+svg{{--card:#fff;--edge:#d0d7de;--ink:#1f2328;--bar:#8c959f;--new:#d2142d}}
+@media (prefers-color-scheme:dark){{
+svg{{--card:#161b22;--edge:#3d444d;--ink:#e6edf3;--bar:#768390;--new:#ff7b86}}}}
+text{{font:18px ui-monospace,Menlo,Consolas,monospace;fill:var(--ink)}}
+.bars text{{font-size:15px}}.pick text{{fill:var(--new)}}
+.box{{fill:#e83e8c;fill-opacity:.15}}.box.even{{fill-opacity:.32}}
+.bar{{fill:var(--bar)}}.pick .bar{{fill:var(--new)}}
+.new{{fill:none;stroke:var(--new);stroke-width:2}}
+@media (prefers-reduced-motion:no-preference){{
+.beat,.pick,.stay{{visibility:hidden;animation:beat {seconds}s step-end infinite}}
+.pick{{animation-name:pick}}}}
+@keyframes beat{{0%{{visibility:visible}}{beat:.3f}%{{visibility:hidden}}}}
+@keyframes pick{{0%{{visibility:visible}}{pick:.3f}%{{visibility:hidden}}}}
+{stays}
+</style>
+<rect x="1" y="1" width="638" height="350" rx="10" fill="var(--card)" stroke="var(--edge)"/>
+{shapes}
+</svg>
+"""
+
+
+def draw_readme_picture(content):
+    """README's moving picture: an SVG of the text so far and the bars of each choice."""
+    trace = content["trace"]
+    steps, begin = trace["steps"], len(trace["pieces"])
+    highest = max(p for step in steps for _, p in step["top"])
+    beats, shapes, stays = len(steps) + LAST_BEATS, [], []
+
+    def shown(piece):
+        return html.escape(piece.strip(" ").replace("\n", "\u21b5"))
+
+    def show(kind, style, still, shape):
+        """A group whose class and style say when it is seen; `still`: without motion, too."""
+        hidden = "" if still else ' visibility="hidden"'
+        shapes.append(f'<g class="{kind}" style="animation-{style}"{hidden}>{shape}</g>')
+
+    def delay(beat):
+        return f"delay:{beat * BEAT:.2f}s"
+
+    x, y, wide = 20.0, 40, 10.8  # a character is so wide, whatever the font
+    for place, piece in enumerate(trace["pieces"] + [step["token"] for step in steps]):
+        number, long = place - begin, wide * len(piece)
+        box = f'<rect x="{x:.1f}" y="{y - 18}" width="{long:.1f}" height="25" rx="3" class='
+        word = piece.strip(" ")
+        start = x + wide * (len(piece) - len(piece.lstrip(" ")))
+        shape = f'{box}"box{" even" * (place % 2)}"/><text x="{start:.1f}" y="{y}" '
+        shape += f'textLength="{wide * len(word):.1f}">{shown(piece)}</text>'
+        if number < 0:
+            shapes.append(shape)
+        else:
+            since = f"{100 * (number + 1) / beats:.3f}%{{visibility:visible}}"
+            stays.append(f"@keyframes t{number}{{0%{{visibility:hidden}}{since}}}")
+            show("stay", f"name:t{number}", number < STILL, shape)
+            show("beat", delay(number + 1), number == STILL - 1, f'{box}"new"/>')
+        x, y = (20.0, y + 34) if piece == "\n" else (x + long + 2, y)
+    for number, step in enumerate(steps):
+        chosen = [step["token"], step["p"]]
+        listed = step["top"][:8] + [chosen] * (chosen not in step["top"][:8])
+        for row, (piece, p) in enumerate(listed):
+            y, long = 154 + 22 * row, max(320 * p / highest, 1)
+            bar = f'<rect x="120" y="{y - 13}" width="{long:.1f}" height="16" class="bar"/>'
+            texts = f'<text x="108" y="{y}" text-anchor="end">{shown(piece)}</text>'
+            texts += f'<text x="{128 + long:.1f}" y="{y}">{p:.1%}</text>'
+            show("beat bars", delay(number), number == STILL, bar + texts)
+            if [piece, p] == chosen:
+                bar += f'<text x="{188 + long:.1f}" y="{y}">\u25c4 chosen</text>'
+                show("pick bars", delay(number + 0.4), number == STILL, bar)
+    picture = PICTURE.format(
+        prompt=html.escape(repr(trace["prompt"])),
+        written=html.escape(repr("".join(step["token"] for step in steps))),
+        seconds=f"{beats * BEAT:g}",
+        beat=100 / beats,
+        pick=60 / beats,
+        stays="\n".join(stays),
+        shapes="\n".join(shapes),
+    )
+    README_PICTURE.write_text(picture, "utf-8", newline="\n")
 
 
 def main(arguments=None):
@@ -371,11 +459,13 @@ def main(arguments=None):
             parser.error("name the run's folder")
         ship(options.run)
         text = to_json(record(options.run))
-        RECORD.write_text(text, "utf-8")
-        (MODEL / "run.json").write_text(text, "utf-8")
+        RECORD.write_text(text, "utf-8", newline="\n")
+        (MODEL / "run.json").write_text(text, "utf-8", newline="\n")
         size = sum(path.stat().st_size for path in MODEL.iterdir())
         print(f"{MODEL}: {size / 1e6:.2f} MB; {RECORD}: {len(text) / 1e3:.0f} kB")
-    draw_cover(json.loads(RECORD.read_text("utf-8")))
+    content = json.loads(RECORD.read_text("utf-8"))
+    draw_cover(content)
+    draw_readme_picture(content)
 
 
 if __name__ == "__main__":

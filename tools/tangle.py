@@ -166,7 +166,7 @@ def main(arguments=None):
             print(f"tangle: {path} differs from the chapters; run `make tangle`")
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(new, "utf-8")
+            path.write_text(new, "utf-8", newline="\n")
             print(f"wrote {path}")
     return 1 if options.check and differences else 0
 
