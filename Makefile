@@ -9,10 +9,11 @@ WORKERS ?= 2
 export PYDEVD_DISABLE_FILE_VALIDATION = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help book test tangle format model clean
+.PHONY: help book pdf test tangle format model clean
 
 help:
 	@echo "make book     build the page from the committed notebooks into _build/html"
+	@echo "make pdf      print the page as one book into _build/glassgpt.pdf, through Chromium"
 	@echo "make test     check the modules, the style, the package, every notebook and the page"
 	@echo "make tangle   write src/glassgpt from the exported cells of the chapters"
 	@echo "make format   format the code of the notebooks, the tests and the tools"
@@ -38,6 +39,9 @@ book: $(READY)
 	$(BIN)/python tools/vendor.py
 	$(BIN)/jupyter-book build . -W -n --keep-going --all -q
 	@echo "The book is built. Open _build/html/index.html in a browser."
+
+pdf: book
+	$(BIN)/python tools/pdf.py
 
 test: $(READY)
 	$(BIN)/python tools/tangle.py --check

@@ -1,7 +1,5 @@
 """What tests share: the built page, and a loud word when no browser was found."""
 
-import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +7,7 @@ from functools import partialmethod
 from pathlib import Path
 
 import pytest
+from browser import find_browser
 
 if os.name == "nt":  # the texts that tests write have the same bytes everywhere
     Path.write_text = partialmethod(Path.write_text, newline="\n")
@@ -18,13 +17,6 @@ if hasattr(signal, "SIGHUP"):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 ROOT = Path(__file__).parent.parent
-BROWSERS = ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable"]
-
-
-def find_browser():
-    """The path of a Chromium, or None."""
-    named = os.environ.get("GLASSGPT_BROWSER")
-    return named or next(filter(None, map(shutil.which, BROWSERS)), None)
 
 
 def build_page(target):

@@ -12,17 +12,8 @@ import address
 import names
 import pytest
 import yaml
-from conftest import find_browser
+from browser import FLAGS, find_browser
 
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 ROOT = Path(__file__).parent.parent
 REQUIRED = os.environ.get("GLASSGPT_REQUIRE_BROWSER") == "1"
 pytestmark = pytest.mark.skipif(

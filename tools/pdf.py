@@ -19,9 +19,10 @@ from urllib.parse import urljoin
 
 import pikepdf
 import yaml
-from browser import FLAGS, find_browser
 from bs4 import BeautifulSoup
 from playwright.sync_api import sync_playwright
+
+from browser import FLAGS, find_browser
 
 ROOT = Path(__file__).resolve().parent.parent
 STYLE = ROOT / "tools" / "pdf.css"
@@ -55,6 +56,22 @@ def parse(text):
 def page_link(target, words):
     """A link that shows its page number; `words` are HTML."""
     return f'<a class="page" href="#{target}"><span>{words}</span> <span class="where"></span></a>'
+
+
+def keep_still(moving):
+    """Leave the frame that is seen first and, where it is the first of all, the last one too."""
+    frames = moving.select(".glass-frame")
+    start = next(number for number, frame in enumerate(frames) if "glass-start" in frame["class"])
+    label = moving.input["aria-label"]
+    for number, frame in enumerate(frames):
+        if number == start or (start == 0 and number == len(frames) - 1):
+            frame["class"] = "glass-frame glass-start"
+            words = html.escape(f"{label}: {frame['data-value']}")
+            frame.append(parse(f'<p class="glass-still">{words}</p>'))
+        else:
+            frame.decompose()
+    for part in moving.select("label, button, label ~ .glass-still, .glass-spoken"):
+        part.decompose()
 
 
 def unfold(article, name):
@@ -91,8 +108,10 @@ def read_chapter(site, name, names, address):
     """The article of a page, fit to stand beside the others: ids and links name the page."""
     page = parse((site / "book" / f"{name}.html").read_text("utf-8"))
     article = page.select_one("article.bd-article")
-    for part in article.select("script, a.headerlink, .glass-frame[hidden], .glass-moving label"):
+    for part in article.select("script, a.headerlink"):
         part.decompose()
+    for moving in article.select(".glass-moving"):
+        keep_still(moving)
     for part in article.find_all(id=True):
         # Those of a picture are made from its content, and its parts refer to them.
         if not part.find_parent("svg"):
@@ -172,8 +191,10 @@ def assemble(site, toc):
 <p>A language model you can see through</p>
 <p class="source">{config["author"]}<br><a href="{address}">{address}</a><br>
 Code under the MIT license, text and figures under CC BY 4.0</p>
+<p class="source">In print, a figure that moves stands still, hints stand open, solutions
+are at the end of each chapter, and the code that is folded on the page is left out.</p>
 </header>
-<nav aria-label="Contents"><h1>Contents</h1>{contents(parts, chapters)}</nav>
+<nav aria-label="Contents"><h1>Contents</h1><div>{contents(parts, chapters)}</div></nav>
 {body}
 </div></main></body></html>"""
 
@@ -220,6 +241,8 @@ def print_book(site, toc, target, browser):
 
 
 def main():
+    if find_browser() is None:
+        raise SystemExit("pdf: install Chromium or Chrome, or name one: GLASSGPT_BROWSER=PATH")
     with sync_playwright() as driver:
         chromium = driver.chromium.launch(executable_path=find_browser(), args=FLAGS)
         target = ROOT / "_build" / "glassgpt.pdf"
