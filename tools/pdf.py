@@ -125,9 +125,9 @@ def read_chapter(site, name, names, address):
             link["href"] = urljoin(f"{address}book/", link["href"])
     for formula in article.select(".math"):
         # A picture, with its TeX for those who listen. MathJax's signs are generated content,
-        # for which Chromium makes no tag: the space of no width holds it.
+        # for which Chromium makes no tag: a tiny space holds it.
         formula["role"], formula["aria-label"] = "img", formula.get_text().strip()[2:-2].strip()
-        formula.insert(0, "\u200b")
+        formula.insert(0, parse("<i>&nbsp;</i>"))
     unfold(article, name)
     article.name, article.attrs = "section", {"id": name, "style": f"page: c{name}"}
     return article
