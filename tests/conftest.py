@@ -40,6 +40,6 @@ def pytest_terminal_summary(terminalreporter):
     if find_browser() is None:
         terminalreporter.section("PAGE NOT TESTED IN A BROWSER", red=True, bold=True)
         terminalreporter.line(
-            "No Chromium or Chrome was found, so the tests of the page were left out. "
-            "Install one, or set GLASSGPT_BROWSER to its path."
+            "No Chromium or Chrome was found, so the tests of the page and of the PDF "
+            "were left out. Install one, or set GLASSGPT_BROWSER to its path."
         )
