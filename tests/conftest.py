@@ -1,5 +1,6 @@
 """What tests share: the built page, and a loud word when no browser was found."""
 
+import os
 import signal
 import subprocess
 import sys

@@ -77,20 +77,20 @@ def keep_still(moving):
 def unfold(article, name):
     """Open the hints, move solutions and answers to the end, leave other folded code out."""
     solutions = {}
-    for folded in article.select("div.tag_hide-cell > details, details"):
-        summary = folded.summary.get_text(" ", strip=True) if folded.summary else ""
+    for folded in article("details"):
+        code = "hide" in folded.get("class", [])
         cell = folded.find_parent("div", class_="cell")
-        if cell and "tag_hide-cell" not in cell["class"]:
+        if code and "tag_hide-cell" not in cell["class"]:
             folded.decompose()
             if not cell.select_one("div.cell_output"):
                 cell.decompose()
-        elif cell or summary == "Answers":
+        elif code or folded.summary.get_text(strip=True) == "Answers":
             section = folded.find_parent("section")
             solutions.setdefault(section["id"], (section, []))[1].append(folded)
             folded.summary.decompose()
             folded.name = "div"
-            kind = "Solution" if cell else "Answers"
-            link = page_link(f"{name}-solutions", f"{kind} on page")
+            words = "Solution on page" if code else "Answers on page"
+            link = page_link(f"{name}-solutions", words)
             folded.replace_with(parse(f'<p class="solved">{link}</p>'))
         else:
             folded["open"] = ""
