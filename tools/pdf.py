@@ -88,7 +88,7 @@ def unfold(article, name):
             section = folded.find_parent("section")
             solutions.setdefault(section["id"], (section, []))[1].append(folded)
             folded.summary.decompose()
-            folded.name = "div"
+            folded.name, folded.attrs = "div", {}
             words = "Solution on page" if code else "Answers on page"
             link = page_link(f"{name}-solutions", words)
             folded.replace_with(parse(f'<p class="solved">{link}</p>'))
