@@ -2,8 +2,8 @@
 
     python benchmarks/page.py [RUN]     a run's folder or a name; default: shakespeare
 
-Each round reads a prompt and draws 200 tokens from the engine, as the page's button does,
-without drawing the page. Needs the `test` extra and a Chromium.
+Each round reads a prompt and draws 200 tokens from the engine, as the page's button
+does, without drawing the page. Needs the `test` extra and a Chromium.
 """
 
 import argparse
@@ -13,8 +13,9 @@ import statistics
 import tempfile
 from pathlib import Path
 
-import glassgpt
 from playwright.sync_api import sync_playwright
+
+import glassgpt
 
 ROUNDS, TOKENS = 7, 200
 WRITE = """async (count) => {
@@ -45,7 +46,7 @@ def main():
         page.goto(file.as_uri())
         page.locator(".live:not([hidden])").wait_for()
         speeds = [page.evaluate(WRITE, TOKENS) for _ in range(ROUNDS)]
-        print(f"Chromium {chromium.version}, {platform.processor() or platform.machine()}")
+        print(f"Chromium {chromium.version}, {platform.machine()}")
         print(f"{model.parameter_count():,} parameters, {file.stat().st_size:,} bytes")
         print("tokens a second:", ", ".join(f"{speed:.0f}" for speed in speeds))
         print(f"median {statistics.median(speeds):.0f}")
