@@ -437,7 +437,9 @@ def test_without_scripts_the_start_stands_still(browser):
 def test_the_line_about_trust_stands_once_and_shows_where_tags_are_stripped(browser):
     page, _ = two_sliders(browser)
     assert "Trust Notebook" not in page.locator("body").inner_text()
-    for picture in (moving(), show(line(), "a line"), Markup("<p>x</p>", "words")):
+    words = Markup("<p>x</p>", "words")
+    outer = Markup(words._repr_html_(), "around")
+    for picture in (moving(), show(line(), "a line"), words, outer):
         stripped = re.sub(r"</?template>", "", picture._repr_html_())
         page.set_content(stripped)
         shown = page.locator("body").inner_text()
@@ -524,11 +526,18 @@ def test_play_moves_on_stops_at_the_end_and_begins_again(browser):
     page.set_content(moving._repr_html_())
     button, output = page.get_by_role("button"), page.locator("output")
     button.click()
-    assert button.inner_text() == "Pause"
     page.wait_for_function("document.querySelector('output').textContent == '2'")
     page.wait_for_function("document.querySelector('button').textContent == 'Play'")
     page.wait_for_timeout(120)
     assert output.inner_text() == "2"
+
+
+def test_play_can_be_stopped(browser):
+    page = browser.new_page()
+    moving = slider(told, range(3), "tokens", "{} tokens".format, play=60)
+    page.set_content(moving._repr_html_())
+    button = page.get_by_role("button")
     button.click()
+    assert button.inner_text() == "Pause"
     button.click()
     assert button.inner_text() == "Play"

@@ -349,8 +349,8 @@ class Markup:
 
     def _repr_html_(self) -> str:
         label = html.escape(self.alt)
-        opened = f'<div role="{self.role}" aria-label="{label}">'
-        return f"{_UNTRUSTED}{opened}{self.content}</div>"
+        opened = f'{_UNTRUSTED}<div role="{self.role}" aria-label="{label}">'
+        return opened + self.content.replace(_UNTRUSTED, "") + "</div>"
 
 
 def _shown_as(drawn: Any, alt: str, salt: str) -> Any:
