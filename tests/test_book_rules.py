@@ -11,6 +11,7 @@ from pathlib import Path
 
 import address
 import literate
+import notebook
 import pybtex.database
 import pytest
 import tangle
@@ -196,7 +197,7 @@ def test_the_notebook_is_stored_executed_from_the_top(path):
         for output in cell["outputs"]
         for kind in output.get("data", {})
     }
-    assert "application/vnd.jupyter.widget-view+json" not in kinds
+    assert notebook.WIDGET not in kinds
 
 
 @each_chapter

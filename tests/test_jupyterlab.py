@@ -12,9 +12,8 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from conftest import find_browser
+from browser import FLAGS, find_browser
 
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 REQUIRED = os.environ.get("GLASSGPT_REQUIRE_BROWSER") == "1"
 pytestmark = pytest.mark.skipif(
     find_browser() is None and not REQUIRED, reason="no Chromium or Chrome was found"
