@@ -9,6 +9,10 @@ import tokenize
 from collections import Counter
 from pathlib import Path
 
+import address
+import literate
+import notebook
+import pybtex.database
 import pytest
 import tangle
 import yaml
@@ -185,8 +189,15 @@ def test_the_notebook_is_stored_executed_from_the_top(path):
         cell["execution_count"] for cell in code_cells(path) if source(cell).strip()
     ]
     assert counts == list(range(1, len(counts) + 1))
-    # A page with the state of widgets fetches their script from the network.
+    # A page with widgets, or with their state, fetches their script from the network.
     assert "widgets" not in load(path)["metadata"]
+    kinds = {
+        kind
+        for cell in code_cells(path)
+        for output in cell["outputs"]
+        for kind in output.get("data", {})
+    }
+    assert notebook.WIDGET not in kinds
 
 
 @each_chapter
@@ -215,20 +226,83 @@ def test_no_line_of_code_ends_in_a_semicolon(path):
 @each_chapter
 def test_paragraphs_are_short(path):
     cells = [cell for cell in load(path)["cells"] if cell["cell_type"] == "markdown"]
-    words = {cell["id"]: len(source(cell).split()) for cell in cells}
+    words = {cell["id"]: len(literate.cite(source(cell)).split()) for cell in cells}
     assert {name: count for name, count in words.items() if count > 120} == {}
+
+
+@pytest.fixture(scope="module")
+def citations():
+    """{key: how it is cited} of every work in the list of references."""
+    literate.give_back_codecs()
+
+    def text(work):
+        people = work.persons["author"]
+        names = [
+            " ".join(map(str, person.rich_prelast_names + person.rich_last_names))
+            for person in people
+        ]
+        several = len(names) > 2 or "others" in names
+        authors = f"{names[0]} et al." if several else " and ".join(names)
+        return f"{authors}, {work.fields.get('year', 'n.d.')}"
+
+    entries = pybtex.database.parse_file(BOOK / "references.bib").entries
+    return {key: text(work) for key, work in entries.items()}
+
+
+@each_chapter
+def test_citations_are_text_that_agrees_with_the_references(path, citations):
+    """Jupyter shows their links, and literate.py makes citations of them."""
+    _, page = address.current(ROOT)
+    link = re.compile(rf"\[([^][]+)\]\({page}book/references\.html#([\w-]+)\)")
+    for cell in load(path)["cells"]:
+        if cell["cell_type"] != "markdown":
+            continue
+        text = source(cell)
+        found = link.findall(text)
+        assert len(found) == text.count("references.html"), f"cell {cell['id']}"
+        for said, key in found:
+            assert said == citations[key], f"cell {cell['id']}: {key}"
+        assert literate.cite(text).count("references.html") == 0, f"cell {cell['id']}"
+
+
+@each_chapter
+def test_no_markup_that_only_the_page_understands(path):
+    """Roles, directives, fences of colons and labels stand raw in Jupyter."""
+    raw = re.compile(r"\{[a-z:]+\}`|^```+\{|^:::|^\([\w-]+\)=$", re.MULTILINE)
+    for cell in load(path)["cells"]:
+        if cell["cell_type"] == "markdown":
+            assert not raw.search(source(cell)), f"cell {cell['id']}"
+
+
+@each_chapter
+def test_links_to_sections_name_them_as_jupyter_does(path):
+    """The page's names are made of them by literate.py; its own test follows them."""
+    text = "\n".join(source(c) for c in load(path)["cells"] if "outputs" not in c)
+    sections = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    named = {section.replace(" ", "-") for section in sections}
+    assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= named
 
 
 @each_chapter
 def test_checks_are_folded(path):
-    """On the page, on Colab and in Jupyter: their sentence and their catch are read."""
+    """On the page: their sentence and their catch are read."""
+    graded = [cell for cells in exercises(path).values() for cell in cells]
     for cell in code_cells(path):
         mark = tangle.MARK.match(source(cell))
-        if mark and mark[1] == "export" and (mark[2] or "").startswith("checks"):
+        check = mark and mark[1] == "export" and (mark[2] or "").startswith("checks")
+        if check or (cell in graded and re.search(r"^def check_", source(cell), re.M)):
+            assert "hide-input" in tags(cell), f"cell {cell['id']}"
+
+
+@each_chapter
+def test_what_is_folded_on_the_page_is_folded_on_colab_and_in_jupyter(path):
+    for cell in code_cells(path):
+        if tags(cell) & {"hide-input", "hide-cell", "remove-input"}:
             folded = cell["metadata"]
-            assert "hide-input" in tags(cell), f"{cell['id']}: open on the page"
             assert folded.get("cellView") == "form", f"{cell['id']}: open on Colab"
             assert folded["jupyter"]["source_hidden"], f"{cell['id']}: open in Jupyter"
+            titles = ("#|", "# @title", "%%javascript\n//|")
+            assert source(cell).startswith(titles), f"{cell['id']}: no title"
 
 
 @each_chapter
@@ -359,9 +433,9 @@ def glossary():
 
 
 def prose(cell):
-    """The text of a Markdown cell without headings, code, formulas, links and cites."""
+    """The text of a Markdown cell without headings, code, formulas and links."""
     text = re.sub(r"```.*?```|\$\$.*?\$\$", "", source(cell), flags=re.DOTALL)
-    text = re.sub(r"`[^`]*`|\$[^$]*\$|\[[^\]]*\]\([^)]*\)|\{cite\}", "", text)
+    text = re.sub(r"`[^`]*`|\$[^$]*\$|\[[^\]]*\]\([^)]*\)", "", text)
     return re.sub(r"^#+ .*$", "", text, flags=re.MULTILINE)
 
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import notebook
 import numpy as np
 import pytest
 import torch
@@ -20,6 +21,7 @@ from glassgpt.figures import (
     figure,
     guess_bars,
     heatmap,
+    live,
     show,
     slider,
     token_boxes,
@@ -266,7 +268,8 @@ def test_slider_draws_one_frame_for_each_value_and_shows_the_start():
         (" glass-start", "2", ""),
         ("", "4", " hidden"),
     ]
-    assert 'type="range" min="0" max="2" step="1" value="1"' in page
+    assert 'type="range" min="0" max="2" step="1"' in page
+    assert ' value="1" ' in page
     assert '<output aria-live="off">2</output>' in page
     assert repr(figure_).startswith("A line of height 2.")
 
@@ -299,33 +302,65 @@ def test_slider_refuses_what_is_too_large_for_a_page():
         slider(large, range(10), "n", str)
 
 
-def test_a_live_figure_draws_between_the_frames():
+def drawn(height=2.0, other=False, text="word"):
+    return line(height) if other else f"<p>{text}</p>"
+
+
+def told_live(height, other, text):
+    return f"{text} {height:g} {other}"
+
+
+def test_a_live_figure_shows_its_defaults_and_has_a_control_for_each():
     widgets = pytest.importorskip("ipywidgets")
-    control, picture = moving(values=(1.0, 2.0, 4.0)).live().children
-    assert isinstance(control, widgets.FloatSlider)
-    assert (control.min, control.max, control.value) == (1.0, 4.0, 2.0)
-    assert "A line of height 2.0." in picture.value
-    control.value = 3.1
-    assert "A line of height 3.1." in picture.value
-    assert picture.value == show(line(3.1), "A line of height 3.1.")._repr_html_()
+    found = live(drawn, told_live, height=(1.0, 4.0))
+    *controls, picture = found.panel.children
+    kinds = [type(control) for control in controls]
+    assert kinds == [widgets.FloatSlider, widgets.Checkbox, widgets.Text]
+    assert [control.value for control in controls] == [2.0, False, "word"]
+    assert {control.style.description_width for control in controls} == {"initial"}
+    assert repr(found) == "word 2 False"
+    assert picture.value == found.still._repr_html_()
 
 
-def test_a_live_figure_of_whole_numbers_stays_with_whole_numbers():
-    widgets = pytest.importorskip("ipywidgets")
-    assert isinstance(moving().live().children[0], widgets.IntSlider)
-
-
-def test_a_live_figure_needs_numbers():
+def test_a_control_of_a_live_figure_draws_again():
     pytest.importorskip("ipywidgets")
-    words = slider(lambda _: line(), ["a", "b"], "word", str)
-    with pytest.raises(ValueError, match="only numbers"):
-        words.live()
+    found = live(drawn, told_live, height=(1.0, 4.0))
+    height, other, text, picture = found.panel.children
+    text.value = "new"
+    assert "<p>new</p>" in picture.value
+    other.value = True
+    height.value = 3.1
+    assert 'aria-label="new 3.1 True"' in picture.value
+    assert repr(found) == "word 2 False"
 
 
-def test_a_live_figure_without_ipywidgets_says_what_to_install(monkeypatch):
+def test_a_live_figure_says_what_went_wrong_and_goes_on():
+    pytest.importorskip("ipywidgets")
+    found = live(lambda text="1": f"<p>{1 / float(text):g}</p>", "{text}".format)
+    text, picture = found.panel.children
+    text.value = "<"
+    assert picture.value.startswith("ValueError: could not convert")
+    assert "&lt;" in picture.value
+    text.value = "0"
+    assert picture.value.startswith("ZeroDivisionError")
+    text.value = "4"
+    assert "<p>0.25</p>" in picture.value
+
+
+def test_a_live_figure_offers_its_still_and_its_widget():
+    pytest.importorskip("ipywidgets")
+    found = live(drawn, told_live)
+    bundle = found._repr_mimebundle_()
+    assert bundle.pop("text/plain") == "word 2 False"
+    assert bundle.pop("text/html") == found.still._repr_html_()
+    [(kind, view)] = bundle.items()
+    assert kind == notebook.WIDGET
+    assert view["model_id"] == found.panel.model_id
+
+
+def test_a_live_figure_without_ipywidgets_is_its_still(monkeypatch):
     monkeypatch.setitem(sys.modules, "ipywidgets", None)
-    with pytest.raises(ImportError, match="glassgpt\\[notebooks\\]"):
-        moving().live()
+    assert isinstance(live(drawn, told_live), Markup)
 
 
 def test_the_module_needs_neither_ipython_nor_pyplot():
@@ -397,6 +432,18 @@ def test_without_scripts_the_start_stands_still(browser):
     page, _ = two_sliders(browser, java_script_enabled=False)
     assert page.locator(".glass-start svg").first.is_visible()
     assert not page.locator("input").first.is_visible()
+
+
+def test_the_line_about_trust_stands_once_and_shows_where_tags_are_stripped(browser):
+    page, _ = two_sliders(browser)
+    assert "Trust Notebook" not in page.locator("body").inner_text()
+    words = Markup("<p>x</p>", "words")
+    outer = Markup(words._repr_html_(), "around")
+    for picture in (moving(), show(line(), "a line"), words, outer):
+        stripped = re.sub(r"</?template>", "", picture._repr_html_())
+        page.set_content(stripped)
+        shown = page.locator("body").inner_text()
+        assert shown.count("Trust Notebook") == 1
 
 
 @pytest.mark.parametrize("color", ["rgb(1, 2, 3)", "rgb(250, 250, 250)"])
@@ -479,11 +526,18 @@ def test_play_moves_on_stops_at_the_end_and_begins_again(browser):
     page.set_content(moving._repr_html_())
     button, output = page.get_by_role("button"), page.locator("output")
     button.click()
-    assert button.inner_text() == "Pause"
     page.wait_for_function("document.querySelector('output').textContent == '2'")
     page.wait_for_function("document.querySelector('button').textContent == 'Play'")
     page.wait_for_timeout(120)
     assert output.inner_text() == "2"
+
+
+def test_play_can_be_stopped(browser):
+    page = browser.new_page()
+    moving = slider(told, range(3), "tokens", "{} tokens".format, play=60)
+    page.set_content(moving._repr_html_())
+    button = page.get_by_role("button")
     button.click()
+    assert button.inner_text() == "Pause"
     button.click()
     assert button.inner_text() == "Play"

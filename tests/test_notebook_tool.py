@@ -63,6 +63,17 @@ def test_second_run_gives_the_same_bytes(chapter):
     assert chapter.read_bytes() == once
 
 
+def test_no_widget_is_stored_beside_its_still(tmp_path):
+    path = tmp_path / "live.ipynb"
+    made = "from glassgpt.figures import live\nlive(lambda n=1: '<p>', lambda n: 'one')"
+    nbformat.write(tool.from_text(f"# %%\n{made}\n"), path)
+    tool.run(path)
+    notebook = nbformat.read(path, 4)
+    [output] = notebook.cells[0].outputs
+    assert set(output.data) == {"text/html", "text/plain"}
+    assert "widgets" not in notebook.metadata
+
+
 def test_a_failing_cell_leaves_the_file_alone_and_says_so(tmp_path):
     path = tmp_path / "broken.ipynb"
     nbformat.write(tool.from_text("# %%\n1 / 0\n"), path)

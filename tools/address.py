@@ -3,9 +3,10 @@
     python tools/address.py https://github.com/you/yours
 
 The addresses stand in _config.yml (repository.url and html.baseurl); this writes them there and
-in the other files that must repeat them: pyproject.toml, the texts in the root and the first code
-cell of each chapter. The page's address follows GitHub Pages' rule, so the example gives
-https://you.github.io/yours/ . Outputs and ids of the notebooks stay as they are.
+in the other files that must repeat them: pyproject.toml, the texts in the root, and in each chapter
+the first code cell and the citations, which link to the page. The page's address follows GitHub
+Pages' rule, so the example gives https://you.github.io/yours/ . Outputs and ids of the notebooks
+stay as they are.
 """
 
 import argparse

@@ -6,7 +6,7 @@
 
 `text` writes jupytext's percent format and keeps the ids of the cells. `build` gives an id to cells
 that have none, folds the checks, and keeps no outputs, so `run` follows it. `run` removes what
-differs between runs: times, addresses in memory, random model ids.
+differs between runs: times, addresses in memory, random model ids. A live figure leaves its still.
 """
 
 import argparse
@@ -26,6 +26,7 @@ METADATA = {
     "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"},
     "language_info": {"name": "python", "pygments_lexer": "ipython3"},
 }
+WIDGET = "application/vnd.jupyter.widget-view+json"
 CHECK = re.compile(r"#\|\s*export\s+checks")
 
 
@@ -82,7 +83,11 @@ def run(path):
         coalesce_streams=True,  # where a print is cut differs between runs
         resources=place,
     ).execute()
-    notebook.metadata = dict(METADATA)  # no state of widgets: a page would fetch their script
+    # Neither the state of widgets nor their views: a page would fetch their script.
+    notebook.metadata = dict(METADATA)
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            output.get("data", {}).pop(WIDGET, None)
     # Addresses keep twelve digits, so that the comparing test's rule for them still applies.
     text = re.sub(r"at 0x[0-9a-f]+", "at 0x000000000000", json.dumps(notebook))
     ids = {}

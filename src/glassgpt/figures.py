@@ -3,11 +3,12 @@
 
 import hashlib
 import html
+import importlib.util
+import inspect
 import io
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Any
 
 import matplotlib
@@ -64,6 +65,13 @@ def figure(
         return fig, fig.subplots(rows, columns)
 
 
+_UNTRUSTED = (
+    "<template>Jupyter does not draw this figure: it does not trust the notebook yet. "
+    "Run the cell, or choose Trust Notebook in the command palette (menu View)."
+    "</template>"
+)
+
+
 @dataclass(frozen=True, repr=False)
 class Picture:
     """A drawing with alternative text, as the last line of a cell shows it.
@@ -85,7 +93,8 @@ class Picture:
     def _repr_html_(self) -> str:
         low, high = 0.9 * self.width, 1.4 * self.width
         return (
-            '<div class="glass-figure" style="overflow-x:auto;break-inside:avoid">'
+            f'{_UNTRUSTED}<div class="glass-figure"'
+            ' style="overflow-x:auto;break-inside:avoid;font-size:0">'
             '<svg xmlns="http://www.w3.org/2000/svg" role="img"'
             f' aria-label="{html.escape(self.alt)}"'
             f' viewBox="0 0 {self.width:g} {self.height:g}"'
@@ -340,7 +349,8 @@ class Markup:
 
     def _repr_html_(self) -> str:
         label = html.escape(self.alt)
-        return f'<div role="{self.role}" aria-label="{label}">{self.content}</div>'
+        opened = f'{_UNTRUSTED}<div role="{self.role}" aria-label="{label}">'
+        return opened + self.content.replace(_UNTRUSTED, "") + "</div>"
 
 
 def _shown_as(drawn: Any, alt: str, salt: str) -> Any:
@@ -473,40 +483,13 @@ def _control(label: str, value: Any, start: int, last: int, play: float) -> str:
     button = f'<button type="button" onclick="{press}">Play</button>' if play else ""
     return (
         f'<label><span>{label}</span><input type="range" min="0" max="{last}" step="1"'
+        ' data-lm-suppress-shortcuts="true"'
         f' value="{start}" autocomplete="off" aria-label="{label}"'
         f' aria-valuetext="{value}" oninput="{html.escape(_MOVE)}"'
         f' onchange="{html.escape(_SPEAK)}"><output aria-live="off">{value}</output>'
         f'</label>{button}<p class="glass-still">{label}: {value}</p>'
         '<span class="glass-spoken" aria-live="polite"></span>'
     )
-
-
-def _live(moving: "MovingFigure") -> Any:
-    try:
-        import ipywidgets
-    except ImportError as error:
-        raise ImportError(
-            "a live figure needs ipywidgets: pip install 'glassgpt[notebooks]'"
-        ) from error
-    if not all(isinstance(value, Real) for value in moving.values):
-        raise ValueError(f"only numbers have others in between, not {moving.values}")
-    low, high = min(moving.values), max(moving.values)
-    start = moving.values[moving.start]
-    if all(isinstance(value, Integral) for value in moving.values):
-        control = ipywidgets.IntSlider(start, low, high)
-    else:
-        step = (high - low) / 100
-        control = ipywidgets.FloatSlider(start, min=low, max=high, step=step)
-    control.description = moving.label
-    picture = ipywidgets.HTML()
-
-    def redraw(_change: Any = None) -> None:
-        drawn, alt = moving.draw(control.value), moving.alt(control.value)
-        picture.value = _shown_as(drawn, alt, salt="")._repr_html_()
-
-    control.observe(redraw, "value")
-    redraw()
-    return ipywidgets.VBox([control, picture])
 
 
 @dataclass(frozen=True, repr=False)
@@ -519,10 +502,8 @@ class MovingFigure:
     Book: a1_figures.html#a-figure-that-moves
     """
 
-    draw: Callable[[Any], Any]
     values: tuple
     label: str
-    alt: Callable[[Any], str]
     start: int
     frames: tuple[Any, ...]
     play: float = 0
@@ -541,17 +522,10 @@ class MovingFigure:
         last = len(frames) - 1
         control = _control(self.label, value, self.start, last, self.play)
         body = "".join(frames)
-        if _TOKEN_STYLE in body:  # once is enough for all frames
-            body = _TOKEN_STYLE + body.replace(_TOKEN_STYLE, "")
+        for once in (_TOKEN_STYLE, _UNTRUSTED):  # is enough for all frames
+            if once in body:
+                body = once + body.replace(once, "")
         return _MOVING_STYLE + group + body + control + "</div>"
-
-    def live(self) -> Any:
-        """Return a widget that draws for any value in the range; it needs a kernel.
-
-        Raises ImportError without ipywidgets, and ValueError if the values are not
-        numbers.
-        """
-        return _live(self)
 
 
 _LARGEST = 150_000  # characters of one moving figure: a page may hold several
@@ -582,13 +556,81 @@ def slider(
         _shown_as(draw(value), alt(value), salt=f"{label} {number}")
         for number, value in enumerate(values)
     )
-    moving = MovingFigure(draw, values, label, alt, start, frames, play)
+    moving = MovingFigure(values, label, start, frames, play)
     if (size := len(moving._repr_html_())) > _LARGEST:
         raise ValueError(
             f"{len(frames)} frames take {size} characters, more than {_LARGEST}: "
             "draw fewer frames or less in each"
         )
     return moving
+
+
+@dataclass(frozen=True, repr=False)
+class Live:
+    """A still with controls that draw it again where a kernel runs; `live` makes it.
+
+    `panel` is the widget that shows in the still's place.
+
+    Book: a1_figures.html#where-a-kernel-runs
+    """
+
+    still: Any
+    panel: Any
+
+    def __repr__(self) -> str:
+        return repr(self.still)
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict:
+        return {
+            "text/plain": repr(self),
+            "text/html": self.still._repr_html_(),
+            "application/vnd.jupyter.widget-view+json": {
+                "version_major": 2,
+                "version_minor": 0,
+                "model_id": self.panel.model_id,
+            },
+        }
+
+
+def live(draw: Callable[..., Any], alt: Callable[..., str], **controls: Any) -> Any:
+    """Draw a figure that has controls where a kernel runs, and stands still elsewhere.
+
+    `draw` returns a figure or HTML, and `alt`, with the same arguments, says in words
+    what it shows. Each argument has a default, which the still shows, and gets a
+    control: a bool a box to tick, a text a line to type, and a number the slider that
+    `controls` describes for it, (low, high) or (low, high, step). Without ipywidgets
+    the still is all.
+
+    Book: a1_figures.html#where-a-kernel-runs
+    """
+
+    def shown(**values: Any) -> Any:
+        return _shown_as(draw(**values), alt(**values), salt="live")
+
+    start = {name: p.default for name, p in inspect.signature(draw).parameters.items()}
+    still = shown(**start)
+    if importlib.util.find_spec("ipywidgets") is None:
+        return still
+    import ipywidgets
+
+    picture = ipywidgets.HTML(still._repr_html_())
+    inputs = {}
+
+    def redraw(_change: Any) -> None:
+        try:
+            drawn = shown(**{name: control.value for name, control in inputs.items()})
+            picture.value = drawn._repr_html_()
+        except Exception as error:
+            picture.value = html.escape(f"{type(error).__name__}: {error}")
+
+    make = ipywidgets.interactive.widget_from_abbrev
+    for name, default in start.items():
+        control = inputs[name] = make(controls.get(name, default), default)
+        control.description = name
+        control.style.description_width = "initial"
+        control.layout = {"width": "30em", "max_width": "100%"}
+        control.observe(redraw, "value")
+    return Live(still, ipywidgets.VBox([*inputs.values(), picture]))
 
 
 def live_model(show: str, prompt: str, still: Any, temperature: float = 0.8) -> Markup:

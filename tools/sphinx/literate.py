@@ -1,6 +1,8 @@
 """The book's own Sphinx extension: what a chapter shows of its tangling.
 
 * The lines `#| export`, `#| default_exp` and `#@title` are left out of the page.
+* Citations, in a notebook links to the list of references, become citations of MyST, and links
+  to sections, named as Jupyter names them, get MyST's names.
 * An exported cell gets a label, "enters glassgpt.attention", that links to the module.
 * The title of a chapter gets its number above it.
 * The directive `names` makes the index of every exported name.
@@ -23,15 +25,34 @@ from tangle import MARK, SCRIPT
 TITLE = re.compile(r"# ?@title (.+)\n+")
 CHAPTER = re.compile(r"book/(0?)(\d+|a\d+)_")
 ENTERS = "tag_enters-"
+SECTION = re.compile(r"\]\(#[^)]+\)")
+CITATION = re.compile(r"\[[^][]+\]\(\S+/references\.html#([\w-]+)\)")
+CITATIONS = re.compile(rf"\[{CITATION.pattern}(?:, {CITATION.pattern})*\]")
 
 
-def hide_markers(app, docname, source):
+def cite(text):
+    """Write `[[Author, year](address#key), ...]` as MyST does: {cite}`key,...`."""
+
+    def role(found):
+        return "{cite}`" + ",".join(CITATION.findall(found[0])) + "`"
+
+    return CITATIONS.sub(role, text)
+
+
+def slug(text):
+    """`](#Why-this?)`, as Jupyter names a section, becomes `](#why-this)`, as MyST does."""
+    return SECTION.sub(lambda found: re.sub(r"[^]()#\w-]", "", found[0].lower()), text)
+
+
+def read_notebook(app, docname, source):
     """Take the marker lines out of a notebook; remember in tags what they said."""
     if not str(app.env.doc2path(docname)).endswith(".ipynb"):
         return
     notebook = json.loads(source[0])
     default = None
     for cell in notebook["cells"]:
+        if cell["cell_type"] == "markdown":
+            cell["source"] = slug(cite("".join(cell["source"])))
         if cell["cell_type"] != "code":
             continue
         code, metadata = "".join(cell["source"]), cell["metadata"]
@@ -171,7 +192,7 @@ def setup(app):
     app.add_directive("names", NamesDirective)
     app.connect("config-inited", share_address)
     app.connect("env-get-outdated", reread_names)
-    app.connect("source-read", hide_markers)
+    app.connect("source-read", read_notebook)
     app.connect("doctree-resolved", label_exports)
     # After Sphinx has collected the titles, so that the number stays out of the contents.
     app.connect("doctree-read", number_title, priority=900)
