@@ -23,6 +23,7 @@ FETCHING = re.compile(
     r"""(src|href)\s*=\s*["']?https?://|url\(['"]?https?://|@import"""
 )
 SOLUTION = re.compile(r"# ?@title Solution")
+TITLE = re.compile(r"# ?@title \S")
 CALLS = {"grade", "catch"}
 
 
@@ -221,14 +222,24 @@ def test_paragraphs_are_short(path):
 
 @each_chapter
 def test_checks_are_folded(path):
-    """On the page, on Colab and in Jupyter: their sentence and their catch are read."""
+    """Their sentence and their catch are read."""
     for cell in code_cells(path):
         mark = tangle.MARK.match(source(cell))
         if mark and mark[1] == "export" and (mark[2] or "").startswith("checks"):
-            folded = cell["metadata"]
             assert "hide-input" in tags(cell), f"{cell['id']}: open on the page"
+
+
+@each_chapter
+def test_what_the_page_hides_is_folded_everywhere(path):
+    """On Colab as a form with a title, and in Jupyter."""
+    hidden = {"hide-input", "hide-cell", "remove-input", "remove-cell"}
+    for cell in code_cells(path):
+        if tags(cell) & hidden:
+            folded, text = cell["metadata"], source(cell)
             assert folded.get("cellView") == "form", f"{cell['id']}: open on Colab"
             assert folded["jupyter"]["source_hidden"], f"{cell['id']}: open in Jupyter"
+            named = tangle.MARK.match(text) or TITLE.match(text)
+            assert named, f"{cell['id']}: without a title"
 
 
 @each_chapter
@@ -295,10 +306,7 @@ def test_every_exercise_is_graded_and_has_a_hint_and_a_solution(path):
         solutions = [cell for cell in code if SOLUTION.match(source(cell))]
         assert solutions, f"{title}: a solution"
         for cell in solutions:
-            folded = cell["metadata"]
             assert "hide-cell" in tags(cell), f"{title}: open on the page"
-            assert folded.get("cellView") == "form", f"{title}: open on Colab"
-            assert folded["jupyter"]["source_hidden"], f"{title}: open in Jupyter"
             assert checks(cell), f"{title}: the solution isn't graded"
 
 

@@ -3,7 +3,6 @@
     python tools/colab.py                  rehearse every chapter
     python tools/colab.py 05 13            rehearse chapters 5 and 13
     python tools/colab.py --record 05      and note seconds and memory in book/runs/colab.json
-    python tools/colab.py --pin COMMIT     let the chapters install the package of this commit
 
 The twin has the packages of tools/colab-versions.txt and a stub of `google.colab`. A rehearsal
 begins with a fresh copy of it, in an empty folder, with nothing of the repository but the notebook;
@@ -35,6 +34,7 @@ from jupyter_client import AsyncKernelManager
 from nbclient import NotebookClient
 
 import address
+from pin import pin
 
 ROOT = Path(__file__).resolve().parent.parent
 VERSIONS = ROOT / "tools" / "colab-versions.txt"
@@ -46,14 +46,6 @@ STUB = """class output:
 """
 # What a chapter imports, so that Python compiles it once and not in every copy.
 WARM = "import torch, transformers, matplotlib.pyplot, IPython, ipykernel, ipywidgets, numpy"
-
-
-def pin(text, repository, commit):
-    """The text of a notebook whose first cell installs this commit of the package."""
-    pinned, count = re.subn(rf"git\+{re.escape(repository)}(?![\w@-])", rf"\g<0>@{commit}", text)
-    if count != 1:
-        raise ValueError(f"the chapter must name git+{repository} once, not {count} times")
-    return pinned
 
 
 def snapshot():
@@ -198,7 +190,7 @@ def rehearse(path, base, commit):
             resources={"metadata": {"path": empty}},
         )
         with MemoryWatch() as watch:
-            client.execute(env=environment(copied, Path(empty), repository))
+            client.execute(cleanup_kc=True, env=environment(copied, Path(empty), repository))
         complaints = failures(notebook) + replaced(installed(base), installed(copied))
     return complaints, seconds(notebook), watch.peak
 
@@ -227,13 +219,7 @@ def main(arguments=None):
     )
     parser.add_argument("numbers", nargs="*", help="of chapters, such as 05; all without")
     parser.add_argument("--record", action="store_true", help="note seconds and memory")
-    parser.add_argument("--pin", metavar="COMMIT", help="write this commit into the chapters")
     options = parser.parse_args(arguments)
-    if options.pin:
-        for path in chapters(options.numbers):
-            text = pin(path.read_text("utf-8"), address.current(ROOT)[0], options.pin)
-            path.write_text(text, "utf-8")
-        return 0
     started = time.monotonic()
     base, commit = build(), snapshot()
     print(f"twin ready after {time.monotonic() - started:.0f} s", flush=True)
