@@ -82,14 +82,24 @@ def test_the_memory_of_children_and_their_children_is_seen():
 def test_nothing_of_ours_reaches_a_chapter(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    got = tool.environment(tmp_path / "twin", tmp_path, REPOSITORY)
+    monkeypatch.setattr(tool, "TWIN", tmp_path)
+    served, commit = tool.snapshot()
+    got = tool.environment(tmp_path / "twin", tmp_path, REPOSITORY, served)
     assert not {"PYTHONPATH", "OMP_NUM_THREADS"} & set(got)
     assert got["PATH"].split(os.pathsep)[0] == str(tmp_path / "twin" / "bin")
-    listing = ["git", "ls-remote", REPOSITORY, "HEAD"]
-    done = subprocess.run(listing, env=got, capture_output=True, text=True, check=True)
-    here = ["git", "rev-parse", "HEAD"]
-    head = subprocess.run(here, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.split()[0] == head.stdout.strip()
+    clone = ["git", "clone", "-q", REPOSITORY, "clone"]
+    subprocess.run(clone, env=got, cwd=tmp_path, check=True, timeout=60)
+    done = subprocess.run(
+        ["git", "rev-parse", "HEAD"],
+        cwd=tmp_path / "clone",
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == commit
+    assert {path.name for path in (tmp_path / "clone").iterdir()} == {
+        ".git",
+        *tool.PACKAGE,
+    }
 
 
 def test_unknown_chapters_are_refused():

@@ -6,9 +6,9 @@
 
 The twin has the packages of tools/colab-versions.txt and a stub of `google.colab`. A rehearsal
 begins with a fresh copy of it, in an empty folder, with nothing of the repository but the notebook;
-the chapter's own first cell installs the package, from a clone of this checkout. It fails where
-a cell fails, or where a package of Colab's was replaced. Changed files are rehearsed as they are;
-new ones only once git tracks them.
+the chapter's own first cell installs the package, whose repository is replaced by one with the
+package as it is in this checkout. It fails where a cell fails, or where a package of Colab's was
+replaced.
 
 What can't be rehearsed: Colab's page itself, its GPU, and the parts of `google.colab`.
 """
@@ -40,6 +40,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VERSIONS = ROOT / "tools" / "colab-versions.txt"
 RECORD = ROOT / "book" / "runs" / "colab.json"
 TWIN = ROOT / "_build" / "colab"
+PACKAGE = ["pyproject.toml", "README.md", "LICENSE", "LICENSE-TEXT", "src"]
 # Colab's own package, as far as others ask for it.
 STUB = """class output:
     enable_custom_widget_manager = disable_custom_widget_manager = staticmethod(lambda: None)
@@ -49,15 +50,15 @@ WARM = "import torch, transformers, matplotlib.pyplot, IPython, ipykernel, ipywi
 
 
 def snapshot():
-    """The commit of the checkout as it is, with changes that are not committed."""
-    who = ["-c", "user.name=colab", "-c", "user.email=colab@localhost"]
-    for command in (["stash", "create"], ["rev-parse", "HEAD"]):
-        done = subprocess.run(
-            ["git", *who, *command], cwd=ROOT, check=True, capture_output=True, text=True
-        )
-        if done.stdout.strip():
-            return done.stdout.strip()
-    raise RuntimeError("git names no commit")
+    """The folder and the commit of a repository that holds the package as it is now."""
+    served = TWIN / "package.git"
+    shutil.rmtree(served, ignore_errors=True)
+    run = ["git", "-c", "user.name=twin", "-c", "user.email=twin@localhost"]
+    run += [f"--git-dir={served}", f"--work-tree={ROOT}"]
+    for command in (["init", "-q"], ["add", *PACKAGE], ["commit", "-qm", "The package"]):
+        subprocess.run([*run, *command], cwd=ROOT, check=True)
+    done = subprocess.run([*run, "rev-parse", "HEAD"], check=True, capture_output=True, text=True)
+    return served, done.stdout.strip()
 
 
 def site_packages(folder):
@@ -158,20 +159,20 @@ class MemoryWatch(threading.Thread):
         self.join()
 
 
-def environment(folder, empty, repository):
-    """A reader's environment variables: nothing of ours, and the clone in GitHub's place."""
+def environment(folder, empty, repository, served):
+    """A reader's environment variables: nothing of ours, and a folder in GitHub's place."""
     ours = {"PYTHONPATH", "VIRTUAL_ENV", "OMP_NUM_THREADS"}
     return {
         **{name: value for name, value in os.environ.items() if name not in ours},
         "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}",
         "IPYTHONDIR": str(empty / ".ipython"),
         "GIT_CONFIG_COUNT": "1",
-        "GIT_CONFIG_KEY_0": f"url.file://{ROOT}.insteadOf",
+        "GIT_CONFIG_KEY_0": f"url.file://{served}.insteadOf",
         "GIT_CONFIG_VALUE_0": repository,
     }
 
 
-def rehearse(path, base, commit):
+def rehearse(path, base, served, commit):
     """Run a chapter in a copy of the twin: (complaints, seconds, bytes)."""
     repository, _ = address.current(ROOT)
     notebook = nbformat.reads(pin(path.read_text("utf-8"), repository, commit), 4)
@@ -190,7 +191,9 @@ def rehearse(path, base, commit):
             resources={"metadata": {"path": empty}},
         )
         with MemoryWatch() as watch:
-            client.execute(cleanup_kc=True, env=environment(copied, Path(empty), repository))
+            client.execute(
+                cleanup_kc=True, env=environment(copied, Path(empty), repository, served)
+            )
         complaints = failures(notebook) + replaced(installed(base), installed(copied))
     return complaints, seconds(notebook), watch.peak
 
@@ -221,12 +224,13 @@ def main(arguments=None):
     parser.add_argument("--record", action="store_true", help="note seconds and memory")
     options = parser.parse_args(arguments)
     started = time.monotonic()
-    base, commit = build(), snapshot()
+    base = build()
+    served, commit = snapshot()
     print(f"twin ready after {time.monotonic() - started:.0f} s", flush=True)
     wrong = 0
     for path in chapters(options.numbers):
         started = time.monotonic()
-        complaints, took, peak = rehearse(path, base, commit)
+        complaints, took, peak = rehearse(path, base, served, commit)
         rest = time.monotonic() - started - took
         told = f"{took:6.1f} s (and {rest:.0f} to begin and end)  {peak / 1e9:5.2f} GB"
         print(f"{path.stem:24}{told}", *complaints, sep="\n    ", flush=True)
