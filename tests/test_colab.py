@@ -63,6 +63,16 @@ def test_errors_are_told_but_for_those_that_are_shown_on_purpose():
     assert found == ["cell broken: KeyError: 'a'"]
 
 
+def test_the_time_begins_after_the_package_is_installed():
+    notebook = new_notebook(cells=[new_code_cell(name) for name in "abcd"])
+    for minute, cell in enumerate(notebook.cells[:3]):
+        begin = f"2026-01-01T00:0{minute}:00.000000Z"
+        end = f"2026-01-01T00:0{minute}:0{minute + 5}.500000Z"
+        times = {"iopub.execute_input": begin, "shell.execute_reply": end}
+        cell.metadata.execution = times
+    assert tool.seconds(notebook) == 7.5
+
+
 def test_the_memory_of_children_and_their_children_is_seen():
     hold = "held = bytearray(100_000_000); print(flush=True); input()"
     code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {hold!r}])"

@@ -126,8 +126,8 @@ def failures(notebook):
 
 
 def seconds(notebook):
-    """How long the cells took to run, without the first, which installs the package."""
-    cells = [c for c in notebook.cells if "execution" in c.metadata and c.id != "setup"]
+    """How long the cells took to run, after those that make it Colab and install the package."""
+    cells = [cell for cell in notebook.cells if "execution" in cell.metadata][2:]
     begin = cells[0].metadata.execution["iopub.execute_input"]
     end = cells[-1].metadata.execution["shell.execute_reply"]
     return (datetime.fromisoformat(end) - datetime.fromisoformat(begin)).total_seconds()
@@ -177,7 +177,7 @@ def rehearse(path, base, served, commit):
     repository, _ = address.current(ROOT)
     notebook = nbformat.reads(pin(path.read_text("utf-8"), repository, commit), 4)
     # Colab's kernel has imported its own package before the first cell.
-    notebook.cells.insert(0, nbformat.v4.new_code_cell("import google.colab", id="setup"))
+    notebook.cells.insert(0, nbformat.v4.new_code_cell("import google.colab"))
     with tempfile.TemporaryDirectory(dir=TWIN) as folder, tempfile.TemporaryDirectory() as empty:
         copied = Path(folder, "twin")
         shutil.copytree(base, copied, symlinks=True, copy_function=copy)
