@@ -83,7 +83,7 @@ def build():
     wanted = TWIN / "wanted.txt"
     wanted.write_text(re.sub("(?m)^torch==.*\n", "", versions), "utf-8")
     pip = [sys.executable, "-m", "pip", "--python", base / "bin" / "python", "install", "-q"]
-    subprocess.run([*pip, "--no-deps", "--no-compile", "pip", "-r", wanted], check=True)
+    subprocess.run([*pip, "--no-deps", "--no-compile", "-r", wanted], check=True)
     (place / "google" / "colab").mkdir(parents=True)
     (place / "google" / "colab" / "__init__.py").write_text(STUB, "utf-8")
     subprocess.run([base / "bin" / "python", "-c", WARM], check=True)
