@@ -238,7 +238,8 @@ def test_what_the_page_hides_is_folded_everywhere(path):
             folded, text = cell["metadata"], source(cell)
             assert folded.get("cellView") == "form", f"{cell['id']}: open on Colab"
             assert folded["jupyter"]["source_hidden"], f"{cell['id']}: open in Jupyter"
-            named = tangle.MARK.match(text) or TITLE.match(text)
+            marks = (tangle.MARK, tangle.SCRIPT, TITLE)
+            named = any(mark.match(text) for mark in marks)
             assert named, f"{cell['id']}: without a title"
 
 
