@@ -16,6 +16,7 @@ What can't be rehearsed: Colab's page itself, its GPU, and the parts of `google.
 import argparse
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -70,7 +71,7 @@ def build():
     """The folder of the twin: built, or as it was if the list of versions is the same."""
     base, stamp = TWIN / "base", TWIN / "versions.txt"
     torch = distribution("torch")
-    versions = VERSIONS.read_text("utf-8") + f"# {sys.version} {torch.version}\n"
+    versions = VERSIONS.read_text("utf-8") + f"# {platform.python_version()} {torch.version}\n"
     if stamp.exists() and stamp.read_text("utf-8") == versions:
         return base
     shutil.rmtree(TWIN, ignore_errors=True)
