@@ -9,12 +9,13 @@ WORKERS ?= 2
 export PYDEVD_DISABLE_FILE_VALIDATION = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help book pdf test tangle format model clean
+.PHONY: help book pdf test colab tangle format model clean
 
 help:
 	@echo "make book     build the page from the committed notebooks into _build/html"
 	@echo "make pdf      print the page as one book into _build/glassgpt.pdf, through Chromium"
 	@echo "make test     check the modules, the style, the package, every notebook and the page"
+	@echo "make colab    run every chapter as on Google Colab, or some: make colab CHAPTERS=\"05 13\""
 	@echo "make tangle   write src/glassgpt from the exported cells of the chapters"
 	@echo "make format   format the code of the notebooks, the tests and the tools"
 	@echo "make model    train the model that comes with the package again, and record the run"
@@ -48,6 +49,9 @@ test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --nbval -n $(WORKERS) --dist loadfile
+
+colab: $(READY)
+	$(BIN)/python tools/colab.py $(CHAPTERS)
 
 tangle: $(READY)
 	$(BIN)/python tools/tangle.py

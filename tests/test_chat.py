@@ -631,11 +631,21 @@ def test_the_program_itself_in_a_pipe(folder):
     assert first.stderr == b""
 
 
-def test_the_record_is_what_the_chapter_reads():
-    path = cli.Path(glassgpt.__file__).parents[2] / "book" / "runs" / "chat.json"
-    record = json.loads(path.read_text("utf-8"))["masks"]
+def test_the_chapter_shows_the_record():
+    book = cli.Path(glassgpt.__file__).parents[2] / "book"
+    record = json.loads((book / "runs" / "chat.json").read_text("utf-8"))
+    chapter = json.loads((book / "16_chat.ipynb").read_text("utf-8"))
+    sources = {cell["id"]: "".join(cell["source"]) for cell in chapter["cells"]}
+    shown: dict = {}
+    exec(sources["system-record"] + "\n" + sources["everything-read"], shown)
+    keys = ("step", "kl", "gain", "error", "right")
+    curve = record["system"]["curve"]
+    assert shown["GAINS"] == [tuple(point[key] for key in keys) for point in curve]
+    assert shown["REPLIES"] == record["system"]["speeches"]
+    record = record["masks"]
     for name in ("answers", "everything"):
         assert [run["seed"] for run in record[name]] == [0, 1, 2]
         for run in record[name]:
             assert len(run["answers"]) == len(record["steps"])
             assert np.isfinite(run["answers"]).all()
+        assert shown["BEST"][name] == [min(run["answers"]) for run in record[name]]

@@ -18,6 +18,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 from torch._functorch.aot_autograd import make_boxed_compiler
 from torch.profiler import profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from glassgpt import device as module
 from glassgpt.block import Block
@@ -87,6 +88,20 @@ class FakeCard:
         monkeypatch.setattr(cuda, "get_device_name", lambda device: name)
         monkeypatch.setattr(cuda, "get_device_properties", lambda device: properties)
         monkeypatch.setattr(module, "pick_device", lambda name: CUDA)
+
+
+class Products(TorchDispatchMode):
+    """Notes in which formats matrices were multiplied, by the kind of product."""
+
+    def __init__(self):
+        super().__init__()
+        self.formats = {"attention": set(), "mm": set()}
+
+    def __torch_dispatch__(self, call, types, arguments=(), named=None):
+        for kind, formats in self.formats.items():
+            if kind in call.__name__:
+                formats |= {x.dtype for x in arguments if isinstance(x, torch.Tensor)}
+        return call(*arguments, **(named or {}))
 
 
 def no_measuring(device, dtype, *shape):
@@ -763,6 +778,23 @@ class TestCards:
         assert plan.machine.precision == "float16"
         assert plan.peak_flops == DATA_SHEETS["T4"]
         assert type(plan.training) is TrainConfig
+
+    @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+    def test_a_small_card_never_multiplies_in_bfloat16(self, monkeypatch, optimizer):
+        """It would emulate it, and has a fused attention for float16 only."""
+        FakeCard(monkeypatch, "Tesla T4", (7, 5), 15.8)
+        plan = make_plan(11, context=8, layers=2, heads=2, width=16, steps=6)
+        if optimizer == "muon":
+            plan = replace(plan, training=MuonConfig(**asdict(plan.training)))
+        plan = replace(plan, machine=replace(plan.machine, device="cpu", compile="off"))
+        monkeypatch.setattr(Machine, "suits_short_attention", lambda *context: False)
+        trainer = plan.trainer(DATA)
+        assert isinstance(trainer, ScaledTrainer)
+        with Products() as seen:
+            trainer.take_step()
+        assert torch.float16 in seen.formats["attention"]
+        assert torch.float16 in seen.formats["mm"]
+        assert torch.bfloat16 not in seen.formats["attention"] | seen.formats["mm"]
 
     def test_a_large_card(self, monkeypatch):
         FakeCard(monkeypatch, "NVIDIA H100 80GB HBM3", (9, 0), 85)

@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import json
 import os
 import re
 import threading
@@ -9,6 +10,7 @@ from pathlib import Path
 from urllib.parse import unquote, urldefrag
 
 import address
+import literate
 import names
 import pytest
 import yaml
@@ -221,11 +223,19 @@ def test_buttons_lead_to_the_chapter_and_its_source(pages):
     colab = "https://colab.research.google.com/github"
     for notebook in (ROOT / "book").glob("*.ipynb"):
         seen = pages[f"book/{notebook.stem}.html"]
-        place = f"/blob/main/book/{notebook.name}"
+        place = f"book/{notebook.name}"
         owner = repository.removeprefix("https://github.com/")
-        assert f"{colab}/{owner}{place}" in seen["links"]
-        source = f"{repository}{place}"
+        assert f"{colab}/{owner}/blob/colab/{place}" in seen["links"]
+        source = f"{repository}/blob/main/{place}"
         assert any(link.startswith(source) for link in seen["links"]), notebook.name
+
+
+def test_a_chapter_says_what_it_takes_to_run(pages):
+    costs = json.loads(literate.COSTS.read_text("utf-8"))
+    for name, cost in costs["chapters"].items():
+        told = literate.running_cost(**cost, cores=costs["cores"])
+        words = f"to solve the exercises. {told}"
+        assert words in pages[f"book/{name}.html"]["prose"], name
 
 
 SHOWN = """figure => [...figure.querySelectorAll("[role=img]")]

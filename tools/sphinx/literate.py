@@ -5,6 +5,8 @@
   to sections, named as Jupyter names them, get MyST's names.
 * An exported cell gets a label, "enters glassgpt.attention", that links to the module.
 * The title of a chapter gets its number above it.
+* The reading time is followed by what the chapter takes to run, as tools/colab.py measured it.
+* The button Colab leads to the branch `colab`, whose chapters install the package of the page.
 * The directive `names` makes the index of every exported name.
 """
 
@@ -20,6 +22,7 @@ from docutils.parsers.rst import Directive
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import names
+from reading_time import PLACE
 from tangle import MARK, SCRIPT
 
 TITLE = re.compile(r"# ?@title (.+)\n+")
@@ -28,6 +31,7 @@ ENTERS = "tag_enters-"
 SECTION = re.compile(r"\]\(#[^)]+\)")
 CITATION = re.compile(r"\[[^][]+\]\(\S+/references\.html#([\w-]+)\)")
 CITATIONS = re.compile(rf"\[{CITATION.pattern}(?:, {CITATION.pattern})*\]")
+COSTS = Path(__file__).resolve().parents[2] / "book" / "runs" / "colab.json"
 
 
 def cite(text):
@@ -81,6 +85,21 @@ def read_notebook(app, docname, source):
                 "code_prompt_hide": f"Hide the {folded}",
             }
     source[0] = json.dumps(notebook)
+
+
+def running_cost(seconds, gigabytes, cores):
+    """What a chapter takes to run, as its page says it."""
+    minutes = round(seconds / 60)
+    time = f"{minutes} minutes" if minutes > 1 else f"{max(5, 5 * round(seconds / 5))} seconds"
+    return f"It runs in about {time}, with {gigabytes:.1f} GB of memory on {cores} CPU cores."
+
+
+def say_cost(app, docname, source):
+    """Write behind the reading time of a chapter what it takes to run."""
+    record = json.loads(COSTS.read_text("utf-8"))
+    if cost := record["chapters"].get(docname.removeprefix("book/")):
+        told = running_cost(**cost, cores=record["cores"])
+        source[0] = PLACE.sub(rf"*\1 {told}*", source[0], count=1)
 
 
 def label_exports(app, doctree, docname):
@@ -168,6 +187,15 @@ def run_model(app, pagename, templatename, context, doctree):
         app.add_js_file(context["pathto"]("live/glass-gpt.js", 1), loading_method="defer")
 
 
+def open_pinned(app, pagename, templatename, context, doctree):
+    """Let the button Colab open the chapter that installs the package of this page."""
+    branch = app.config.html_theme_options["repository_branch"]
+    for group in context.get("header_buttons", []):
+        for button in group.get("buttons", []):
+            if button.get("text") == "Colab":
+                button["url"] = button["url"].replace(f"/blob/{branch}/", "/blob/colab/")
+
+
 def share_address(app, config):
     """The address of the page stands once, in html.baseurl."""
     config.ogp_site_url = config.html_baseurl
@@ -193,9 +221,11 @@ def setup(app):
     app.connect("config-inited", share_address)
     app.connect("env-get-outdated", reread_names)
     app.connect("source-read", read_notebook)
+    app.connect("source-read", say_cost)
     app.connect("doctree-resolved", label_exports)
     # After Sphinx has collected the titles, so that the number stays out of the contents.
     app.connect("doctree-read", number_title, priority=900)
     app.connect("html-page-context", drop_repeated_scripts, priority=900)
     app.connect("html-page-context", run_model)
+    app.connect("html-page-context", open_pinned, priority=900)
     return {"version": "1", "parallel_read_safe": True}
