@@ -324,19 +324,9 @@ def to_json(content):
     return "{\n" + ",\n".join(rows) + "\n}\n"
 
 
-# Starts the figure by itself, unless the reader has asked for less motion.
-START = """<script>
-addEventListener("load", () => {
-  const button = document.querySelector(".glass-cover button");
-  if (!matchMedia("(prefers-reduced-motion: reduce)").matches) button.click();
-});
-</script>
-"""
-
-
 def draw_cover(content):
-    """The cover's moving figure, which book/intro.md includes: it plays without a kernel."""
-    from glassgpt.figures import guess_bars, slider, token_boxes
+    """The cover's live model, which book/intro.md includes; its recorded steps are the still."""
+    from glassgpt.figures import guess_bars, live_model, slider, token_boxes
 
     trace = content["trace"]
     highest = max(p for step in trace["steps"] for _, p in step["top"])
@@ -358,8 +348,9 @@ def draw_cover(content):
         return said
 
     moving = slider(draw, range(len(trace["steps"]) + 1), "tokens written", tell, play=1.2)
-    opened = '<div class="glass-cover" style="margin-bottom:1.5rem">'
-    COVER.write_text(f"{opened}{moving._repr_html_()}</div>\n{START}", "utf-8", newline="\n")
+    live = live_model("write tokens next", trace["prompt"], trace["temperature"], moving)
+    page = live._repr_html_().replace("<glass-gpt", "<glass-gpt plays", 1)
+    COVER.write_text(page + "\n", "utf-8", newline="\n")
 
 
 # Seconds for a token, how many such beats the whole text stays, and the step of the still picture.

@@ -633,18 +633,39 @@ def live(draw: Callable[..., Any], alt: Callable[..., str], **controls: Any) -> 
     return Live(still, ipywidgets.VBox([*inputs.values(), picture]))
 
 
-def live_model(show: str, prompt: str, still: Any, temperature: float = 0.8) -> Markup:
-    """The shipped model, running in the published page; `still` stands in for it.
+def live_model(
+    show: str, prompt: str, temperature: float = 0.8, still: Any = None
+) -> Markup:
+    """The shipped model, alive in the published page; elsewhere a still stands for it.
 
     show: the panels, such as "tokens next" (chapter 19 has them all). prompt: the text
-    at the start. still: a picture or Markup with the same content.
+    at the start. still: a picture; by default the prompt and its likeliest next tokens.
 
     Book: a1_figures.html#a-model-that-runs-in-the-page
     """
+    still = still or _next_tokens(prompt, temperature)
     settings = {"show": show, "prompt": prompt, "temperature": f"{temperature:g}"}
     given = "".join(f' {k}="{html.escape(v)}"' for k, v in settings.items())
     inside = still._repr_html_()
     return Markup(f"<glass-gpt{given}>{inside}</glass-gpt>", repr(still), role="group")
+
+
+def _next_tokens(prompt: str, temperature: float) -> Markup:
+    import torch
+
+    from glassgpt.checkpoints import load
+
+    model, tokenizer = load("shakespeare")
+    ids = tokenizer.encode(prompt)
+    with torch.no_grad():
+        p = (model(torch.tensor([ids]))[0, -1] / temperature).softmax(-1)
+    best = [
+        (tokenizer.decode([n]), p[n].item()) for n in p.argsort(descending=True)[:8]
+    ]
+    boxes = token_boxes([tokenizer.decode([n]) for n in ids])
+    told = ", ".join(f"{text!r} {share:.0%}" for text, share in best)
+    alt = f"The tokens of {prompt!r}. The likeliest next ones: {told}."
+    return Markup(boxes + guess_bars(best, limit=best[0][1]), alt)
 
 
 # Number, page and label of every chapter that the map shows, in the map's order.

@@ -82,12 +82,12 @@ PANELS.write = {
     const text = find("textarea"), [main, one, over] = find.all("button");
     text.value = gpt.prompt;
     text.oninput = over.onclick = () => gpt.begin(text.value);
-    main.onclick = () => (gpt.writing ? gpt.stop() : gpt.write(200));
+    main.onclick = () => (gpt.writing || gpt.playing ? gpt.stop() : gpt.write(200));
     one.onclick = () => gpt.write(1);
   },
   update(gpt, find) {
     const [main, one, over] = find.all("button");
-    main.textContent = gpt.writing ? "Stop" : "Write";
+    main.textContent = gpt.writing || gpt.playing ? "Stop" : "Write";
     one.disabled = over.disabled = gpt.writing;
   },
 };
@@ -104,7 +104,7 @@ PANELS.sampling = {
     + slider("top-k", 9, 9, { min: 0 })
     + slider("top-p", 1, 1, { min: 0.05, step: 0.05 }),
   start(gpt, find) {
-    const [temperature, k, p] = find.all("input"), outputs = find.all("output");
+    const [temperature, k, p] = find.all("input");
     const most = [1, 2, 3, 5, 10, 20, 50, 100, 200, Infinity];
     gpt.controls(find, () => {
       const topK = most[k.value];
@@ -302,6 +302,22 @@ class GlassGPT extends HTMLElement {
     });
     await this.begin(this.prompt);
     live.hidden = false;
+    live.onpointerdown = live.onkeydown = ({ target }) => {
+      if (!target.matches(".main")) this.playing = false; // that button says Stop
+    };
+    const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
+    if (this.hasAttribute("plays") && !still) this.play();
+  }
+
+  // Write by itself, slowly, until somebody touches the figure.
+  async play() {
+    this.playing = true;
+    for (let n = 0; n < 30 && this.playing; n++) {
+      await this.write(1);
+      await new Promise((wake) => setTimeout(wake, 1200));
+    }
+    this.playing = false;
+    await this.show();
   }
 
   // Call `use` when a slider of a panel moves, and show what it returns beside them.
@@ -353,24 +369,25 @@ class GlassGPT extends HTMLElement {
   async write(count, each) {
     this.writing = true;
     this.chosen = undefined;
+    let ended = false; // a special token ends a text
     while (count > 0 && this.writing) {
       const end = performance.now() + 12; // some tokens, then the page is drawn
       while (count-- > 0 && this.writing && performance.now() < end) {
         const id = await this.ask("draw", this.settings);
-        if (id === null) this.stop();
+        if ((ended = id === null)) this.stop();
         else await this.ask("read", this.ids = [...this.ids, id]);
       }
       await this.show();
       await each?.();
       await new Promise(requestAnimationFrame);
     }
-    this.stop();
+    this.writing = false;
     const past = this.first ? " The model no longer sees those struck through." : "";
-    this.news = `${this.ids.length} tokens.${past}`;
+    this.news = `${this.ids.length} tokens.${ended ? " The text ends here." : past}`;
     await this.show();
   }
 
-  stop() { this.writing = false; }
+  stop() { this.writing = this.playing = false; }
 
   // The ids of a conversation; the oldest turns go when it fills the context.
   async conversation(system, turns) {
