@@ -36,16 +36,8 @@ AXE_RUN = """async () => {
     .filter(rule => ["serious", "critical"].includes(rule.impact))
     .map(rule => [rule.id, ...rule.nodes.slice(0, 3).map(node => node.html)]);
 }"""
-# A reader goes through the page; page.js asks each section's boxes whether they scroll.
-READ = """async () => {
-  for (const section of document.querySelectorAll("article > section > section")) {
-    section.scrollIntoView();
-    for (let frame = 0; frame < 300; frame++) {
-      if (!section.querySelector("pre:not([tabindex])")) break;
-      await new Promise(requestAnimationFrame);
-    }
-  }
-}"""
+# page.js has asked every box whether it scrolls.
+ASKED = "!document.querySelector('pre:not([tabindex])')"
 # Code has a few colors, thousands of times: axe sees the first word of each.
 ONE_OF_EACH = """() => {
   const seen = new Set();
@@ -151,7 +143,7 @@ def visit(browser, server, address):
     page.goto(address)
     page.wait_for_load_state("networkidle")
     seen = page.evaluate(LOOK) | {"trouble": trouble, "wide": page.evaluate(WIDE)}
-    page.evaluate(READ)
+    page.wait_for_function(ASKED)
     page.evaluate(AXE)
     page.evaluate(ONE_OF_EACH)
     seen["barred"] = page.evaluate(AXE_RUN)

@@ -12,15 +12,14 @@ addEventListener("beforeprint", () => {
   addEventListener("afterprint", back, { once: true });
 });
 
-// Boxes that scroll can be focused. To ask whether one does lays its section out, so it is
-// asked when the section comes near.
+// Boxes that scroll can be focused. To ask one lays out its cell, so they are asked in turn.
 const boxes = "pre, .cell_output > .output, .pst-scrollable-table-container";
-const letFocus = (part) =>
-  part.querySelectorAll(boxes).forEach((box) => {
-    const { scrollWidth, clientWidth, scrollHeight, clientHeight } = box;
-    box.tabIndex = scrollWidth > clientWidth || scrollHeight > clientHeight ? 0 : -1;
-  });
-const near = (part) => part.getBoundingClientRect().top < 2 * innerHeight;
-[...document.querySelectorAll("article > section > *")].filter(near).forEach(letFocus);
-const shown = (event) => event.skipped || letFocus(event.target);
-document.addEventListener("contentvisibilityautostatechange", shown, true);
+const waiting = [...document.querySelectorAll(boxes)];
+const ask = () => {
+  const box = waiting.shift();
+  if (!box) return;
+  const { scrollWidth, clientWidth, scrollHeight, clientHeight } = box;
+  box.tabIndex = scrollWidth > clientWidth || scrollHeight > clientHeight ? 0 : -1;
+  setTimeout(ask);
+};
+addEventListener("load", ask);

@@ -29,7 +29,7 @@ def put_on_diet(app, error):
     icons = {ord(sign) for sign in css if "\ue000" <= sign <= "\uf8ff"}
     for font in (static / ICONS).glob("*.woff2"):
         cut_font(font, font, icons)
-    # The theme lays out the whole page to ask what scrolls; page.js asks where a reader is.
+    # The theme lays out the whole page to ask what scrolls; page.js asks in small steps.
     theme = static / "scripts" / "pydata-sphinx-theme.js"
     theme.write_text(ASKS.sub("0", theme.read_text("utf-8")), "utf-8")
     formulas = re.findall("<math.*?</math>", "".join(pages), re.DOTALL)
