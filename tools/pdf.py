@@ -123,11 +123,9 @@ def read_chapter(site, name, names, address):
             link["href"] = f"#{target}-{anchor}" if anchor else f"#{target}"
         else:
             link["href"] = urljoin(f"{address}book/", link["href"])
-    for formula in article.select(".math"):
-        # A picture, with its TeX for those who listen. MathJax's signs are generated content,
-        # for which Chromium makes no tag: a tiny space holds it.
-        formula["role"], formula["aria-label"] = "img", formula.get_text().strip()[2:-2].strip()
-        formula.insert(0, parse("<i>&nbsp;</i>"))
+    for formula in article.select("math"):
+        # A picture, with its TeX for those who listen.
+        formula["role"], formula["aria-label"] = "img", formula["data-latex"]
     unfold(article, name)
     article.name, article.attrs = "section", {"id": name, "style": f"page: c{name}"}
     return article
@@ -174,13 +172,11 @@ def assemble(site, toc):
         for name, chapter in chapters.items()
     )
     page = parse((site / "book" / f"{names[0]}.html").read_text("utf-8"))
-    math = [s for s in page.head("script") if "mathjax" in str(s).lower()]
-    head = "".join(map(str, page.select("head > link[rel=stylesheet]") + math))
+    head = "".join(map(str, page.select("head > link[rel=stylesheet]")))
     body = "".join(map(str, chapters.values()))
     return f"""<!DOCTYPE html>
 <html lang="en" data-theme="light" data-mode="light"><head><meta charset="utf-8">
 <title>{config["title"]}</title>{head}
-<script>MathJax.options.menuOptions = {{settings: {{assistiveMml: false}}}};</script>
 <style>{font_faces()}
 {STYLE.read_text("utf-8")}
 {headers}</style></head>
@@ -222,7 +218,6 @@ def print_book(site, toc, target, browser):
         page = browser.new_page(color_scheme="light")
         page.set_default_timeout(0)
         page.goto(Path(file.name).as_uri())
-        page.evaluate("MathJax.startup.promise")
         page.evaluate("document.fonts.ready.then(() => {})")
         headings = page.evaluate(HEADINGS)
         first = pikepdf.open(io.BytesIO(page.pdf(prefer_css_page_size=True, **options)))

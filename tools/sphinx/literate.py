@@ -7,6 +7,7 @@
 * The title of a chapter gets its number above it.
 * The reading time is followed by what the chapter takes to run, as tools/colab.py measured it.
 * The button Colab leads to the branch `colab`, whose chapters install the package of the page.
+* The search finds every exported name; the exercises say where they are graded.
 * The directive `names` makes the index of every exported name.
 """
 
@@ -19,6 +20,8 @@ from pathlib import Path
 
 from docutils import nodes
 from docutils.parsers.rst import Directive
+
+from sphinx import addnodes
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import names
@@ -130,6 +133,32 @@ def number_title(app, doctree):
         title.insert(0, nodes.inline("", f"{kind} {number} ", classes=["number"]))
 
 
+def index_names(app, doctree):
+    """What a search for an exported name finds first: the section that explains it."""
+    page = f"{app.env.docname}.html#"
+    for entry in names.public_names():
+        place = f"book/{entry.place}"
+        if place.startswith(page):
+            section = place.removeprefix(page)
+            found = ("single", entry.name, section, "main", None)
+            doctree += addnodes.index(entries=[found])
+
+
+def point_to_kernel(app, doctree):
+    """Say under the heading of the exercises where their checks can run."""
+    address = app.config.html_theme_options["repository_url"]
+    owner = address.removeprefix("https://github.com/")
+    notebook = f"{owner}/blob/colab/{app.env.docname}.ipynb"
+    colab = f"https://colab.research.google.com/github/{notebook}"
+    for title in doctree.findall(nodes.title):
+        if title.astext().startswith("Exercises"):
+            link = nodes.reference("", "open this chapter on Colab", refuri=colab)
+            line = nodes.paragraph("", "The checks grade your answer where Python runs: ")
+            line += [link, nodes.Text(", or its notebook in Jupyter.")]
+            line["classes"] = ["kernel"]
+            title.parent.insert(title.parent.index(title) + 1, line)
+
+
 class NamesDirective(Directive):
     """The index of every exported name: name, module, place, first line."""
 
@@ -168,17 +197,6 @@ class NamesDirective(Directive):
 def reread_names(app, env, added, changed, removed):
     """The index depends on the modules, which Sphinx doesn't watch."""
     return {"book/a2_notation"} & env.found_docs
-
-
-def drop_repeated_scripts(app, pagename, templatename, context, doctree):
-    """sphinx_thebe registers its inline `const` twice: an error in the browser's console."""
-    seen, kept = set(), []
-    for script in context["script_files"]:
-        body = script.attributes.get("body")
-        if body is None or body not in seen:
-            kept.append(script)
-        seen.add(body)
-    context["script_files"] = kept
 
 
 def run_model(app, pagename, templatename, context, doctree):
@@ -223,9 +241,10 @@ def setup(app):
     app.connect("source-read", read_notebook)
     app.connect("source-read", say_cost)
     app.connect("doctree-resolved", label_exports)
+    app.connect("doctree-read", index_names, priority=100)
+    app.connect("doctree-read", point_to_kernel)
     # After Sphinx has collected the titles, so that the number stays out of the contents.
     app.connect("doctree-read", number_title, priority=900)
-    app.connect("html-page-context", drop_repeated_scripts, priority=900)
     app.connect("html-page-context", run_model)
     app.connect("html-page-context", open_pinned, priority=900)
     return {"version": "1", "parallel_read_safe": True}
