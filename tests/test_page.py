@@ -364,7 +364,9 @@ def test_sliders_move_their_figure_by_keyboard(pages, server, browser):
     moved = 0
     for path in pages:
         page = browser.new_page()
-        page.route("**/glass-gpt.js", lambda route: route.abort())  # stills have them, too
+        page.route(
+            "**/glass-gpt.js", lambda route: route.abort()
+        )  # stills have them, too
         page.goto(server + path)
         ranges = page.locator("article input[type=range]")
         for index in range(ranges.count()):
