@@ -129,10 +129,11 @@ PANELS.attention = {
     const at = gpt.hovered < 0 ? gpt.position : gpt.hovered;
     if (at < gpt.first) return;
     const weights = [...await gpt.ask("weights", layer, head, at - gpt.first)];
+    const most = weights.reduce((a, b) => Math.max(a, b)); // the darkest
     const box = gpt.shadowRoot.querySelector(".tokens");
     box.classList.add("shaded");
     box.querySelectorAll("span").forEach((token, i) => {
-      token.style.setProperty("--weight", weights[i - gpt.first] ?? 0);
+      token.style.setProperty("--weight", (weights[i - gpt.first] ?? 0) / most);
     });
     const order = [...weights.keys()].sort((a, b) => weights[b] - weights[a]);
     const told = order.slice(0, 3).map((i) =>
@@ -229,7 +230,7 @@ overflow:auto;padding:.3rem}
 .tokens span{white-space:pre-wrap;padding:.2em .1em;margin:0 1px;border-radius:3px;
 cursor:pointer;background:#e83e8c26;box-decoration-break:clone}
 .tokens span:nth-child(even){background:#e83e8c52}
-.tokens.shaded span{background:rgb(160 80 180/var(--weight,0))}
+.tokens.shaded span{background:rgb(160 80 180/calc(.6*var(--weight,0)))}
 .tokens span[aria-selected=true]{outline:2px solid #d2142d}
 .tokens span.past{text-decoration:line-through}
 .guesses{display:grid;grid-template-columns:minmax(4em,max-content) 1fr 4.2em;
