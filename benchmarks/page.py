@@ -24,9 +24,7 @@ WRITE = """async (count) => {
   await ask("read", ids);
   const start = performance.now();
   for (let n = 0; n < count; n++) {
-    const id = await ask("draw", { temperature: 0.8 });
-    ids.push(id ?? 0);
-    await ask("read", ids);
+    ids.push((await ask("draw", ids, { temperature: 0.8 })) ?? 0);
   }
   return 1000 * count / (performance.now() - start);
 }"""

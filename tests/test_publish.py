@@ -21,10 +21,7 @@ GREEDY = """async ([prompts, count]) => {
   const { ask } = document.querySelector("glass-gpt"), rows = [];
   for (const prompt of prompts) {
     const ids = await ask("encode", prompt);
-    for (let n = 0; n < count; n++) {
-      await ask("read", ids);
-      ids.push(await ask("draw", { topK: 1 }));
-    }
+    for (let n = 0; n < count; n++) ids.push(await ask("draw", ids, { topK: 1 }));
     rows.push(ids);
   }
   return rows;
@@ -124,7 +121,7 @@ def test_probabilities_are_the_models(chromium, shakespeare, tmp_path, kind):
             torch.tensor([ids])
         )[0]
     for place, row in enumerate(logits.double().softmax(-1)):
-        choices = page.evaluate(ASK, ["next", place, {}, 5000])["choices"]
+        choices = page.evaluate(ASK, ["next", ids, place, {}, 5000])["choices"]
         found = torch.zeros_like(row)
         for choice in choices:
             found[choice["id"]] = choice["probability"]
@@ -172,7 +169,7 @@ def test_filters_are_the_packages(page, shakespeare):
         if "topP" in settings:
             kept = glassgpt.generation.keep_top_p(kept, settings["topP"], t)
         p = glassgpt.softmax(kept, temperature=t)[0]
-        choices = page.evaluate(ASK, ["next", 0, settings, 5000])["choices"]
+        choices = page.evaluate(ASK, ["next", ids, 0, settings, 5000])["choices"]
         assert {c["id"] for c in choices} == set(p.nonzero()[:, 0].tolist())
         assert all(abs(c["probability"] - p[c["id"]].item()) < 1e-5 for c in choices)
 
@@ -186,11 +183,11 @@ def test_weights_and_lens_are_the_models(page, shakespeare):
     found = page.evaluate(
         "async (question) => [...await document.querySelector("
         "'glass-gpt').ask(...question)]",
-        ["weights", 2, 4, 5],
+        ["weights", ids, 5, 2, 4],
     )
     wanted = seen["2.weights"][0, 4, 5, :6]
     assert torch.allclose(torch.tensor(found), wanted, atol=1e-5)
-    rows = page.evaluate(ASK, ["lens", 5, 1])
+    rows = page.evaluate(ASK, ["lens", ids, 5, 1])
     streams = [seen["embedding"], *(seen[f"{n}.stream"] for n in range(4))]
     best = [glassgpt.logit_lens(model, s)[0, 5].argmax().item() for s in streams]
     assert [row[0]["id"] for row in rows] == best
@@ -208,12 +205,12 @@ def test_a_reader_writes_and_looks(chromium, shakespeare, tmp_path):
     page.get_by_role("button", name="One token").click()
     page.wait_for_function("document.querySelector('glass-gpt').ids.length === 3")
     page.get_by_role("textbox", name="Prompt").fill("O Juliet")
-    page.wait_for_function("document.querySelector('glass-gpt').pieces[0] === 'O'")
+    page.wait_for_function("document.querySelector('glass-gpt').text.pieces[0] === 'O'")
     box = page.get_by_role("listbox")
     box.focus()
     page.keyboard.press("ArrowLeft")
     chosen = page.locator("[aria-selected=true]")
-    page.wait_for_function("document.querySelector('glass-gpt').position === 2")
+    page.wait_for_function("document.querySelector('glass-gpt').text.position === 2")
     assert chosen.inner_text() == "ul"
     assert (
         "\u201cul\u201d looks at"
@@ -227,6 +224,52 @@ def test_a_reader_writes_and_looks(chromium, shakespeare, tmp_path):
     page.get_by_role("button", name="Stop").click()
     page.get_by_role("button", name="Write").wait_for()
     assert page.trouble == []
+
+
+@no_browser
+def test_a_reader_who_interrupts_breaks_nothing(chromium, shakespeare, tmp_path):
+    publish(*shakespeare, tmp_path / "page.html", prompt="ROMEO:")
+    page = opened(chromium, tmp_path / "page.html")
+    write, one = (page.get_by_role("button", name=n) for n in ("Write", "One token"))
+    figure = "document.querySelector('glass-gpt')"
+    write.click()
+    for _ in range(12):
+        page.get_by_role("slider", name="temperature").press("ArrowRight")
+    page.evaluate(f"{figure}.become([1, 2, 3])")  # as a click on a bar does
+    write.wait_for()
+    assert page.evaluate(f"{figure}.text.ids") == [1, 2, 3]
+    page.evaluate(f"const g = {figure}; g.write(50); g.stop(); g.write(50)")
+    page.wait_for_function(f"!{figure}.writing")
+    assert page.evaluate(f"{figure}.ids.length") <= 53
+    one.focus()
+    for _ in range(3):  # the focus stays where it is
+        count = page.evaluate(f"{figure}.ids.length")
+        page.keyboard.press("Enter")
+        page.wait_for_function(f"{figure}.text.ids.length > {count}")
+        page.wait_for_function(f"!{figure}.writing")
+    assert page.trouble == []
+    page.close()
+
+
+@no_browser
+def test_a_token_out_of_sight_cannot_be_chosen(chromium, shakespeare, tmp_path):
+    """Its numbers are gone; those of another one must not stand under its name."""
+    model, tokenizer = shakespeare
+    publish(model, tokenizer, tmp_path / "page.html", prompt="ROMEO: " * 150)
+    page = opened(chromium, tmp_path / "page.html")
+    first, last = page.evaluate(
+        "(({ text }) => [text.first, text.ids.length - 1])"
+        "(document.querySelector('glass-gpt'))"
+    )
+    assert first > 0
+    page.evaluate("document.querySelector('glass-gpt').select(1)")
+    page.get_by_role("listbox").press("ArrowLeft")
+    position = "document.querySelector('glass-gpt').text.position"
+    page.wait_for_function(f"{position} === {last - 1}")
+    page.get_by_role("listbox").press("Home")
+    page.wait_for_function(f"{position} === {first}")
+    assert page.locator(".tokens span[aria-disabled=true]").count() == first
+    page.close()
 
 
 @no_browser
@@ -271,6 +314,10 @@ def test_what_a_page_cannot_run_is_refused_and_nothing_is_written(
     ):
         with pytest.raises(ValueError, match=sentence):
             publish(*wrong, path)
+    letters = CharTokenizer("abc")
+    small = glassgpt.GPT(glassgpt.GPTConfig(3, 8, 1, 2, 8))
+    with pytest.raises(ValueError, match="is not in the vocabulary"):
+        publish(small, letters, path, prompt="abd")
     with pytest.raises(ValueError, match="int8 or float32"):
         publish(model, tokenizer, path, weights="int4")
     assert path.read_text("utf-8") == "mine"

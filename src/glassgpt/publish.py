@@ -46,7 +46,8 @@ def page_model(
 
     weights: "int8", one byte for each, or "float32". prompt: what stands in the page at
     the start. Raises ValueError for another architecture than GPT-2's, a tokenizer of
-    another package or another size, and a model too large for a page.
+    another package or another size, a prompt that it can't encode, and a model too
+    large for a page.
 
     Book: 19_publishing.html#the-block-and-the-gpt
     """
@@ -62,6 +63,7 @@ def page_model(
     if size > LARGEST:
         most = f"a browser should read at most {LARGEST / 1e6:.0f} MB"
         raise ValueError(f"the page would have {size / 1e6:.0f} MB, and {most}")
+    tokenizer.encode(prompt)  # raises where the vocabulary lacks one of its characters
     sizes = {name: getattr(c, name) for name in ("context", "layers", "heads", "width")}
     return {
         "config": sizes,
@@ -137,12 +139,16 @@ PAGE = """<!doctype html>
 <title>{title}</title>
 <style>
 :root {{ color-scheme: light dark }}
-body {{ max-width: 42rem; margin: 1rem auto; padding: 0 1rem; font-family: system-ui }}
+body {{ max-width: 42rem; margin: 1rem auto; padding: 0 1rem; font-family: system-ui;
+  background: Canvas; color: CanvasText }}
 </style>
 <main>
 <h1>{title}</h1>
-<p>A GPT of {parameters:,} parameters, in this page. Nothing you write leaves it.</p>
+<p>A GPT of {parameters:,} parameters runs in this page; nothing you write leaves it.
+It continues a text, one token at a time. Click on a bar to choose the next token
+yourself, or on a token of the text to look there.</p>
 <glass-gpt><p>It needs JavaScript.</p></glass-gpt>
+<p>Made with <a href="https://glassgpt.github.io/glassgpt/">Glass GPT</a>.</p>
 </main>
 <script>{model}</script>
 <script>{page}</script>

@@ -12,8 +12,8 @@ ICONS = "vendor/fontawesome/webfonts"
 ASKS = re.compile(
     r'"complete"===document\.readyState\?(\w)\(\):window\.addEventListener\("load",\1\)'
 )
-# A browser draws the variable x with U+1D465, and so on.
-SLANTED = {0x210E, *range(0x1D434, 0x1D468), *range(0x1D6FC, 0x1D716)}
+# Drawn though no text has them: the root sign, and for the variable x U+1D465, and so on.
+DRAWN = {0x221A, 0x210E, *range(0x1D434, 0x1D468), *range(0x1D6FC, 0x1D716)}
 
 
 def put_on_diet(app, error):
@@ -35,7 +35,7 @@ def put_on_diet(app, error):
     formulas = re.findall("<math.*?</math>", "".join(pages), re.DOTALL)
     package = Path(importlib.util.find_spec("ziamath").origin).parent
     font = package / "fonts" / "STIXTwoMath-Regular.ttf"
-    cut_font(font, static / "math.woff2", SLANTED | set(map(ord, "".join(formulas))))
+    cut_font(font, static / "math.woff2", DRAWN | set(map(ord, "".join(formulas))))
 
 
 def used_words(static, pages):

@@ -73,19 +73,19 @@ def read_notebook(app, docname, source):
             else:
                 if "hide-input" in tags:
                     checks = (name or "").startswith("checks")
-                    folded = "check" if checks else "code"
+                    folded = "the check" if checks else "the code"
                 tags += ["export", f"enters-{name or default}"]
         elif script := SCRIPT.match(code):
             cell["source"] = "%%javascript\n" + code[script.end() :]
-            folded = "code" if "hide-input" in tags else None
+            folded = "the code" if "hide-input" in tags else None
             tags += ["export", f"enters-{script[1]}"]
         elif title := TITLE.match(code):
             cell["source"] = code[title.end() :]
-            folded = title[1].lower()
+            folded = title[1]
         if folded:
             metadata["mystnb"] = {
-                "code_prompt_show": f"Show the {folded}",
-                "code_prompt_hide": f"Hide the {folded}",
+                "code_prompt_show": f"Show: {folded}",
+                "code_prompt_hide": f"Hide: {folded}",
             }
     source[0] = json.dumps(notebook)
 

@@ -1,6 +1,7 @@
 # Written by tools/tangle.py from book/19_publishing.ipynb: change it there.
 """Checks of a GPT in a page that name the mistake they find."""
 
+import base64
 import json
 from collections.abc import Callable
 from typing import Any
@@ -12,24 +13,42 @@ from glassgpt.publish import page_model
 from glassgpt.tokens import BPETokenizer
 
 
+def _random_model(tokenizer: BPETokenizer, tied: bool) -> GPT:
+    dice = torch.Generator().manual_seed(5)
+    sizes = {"context": 12, "layers": 3, "heads": 3, "width": 27, "tied": tied}
+    model = GPT(GPTConfig(len(tokenizer), **sizes))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(0, 0.3, generator=dice)
+            if name in ("tokens.weight", "positions.weight"):
+                parameter.mul_(0.02)  # so small that a norm's 1e-5 counts
+    return model
+
+
 def check_page_logits(logits: Callable[[dict[str, Any], list[int]], Any]) -> None:
     """A page's logits after each token are those of the package, to 1e-4.
 
     Book: 19_publishing.html#the-same-numbers
     """
-    dice = torch.Generator().manual_seed(5)
-    tokenizer = BPETokenizer([(0, 1)])
-    model = GPT(GPTConfig(len(tokenizer), context=12, layers=3, heads=3, width=24))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0, 0.3, generator=dice)
+    tokenizer, dice = BPETokenizer([(0, 1)]), torch.Generator().manual_seed(6)
     ids = torch.randint(len(tokenizer), (1, 11), generator=dice)
-    wanted = model(ids)[0].detach().double()
-    stored = page_model(model, tokenizer, "float32")
-    found = torch.tensor(logits(stored, ids[0].tolist()))
-    off = (found.double() - wanted).abs().amax(dim=1)
-    assert off[0] < 1e-4, f"a single token's logits are off by {off[0]:.1g}"
-    assert off.max() < 1e-4, f"with more tokens the logits are off by {off.max():.1g}"
+    for tied in (True, False):
+        model = _random_model(tokenizer, tied)
+        for kind in ("float32", "int8"):
+            stored = page_model(model, tokenizer, kind)
+            for name, parameter in model.named_parameters():
+                if "int8" in (part := stored["weights"][name]):
+                    whole = torch.tensor(list(base64.b64decode(part["int8"])))
+                    scales = b"".join([base64.b64decode(part["scales"])])
+                    scale = torch.frombuffer(bytearray(scales), dtype=torch.float32)
+                    rows = whole.to(torch.int8).view(parameter.shape)
+                    parameter.data = rows * scale[:, None]
+            wanted = model(ids)[0].detach().double()
+            found = torch.tensor(logits(stored, ids[0].tolist())).double()
+            off = (found - wanted).abs().amax(dim=1)
+            said = f"{kind}, {'a tied' if tied else 'its own'} head"
+            assert off[0] < 1e-4, f"{said}: a single token is off by {off[0]:.1g}"
+            assert off.max() < 1e-4, f"{said}: later tokens are off by {off.max():.1g}"
 
 
 def check_size(size: Callable[[int, int, int, int], int]) -> None:
@@ -48,6 +67,9 @@ def check_size(size: Callable[[int, int, int, int], int]) -> None:
         assert found != wanted - vectors, "biases and norms take room, too"
         scales = sum(len(part.get("scales", "")) for part in stored.values())
         assert found != wanted - scales, "each row of a matrix has a scale"
+        for name in ("positions.weight", "norm.weight"):
+            several = parts[name] * (1 + (name == "norm.weight"))  # its bias, too
+            assert found != wanted - several, f"{name.split('.')[0]}: left out"
         assert found != wanted + parts["tokens.weight"], "a tied head is stored once"
         assert found == wanted, f"{wanted:,} characters, not {found:,}"
 
@@ -57,7 +79,13 @@ def check_tag(script: Callable[[Any], str]) -> None:
 
     Book: 19_publishing.html#exercise-2-a-string-that-ends-the-script
     """
-    for value in ({"a": [1, "x"]}, "1 < 2 & 'so' on", "</script><b>", "<!-- <script>"):
+    for value in (
+        {"a": [1, "x"]},
+        "1 < 2 & 'so' on",
+        "</script><b>",
+        "</SCRIPT >",
+        "<!-- <script>",
+    ):
         text = script(value)
         assert text.startswith("<script>x = "), "begin with <script>x = "
         assert text.endswith(";</script>"), "end with ;</script>"
@@ -89,5 +117,7 @@ def check_kept(kept: Callable[[list[int], list[int], int], int]) -> None:
     assert found == 0, f"after the window has moved nothing stays, not {found}"
     found = kept([1, 1, 1, 1], [1, 1, 1, 1, 1], 4)
     assert found == 3, f"by chance the windows begin alike: 3 stay, not {found}"
+    found = kept([5, 6, 7, 8, 9], [5, 6, 7, 8], 4)
+    assert found == 0, f"the window has moved back: nothing stays, not {found}"
     found = kept([5, 6, 7, 8, 9], [5, 6, 7, 8, 9, 3], 4)
     assert found == 3, f"7, 8, 9 are in both windows, not {found} tokens"

@@ -1,7 +1,7 @@
 // Written by tools/tangle.py from book/19_publishing.ipynb: change it there.
 
 function dot(x, y) {
-  let even = 0, odd = 0, i = 0; // two sums: neither waits for the other
+  let even = 0, odd = 0, i = 0; // two sums, so that none waits for the last addition
   for (; i + 1 < y.length; i += 2) {
     even += x[i] * y[i];
     odd += x[i + 1] * y[i + 1];
@@ -67,9 +67,9 @@ function mlp({ expand, projection }, x) {
 function block(part, x, cache) {
   const normed = layerNorm(part.attention_norm, x);
   x = add(x, multiHeadAttention(part.attention, normed, cache.heads));
-  cache.middle.push(x);
+  cache.afterAttention.push(x);
   x = add(x, mlp(part.mlp, layerNorm(part.mlp_norm, x)));
-  cache.end.push(x);
+  cache.afterMlp.push(x);
   return x;
 }
 
@@ -81,7 +81,7 @@ function gpt(model, id, cache) {
   model.blocks.forEach((part, layer) => {
     x = block(part, x, cache.layers[layer]);
   });
-  return logits(model, x);
+  return x;
 }
 
 const logits = (model, x) => linear(model.head, layerNorm(model.norm, x));
@@ -89,7 +89,7 @@ const logits = (model, x) => linear(model.head, layerNorm(model.norm, x));
 function newCache({ layers, heads }) {
   const many = (count, make) => Array.from({ length: count }, make);
   const head = () => ({ keys: [], values: [], weights: [] });
-  const layer = () => ({ heads: many(heads, head), middle: [], end: [] });
+  const layer = () => ({ heads: many(heads, head), afterAttention: [], afterMlp: [] });
   return { start: [], layers: many(layers, layer) };
 }
 
@@ -133,8 +133,8 @@ function openTokenizer({ bytes, characters, merges, special }) {
     becomes.set(`${left} ${right}`, pieces.length);
     pieces.push([...pieces[left], ...pieces[right]]);
   }
-  const stops = special.map((name) => pieces.push(utf8(name)) - 1);
-  return { bytes, idOf, becomes, pieces, stops };
+  const specials = special.map((name) => pieces.push(utf8(name)) - 1);
+  return { bytes, idOf, becomes, pieces, specials };
 }
 
 function mergeWord(ids, becomes) {
@@ -172,21 +172,28 @@ function candidates(scores, { temperature = 1, topK = Infinity, topP = 1 } = {})
   const sum = (ids) => ids.reduce((total, id) => total + p[id], 0);
   const share = topP * sum(likely);
   let before = 0; // what the likelier ones have
-  const kept = likely.filter((id) => (before += p[id]) - p[id] < share);
+  const kept = likely.filter((id) => {
+    const allowed = before < share || topP === 1; // then rounding forbids none
+    before += p[id];
+    return allowed;
+  });
   const total = sum(kept);
   return kept.map((id) => ({ id, probability: p[id] / total }));
 }
 
 function sample(choices, random = Math.random) {
-  let left = random();
-  const fits = ({ probability }) => (left -= probability) < 0;
-  return (choices.find(fits) ?? choices[0]).id;
+  let place = random();
+  for (const { id, probability } of choices) {
+    place -= probability;
+    if (place < 0) return id;
+  }
+  return choices[0].id; // the probabilities summed to a little less than 1
 }
 
 function shorten({ start, layers }, length) {
   const lists = [start];
-  for (const { heads, middle, end } of layers) {
-    lists.push(middle, end);
+  for (const { heads, afterAttention, afterMlp } of layers) {
+    lists.push(afterAttention, afterMlp);
     for (const { keys, values, weights } of heads) lists.push(keys, values, weights);
   }
   for (const list of lists) list.length = length;
@@ -213,6 +220,11 @@ function render(turns, { before, stop, after }, tokenizer) {
   return [...turns.flatMap(written), ...before.assistant];
 }
 
+// The stream after so many blocks, and the logits as if the model ended there.
+function streamAt({ cache }, position, blocks) {
+  return (blocks ? cache.layers[blocks - 1].afterMlp : cache.start)[position];
+}
+
 function passSteps({ model, cache, window }, position) {
   const C = model.config.width, minus = (x, y) => x.map((number, i) => number - y[i]);
   let x = cache.start[position];
@@ -221,28 +233,40 @@ function passSteps({ model, cache, window }, position) {
     ["the position's row of its table", row(model.positions.weight, position, C)],
     ["their sum enters the first block", x],
   ];
-  cache.layers.forEach(({ middle, end }, layer) => {
-    const here = `block ${layer + 1}:`, after = middle[position], last = end[position];
+  cache.layers.forEach(({ afterAttention, afterMlp }, layer) => {
+    const here = `block ${layer + 1}:`;
+    const middle = afterAttention[position], end = afterMlp[position];
     steps.push(
-      [`${here} what attention adds`, minus(after, x)], [`${here} the sum`, after],
-      [`${here} what the MLP adds`, minus(last, after)], [`${here} the sum`, last]);
-    x = last;
+      [`${here} what attention adds`, minus(middle, x)], [`${here} the sum`, middle],
+      [`${here} what the MLP adds`, minus(end, middle)], [`${here} the sum`, end]);
+    x = end;
   });
   steps.push(["the last norm: what the head reads", layerNorm(model.norm, x)]);
   return steps.map(([does, vector]) => ({ does, vector }));
 }
 
-const session = {};
+const session = {}; // the model, its tokenizer, and what it has read
 
-// The logits after a position, as if the model ended after so many blocks.
-function logitsAt(position, blocks = session.model.blocks.length) {
-  const { start, layers } = session.cache;
-  return logits(session.model, (blocks ? layers[blocks - 1].end : start)[position]);
+// A token as text; the bytes of one that is only part of a character.
+function pieceOf(id) {
+  const piece = decode([id], session.tokenizer);
+  if (!piece.includes("\ufffd")) return piece;
+  const hex = (byte) => byte.toString(16).padStart(2, "0");
+  return `‹${session.tokenizer.pieces[id].map(hex).join(" ")}›`;
 }
 
-const named = ({ id, probability }) => {
-  return { id, probability, piece: decode([id], session.tokenizer) };
-};
+const named = ({ id, probability }) => ({ id, probability, piece: pieceOf(id) });
+
+// Read a text; where in the window is one of its positions?
+function look(ids, position) {
+  read(session, ids);
+  return position - session.first;
+}
+
+function guesses(place, blocks, settings) {
+  const stream = streamAt(session, place, blocks);
+  return candidates(logits(session.model, stream), settings);
+}
 
 const answers = {
   open(stored) {
@@ -257,22 +281,27 @@ const answers = {
   render: (turns) => render(turns, session.chat, session.tokenizer),
   read(ids) {
     read(session, ids);
-    const pieces = ids.map((id) => decode([id], session.tokenizer));
-    return { first: session.first, pieces };
+    return { first: session.first, pieces: ids.map(pieceOf) };
   },
-  next(position, settings, count) {
-    const choices = candidates(logitsAt(position), settings);
+  draw(ids, settings) {
+    const place = look(ids, ids.length - 1), blocks = session.model.blocks.length;
+    const id = sample(guesses(place, blocks, settings));
+    return session.tokenizer.specials.includes(id) ? null : id;
+  },
+  next(ids, position, settings, count) {
+    const place = look(ids, position), blocks = session.model.blocks.length;
+    const choices = guesses(place, blocks, settings);
     return { kept: choices.length, choices: choices.slice(0, count).map(named) };
   },
-  draw(settings) {
-    const id = sample(candidates(logitsAt(session.window.length - 1), settings));
-    return session.tokenizer.stops.includes(id) ? null : id;
+  weights(ids, position, layer, head) {
+    const place = look(ids, position);
+    return session.cache.layers[layer].heads[head].weights[place];
   },
-  weights: (layer, head, position) =>
-    session.cache.layers[layer].heads[head].weights[position],
-  lens: (position, count) => [0, ...session.cache.layers.keys()].map((_, blocks) =>
-    candidates(logitsAt(position, blocks)).slice(0, count).map(named)),
-  pass: (position) => passSteps(session, position),
+  lens(ids, position, count) {
+    const place = look(ids, position), blocks = [0, ...session.model.blocks.keys()];
+    return blocks.map((_, n) => guesses(place, n).slice(0, count).map(named));
+  },
+  pass: (ids, position) => passSteps(session, look(ids, position)),
 };
 
 onmessage = ({ data: [question, ...given] }) => {

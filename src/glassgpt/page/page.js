@@ -5,11 +5,12 @@ function startEngine(stored) {
   const source = new Blob([`(${engine})()`], { type: "text/javascript" });
   const worker = new Worker(URL.createObjectURL(source)), waiting = [];
   worker.onmessage = ({ data: { answer, error } }) => {
-    const [resolve, reject] = waiting.shift(); // answers come in the order of questions
-    error ? reject(new Error(error)) : resolve(answer);
+    const { resolve, reject } = waiting.shift(); // in the order of the questions
+    if (error) reject(new Error(error));
+    else resolve(answer);
   };
-  const ask = (...question) => new Promise((...both) => {
-    waiting.push(both);
+  const ask = (...question) => new Promise((resolve, reject) => {
+    waiting.push({ resolve, reject });
     worker.postMessage(question);
   });
   ask("open", stored);
@@ -27,75 +28,103 @@ const percent = (share) => `${(100 * share).toFixed(1)}%`;
 // A panel: its HTML, what connects its buttons, what draws it when the text changes.
 const PANELS = {};
 
+const GUESS = `<button></button><i></i><b aria-hidden="true"></b>`;
+
 PANELS.next = {
-  html: () => `<h3></h3><div class="guesses"></div><p></p>`,
-  start(gpt, find) {
-    find("div").onclick = (event) => event.target.value && gpt.become(
-      [...gpt.ids.slice(0, gpt.position + 1), Number(event.target.value)]);
+  html: () => `<p class="title"></p>
+    <div class="guesses">${GUESS.repeat(10)}</div><p class="count"></p>`,
+  start(figure, find) {
+    find("div").onclick = ({ target }) => {
+      const { ids, position } = figure.text;
+      if (target.value) figure.become([...ids.slice(0, position + 1), +target.value]);
+    };
   },
-  async update(gpt, find) {
-    const { kept, choices } = await gpt.ask("next", gpt.column, gpt.settings, 10);
-    find("h3").innerHTML = `The next token, after “${visible(gpt.piece)}”`;
-    find("div").innerHTML = choices.map(({ id, piece, probability }) =>
-      `<button value="${id}" aria-label="${spoken(piece)}, ${percent(probability)}"
-        >${visible(piece)}</button>
-      <i style="width:${(100 * probability) / choices[0].probability}%"></i>
-      <b>${percent(probability)}</b>`).join("");
-    find("p").textContent = `Tokens that can be drawn: ${kept}`;
+  async update({ ask, settings, text: { ids, position, piece } }, find) {
+    const { kept, choices } = await ask("next", ids, position, settings, 10);
+    find(".title").innerHTML = `The next token, after “${visible(piece)}”`;
+    const bars = find.all("i"), numbers = find.all("b");
+    find.all("button").forEach((button, row) => {
+      const { id, piece, probability } = choices[row] ?? {};
+      for (const part of [button, bars[row], numbers[row]]) part.hidden = !choices[row];
+      if (!choices[row]) return;
+      button.value = id;
+      button.innerHTML = visible(piece);
+      button.ariaLabel = `${spoken(piece)}, ${percent(probability)}`;
+      bars[row].style.width = `${(100 * probability) / choices[0].probability}%`;
+      numbers[row].textContent = percent(probability);
+    });
+    find(".count").textContent = `Tokens that can be drawn: ${kept}`;
   },
 };
 
 PANELS.tokens = {
-  html: () => `<h3 id="tokens">Tokens</h3><div class="tokens" role="listbox"
+  html: () => `<p class="title" id="tokens">Tokens</p><div class="tokens" role="listbox"
     tabindex="0" aria-labelledby="tokens"></div><p role="status"></p>`,
-  start(gpt, find) {
-    const box = find(".tokens"), moves = { ArrowLeft: -1, ArrowRight: 1 };
+  start(figure, find) {
+    const box = find(".tokens");
     const place = ({ target }) => find.all("span").indexOf(target.closest("span"));
-    box.onclick = (event) => gpt.select(place(event));
-    box.onpointerover = (event) => gpt.hover(place(event));
-    box.onpointerleave = () => gpt.hover(-1);
+    box.onclick = (event) => figure.select(place(event));
+    box.onpointerover = (event) => figure.hover(place(event));
+    box.onpointerleave = () => figure.hover(-1);
     box.onkeydown = (event) => {
-      if (!(event.key in moves)) return;
+      const { first, ids, position: at } = figure.text;
+      const to = { ArrowLeft: at - 1, ArrowUp: at - 1, ArrowRight: at + 1,
+        ArrowDown: at + 1, Home: first, End: ids.length - 1 }[event.key];
+      if (to === undefined) return;
       event.preventDefault();
-      gpt.select(Math.max(gpt.position + moves[event.key], 0));
+      figure.select(to);
     };
   },
-  update(gpt, find) {
-    const box = find(".tokens");
-    box.innerHTML = gpt.pieces.map((piece, i) =>
-      `<span role="option" id="token${i}" aria-label="${spoken(piece)}"
-        aria-selected="${i === gpt.position}" class="${i < gpt.first ? "past" : ""}"
-        >${visible(piece)}</span>${"<br>".repeat(piece.split("\n").length - 1)}`
-    ).join("");
-    box.setAttribute("aria-activedescendant", `token${gpt.position}`);
-    if (gpt.writing) box.scrollTop = box.scrollHeight;
-    find("p").textContent = gpt.news;
+  update({ text: { pieces, position, first }, writing, news }, find) {
+    const box = find(".tokens"), shown = box.shown ?? [];
+    let same = 0; // tokens that stand there already
+    while (same < pieces.length && pieces[same] === shown[same]) same += 1;
+    while (box.childElementCount > same) box.lastElementChild.remove();
+    box.insertAdjacentHTML("beforeend", pieces.slice(same).map((piece, i) =>
+      `<div><span role="option" id="token${same + i}" aria-label="${spoken(piece)}"
+        >${visible(piece)}</span>${"<br>".repeat(piece.split("\n").length - 1)}</div>`
+    ).join(""));
+    box.shown = pieces;
+    find.all("span").forEach((token, i) => {
+      token.ariaSelected = i === position;
+      token.ariaDisabled = i < first;
+    });
+    box.setAttribute("aria-activedescendant", `token${position}`);
+    const chosen = find.all("span")[position];
+    const above = chosen.offsetTop - box.offsetTop;
+    const below = above + chosen.offsetHeight - box.clientHeight;
+    if (above < box.scrollTop) box.scrollTop = above;
+    if (below > box.scrollTop) box.scrollTop = below;
+    if (!writing && find("[role=status]").textContent !== news) {
+      find("[role=status]").textContent = news;
+    }
   },
 };
 
 PANELS.write = {
-  html: () => `<h3 id="prompt">Prompt</h3>
+  html: () => `<p class="title" id="prompt">Prompt</p>
     <textarea rows="2" spellcheck="false" aria-labelledby="prompt"></textarea>
     <div class="buttons"><button class="main"></button>
     <button>One token</button><button>Start over</button></div>`,
-  start(gpt, find) {
+  start(figure, find) {
     const text = find("textarea"), [main, one, over] = find.all("button");
-    text.value = gpt.prompt;
-    text.oninput = over.onclick = () => gpt.begin(text.value);
-    main.onclick = () => (gpt.writing || gpt.playing ? gpt.stop() : gpt.write(200));
-    one.onclick = () => gpt.write(1);
+    text.value = figure.prompt;
+    text.oninput = over.onclick = () => figure.begin(text.value);
+    main.onclick = () => {
+      if (figure.writing || figure.playing) figure.stop();
+      else figure.write(200);
+    };
+    one.onclick = () => figure.writing || figure.write(1);
   },
-  update(gpt, find) {
-    const [main, one, over] = find.all("button");
-    main.textContent = gpt.writing || gpt.playing ? "Stop" : "Write";
-    one.disabled = over.disabled = gpt.writing;
+  update({ writing, playing }, find) {
+    find(".main").textContent = writing || playing ? "Stop" : "Write";
   },
 };
 
 function slider(name, max, value, { min = 1, step = 1 } = {}) {
   return `<label>${name} <input type="range" name="${name}" min="${min}" max="${max}"
     step="${step}" value="${value}" data-lm-suppress-shortcuts="true">
-    <output></output></label>`;
+    <output aria-hidden="true"></output></label>`;
 }
 
 PANELS.sampling = {
@@ -103,78 +132,81 @@ PANELS.sampling = {
     slider("temperature", 2, settings.temperature, { min: 0.1, step: 0.1 })
     + slider("top-k", 9, 9, { min: 0 })
     + slider("top-p", 1, 1, { min: 0.05, step: 0.05 }),
-  start(gpt, find) {
+  start(figure, find) {
     const [temperature, k, p] = find.all("input");
     const most = [1, 2, 3, 5, 10, 20, 50, 100, 200, Infinity];
-    gpt.controls(find, () => {
+    figure.controls(find, () => {
       const topK = most[k.value];
-      gpt.settings = { temperature: +temperature.value, topK, topP: +p.value };
+      figure.settings = { temperature: +temperature.value, topK, topP: +p.value };
       return [temperature.value, topK === Infinity ? "all" : topK, p.value];
     });
   },
 };
 
 PANELS.attention = {
-  html: ({ sizes }) => `<h3>Attention</h3>${slider("layer", sizes.layers, 1)}
-    ${slider("head", sizes.heads, 1)}<p aria-live="polite"></p>`,
-  start(gpt, find) {
-    gpt.controls(find, () => find.all("input").map((input) => input.value));
-    gpt.hover = (place) => {
-      gpt.hovered = place;
-      this.update(gpt, find);
+  html: ({ sizes }) => `<p class="title">Attention</p>
+    ${slider("layer", sizes.layers, 1)}
+    ${slider("head", sizes.heads, 1)}
+    <p class="told" aria-live="polite"></p>
+    <p>The darker a token, the more the head looks at it.</p>`,
+  start(figure, find) {
+    figure.controls(find, () => find.all("input").map((input) => input.value));
+    figure.hover = (place) => {
+      figure.hovered = place;
+      this.update(figure, find);
     };
   },
-  async update(gpt, find) {
+  async update(figure, find) {
+    const { ids, pieces, position, first } = figure.text;
+    const from = figure.hovered < first ? position : figure.hovered;
     const [layer, head] = find.all("input").map((input) => input.value - 1);
-    const at = gpt.hovered < 0 ? gpt.position : gpt.hovered;
-    if (at < gpt.first) return;
-    const weights = [...await gpt.ask("weights", layer, head, at - gpt.first)];
-    const most = weights.reduce((a, b) => Math.max(a, b)); // the darkest
-    const box = gpt.shadowRoot.querySelector(".tokens");
-    box.classList.add("shaded");
-    box.querySelectorAll("span").forEach((token, i) => {
-      token.style.setProperty("--weight", (weights[i - gpt.first] ?? 0) / most);
-    });
+    const weights = [...await figure.ask("weights", ids, from, layer, head)];
     const order = [...weights.keys()].sort((a, b) => weights[b] - weights[a]);
+    const most = weights[order[0]]; // it gets the darkest shade
+    const box = figure.shadowRoot.querySelector(".tokens");
+    box?.classList.add("shaded");
+    box?.querySelectorAll("span").forEach((token, i) => {
+      token.style.setProperty("--weight", (weights[i - first] ?? 0) / most);
+    });
+    if (figure.writing) return; // too fast to be read, or heard
     const told = order.slice(0, 3).map((i) =>
-      `“${visible(gpt.pieces[gpt.first + i])}” ${percent(weights[i])}`);
-    const from = visible(gpt.pieces[at]);
-    find("p").innerHTML = `“${from}” looks at ${told.join(", ")}.`;
+      `“${visible(pieces[first + i])}” ${percent(weights[i])}`);
+    find(".told").innerHTML = `“${visible(pieces[from])}” looks at ${told.join(", ")}.`;
   },
 };
 
 PANELS.lens = {
-  html: () => `<h3></h3><table></table>`,
-  async update(gpt, find) {
+  html: () => `<p class="title"></p><table></table>`,
+  async update({ ask, text: { ids, position, piece } }, find) {
     const cell = ({ piece, probability }) =>
       `<td><code>${visible(piece)}</code> ${percent(probability)}</td>`;
-    const rows = (await gpt.ask("lens", gpt.column, 3)).map((guesses, layer) =>
+    const rows = (await ask("lens", ids, position, 3)).map((guesses, layer) =>
       `<tr><th scope="row">${layer ? `block ${layer}` : "embedding"}</th>
         ${guesses.map(cell).join("")}</tr>`);
-    find("h3").innerHTML = `The next token as each block sees it, after
-      “${visible(gpt.piece)}”`;
+    find(".title").innerHTML = `The next token as each block sees it, after
+      “${visible(piece)}”`;
     find("table").innerHTML = rows.join("");
   },
 };
 
 PANELS.pass = {
-  html: ({ sizes }) => `<h3>One pass, step by step</h3>
-    ${slider("step", 4 * sizes.layers + 4, 1)}<p aria-live="polite"></p>
-    <div class="strip" aria-hidden="true"></div><p></p>`,
-  start(gpt, find) {
-    gpt.controls(find, () => [find("input").value]);
+  html: ({ sizes }) => `<p class="title">One pass, step by step</p>
+    ${slider("step", 4 * sizes.layers + 4, 1)}<p class="told"></p>
+    <div class="strip" aria-hidden="true"></div><p class="numbers"></p>`,
+  start(figure, find) {
+    figure.controls(find, () => [find("input").value]);
   },
-  async update(gpt, find) {
-    const steps = await gpt.ask("pass", gpt.column), [name, numbers] = find.all("p");
+  async update({ ask, text: { ids, position } }, find) {
+    const steps = await ask("pass", ids, position);
     const { does, vector } = steps[find("input").value - 1];
     const largest = vector.reduce((a, b) => Math.max(a, Math.abs(b)), 1e-9);
-    name.textContent = does;
+    find(".told").textContent = `${does}: blue is positive, red negative`;
     const color = (x) => `background:${x < 0 ? "#d2142d" : "#2a66f0"};
       opacity:${Math.abs(x) / largest}`;
     find(".strip").innerHTML =
       [...vector].map((x) => `<i style="${color(x)}"></i>`).join("");
     const first = [...vector.slice(0, 6)].map((x) => x.toFixed(2)).join(", ");
-    numbers.textContent = `${first}, ... (${vector.length} numbers)`;
+    find(".numbers").textContent = `${first}, ... (${vector.length} numbers)`;
   },
 };
 
@@ -183,7 +215,7 @@ PANELS.chat = {
     <div role="log" aria-label="Conversation"></div>
     <form><input name="message" aria-label="Your message" autocomplete="off">
     <button class="main">Send</button></form>`,
-  start(gpt, find) {
+  start(figure, find) {
     const turns = [], log = find("[role=log]");
     const say = (role, words) => {
       log.insertAdjacentHTML("beforeend",
@@ -194,14 +226,16 @@ PANELS.chat = {
     find("form").onsubmit = async (event) => {
       event.preventDefault();
       const message = find("[name=message]"), content = message.value.trim();
-      if (gpt.writing || !content) return;
+      if (figure.writing || !content) return;
+      const asked = { role: "user", content };
+      const ids = await figure.conversation(find("[name=system]").value, turns, asked);
       message.value = "";
-      turns.push({ role: "user", content });
+      turns.push(asked);
       say("User", content);
-      await gpt.become(await gpt.conversation(find("[name=system]").value, turns));
-      const answer = say("Assistant", ""), before = gpt.ids.length;
-      await gpt.write(gpt.sizes.context, async () => {
-        answer.textContent = await gpt.ask("decode", gpt.ids.slice(before));
+      const answer = say("Assistant", "");
+      await figure.become(ids);
+      await figure.write(figure.sizes.context, async () => {
+        answer.textContent = await figure.ask("decode", figure.ids.slice(ids.length));
       });
       turns.push({ role: "assistant", content: answer.textContent });
     };
@@ -212,9 +246,11 @@ const STYLE = `
 :host{display:block;margin:1rem 0;font:1rem/1.45 system-ui,sans-serif}
 .live{display:grid;gap:.9rem;max-width:42rem;margin:auto}
 .live[hidden],.live:not([hidden])~slot{display:none}
-@media print{.live{display:none!important}.live~slot{display:block!important}}
-h3{margin:0 0 .3rem;font-size:1rem}
+@media print{:host{min-height:0!important}.live{display:none!important}
+.live~slot{display:block!important}}
+.title{margin:0 0 .3rem;font-weight:600}
 p{margin:.2rem 0}
+[role=status]{min-height:1.45em}
 textarea,input:not([type=range]){font:inherit;width:100%;box-sizing:border-box;
 padding:.4rem .6rem;color:inherit;background:none;border:1px solid #8f8f8f;
 border-radius:4px}
@@ -223,16 +259,18 @@ form input{flex:1}
 button{font:inherit;min-height:2.5rem;padding:.2rem .9rem;cursor:pointer;color:inherit;
 background:none;border:1px solid #8f8f8f;border-radius:4px}
 button.main{background:#a6101f;border-color:#a6101f;color:#fff}
-button:disabled{opacity:.5;cursor:default}
 :focus-visible{outline:3px solid #2a66f0;outline-offset:2px}
 .tokens{font:.95rem/2 ui-monospace,Menlo,Consolas,monospace;max-height:14rem;
 overflow:auto;padding:.3rem}
+.tokens div{display:inline}
+:host([plays]) .tokens{height:8rem}
 .tokens span{white-space:pre-wrap;padding:.2em .1em;margin:0 1px;border-radius:3px;
 cursor:pointer;background:#e83e8c26;box-decoration-break:clone}
-.tokens span:nth-child(even){background:#e83e8c52}
-.tokens.shaded span{background:rgb(160 80 180/calc(.6*var(--weight,0)))}
+.tokens div:nth-child(even) span{background:#e83e8c52}
+.tokens.shaded div span{background:rgb(160 80 180/calc(.6*var(--weight,0)))}
 .tokens span[aria-selected=true]{outline:2px solid #d2142d}
-.tokens span.past{text-decoration:line-through}
+.tokens span[aria-disabled=true]{text-decoration:line-through;cursor:default}
+[hidden]{display:none!important}
 .guesses{display:grid;grid-template-columns:minmax(4em,max-content) 1fr 4.2em;
 gap:2px .5rem;align-items:center}
 .guesses button{min-height:1.75rem;padding:0 .4rem;text-align:right;white-space:pre;
@@ -246,6 +284,8 @@ th,td{text-align:left;font-weight:400;padding:.15rem .5rem .15rem 0}
 code{font:.95rem ui-monospace,Menlo,Consolas,monospace;white-space:pre}
 .strip{display:flex;height:1.6rem;border:1px solid #8f8f8f}
 .strip i{flex:1}
+@media(pointer:coarse){.tokens{line-height:2.5}.tokens span{padding:.4em .45em}
+.guesses{row-gap:6px}}
 .said{white-space:pre-wrap}
 `;
 
@@ -259,35 +299,60 @@ function loadModel() {
     const script = document.createElement("script");
     script.src = new URL("shakespeare.js", here);
     script.onload = () => resolve(glassModel);
-    script.onerror = reject;
+    script.onerror = () => {
+      loading = undefined; // so that it can be tried again
+      reject(new Error("The model did not load."));
+    };
     document.head.append(script);
   });
   return loading;
 }
 
+// About how high each panel is, in pixels.
+const HEIGHTS = { write: 150, tokens: 120, next: 390, sampling: 130, attention: 170,
+  lens: 200, pass: 170, chat: 200 };
+
 class GlassGPT extends HTMLElement {
-  ids = [];
+  ids = []; // the text that is wanted; `text` is the one that is shown
   hovered = -1;
   shows = 0;
+  runs = 0;
   hover = () => {};
 
   connectedCallback() {
     if (this.shadowRoot) return;
     this.attachShadow({ mode: "open" }).innerHTML =
-      `<style>${STYLE}</style><div class="live" hidden></div><slot></slot>`;
+      `<style>${STYLE}</style><div class="live" hidden></div><slot></slot>
+      <p class="loading" role="status"></p>`;
+    const names = this.getAttribute("show")?.split(" ") ?? [];
+    const height = names.reduce((sum, name) => sum + HEIGHTS[name], 0);
+    this.style.minHeight = `${height}px`; // so that the page doesn't jump
     const watcher = new IntersectionObserver(([entry]) => {
       if (!entry.isIntersecting) return;
       watcher.disconnect();
-      this.start();
-    }, { rootMargin: "200px" });
+      this.load();
+    }, { rootMargin: "800px" });
     watcher.observe(this);
   }
 
-  async start() {
-    const stored = await loadModel(), live = this.shadowRoot.querySelector(".live");
+  async load() {
+    const status = this.shadowRoot.querySelector(".loading");
+    status.textContent = "The model is loading.";
+    try {
+      await this.start(await loadModel());
+      status.remove();
+    } catch (error) {
+      status.innerHTML = `${escaped(error.message)} <button>Try again</button>`;
+      status.lastChild.onclick = () => this.load();
+    }
+  }
+
+  async start(stored) {
+    const live = this.shadowRoot.querySelector(".live");
+    live.replaceChildren();
     this.ask = startEngine(stored);
     this.sizes = stored.config;
-    this.nothing = stored.tokenizer.start; // what an empty prompt stands for
+    this.emptyPrompt = stored.tokenizer.start;
     this.prompt = this.getAttribute("prompt") ?? stored.prompt;
     this.settings = { temperature: Number(this.getAttribute("temperature") ?? 0.8) };
     const all = "tokens next sampling attention lens pass";
@@ -310,6 +375,87 @@ class GlassGPT extends HTMLElement {
     if (this.hasAttribute("plays") && !still) this.play();
   }
 
+  // Call `use` when a slider of a panel moves, and show what it returns beside them.
+  controls(find, use) {
+    const tell = () => use().forEach((words, i) => {
+      find.all("output")[i].textContent = words;
+      find.all("input")[i].setAttribute("aria-valuetext", words);
+    });
+    find.all("input").forEach((input) => {
+      input.oninput = () => {
+        tell();
+        if (!this.writing) this.show();
+      };
+    });
+    tell();
+  }
+
+  async begin(text) {
+    let ids = this.emptyPrompt, news = "";
+    try {
+      if (text) ids = await this.ask("encode", text);
+    } catch (error) {
+      news = error.message;
+    }
+    await this.become(ids, news);
+  }
+
+  async become(ids, news = "") {
+    this.stop();
+    Object.assign(this, { ids, news, chosen: undefined });
+    await this.show();
+  }
+
+  // Show the text: all panels draw the same one, whatever happens meanwhile.
+  async show() {
+    const number = ++this.shows, ids = this.ids;
+    const { first, pieces } = await this.ask("read", ids);
+    if (number !== this.shows) return; // a later one is on its way
+    const last = ids.length - 1;
+    const position = Math.max(Math.min(this.chosen ?? last, last), first);
+    this.text = { ids, first, pieces, position, piece: pieces[position] };
+    for (const update of this.panels) if (number === this.shows) await update();
+  }
+
+  select(position) {
+    if (position < this.text.first) return; // the model no longer sees it
+    this.chosen = position;
+    this.show();
+  }
+
+  async write(count, each) {
+    const run = ++this.runs; // a stop, or another text, begins a new number
+    let ids = this.ids, ended = false;
+    this.writing = true;
+    this.chosen = undefined;
+    while (count > 0 && !ended) {
+      const pause = performance.now() + 12; // some tokens, then the page is drawn
+      while (count > 0 && !ended && performance.now() < pause) {
+        const id = await this.ask("draw", ids, this.settings);
+        if (run !== this.runs) return;
+        ended = id === null; // a special token ends a text
+        if (!ended) ids = [...ids, id];
+        count -= 1;
+      }
+      this.ids = ids;
+      await this.show();
+      await each?.();
+      await new Promise(requestAnimationFrame);
+      if (run !== this.runs) return;
+    }
+    this.writing = false;
+    if (this.playing) return;
+    const past = this.text.first ? " The model no longer sees those struck out." : "";
+    this.news = `${ids.length} tokens.${ended ? " The text ends here." : past}`;
+    await this.show();
+  }
+
+  stop() {
+    this.runs += 1;
+    this.writing = this.playing = false;
+    if (this.text) this.show();
+  }
+
   // Write by itself, slowly, until somebody touches the figure.
   async play() {
     this.playing = true;
@@ -321,81 +467,12 @@ class GlassGPT extends HTMLElement {
     await this.show();
   }
 
-  // Call `use` when a slider of a panel moves, and show what it returns beside them.
-  controls(find, use) {
-    const tell = () => use().forEach((words, i) => {
-      find.all("output")[i].textContent = words;
-      find.all("input")[i].setAttribute("aria-valuetext", words);
-    });
-    find.all("input").forEach((input) => {
-      input.oninput = () => { tell(); this.show(); };
-    });
-    tell();
-  }
-
-  // Where we look: a place in the text, and in what the model still sees.
-  get position() { return Math.min(this.chosen ?? Infinity, this.ids.length - 1); }
-  get column() { return Math.max(this.position - this.first, 0); }
-  get piece() { return this.pieces[this.position]; }
-
-  async begin(text) {
-    this.stop();
-    try {
-      await this.become(text ? await this.ask("encode", text) : this.nothing);
-    } catch (error) {
-      this.news = error.message;
-      await this.show();
-    }
-  }
-
-  async become(ids) {
-    this.ids = ids;
-    this.chosen = undefined;
-    this.news = "";
-    await this.show();
-  }
-
-  async show() {
-    const number = ++this.shows;
-    Object.assign(this, await this.ask("read", this.ids));
-    for (const update of this.panels) if (number === this.shows) await update();
-  }
-
-  select(position) {
-    if (position < 0) return;
-    this.chosen = position;
-    this.show();
-  }
-
-  async write(count, each) {
-    this.writing = true;
-    this.chosen = undefined;
-    let ended = false; // a special token ends a text
-    while (count > 0 && this.writing) {
-      const end = performance.now() + 12; // some tokens, then the page is drawn
-      while (count-- > 0 && this.writing && performance.now() < end) {
-        const id = await this.ask("draw", this.settings);
-        if ((ended = id === null)) this.stop();
-        else await this.ask("read", this.ids = [...this.ids, id]);
-      }
-      await this.show();
-      await each?.();
-      await new Promise(requestAnimationFrame);
-    }
-    this.writing = false;
-    const past = this.first ? " The model no longer sees those struck through." : "";
-    this.news = `${this.ids.length} tokens.${ended ? " The text ends here." : past}`;
-    await this.show();
-  }
-
-  stop() { this.writing = this.playing = false; }
-
   // The ids of a conversation; the oldest turns go when it fills the context.
-  async conversation(system, turns) {
+  async conversation(system, turns, asked) {
     const first = system.trim() ? [{ role: "system", content: system.trim() }] : [];
     for (;;) {
-      const ids = await this.ask("render", [...first, ...turns]);
-      if (ids.length < 0.8 * this.sizes.context || turns.length < 3) return ids;
+      const ids = await this.ask("render", [...first, ...turns, asked]);
+      if (ids.length < 0.8 * this.sizes.context || !turns.length) return ids;
       turns.splice(0, 2);
     }
   }
