@@ -1,6 +1,7 @@
 """The built page, read in a browser: nothing from the network, nothing broken."""
 
 import functools
+import html
 import http.server
 import json
 import os
@@ -16,6 +17,7 @@ import names
 import pytest
 import yaml
 from browser import FLAGS, find_browser
+from fontTools.ttLib import TTFont
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
@@ -381,3 +383,19 @@ def test_sliders_move_their_figure_by_keyboard(pages, server, browser):
             moved += 1
         page.close()
     assert moved, "no page has a slider"
+
+
+def test_the_font_of_formulas_has_every_sign_that_they_show(site):
+    """A browser draws the root of <msqrt> by itself; no text has the sign."""
+    pages = "".join(page.read_text("utf-8") for page in site.rglob("*.html"))
+    formulas = re.findall("<math.*?</math>", pages, re.DOTALL)
+    shown = "".join(re.sub("<.*?>", "", formula) for formula in formulas)
+    assert "<msqrt>" in "".join(formulas)
+    font = TTFont(site / "_static" / "math.woff2").getBestCmap()
+    missing = {
+        sign for sign in html.unescape(shown) + "\u221a" if ord(sign) not in font
+    }
+    # Letters and spaces that the page's own fonts have.
+    assert {
+        sign for sign in missing if not sign.isascii() and not sign.isspace()
+    } == set()

@@ -63,6 +63,8 @@ def page_model(
     if size > LARGEST:
         most = f"a browser should read at most {LARGEST / 1e6:.0f} MB"
         raise ValueError(f"the page would have {size / 1e6:.0f} MB, and {most}")
+    if not all(p.isfinite().all() for p in parameters.values()):
+        raise ValueError("some weights are not finite: is the model damaged?")
     tokenizer.encode(prompt)  # raises where the vocabulary lacks one of its characters
     sizes = {name: getattr(c, name) for name in ("context", "layers", "heads", "width")}
     return {
@@ -169,11 +171,13 @@ def publish(
     weights: "int8" (one byte for each weight) or "float32" (four). prompt: what stands
     there at the start. The file is written whole, or not at all.
     Raises ValueError for what a page can't run: another architecture than GPT-2's, a
-    tokenizer of another package, a model too large.
+    tokenizer of another package, a model too large, weights that are no numbers.
 
     Book: 19_publishing.html#one-file
     """
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name a file in it")
     script = model_script(model, tokenizer, weights=weights, prompt=prompt)
     text = PAGE.format(
         title=html.escape(title),
