@@ -335,6 +335,13 @@ def test_what_is_no_tokenizer_is_refused(text, tmp_path):
         ForeignTokenizer(text)
 
 
+class Believing(ForeignTokenizer):
+    def __init__(self, content):
+        super().__init__(content)
+        self._inner = type(self._inner).from_str(content)
+        self._inner.encode_special_tokens = True
+
+
 def test_an_added_token_is_special_whatever_its_file_says(tmp_path):
     content = json.loads(FOREIGN)
     content["added_tokens"][0] |= {"special": False, "normalized": True}
@@ -343,6 +350,9 @@ def test_an_added_token_is_special_whatever_its_file_says(tmp_path):
     assert foreign.special_tokens == {mark: 269}
     assert 269 not in foreign.encode(f"a tower{mark}")
     assert foreign.encode(mark, allow_special=True) == [269]
+
+    with pytest.raises(AssertionError, match="where the file calls it not special"):
+        checks.check_special(Believing)
 
 
 def test_a_tokenizer_of_ids_with_holes_is_refused_before_they_are_filled():

@@ -36,7 +36,8 @@ except ModuleNotFoundError as error:
 def until(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
     """The pieces of a text up to the stop text that is complete first.
 
-    Of two that end at once the longer counts. What could be the beginning of a stop text is held back until that is decided.
+    Of two that end at once the longer counts. What could be the beginning of a stop
+    text is held back until that is decided.
 
     Book: 17_gpt2.html#a-server
     """

@@ -272,7 +272,8 @@ def check_safetensors(read: Callable[[bytes], dict[str, Tensor]]) -> None:
     for metadata in (None, {"format": "pt"}):
         found = read(save(tensors, metadata))
         assert found is not None, "nothing came back"
-        assert found.keys() == tensors.keys(), f"names {sorted(found)}, not {sorted(tensors)}"
+        names = f"names {sorted(found)}, not {sorted(tensors)}"
+        assert found.keys() == tensors.keys(), names
         for name, due in tensors.items():
             assert found[name].shape == due.shape, f"{name} has another shape"
             assert torch.equal(found[name], due), f"{name} has other numbers"
