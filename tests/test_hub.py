@@ -138,7 +138,23 @@ def test_a_wrong_gelu_and_an_untransposed_matrix_are_caught():
             for n, v in state.items()
         }
 
+    def stretched(model):
+        content, state = export(model)
+        if rope := content.get("rope_parameters"):
+            rope |= {"rope_type": "linear", "factor": 8.0}
+        return content, state
+
+    def short(model):
+        content, state = export(model)
+        if "max_position_embeddings" in content:
+            content["max_position_embeddings"] = 3
+        return content, state
+
     checks.check_parity(export)
+    with pytest.raises(AssertionError, match="positions are linear"):
+        checks.check_parity(stretched)
+    with pytest.raises(AssertionError, match="context 3, not 24"):
+        checks.check_parity(short)
     with pytest.raises(AssertionError, match="GPT-2: .* activation function"):
         checks.check_parity(gelu)
     with pytest.raises(AssertionError, match="GPT-2: .* the wrong way round"):
@@ -317,6 +333,26 @@ def test_what_is_no_tokenizer_is_refused(text, tmp_path):
         read_tokenizer(tmp_path / "t.json")
     with pytest.raises(ValueError, match="no tokenizer"):
         ForeignTokenizer(text)
+
+
+class Believing(ForeignTokenizer):
+    def __init__(self, content):
+        super().__init__(content)
+        self._inner = type(self._inner).from_str(content)
+        self._inner.encode_special_tokens = True
+
+
+def test_an_added_token_is_special_whatever_its_file_says(tmp_path):
+    content = json.loads(FOREIGN)
+    content["added_tokens"][0] |= {"special": False, "normalized": True}
+    (tmp_path / "t.json").write_text(json.dumps(content))
+    foreign, mark = read_tokenizer(tmp_path / "t.json"), "<|endoftext|>"
+    assert foreign.special_tokens == {mark: 269}
+    assert 269 not in foreign.encode(f"a tower{mark}")
+    assert foreign.encode(mark, allow_special=True) == [269]
+
+    with pytest.raises(AssertionError, match="where the file calls it not special"):
+        checks.check_special(Believing)
 
 
 def test_a_tokenizer_of_ids_with_holes_is_refused_before_they_are_filled():

@@ -122,6 +122,16 @@ def test_a_stop_text_in_the_last_token_is_a_stop(client, shakespeare):
     assert choice.finish_reason == "stop"
 
 
+def test_an_answer_ends_where_the_context_does(address, shakespeare):
+    ids = shakespeare[1].encode("ROMEO:\n")
+    prompt = ids * (250 // len(ids))
+    body = {"prompt": prompt, "max_tokens": 10_000, "temperature": 0}
+    answer = json.loads(post(address, json.dumps(body).encode())[1])
+    room = shakespeare[0].config.context - len(prompt)
+    assert answer["usage"]["completion_tokens"] == room
+    assert answer["choices"][0]["finish_reason"] == "length"
+
+
 @pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
 def test_no_token_wanted_is_no_token(address, name):
     body = {"prompt": "ROMEO:", name: 0}
@@ -197,14 +207,15 @@ def test_nobody_forges_a_turn(chat, talker):
         ({"temperature": "hot"}, "temperature"),
         ({"top_p": 2}, "top_p"),
         ({"seed": -1}, "seed"),
-        ({"max_tokens": -1}, "max_new_tokens"),
-        ({"max_tokens": "many"}, "max_new_tokens"),
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"max_tokens": "many"}, "max_tokens"),
         ({"prompt": ""}, "at least one token"),
         ({"prompt": [1, 99_999]}, "out of range"),
         ({"prompt": "a " * 400}, "too long"),
         ({"prompt": ["a", "b"]}, "a prompt must be a list of ids"),
-        ({"prompt": None}, "NoneType"),
-        ({"stop": 5}, "int"),
+        ({"prompt": None}, "prompt must be a text"),
+        ({"stop": 5}, "stop must be a text"),
+        ({"stop": {"a": 1}}, "stop must be a text"),
         ({"stop": [5]}, "stop must be a text"),
     ],
 )
@@ -428,6 +439,9 @@ def test_without_its_libraries_the_command_says_what_to_install():
         (["ab", "c"], [], "abc"),
         (["a b", " US", "ER", ": x"], ["USER:"], "a b "),
         (["one stop two"], ["stop", "two"], "one "),
+        (["ab", "cd"], ["abcd", "b"], "a"),
+        (["abcd"], ["abcd", "b"], "a"),
+        (["ab", "cd"], ["cd", "bcd"], "a"),
         (["aab", "aa", "c"], ["aac"], "aab"),
         (["a\n", "\nb"], ["\n\n"], "a"),
         (["ends in US"], ["USER"], "ends in US"),

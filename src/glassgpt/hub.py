@@ -48,12 +48,14 @@ class Format:
         """Their names of one of our parameters."""
         layer, kind = name.rsplit(".", 1)
         block = re.fullmatch(r"blocks\.(\d+)\.(.+)", layer)
-        place, layer = (f"{self.block}.{block[1]}.", block[2]) if block else ("", layer)
-        return [f"{place}{n}.{kind}" for n in self.layers.get(layer, layer).split()]
+        start, layer = (f"{self.block}.{block[1]}.", block[2]) if block else ("", layer)
+        return [f"{start}{n}.{kind}" for n in self.layers.get(layer, layer).split()]
 
     def give(self, name: str, value: Tensor, config: GPTConfig) -> dict[str, Tensor]:
         """One of our parameters as theirs."""
         names, rows = self.names(name), len(value)
+        # Queries have a row for each column of the model; keys and values share
+        # the rest. Other matrices are cut into equal parts.
         first = config.width if len(names) == 3 else rows // len(names)
         others = [(rows - first) // (len(names) - 1) for _ in names[1:]]
         parts = list(value.split([first, *others]))
@@ -68,7 +70,7 @@ class Format:
         self, name: str, read: Callable[[str], Tensor], config: GPTConfig
     ) -> Tensor:
         """The inverse: one of our parameters, from theirs, which `read` returns."""
-        parts = [read(theirs) for theirs in self.names(name)]
+        parts = [read(part) for part in self.names(name)]
         if self.neighbors and len(parts) == 3:
             width = config.width // config.heads
             parts[:2] = [pair_halves(part, width) for part in parts[:2]]
@@ -318,8 +320,8 @@ def _bytes_of(symbol: str, byte_level: bool) -> bytes:
 class ForeignTokenizer(Tokenizer):
     """A tokenizer.json of the library `tokenizers`, whoever wrote it.
 
-    content: the text of such a file. Special tokens in a text stay text unless they
-    are allowed. Raises ValueError for what is no such file.
+    content: the text of such a file. All its added tokens are special: in a text they
+    stay text unless they are allowed. Raises ValueError for what is no such file.
 
     Book: 17_gpt2.html#the-same-tokens
     """
@@ -328,6 +330,8 @@ class ForeignTokenizer(Tokenizer):
         library = _library("tokenizers").Tokenizer
         try:
             facts = json.loads(content)
+            for token in facts.get("added_tokens") or []:
+                token["special"] = True  # whatever the file says of it
             if facts["normalizer"] == UNESCAPE:  # for others: we escape nothing
                 facts["normalizer"] = None
             vocab = facts["model"]["vocab"]
@@ -342,7 +346,7 @@ class ForeignTokenizer(Tokenizer):
         level = "ByteLevel" in json.dumps(json.loads(self._inner.to_str())["decoder"])
         added = self._inner.get_added_tokens_decoder()
         vocab = self._inner.get_vocab(with_added_tokens=False)
-        self.special_tokens = {t.content: n for n, t in added.items() if t.special}
+        self.special_tokens = {t.content: n for n, t in added.items()}
         known = {n: _bytes_of(symbol, level) for symbol, n in vocab.items()}
         known |= {n: token.content.encode() for n, token in added.items()}
         self._tokens = {n: known.get(n, b"") for n in range(max(known) + 1)}

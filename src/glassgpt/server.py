@@ -34,17 +34,19 @@ except ModuleNotFoundError as error:
 
 
 def until(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
-    """The pieces of a text up to the first stop text in it.
+    """The pieces of a text up to the stop text that is complete first.
 
-    What could be the beginning of a stop text is held back until that is decided.
+    Of two that end at once the longer counts. What could be the beginning of a stop
+    text is held back until that is decided.
 
     Book: 17_gpt2.html#a-server
     """
     held = ""
     for piece in pieces:
         held += piece
-        if found := [held.index(stop) for stop in stops if stop in held]:
-            yield held[: min(found)]
+        found = [(held.index(s) + len(s), held.index(s)) for s in stops if s in held]
+        if found:
+            yield held[: min(found)[1]]
             return
         begun = (n for n in range(len(held)) for s in stops if s.startswith(held[n:]))
         ready = next(begun, len(held))
@@ -75,17 +77,23 @@ class Wanted:
             self.ids, _ = render(_messages(body["messages"]), tokenizer, reply=True)
         else:
             prompt = body["prompt"]
+            if not isinstance(prompt, str | list):
+                raise ValueError("prompt must be a text, or a list of ids")
             self.ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         room = model.config.context - len(self.ids)
         if room < 1:
             raise ValueError(f"the prompt has {len(self.ids)} tokens: too long")
-        asked = [body.get(key) for key in ("max_completion_tokens", "max_tokens")]
-        self.limit = next((n for n in asked if n is not None), min(room, 512))
+        limits = [body.get(key) for key in ("max_completion_tokens", "max_tokens")]
+        asked = next((n for n in limits if n is not None), 512)
+        if not isinstance(asked, int) or asked < 0:
+            raise ValueError(f"max_tokens: a number from 0 up, not {asked!r}")
+        self.limit = min(asked, room)
         self.used, self.reason = 0, "stop"  # why the text ended
         stops = body.get("stop") or []
-        self.stops = [stops] if isinstance(stops, str) else [s for s in stops if s]
-        if not all(isinstance(stop, str) for stop in self.stops):
+        stops = [stops] if isinstance(stops, str) else stops
+        if not isinstance(stops, list) or not all(isinstance(s, str) for s in stops):
             raise ValueError("stop must be a text, or a list of texts")
+        self.stops = [stop for stop in stops if stop]
         names = ("temperature", "top_p", "seed")
         settings = {name: body[name] for name in names if body.get(name) is not None}
         if settings.get("temperature") == 0:
@@ -115,7 +123,7 @@ def _messages(messages: list[dict[str, Any]]) -> list[dict[str, str]]:
     plain = []
     for message in messages:
         content = message["content"]
-        if not isinstance(content, str):
+        if isinstance(content, list):
             content = "".join(part["text"] for part in content)
         plain.append({"role": message["role"], "content": content})
     return plain
