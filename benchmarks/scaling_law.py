@@ -5,7 +5,7 @@
 Every run trains a GPT of chapter 14's recipe on the plays, characters, in 32 bits and
 without compiling, through a schedule that ends at zero. At each budget five sizes are
 trained on as many tokens as the budget pays for. `--write` puts the runs into
-book/runs/scaling.json, and what their law foretells about a run that nobody has made
+book/runs/scaling.json, and what their law predicts about a run that nobody has made
 into book/runs/prediction.json. A run that is in --folder already is not made again.
 """
 

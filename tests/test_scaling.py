@@ -20,17 +20,19 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from glassgpt import scaling
 from glassgpt.checks.scaling import (
+    _each_case,
     _small_run,
     check_gradient,
     check_lost_time,
     check_memory,
     check_optimum,
+    check_parallel,
     check_ring,
     check_stream,
     train_in,
     train_ways,
 )
-from glassgpt.data import TokenData
+from glassgpt.data import TokenData, Tokens
 from glassgpt.device import Machine, Plan, count
 from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.laws import Law, fit_law
@@ -43,7 +45,7 @@ from glassgpt.scaling import (
     run_processes,
     team,
 )
-from glassgpt.training import TrainConfig, Trainer
+from glassgpt.training import TrainConfig, Trainer, count_targets
 
 ROOT = Path(__file__).parent.parent
 COPIES = ["ParallelTrainer", "DDPTrainer", "ShardedOptimizerTrainer"]
@@ -106,30 +108,45 @@ def started_apart():
     return {name: value.detach() for name, value in model.named_parameters()}
 
 
-class Masked:
-    """Tokens of whose targets some don't count, more in one row than in another."""
-
-    def __init__(self, tokens):
-        self.tokens = tokens
-
-    def random_batch(self, batch_size, context, seed):
-        inputs, targets = self.tokens.random_batch(batch_size, context, seed)
-        targets = targets.clone()
-        for row in range(batch_size):
-            targets[row, : (3 * row + seed[1]) % context] = -100
-        return inputs, targets
+class ReadsItsOwnLosses(scaling.ParallelTrainer):
+    read_losses = Trainer.read_losses
 
 
-def with_masks(names):
-    found = []
-    for name in names:
-        trainer = _small_run(getattr(scaling, name), rows=7, accumulate=2)
-        trainer.data.train = Masked(trainer.data.train)
-        for _ in range(6):
-            trainer.take_step()
-        state = trainer.state_dict()["model"]
-        found.append({key: value.detach().clone() for key, value in state.items()})
-    return found
+class DropsTheSame(scaling.ParallelTrainer):
+    def parts(self, batch):
+        mine = [rows.tensor_split(self.world)[self.rank] for rows in batch]
+        number = min(self.config.accumulate, len(batch[0]) // self.world)
+        return zip(*(rows.tensor_split(number) for rows in mine), strict=True)
+
+
+class BeginsApart(scaling.ParallelTrainer):
+    def __init__(self, *arguments):
+        Trainer.__init__(self, *arguments)
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+
+
+class WeighsByRows(scaling.ParallelTrainer):
+    def parts(self, batch):
+        whole = count_targets(batch[1]) / len(batch[1])
+        for part in super().parts(batch):
+            self.factor = len(part[1]) * whole / count_targets(part[1])
+            yield part
+
+    def backward(self, loss):
+        super().backward(loss * self.factor)
+
+
+class SavesItsOwnMoments(scaling.ShardedOptimizerTrainer):
+    state_dict = Trainer.state_dict
+
+
+MISTAKES = [
+    (ReadsItsOwnLosses, "rank 0 reads a loss of .*: add up"),
+    (DropsTheSame, "both processes drop the same numbers"),
+    (BeginsApart, "drifted apart, .*: not all begin with"),
+    (WeighsByRows, "is off by .*: with masked targets"),
+    (SavesItsOwnMoments, "tensors are missing in rank 0's state"),
+]
 
 
 REFUSED = [
@@ -197,15 +214,19 @@ def folder(tmp_path_factory):
 def of_two(folder):
     calls = [(everything, CASES), (refused,)]
     calls += [(train_in, str(folder / f"two-{shard}"), 10, shard) for shard in SHARDS]
-    calls += [(fails,)]
+    calls += [(_each_case, __name__, kind.__name__) for kind, _ in MISTAKES]
+    calls += [(_each_case, "glassgpt.scaling", name) for name in WAYS]
+    calls += [(fails,)]  # rank 0 is still connected after it
     found = run_processes(2, in_turn, str(folder), calls)
-    names = ["ways", "refused", *SHARDS, "fails"]
+    names = ["ways", "refused", *SHARDS]
+    names += [*(kind.__name__ for kind, _ in MISTAKES), *WAYS, "fails"]
     return dict(zip(names, zip(*found, strict=True), strict=True))
 
 
 @pytest.fixture(scope="module")
 def of_three(folder):
-    calls = [(everything, CASES), (with_dropout,), (started_apart,), (with_masks, WAYS)]
+    calls = [(everything, CASES), (with_dropout,), (started_apart,)]
+    calls += [(everything, [(WAYS, {"masked": True, "accumulate": 2})])]
     calls += [(train_in, str(folder / shard), 30, shard) for shard in SHARDS]
     found = run_processes(3, in_turn, str(folder), calls)
     names = ["ways", "dropout", "apart", "masks", *SHARDS]
@@ -246,9 +267,31 @@ def test_all_begin_with_the_weights_of_rank_0(of_three):
 
 
 def test_processes_with_unequal_numbers_of_targets_agree_with_one(of_three):
-    wanted = with_masks(["Trainer"])[0]
-    for weights in of_three["masks"][0]:
-        assert gap(wanted, weights) < 1e-12
+    wanted = alone(masked=True, accumulate=2)["weights"]
+    for name in WAYS:
+        assert gap(wanted, of_three["masks"][0][0][name]["weights"]) < 1e-12
+
+
+@pytest.mark.parametrize(("kind", "why"), MISTAKES)
+def test_the_check_names_the_mistake(of_two, monkeypatch, kind, why):
+    monkeypatch.setattr(scaling, "run_processes", lambda *_: of_two[kind.__name__])
+    with pytest.raises(AssertionError, match=why):
+        check_parallel(kind)
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_the_check_passes_the_trainers(of_two, monkeypatch, name):
+    monkeypatch.setattr(scaling, "run_processes", lambda *_: of_two[name])
+    check_parallel(getattr(scaling, name))
+
+
+def test_the_check_says_that_a_process_was_missing(monkeypatch):
+    def aborts(*_):
+        raise ProcessExitedException("SIGABRT", 0, 0, -6)
+
+    monkeypatch.setattr(scaling, "run_processes", aborts)
+    with pytest.raises(AssertionError, match="missing from a collective call"):
+        check_parallel(Trainer)
 
 
 @pytest.mark.parametrize("shard", SHARDS)
@@ -413,6 +456,24 @@ def test_the_checks_pass_what_is_right():
     check_ring(ring)
 
 
+def from_nowhere(vectors):
+    n, held = len(vectors), [list(v) for v in vectors]
+    whole = [sum(column) for column in zip(*vectors, strict=True)]
+    yield held
+    for step in range(2 * n - 2):
+        held = [[*whole[: step + 1], *v[step + 1 :]] for v in held]
+        yield held
+
+
+class CountsForItself(StreamedTokens):
+    calls = 0
+
+    def random_batch(self, batch_size, context, seed):
+        self.calls += 1
+        super().random_batch(batch_size, context, seed)
+        return Tokens(self.ids).random_batch(batch_size, context, self.calls)
+
+
 def rounded_down(matrices, n, divided):
     sizes = sorted((rows * columns for rows, columns in matrices), reverse=True)
     if divided == "model":
@@ -427,7 +488,17 @@ def one_card(cards, years, cost, restart):
     return best, cost / best + best / (2 * mean) + restart / mean
 
 
+def two_percent_off(law, C):
+    a, b = law.alpha, law.beta
+    G = (a * law.A / (b * law.B)) ** (1 / (a + b))
+    N = 1.02 * G * (C / 6) ** (b / (a + b))
+    return N, C / 6 / N
+
+
 WRONG = [
+    (check_ring, from_nowhere, "came from nowhere"),
+    (check_stream, CountsForItself, "begun at step 17"),
+    (check_optimum, two_percent_off, "a smaller model"),
     (check_gradient, lambda gradients, targets: sum(gradients) / 2, "a mean of means"),
     (check_memory, rounded_down, "model on 2: 4416, not 4480"),
     (check_lost_time, one_card, "more cards fail more often"),

@@ -128,7 +128,8 @@ class DDPTrainer(ParallelTrainer):
     def __init__(self, *arguments: Any, **named: Any):
         super().__init__(*arguments, **named)
         whole = _LossModule(self.model, self.loss)
-        self.loss = self.ddp = nn.parallel.DistributedDataParallel(whole)
+        wrap = nn.parallel.DistributedDataParallel
+        self.loss = self.ddp = wrap(whole, gradient_as_bucket_view=True)
 
     def parts(self, batch: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
         *early, last = super().parts(batch)
@@ -408,13 +409,13 @@ def _follow() -> None:
 
 
 class StreamedTokens(Tokens):
-    """Tokens in shards, of which one is here at a time: for what fits no disk.
+    """Tokens in shards, of which one is here at a time: for corpora larger than a disk.
 
     shards: addresses, say; `fetch` turns one into ids. steps_each: how many steps learn
     from a shard before the next. In each round every shard comes once. Seed and step
     alone decide, so a run goes on with nothing else saved.
 
-    Book: 22_many_machines.html#a-corpus-larger-than-any-disk
+    Book: 22_many_machines.html#a-corpus-larger-than-your-disk
     """
 
     def __init__(

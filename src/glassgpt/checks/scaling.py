@@ -3,11 +3,13 @@
 
 """Checks of runs on many processes, of streams and of laws; they name the mistake."""
 
+import itertools
 import math
 import os
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.multiprocessing import ProcessExitedException
 
 from glassgpt import scaling
-from glassgpt.data import TokenData
+from glassgpt.data import Batch, TokenData, Tokens
 from glassgpt.device import Machine, Plan
 from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.laws import Law
@@ -28,6 +31,17 @@ from glassgpt.tokens import CharTokenizer
 from glassgpt.training import TrainConfig, Trainer
 
 Vectors = list[list[float]]
+
+
+def _from_neighbors(states: list[Vectors], side: int) -> bool:
+    """Whether each new number is the neighbor's, or that and the old one."""
+    return all(
+        new[c] in (old[c], before[(rank + side) % len(before)][c])
+        or new[c] == old[c] + before[(rank + side) % len(before)][c]
+        for before, after in itertools.pairwise(states)
+        for rank, (old, new) in enumerate(zip(before, after, strict=True))
+        for c in range(len(before))
+    )
 
 
 def check_ring(ring: Callable[[Vectors], Iterable[Vectors]]) -> None:
@@ -42,14 +56,17 @@ def check_ring(ring: Callable[[Vectors], Iterable[Vectors]]) -> None:
         wanted = [sum(column) for column in zip(*vectors, strict=True)]
         states = [[list(v) for v in held] for held in ring([list(v) for v in vectors])]
         assert states[0] == vectors, "yield what they hold before the first step, too"
-        assert len(states) - 1 >= 2 * (n - 1), (
-            f"{len(states) - 1} steps for {n} processes: chunks go round twice"
+        assert (steps := len(states) - 1) == 2 * (n - 1), (
+            f"{steps} step{'s' * (steps != 1)}, not {2 * (n - 1)}: after n - 1 steps of"
+            " adding, n - 1 more pass the sums on"
         )
-        assert len(states) - 1 == 2 * (n - 1), f"{len(states) - 1} steps are too many"
-        for before, after in zip(states, states[1:], strict=False):
+        for before, after in itertools.pairwise(states):
             for old, new in zip(before, after, strict=True):
                 changed = sum(a != b for a, b in zip(old, new, strict=True))
                 assert changed <= 1, f"{changed} chunks arrived in one step, not one"
+        assert any(_from_neighbors(states, side) for side in (-1, 1)), (
+            "a number came from nowhere: what arrives is the neighbor's, or added to it"
+        )
         for rank, vector in enumerate(states[-1]):
             assert all(a <= b for a, b in zip(vector, wanted, strict=True)), (
                 f"process {rank} counted a number twice: whole sums replace"
@@ -57,17 +74,41 @@ def check_ring(ring: Callable[[Vectors], Iterable[Vectors]]) -> None:
             assert vector == wanted, f"process {rank} does not hold the sum"
 
 
-def _small_run(kind: Any, rows: int = 7, accumulate: int = 1, muon: Any = False) -> Any:
-    """A trainer with 64 bits, a tied table and 101 tokens, which three can't divide."""
+class _Masked(Tokens):
+    """Tokens of whose targets some don't count, more in one row than in another."""
+
+    def random_batch(self, batch_size: int, context: int, seed: Any) -> Batch:
+        inputs, targets = super().random_batch(batch_size, context, seed)
+        targets = targets.clone()
+        for row in range(batch_size):
+            targets[row, : (3 * row + seed[1]) % context] = -100
+        return inputs, targets
+
+
+def _small_run(
+    kind: Any,
+    rows: int = 7,
+    accumulate: int = 1,
+    muon: bool = False,
+    masked: bool = False,
+    dropout: float = 0.0,
+) -> Any:
+    """A trainer with 64 bits, a tied table and 101 tokens, which three can't divide.
+
+    Each process draws other weights. With dropout all rows are alike.
+    """
     with torch.random.fork_rng([]):
-        torch.manual_seed(0)
-        model = GPT(GPTConfig(101, 8, layers=2, heads=2, width=12)).double()
-    ids = [number * number % 101 for number in range(2000)]
+        torch.manual_seed(dist.get_rank() if dist.is_initialized() else 0)
+        size = {"layers": 2, "heads": 2, "width": 12, "dropout": dropout}
+        model = GPT(GPTConfig(101, 8, **size)).double()
+    ids = [number * number * (not dropout) % 101 for number in range(2000)]
+    data = TokenData.of(ids, ids[:300], 101)
+    data.train = (_Masked if masked else Tokens)(data.train.ids)
     values = {"steps": 6, "batch_size": rows, "accumulate": accumulate, "warmup": 2}
     values |= {"learning_rate": 1e-2, "clip": 0.5, "evaluation_crops": 4}
     config: Any = (MuonConfig if muon else TrainConfig)(**values)
     optimizers = muon_optimizers(model, config, torch.float64) if muon else None
-    return kind(model, TokenData.of(ids, ids[:300], 101), config, optimizers)
+    return kind(model, data, config, optimizers)
 
 
 def _here(tensors: Iterable[Any]) -> int:
@@ -83,7 +124,7 @@ def train_ways(kinds: Sequence[str], **how: Any) -> dict[str, dict[str, Any]]:
     muon. For each, weights, and how many numbers a process held: weights, gradients
     before the step, moments.
 
-    Book: 22_many_machines.html#one-check-five-ways
+    Book: 22_many_machines.html#one-check-six-ways
     """
     found = {}
     for name in kinds:
@@ -109,59 +150,102 @@ def train_ways(kinds: Sequence[str], **how: Any) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _weights_of(module: str, name: str, **how: Any) -> dict[str, Tensor]:
-    """Final weights on this process; the class is looked up where it was defined."""
+_CASES: dict[str, dict[str, Any]] = {
+    "not all begin with the weights of rank 0": {"steps": 0},
+    "with 3 rows on each process the gradients were not added up as they should be": {
+        "rows": 6
+    },
+    "with 4 rows and 3: a mean of means, weight each process by its rows": {"rows": 7},
+    "with masked targets: weight each process by its targets, not its rows": {
+        "masked": True
+    },
+    "with parts: one part was not sent (the last, if the switch comes after its forward"
+    " pass)": {"rows": 8, "accumulate": 2},
+}
+Ended = tuple[dict[str, Tensor], list[float]]
+
+
+def _ends(kind: Any, steps: int = 6, **how: Any) -> Ended:
+    """Weights and moments after some steps, as they are saved, and the losses."""
+    trainer, losses = _small_run(kind, **how), []
+    for _ in range(steps):
+        trainer.take_step()
+        losses.append(trainer.read_losses())
+    state = trainer.state_dict()
+    found = dict(state["model"])
+    for number, optimizer in enumerate(state["optimizers"]):
+        for place, moments in optimizer["state"].items():
+            found |= {f"{key} {number}-{place}": v for key, v in moments.items()}
+    return {key: value.detach().clone() for key, value in found.items()}, losses
+
+
+def _each_case(module: str, name: str) -> tuple[list[Ended], float]:
+    """How each case ends here, and the loss of this process's rows with dropout."""
     from importlib import import_module
 
-    kind = getattr(import_module(module), name)
-    trainer = _small_run(kind, **how)
-    for _ in range(6):
-        trainer.take_step()
-    whole = trainer.state_dict()["model"]  # on rank 0, where it is divided
-    return {key: value.detach().clone() for key, value in whole.items()}
+    kind = getattr(import_module(module), name)  # where it was defined
+    trainer, own = _small_run(kind, rows=4, dropout=0.5), []
+    loss = trainer.loss
 
+    def noted(*part: Tensor) -> Tensor:
+        own.append(found := loss(*part))
+        return found
 
-def _each_case(module: str, name: str) -> list[dict[str, Tensor]]:
-    cases = ({"rows": 6}, {"rows": 7}, {"rows": 8, "accumulate": 2})
-    return [_weights_of(module, name, **case) for case in cases]
+    trainer.loss = noted
+    trainer.take_step()
+    return [_ends(kind, **case) for case in _CASES.values()], own[0].item()
 
 
 def check_parallel(kind: type[Trainer]) -> None:
     """Two processes end with the weights of one, to 1e-12 in 64 bits.
 
+    With them: moments that are saved, losses, the weights at the start, and dropout.
     kind: a class of a module, called as `ParallelTrainer` is.
 
-    Book: 22_many_machines.html#one-check-five-ways
+    Book: 22_many_machines.html#one-check-six-ways
     """
-    mistakes = (
-        "with 3 rows on each process the gradients were not added up as they should be",
-        "with 4 rows and 3: a mean of means, weight each process by its rows",
-        "with parts: the last part alone was sent, or a part was sent twice",
-    )
-    here, there = scaling.run_processes(2, _each_case, kind.__module__, kind.__name__)
-    cases = _each_case("glassgpt.training", "Trainer")
-    start = _small_run(Trainer).model.tokens.weight
-    frozen = (here[0]["tokens.weight"] == start).all(dim=1)
+    try:
+        ranks = scaling.run_processes(2, _each_case, kind.__module__, kind.__name__)
+    except ProcessExitedException as error:
+        what = "a process was missing from a collective call, or was killed"
+        raise AssertionError(what) from error
+    (here, dropped), (there, other) = ranks
+    wanted = [_ends(Trainer, **case) for case in _CASES.values()]
+    table = [ended[0]["tokens.weight"] for ended in here]
+    frozen = (table[1] == table[0]).all(dim=1)
     assert not frozen.any() or frozen.all(), (
         f"{int(frozen.sum())} rows of the tied table never learned"
     )
-    found = zip(cases, here, there, mistakes, strict=True)
-    for wanted, first, second, mistake in found:
-        for name in second:
-            drift = (first[name] - second[name]).abs().max().item()
-            assert drift < 1e-12, (
-                f"the processes drifted apart, by {drift:.0e} in {name}: {mistake}"
-            )
-        gaps = {name: (first[name] - w).abs() for name, w in wanted.items()}
-        worst = max(gaps, key=lambda name: gaps[name].max().item())
-        most = gaps[worst].max().item()
-        assert most < 1e-12, f"{worst} is off by {most:.0e}: {mistake}"
+    for mistake, one, *both in zip(_CASES, wanted, here, there, strict=True):
+        _compare(mistake, one, *both)
+    assert dropped != other, "both processes drop the same numbers: seed by rank"
+
+
+def _compare(mistake: str, one: Ended, here: Ended, there: Ended) -> None:
+    """What one process ended with, and two: rank 0 has all, rank 1 may have less."""
+    (wanted, losses), (first, _), (second, _) = one, here, there
+    for name in (name for name in second if name in first):
+        drift = (first[name] - second[name]).abs().max().item()
+        assert drift < 1e-12, (
+            f"the processes drifted apart, by {drift:.0e} in {name}: {mistake}"
+        )
+    assert first.keys() == wanted.keys(), (
+        f"{len(wanted.keys() - first.keys())} tensors are missing in rank 0's state"
+    )
+    for name, value in wanted.items():
+        off = (first[name] - value).abs().max().item()
+        assert off < 1e-12, f"{name} is off by {off:.0e}: {mistake}"
+    for rank, (_, read) in enumerate((here, there)):
+        assert np.allclose(read, losses, rtol=1e-5), (
+            f"rank {rank} reads a loss of {read[-1]:.3f}, not {losses[-1]:.3f}: add up"
+            " the parts of all processes"
+        )
 
 
 class ForgetsToExchange(scaling.ParallelTrainer):
     """Wrong: each process follows its own gradient.
 
-    Book: 22_many_machines.html#one-check-five-ways
+    Book: 22_many_machines.html#one-check-six-ways
     """
 
     def exchange(self) -> None:
@@ -171,7 +255,7 @@ class ForgetsToExchange(scaling.ParallelTrainer):
 class MeanOfMeans(scaling.ParallelTrainer):
     """Wrong: the mean of each process's rows, then the mean of the processes.
 
-    Book: 22_many_machines.html#one-check-five-ways
+    Book: 22_many_machines.html#one-check-six-ways
     """
 
     def parts(self, batch: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
@@ -186,7 +270,7 @@ class MeanOfMeans(scaling.ParallelTrainer):
 class SwitchesAfterForward(scaling.DDPTrainer):
     """Wrong: whether to send is said between the forward and the backward pass.
 
-    Book: 22_many_machines.html#one-check-five-ways
+    Book: 22_many_machines.html#one-check-six-ways
     """
 
     def parts(self, batch: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
@@ -203,7 +287,7 @@ class SwitchesAfterForward(scaling.DDPTrainer):
 class FrozenRows(scaling.ParallelTrainer):
     """Wrong: the last slice of the table never moves, as in an older FSDP2.
 
-    Book: 22_many_machines.html#one-check-five-ways
+    Book: 22_many_machines.html#one-check-six-ways
     """
 
     def update(self) -> Tensor:
@@ -259,26 +343,32 @@ def train_in(
 
 
 def check_stream(stream: Callable[..., Any]) -> None:
-    """Every shard once a round; begun at any step, the batches are the same.
+    """Every shard once a round, one at a time; begun anywhere, the same batches.
 
     stream: called as `StreamedTokens` is.
 
-    Book: 22_many_machines.html#a-corpus-larger-than-any-disk
+    Book: 22_many_machines.html#a-corpus-larger-than-your-disk
     """
 
+    fetched: list[weakref.ref] = []
+
     def fetch(shard: int) -> np.ndarray:
-        return np.arange(1000 * shard, 1000 * shard + 400)
+        ids = np.arange(1000 * shard, 1000 * shard + 400)
+        fetched.append(weakref.ref(ids))
+        return ids
 
-    def shards_of(tokens: Any, steps: Iterable[int], seed: int = 3) -> list[int]:
-        found = []
+    def inputs_of(steps: Iterable[int], seed: int = 3) -> Tensor:
+        tokens, found = stream(range(6), fetch, 2), []
         for step in steps:
-            inputs, _ = tokens.random_batch(4, 8, (seed, step))
-            numbers = {int(number) // 1000 for number in inputs.flatten()}
-            assert len(numbers) == 1, f"one step learned from {len(numbers)} shards"
-            found.append(numbers.pop())
-        return found
+            found.append(tokens.random_batch(4, 8, (seed, step))[0])
+            shards = len((found[-1] // 1000).unique())
+            assert shards == 1, f"one step learned from {shards} shards"
+            held = sum(ids() is not None for ids in fetched)
+            assert held <= 1, f"{held} shards are held at step {step}: drop the last"
+        return torch.stack(found)
 
-    order = shards_of(stream(range(6), fetch, 2), range(36))
+    inputs = inputs_of(range(36))
+    order = (inputs[:, 0, 0] // 1000).tolist()
     for turn in range(3):
         part = order[12 * turn : 12 * turn + 12]
         assert all(a == b for a, b in zip(part[::2], part[1::2], strict=True)), (
@@ -288,10 +378,10 @@ def check_stream(stream: Callable[..., Any]) -> None:
             f"round {turn} learned from the shards {part[::2]}: each has to come once"
         )
     assert order[:12] != order[12:24], "every round has the same order"
-    assert shards_of(stream(range(6), fetch, 2), range(17, 36)) == order[17:], (
-        "begun at step 17 it gives other shards: seed and step have to decide"
+    assert torch.equal(inputs_of(range(17, 36)), inputs[17:]), (
+        "begun at step 17 it gives other batches: seed and step have to decide"
     )
-    other = shards_of(stream(range(6), fetch, 2), range(36), seed=4)
+    other = (inputs_of(range(36), seed=4)[:, 0, 0] // 1000).tolist()
     assert other != order, "another seed gives the same order"
 
 
@@ -383,8 +473,7 @@ def check_optimum(optimum: Callable[[Law, float], tuple[float, float]]) -> None:
             assert abs(6 * N * D / C - 1) < 1e-6, (
                 f"6 N D is {6 * N * D:.3g}, not the budget of {C:.0e}"
             )
-            here = law(N, D)
-            for factor in (1.05, 1 / 1.05):
-                other = law(N * factor, D / factor)
-                side = "larger" if factor > 1 else "smaller"
-                assert here <= other, f"a {side} model has a lower loss"
+            size, text = law.A * N**-law.alpha, law.B * D**-law.beta
+            slope = law.alpha * size / (law.beta * text)
+            side = "larger" if slope > 1 else "smaller"
+            assert abs(slope - 1) < 1e-6, f"a {side} model has a lower loss"
