@@ -99,7 +99,7 @@ def _small_run(
     """
     with torch.random.fork_rng([]):
         torch.manual_seed(dist.get_rank() if dist.is_initialized() else 0)
-        size = {"layers": 2, "heads": 2, "width": 12, "dropout": dropout}
+        size: Any = {"layers": 2, "heads": 2, "width": 12, "dropout": dropout}
         model = GPT(GPTConfig(101, 8, **size)).double()
     ids = [number * number * (not dropout) % 101 for number in range(2000)]
     data = TokenData.of(ids, ids[:300], 101)
