@@ -83,8 +83,8 @@ def swapped(role):
             lambda talk, words, reply=False: render(talk, words),
             "reply",
         ),
-        ("check_answers_only", swapped("<|assistant|>"), "mark before an answer"),
-        ("check_answers_only", swapped("<|user|>"), "user's mark"),
+        ("check_answers_only", swapped("<|assistant|>"), "<|assistant|> is learned"),
+        ("check_answers_only", swapped("<|user|>"), "user's role token"),
         ("check_pack", lambda t, c, s: pack(t[:-1], c, s), "dropped"),
         ("check_pack", lambda t, c, s: [x.T for x in pack(t, c, s)], "shape"),
         ("check_pack", lambda t, c, s: pack(t, c - 1, s), "not (12,)"),
@@ -648,4 +648,4 @@ def test_the_chapter_shows_the_record():
         for run in record[name]:
             assert len(run["answers"]) == len(record["steps"])
             assert np.isfinite(run["answers"]).all()
-        assert shown["BEST"][name] == [min(run["answers"]) for run in record[name]]
+        assert shown["LAST"][name] == [run["answers"][-1] for run in record[name]]
