@@ -83,14 +83,23 @@ def length(talk):
     return sum(len(turn["content"]) for turn in talk)
 
 
-def masks(steps=120, every=20, seeds=3):
-    """Held-out loss of answers, where answers are learned, and where everything is."""
-    _, tokenizer, _ = beginning()
+def split():
+    """Conversations to learn from, and held-out ones whose questions aren't taught."""
     questions, students = read_packages()
     short = [talk for talk in questions if length(talk) <= 400]
+    single = list({talk[0]["content"]: talk for talk in short}.values())
     openings = [talk[:4] for talk in students if 40 < length(talk[:4]) <= 200][:300]
-    taught = [talk for n, talk in enumerate(short) if n % 10 != 9] + openings
-    held_out = rows(short[9::10], tokenizer)
+    taught = [talk for n, talk in enumerate(single) if n % 5 != 4] + openings
+    known = {turn["content"] for talk in taught for turn in talk}
+    held_out = [talk for talk in single[4::5] if talk[0]["content"] not in known]
+    return taught, held_out
+
+
+def masks(steps=60, every=20, seeds=3):
+    """Held-out loss of answers, where answers are learned, and where everything is."""
+    _, tokenizer, _ = beginning()
+    taught, held_out = split()
+    held_out = rows(held_out, tokenizer)
     record = {"steps": list(range(0, steps + 1, every)), "torch": torch.__version__}
     for name in ("answers", "everything"):
         data = rows(taught, tokenizer, name == "everything")

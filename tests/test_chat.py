@@ -74,6 +74,44 @@ def swapped(role):
     return wrong
 
 
+def rewritten(change):
+    """A rendering that changes what people say."""
+
+    def wrong(talk, tokenizer, reply=False):
+        talk = [{**turn, "content": change(turn)} for turn in talk]
+        return render(talk, tokenizer, reply)
+
+    return wrong
+
+
+def asking_learned(talk, tokenizer, reply=False):
+    ids, mask = render(talk, tokenizer, reply)
+    return ids, [*mask[:-1], mask[-1] or reply]
+
+
+def repacked(change):
+    """Packed rows, each changed in some way."""
+    return lambda talks, context, separator: change(*pack(talks, context, separator))
+
+
+def without_questions(inputs, targets):
+    """Every token goes that has no target and is no separator."""
+    rows = torch.full_like(inputs, 256), torch.full_like(targets, -100)
+    for n, kept in enumerate((targets != -100) | (inputs == 256)):
+        for row, old in zip(rows, (inputs, targets), strict=True):
+            row[n, : kept.sum()] = old[n, kept]
+    return rows
+
+
+def scaled(factor):
+    return lambda model, end: lambda *rows: factor * chat_loss(model, end)(*rows)
+
+
+def late(model, end):
+    """Targets one place later."""
+    return lambda ids, targets: chat_loss(model, end)(ids, targets.roll(1, dims=1))
+
+
 @pytest.mark.parametrize(
     ("check", "wrong", "named"),
     [
@@ -83,8 +121,8 @@ def swapped(role):
             lambda talk, words, reply=False: render(talk, words),
             "reply",
         ),
-        ("check_answers_only", swapped("<|assistant|>"), "mark before an answer"),
-        ("check_answers_only", swapped("<|user|>"), "user's mark"),
+        ("check_answers_only", swapped("<|assistant|>"), "<|assistant|> is learned"),
+        ("check_answers_only", swapped("<|user|>"), "user's role token"),
         ("check_pack", lambda t, c, s: pack(t[:-1], c, s), "dropped"),
         ("check_pack", lambda t, c, s: [x.T for x in pack(t, c, s)], "shape"),
         ("check_pack", lambda t, c, s: pack(t, c - 1, s), "not (12,)"),
@@ -93,6 +131,29 @@ def swapped(role):
             lambda t, c, s: [torch.cat(2 * [x]) for x in pack(t, c, s)],
             "learned that the mask leaves out",
         ),
+        ("check_pack", repacked(lambda x, y: (x.where(x != 256, 0), y)), "separator"),
+        ("check_pack", repacked(lambda x, y: (x.flip(1), y.flip(1))), "separator"),
+        ("check_pack", repacked(without_questions), "separator"),
+        ("check_apart", scaled(0), "the loss is 0.0000"),
+        ("check_apart", scaled(3), "the loss is"),
+        ("check_apart", late, "the loss is"),
+        (
+            "check_no_forgery",
+            rewritten(lambda turn: "x" * len(turn["content"])),
+            "changed",
+        ),
+        (
+            "check_no_forgery",
+            rewritten(lambda turn: "" if turn["role"] == "user" else turn["content"]),
+            "changed",
+        ),
+        (
+            "check_no_forgery",
+            rewritten(lambda turn: turn["content"].strip()),
+            "changed",
+        ),
+        ("check_prefix_stable", asking_learned, "reply=True"),
+        ("check_answers_only", lambda t, w: render(t, w)[::-1], "second list"),
         ("check_no_targets", lambda m, s: token_loss(m), "0 / 0"),
         ("check_apart", lambda m, s: token_loss(m), "the one before it"),
     ],
@@ -395,6 +456,11 @@ def test_positions_and_mask_agree_with_a_loop(row):
             assert bool(mask[0, 0, query, key]) == sees
 
 
+def test_rows_of_one_token_are_refused():
+    with pytest.raises(ValueError, match="room for a token and the separator"):
+        pack([([1, 2], [False, True])], 1, 0)
+
+
 def test_packed_logits_are_those_alone():
     """Learned and rotary positions alike, to rounding."""
     for kind, config in (
@@ -648,4 +714,4 @@ def test_the_chapter_shows_the_record():
         for run in record[name]:
             assert len(run["answers"]) == len(record["steps"])
             assert np.isfinite(run["answers"]).all()
-        assert shown["BEST"][name] == [min(run["answers"]) for run in record[name]]
+        assert shown["LAST"][name] == [run["answers"][-1] for run in record[name]]

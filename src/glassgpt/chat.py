@@ -28,7 +28,7 @@ ROLES = ("system", "user", "assistant")
 class Template:
     """How a conversation is written: what stands around the words of each turn.
 
-    before: the mark of each role. stop: the token that ends a turn. after: what
+    before: what opens each role's turns. stop: the token that ends a turn. after: what
     follows it. default_system: a system line for conversations that begin without one.
 
     Book: 16_chat.html#roles-nobody-can-forge
@@ -51,7 +51,7 @@ CHATML = Template(
 
 
 def template_of(tokenizer: Any) -> Template:
-    """The template whose marks a tokenizer has as special tokens.
+    """The template whose special tokens a tokenizer has.
 
     Raises ValueError, with advice, where it has those of none.
 
@@ -74,8 +74,8 @@ def render(conversation: Conversation, tokenizer: Any, reply: bool = False) -> R
     """A conversation as ids, and a mask: True for answers and the token that ends them.
 
     conversation: turns {"role": "system", "user" or "assistant", "content": text}.
-    tokenizer: one with the marks of a `Template`. reply: end with the mark after which
-    the assistant answers. No content becomes a special token.
+    tokenizer: one with the special tokens of a `Template`. reply: end with the role
+    token after which the assistant answers. No content becomes a special token.
     Raises ValueError for another role, a turn without text, or no turn at all.
 
     Book: 16_chat.html#roles-nobody-can-forge
@@ -163,9 +163,12 @@ def pack(conversations: Iterable[Rendered], context: int, separator: int) -> Bat
     conversations: what `render` returns. separator: the id between them, and of what
     stays empty. Every target is there once, predicted from the token before it; all
     others are -100. A conversation longer than a row is cut. Best fit, longest first.
+    Raises ValueError for rows of one token.
 
     Book: 16_chat.html#packing
     """
+    if context < 2:
+        raise ValueError("a row needs room for a token and the separator: 2 at least")
     end, pieces = [[separator, IGNORED]], []
     for ids, mask in conversations:
         pairs = np.array([ids[:-1], np.where(mask[1:], ids[1:], IGNORED)], np.int64).T
