@@ -78,15 +78,18 @@ def trace(model: GPT, ids: Tensor, edit: See | None = None) -> dict[str, Tensor]
 
     edit: called with a name and an activation; what it returns goes on in its place,
     and is what the trace holds. Dropout is off. The model stays as it was. Raises
-    ValueError for ids that the model refuses.
+    ValueError for ids that the model refuses, TypeError for an edit that returns None.
 
     Book: 18_looking_inside.html#the-function
     """
     seen: dict[str, Tensor] = {}
 
     def see(name: str, value: Tensor) -> Tensor:
-        seen[name] = edit(name, value) if edit else value
-        return seen[name]
+        value = edit(name, value) if edit else value
+        if value is None:
+            raise TypeError(f"the edit returned None for {name}")
+        seen[name] = value
+        return value
 
     with torch.no_grad(), in_mode(model, training=False), watch(model, see):
         model(ids)
@@ -148,19 +151,21 @@ def without(heads: Iterable[tuple[int, int]], usual: Mapping[str, Tensor]) -> Se
     """An edit for `trace` that lets heads (layer, head) say only what they usually say.
 
     usual: a trace of other texts; its mean over texts and positions takes the place of
-    a head's contexts.
+    a head's contexts. Raises ValueError for a layer that it lacks.
 
     Book: 18_looking_inside.html#proof-by-removal
     """
     removed: dict[str, list[int]] = {}
     for layer, head in heads:
         removed.setdefault(f"{layer}.contexts", []).append(head)
+    if missing := removed.keys() - usual.keys():
+        raise ValueError(f"the trace has no {', '.join(sorted(missing))}")
+    means = {name: usual[name].mean((0, 2), keepdim=True) for name in removed}
 
     def edit(name: str, value: Tensor) -> Tensor:
         if name in removed:
-            mean = usual[name].mean(dim=(0, 2), keepdim=True)[:, removed[name]]
-            value = value.clone()
-            value[:, removed[name]] = mean.expand_as(value[:, removed[name]])
+            heads, value = removed[name], value.clone()
+            value[:, heads] = means[name][:, heads].expand_as(value[:, heads])
         return value
 
     return edit

@@ -130,16 +130,21 @@ def check_ledger(ledger: Callable[..., dict[str, Tensor]]) -> None:
             assert not lacking, "the biases of attention's last layer are missing"
         assert off < 1e-12, f"the ledger is off by {off:.0e}"
 
-        def silence(name: str, value: Tensor) -> Tensor:
-            return (
-                value * (torch.arange(4) == 2)[:, None, None]
-                if name == "0.contexts"
-                else value
+        for layer, block in enumerate(model.blocks):
+            matrix = block.attention.projection.weight
+            for head in range(4):
+                alone = torch.zeros_like(seen[f"{layer}.contexts"])
+                alone[:, head] = seen[f"{layer}.contexts"][:, head]
+                wrote = alone.transpose(1, 2).flatten(2) @ matrix.T
+                assert _near(parts[f"{layer}.head.{head}"], wrote), (
+                    f"head {head} of layer {layer} does not get its own columns"
+                )
+            assert _near(parts[f"{layer}.mlp"], seen[f"{layer}.mlp"]), (
+                f"{layer}.mlp is not what the MLP wrote"
             )
-
-        alone = trace(model, ids, silence)["0.attention"].detach()
-        alone = alone - (0 if biased is None else biased.detach())
-        assert _near(parts["0.head.2"], alone), "head 2 does not get its own columns"
+        assert _near(parts["embedding"], seen["embedding"]), (
+            "the embedding is not what entered block 0"
+        )
 
 
 def check_attribute(attribute: Callable[..., dict[str, Tensor]]) -> None:
@@ -157,14 +162,16 @@ def check_attribute(attribute: Callable[..., dict[str, Tensor]]) -> None:
         off = (sum(shares.values()) - seen["final"] @ direction).abs().max()
         kind = type(model.norm).__name__
         assert off < 1e-10, f"the shares are off by {off:.0e} behind a {kind}"
-        doubled = {
-            name: part if name == "0.mlp" else 2 * part for name, part in parts.items()
-        }
-        less = attribute(model, doubled, direction)["0.mlp"].abs().mean()
-        whole = shares["0.mlp"].abs().mean()
-        assert less < 0.9 * whole, (
-            "the scale is that of the whole stream, not of a part"
-        )
+        size = (sum(parts.values()).square().mean(-1) + model.norm.eps).sqrt()
+        layer_norm = isinstance(model.norm, torch.nn.LayerNorm)
+        if layer_norm:
+            size = (sum(parts.values()).var(-1, correction=0) + model.norm.eps).sqrt()
+        for name, part in parts.items():
+            centered = part - part.mean(-1, keepdim=True) if layer_norm else part
+            wanted = (centered / size[..., None] * model.norm.weight) @ direction
+            assert (shares[name] - wanted).abs().max() < 1e-10, (
+                f"the share of {name} is not its own, by the scale of the whole stream"
+            )
 
 
 def check_without(without: Callable[..., See]) -> None:
@@ -238,23 +245,24 @@ def check_patch(patch: Callable[..., See]) -> None:
     """
     for model, ids in _models():
         clean, seen = trace(model, ids), trace(model, ids.flip(1))
-        edit = patch(clean, 1, 2)
-        before = seen["1.contexts"].clone()
-        after = edit("1.contexts", seen["1.contexts"])
-        assert after is not None, "an edit returns the activation, changed or not"
-        assert torch.equal(seen["1.contexts"], before), (
-            "clone before you write: the trace changed"
-        )
-        wanted = before.clone()
-        wanted[:, 2, -1] = clean["1.contexts"][:, 2, -1]
-        whole = before.clone()
-        whole[:, 2] = clean["1.contexts"][:, 2]
-        assert not torch.equal(after, whole), "patch the last position alone"
-        assert not torch.equal(after, before), "nothing was put in"
-        assert torch.equal(after, wanted), "other heads or positions were changed too"
-        for name in ("0.contexts", "1.weights", "logits"):
-            assert edit(name, seen[name]) is not None, f"{name} must go on as it is"
-            assert torch.equal(edit(name, seen[name]), seen[name]), f"{name} must stay"
+        for layer, head in ((1, 2), (0, 3)):
+            edit, place = patch(clean, layer, head), f"{layer}.contexts"
+            before = seen[place].clone()
+            after = edit(place, seen[place])
+            assert after is not None, "an edit returns the activation, changed or not"
+            assert torch.equal(seen[place], before), (
+                "clone before you write: the trace changed"
+            )
+            wanted, whole = before.clone(), before.clone()
+            wanted[:, head, -1] = clean[place][:, head, -1]
+            whole[:, head] = clean[place][:, head]
+            assert not torch.equal(after, whole), "patch the last position alone"
+            assert not torch.equal(after, before), "nothing was put in"
+            assert torch.equal(after, wanted), "another head or position was changed"
+            for name in seen.keys() - {place}:
+                same = edit(name, seen[name])
+                assert same is not None, f"{name} must go on as it is"
+                assert torch.equal(same, seen[name]), f"{name} must stay"
 
 
 def check_sources(sources: Callable[..., Tensor]) -> None:
@@ -267,14 +275,19 @@ def check_sources(sources: Callable[..., Tensor]) -> None:
     for model, ids in _models():
         seen = trace(model, ids)
         parts = ledger(model, seen)
-        for head in range(4):
-            found = sources(model, seen, 1, head)
+        for layer, head in ((layer, head) for layer in (0, 1) for head in range(4)):
+            found, name = sources(model, seen, layer, head), f"{layer}.head.{head}"
             assert found.shape == (2, 7, 7, 16), (
                 f"(B, T, S, C), not {tuple(found.shape)}"
             )
-            off = (found.sum(2) - parts[f"1.head.{head}"]).abs().max()
-            assert off < 1e-10, (
-                f"the sources of head {head} do not add up to what it wrote"
-            )
+            off = (found.sum(2) - parts[name]).abs().max()
+            assert off < 1e-10, f"the sources of {name} do not add up to what it wrote"
             future = found[:, 2, 3:].abs().max()
             assert future == 0, "token 2 took something from later tokens"
+            weights, values = seen[f"{layer}.weights"], seen[f"{layer}.values"]
+            value = values[:, head * values.shape[1] // 4, 1]
+            columns = model.blocks[layer].attention.projection.weight.chunk(4, 1)
+            term = weights[:, head, 4, 1, None] * (value @ columns[head].T)
+            assert (found[:, 4, 1] - term).abs().max() < 1e-10, (
+                "what comes from token s is w[t, s] times s's own value through W_O"
+            )
