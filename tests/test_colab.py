@@ -123,7 +123,7 @@ def test_what_was_measured_are_chapters_of_today():
     """`python tools/colab.py --record` with its number adds one."""
     record = json.loads(tool.RECORD.read_text("utf-8"))
     assert record["chapters"]
-    assert set(record["chapters"]) <= {path.stem for path in CHAPTERS}
+    assert set(record["chapters"]) == {path.stem for path in CHAPTERS}
 
 
 @pytest.mark.parametrize(
