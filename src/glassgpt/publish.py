@@ -46,8 +46,8 @@ def page_model(
 
     weights: "int8", one byte for each, or "float32". prompt: what stands in the page at
     the start. Raises ValueError for another architecture than GPT-2's, a tokenizer of
-    another package or another size, a prompt that it can't encode, and a model too
-    large for a page.
+    another package or another size, a prompt that it can't encode, weights that are
+    not finite, and a model too large for a page.
 
     Book: 19_publishing.html#the-block-and-the-gpt
     """

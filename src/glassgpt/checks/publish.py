@@ -38,11 +38,13 @@ def check_page_logits(logits: Callable[[dict[str, Any], list[int]], Any]) -> Non
             stored = page_model(model, tokenizer, kind)
             for name, parameter in model.named_parameters():
                 if "int8" in (part := stored["weights"][name]):
-                    whole = torch.tensor(list(base64.b64decode(part["int8"])))
-                    scales = b"".join([base64.b64decode(part["scales"])])
-                    scale = torch.frombuffer(bytearray(scales), dtype=torch.float32)
-                    rows = whole.to(torch.int8).view(parameter.shape)
-                    parameter.data = rows * scale[:, None]
+                    whole, scales = (
+                        torch.frombuffer(
+                            bytearray(base64.b64decode(part[key])), dtype=t
+                        )
+                        for key, t in (("int8", torch.int8), ("scales", torch.float32))
+                    )
+                    parameter.data = whole.view(parameter.shape) * scales[:, None]
             wanted = model(ids)[0].detach().double()
             found = torch.tensor(logits(stored, ids[0].tolist())).double()
             off = (found - wanted).abs().amax(dim=1)
