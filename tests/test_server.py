@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
@@ -275,6 +276,28 @@ def test_a_body_too_large_is_refused(address):
             except OSError:  # it hung up
                 break
     assert answer.startswith(b"HTTP/1.1 413") or 17 <= sent < 64
+
+
+def test_who_hangs_up_while_asking_leaves_no_traceback(shakespeare, capfd):
+    with running(make_app(*shakespeare, "shakespeare")) as address:
+        place = urlsplit(address)
+        with socket.create_connection((place.hostname, place.port), timeout=60) as line:
+            line.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n")
+            line.sendall(b'Content-Length: 1000\r\n\r\n{"prompt": "RO')
+            time.sleep(
+                0.2
+            )  # so that its question has begun; without, there is less to test
+        assert post(address, b"{}")[0] == 400  # the next one is served
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("tools", [{"type": "function"}]), ("n", 2)]
+)
+def test_what_it_does_not_do_is_refused(address, name, value):
+    status, content = post(address, json.dumps({"prompt": "a", name: value}).encode())
+    assert status == 400
+    assert f"{name} must be" in json.loads(content)["error"]["message"]
 
 
 def test_other_paths_and_methods_are_refused(address):

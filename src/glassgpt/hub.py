@@ -587,11 +587,16 @@ def write_gguf(
     """Write a model and its tokenizer as a GGUF file, for llama.cpp and Ollama.
 
     dtype: of the matrices, float16 or float32; vectors are float32. Raises ValueError
-    for a model that is neither a GPT-2 nor a Llama, and for a tokenizer of characters.
+    for another dtype, for a model that is neither a GPT-2 nor a Llama, and for a
+    tokenizer of characters.
 
     Book: 17_gpt2.html#out-for-laptops
     """
     path, config = Path(path), model.config
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: name a file, as model.gguf")
+    if dtype not in ("float16", "float32"):
+        raise ValueError(f"dtype: float16 or float32, not {dtype!r}")
     kinds = {GPT2.kind: GGUF_GPT2, LLAMA.kind: GGUF_LLAMA}
     if (theirs := kinds.get(format_of(config).kind)) is None:
         raise ValueError("llama.cpp knows GPT-2 and Llama, not this model")

@@ -35,7 +35,7 @@ def connect(**meeting: Any) -> None:
         loopback = "lo0" if sys.platform == "darwin" else "lo"
         env.setdefault("GLOO_SOCKET_IFNAME", loopback)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(days=1), **meeting)
+    dist.init_process_group(backend, **{"timeout": timedelta(days=1), **meeting})
 
 
 def run_processes(number: int, function: Callable[..., Any], *arguments: Any) -> list:
@@ -43,7 +43,7 @@ def run_processes(number: int, function: Callable[..., Any], *arguments: Any) ->
 
     function: one of a module, since a process can't import a notebook. It returns
     tensors, numbers, strings, and lists and dicts of them. Raises the error of
-    `torch.multiprocessing` where a process fails.
+    `torch.multiprocessing` where a process fails, or waits three minutes for another.
 
     Book: 22_many_machines.html#starting-processes
     """
@@ -55,8 +55,8 @@ def run_processes(number: int, function: Callable[..., Any], *arguments: Any) ->
 
 def _enter(rank: int, number: int, place: str, function: Any, arguments: Any) -> None:
     torch.set_num_threads(1)
-    meeting = Path(place, "meeting").as_uri()
-    connect(init_method=meeting, rank=rank, world_size=number)
+    meeting = {"init_method": Path(place, "meeting").as_uri(), "rank": rank}
+    connect(world_size=number, timeout=timedelta(minutes=3), **meeting)
     torch.save(function(*arguments), Path(place, f"{rank}.pt"))
     if dist.is_initialized():
         dist.destroy_process_group()
