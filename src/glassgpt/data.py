@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from glob import escape, glob
-from itertools import accumulate, chain, islice, pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Self
 
@@ -64,8 +64,9 @@ class Document:
 
     def cut(self) -> tuple["Document", "Document"]:
         """Nine tenths and the rest."""
-        cut = len(self.text) * 9 // 10
-        return replace(self, text=self.text[:cut]), replace(self, text=self.text[cut:])
+        text = "".join(self.pieces())
+        cut = len(text) * 9 // 10
+        return Document(self.name, text[:cut]), Document(self.name, text[cut:])
 
 
 def shakespeare() -> list[Document]:
@@ -174,39 +175,36 @@ class FileDocument(Document):
     end: int = 0
 
     def pieces(self) -> Iterator[str]:
-        """As for a document. Raises ValueError where the bytes are not UTF-8 text."""
-        blocks, rest = self._blocks(), ""
-        try:
-            if self.path.suffix == ".jsonl":
-                blocks = iter([_text_of(b"".join(blocks))])
-            for text in codecs.iterdecode(blocks, "utf-8-sig"):
-                if "\0" in text:
-                    raise ValueError("it has a null byte")
-                rest += text
-                if cut := _UP_TO_A_CUT.match(rest):
-                    yield cut[0]
-                    rest = rest[cut.end() :]
-        except (ValueError, RecursionError) as error:
-            place = f"{self.path}, from byte {self.start} on,"
-            raise ValueError(f"{place} can't be read as text: {error}") from None
+        """As for a document. Raises ValueError for what is no text."""
+        rest = ""
+        for text in codecs.iterdecode(self._blocks(), "utf-8-sig"):
+            if "\0" in text:
+                raise ValueError("it has a null byte")
+            rest += text
+            if cut := _UP_TO_A_CUT.match(rest):
+                yield cut[0]
+                rest = rest[cut.end() :]
         yield rest
 
     def cut(self) -> tuple[Document, Document]:
         """Parts that stay in the file, cut after a line where one ends soon."""
         if self.path.suffix == ".jsonl":
-            return Document(self.name, "".join(self.pieces())).cut()
+            return super().cut()
         cut = self.end * 9 // 10
-        block = next(replace(self, start=cut)._blocks(), b"")
-        inside = len(re.match(rb"[\x80-\xbf]*", block)[0])  # of a character
         late = (self.end - cut) // 2  # a line that ends after this is cut
+        block = next(replace(self, start=cut)._blocks(), b"")
+        inside = re.match(rb"[\x80-\xbf]*", block).end()  # of a character
         cut += block.find(b"\n", 0, late) + 1 or inside
         return replace(self, end=cut), replace(self, start=cut)
 
     def _blocks(self) -> Iterator[bytes]:
         with open(self.path, "rb") as file:
             file.seek(self.start)
-            while block := file.read(min(PIECE, self.end - file.tell())):
-                yield block
+            if self.path.suffix == ".jsonl":
+                yield _text_of(file.readline())
+            else:
+                while block := file.read(min(PIECE, self.end - file.tell())):
+                    yield block
 
 
 def _text_of(line: bytes) -> bytes:
@@ -217,16 +215,16 @@ def _text_of(line: bytes) -> bytes:
     raise ValueError('the line is no {"text": "..."}')
 
 
-def _files(place: Path, seen: set[Path]) -> Iterator[Path]:
-    """A file, or the files below a folder: in order, each once, none that is hidden."""
-    if (real := place.resolve()) in seen:
-        return
-    seen.add(real)
-    if place.is_file():
-        yield place
-    elif place.is_dir():
-        for inner in sorted(p for p in place.iterdir() if p.name[0] != "."):
-            yield from _files(inner, seen)
+def _files(places: Iterable[Path], seen: set[Path]) -> Iterator[Path]:
+    """These files and those below folders: in order, each once, none that is hidden."""
+    for place in sorted(places):
+        if (real := place.resolve()) in seen:
+            continue
+        seen.add(real)
+        if place.is_dir():
+            yield from _files((p for p in place.iterdir() if p.name[0] != "."), seen)
+        elif place.is_file():
+            yield place
 
 
 def _documents(source: str | Path, seen: set[Path]) -> Iterator[Document]:
@@ -237,7 +235,7 @@ def _documents(source: str | Path, seen: set[Path]) -> Iterator[Document]:
     elif not places:
         what = 'is neither a file, nor a folder, nor "shakespeare"'
         raise FileNotFoundError(f"{str(source)[:60] or 'an empty name'} {what}")
-    for path in chain.from_iterable(_files(Path(p), seen) for p in sorted(places)):
+    for path in _files(map(Path, places), seen):
         with open(path, "rb") as file:
             lines = path.suffix == ".jsonl"  # each is a document
             sizes = map(len, file) if lines else [path.stat().st_size]
@@ -256,11 +254,12 @@ def read_documents(*sources: str | Path, skip: bool = False) -> list[Document]:
     """
     documents, bad, seen = [], {}, set()
     for document in (each for source in sources for each in _documents(source, seen)):
-        pieces = islice(document.pieces(), None if skip else 1)  # or its beginning
         try:
-            documents += [document] if sum(map(len, pieces)) else []
-        except ValueError as error:
-            bad.setdefault(document.path, str(error))
+            if sum(map(len, document.pieces())):
+                documents.append(document)
+        except (ValueError, RecursionError) as error:
+            place = f"{document.path}, from byte {document.start} on,"
+            bad.setdefault(document.path, f"{place} can't be read as text: {error}")
     what = "; ".join(bad.values())
     if bad and not skip:
         raise ValueError(f"{what}: convert it, take it away, or skip it")
@@ -301,20 +300,16 @@ def _read_facts(folder: Path, hashes: bool = False) -> dict[str, Any]:
     path = folder / "tokens.json"
     if not path.exists():
         raise FileNotFoundError(f"no {path}: is this a folder that tokenize made?")
-    try:
+    facts = {}
+    with suppress(ValueError, KeyError, TypeError, RecursionError):
         facts = dict(json.loads(path.read_bytes()))
-        intact = facts.pop("fingerprint") == _fingerprint(facts)
-    except (ValueError, KeyError, TypeError):
-        intact = False
-    if not intact:
+    if facts.pop("fingerprint", None) != _fingerprint(facts):
         raise ValueError(f"{path} is damaged: tokenize again")
     for name, file in facts["files"].items():
-        path, what = folder / name, "copy it again, or tokenize again"
-        if (size := path.stat().st_size) != (due := file["bytes"]):
-            how = f"it has {size} bytes, not {due}"
-            raise ValueError(f"{path} is damaged, {how}: {what}")
-        if hashes and _hash_of(path) != file["sha256"]:
-            raise ValueError(f"{path} is damaged, some of its bytes changed: {what}")
+        path = folder / name
+        changed = path.stat().st_size != file["bytes"]
+        if changed or (hashes and _hash_of(path) != file["sha256"]):
+            raise ValueError(f"{path} is damaged: copy it again, or tokenize again")
     return facts
 
 
@@ -374,18 +369,21 @@ def _new_folder(directory: Path) -> Iterator[Path]:
     """A folder to fill: it gets its name when it is full, and goes when that fails."""
     if os.path.lexists(directory):
         raise FileExistsError(f"{directory} exists already: choose another folder")
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in directory.parent.glob(f".{escape(directory.name)}.*.partial"):
+    parent, name = directory.parent, f".{directory.name}."
+    parent.mkdir(parents=True, exist_ok=True)
+    for leftover in parent.glob(f"{escape(name)}*.partial"):
         with suppress(OSError), FileLock(leftover / "lock", timeout=0):
             shutil.rmtree(leftover)  # nobody holds its lock: its writer was killed
-    name = {"prefix": f".{directory.name}.", "suffix": ".partial"}
     with (
-        tempfile.TemporaryDirectory(**name, dir=directory.parent) as beside,
+        tempfile.TemporaryDirectory(".partial", name, parent) as beside,
         FileLock(Path(beside, "lock")),
     ):
         folder = Path(beside, "full")
         folder.mkdir()
         yield folder
+        for path in folder.iterdir():  # the disk has every byte before the name counts
+            with open(path, "rb+") as file:
+                os.fsync(file)
         folder.rename(directory)
 
 
