@@ -21,7 +21,6 @@ from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from glassgpt import device as module
-from glassgpt.block import Block
 from glassgpt.checks.device import (
     check_days,
     check_fit_memory,
@@ -31,7 +30,6 @@ from glassgpt.checks.device import (
 )
 from glassgpt.data import TokenData
 from glassgpt.device import (
-    DATA_SHEETS,
     SIZES,
     Machine,
     Plan,
@@ -44,8 +42,6 @@ from glassgpt.device import (
     make_plan,
     measure_flops,
     memory_needed,
-    padded_logits,
-    peak_flops,
     pick_device,
     pick_precision,
     short_attention,
@@ -79,15 +75,21 @@ def weights(trainer):
 
 
 class FakeCard:
-    """A GPU by name, capability and memory, for code that only asks for these."""
+    """A GPU by capability and memory, for code that only asks for these."""
 
-    def __init__(self, monkeypatch, name, capability, gigabytes):
+    def __init__(self, monkeypatch, capability, gigabytes):
         properties = type("Properties", (), {"total_memory": int(gigabytes * 1e9)})
         cuda = torch.cuda
         monkeypatch.setattr(cuda, "get_device_capability", lambda device: capability)
-        monkeypatch.setattr(cuda, "get_device_name", lambda device: name)
         monkeypatch.setattr(cuda, "get_device_properties", lambda device: properties)
         monkeypatch.setattr(module, "pick_device", lambda name: CUDA)
+        monkeypatch.setattr(module, "measure_flops", self.speed)
+
+    @staticmethod
+    def speed(device, dtype, rows, width):
+        """Of products that fill a card; its precision is asked, not measured."""
+        assert (device, rows, width) == (CUDA, 8192, 4096)
+        return 1e14
 
 
 class Products(TorchDispatchMode):
@@ -104,10 +106,6 @@ class Products(TorchDispatchMode):
         return call(*arguments, **(named or {}))
 
 
-def no_measuring(device, dtype, *shape):
-    raise AssertionError("measured")
-
-
 @pytest.fixture
 def fast_cpu(monkeypatch):
     """A CPU whose speed is known, so that nothing is timed."""
@@ -118,7 +116,7 @@ def fast_cpu(monkeypatch):
 
 
 def test_checks_pass():
-    check_padded_logits(padded_logits)
+    check_padded_logits(padded(-math.inf, 64))
     check_fit_memory(fit_memory)
     check_rounding(lambda x: torch.tensor(x).bfloat16().item())
 
@@ -167,7 +165,11 @@ def padded(value, multiple):
         (check_padded_logits, padded(0.0, 64), "have a probability"),
         (check_padded_logits, padded(-math.inf, 8), "no multiple"),
         (check_padded_logits, padded(-math.inf, 256), "more than needed"),
-        (check_padded_logits, lambda x, w: padded_logits(x, 2 * w), "logits differ"),
+        (
+            check_padded_logits,
+            lambda x, w: padded(-math.inf, 64)(x, 2 * w),
+            "logits differ",
+        ),
         (check_fit_memory, whole_batch, "don't fit"),
         (check_fit_memory, with_less_to_learn_from, "from 8 crops, not 64"),
         (check_fit_memory, recomputing_first, "recompute only"),
@@ -230,36 +232,13 @@ def test_the_best_device(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "capability", "precision", "peak"),
-    [
-        ("Tesla T4", (7, 5), "float16", 65e12),
-        ("NVIDIA A100-SXM4-40GB", (8, 0), "bfloat16", 312e12),
-        ("NVIDIA L4", (8, 9), "bfloat16", 121e12),
-        ("NVIDIA H100 80GB HBM3", (9, 0), "bfloat16", 989e12),
-        ("NVIDIA H100 PCIe", (9, 0), "bfloat16", 756e12),
-        ("NVIDIA H100 NVL", (9, 0), "bfloat16", 835e12),
-        ("NVIDIA H200 NVL", (9, 0), "bfloat16", 835e12),
-        ("NVIDIA H200", (9, 0), "bfloat16", 989e12),
-        ("Tesla V100-SXM2-16GB", (7, 0), "float16", 125e12),
-        ("Tesla V100-PCIE-16GB", (7, 0), "float16", 112e12),
-    ],
+    ("capability", "precision"),
+    [((6, 1), "float32"), ((7, 0), "float16"), ((7, 5), "float16")]
+    + [((8, 0), "bfloat16"), ((8, 9), "bfloat16"), ((9, 0), "bfloat16")],
 )
-def test_known_cards(monkeypatch, name, capability, precision, peak):
-    FakeCard(monkeypatch, name, capability, 40)
-    monkeypatch.setattr(module, "measure_flops", no_measuring)
+def test_a_card_says_which_units_it_has(monkeypatch, capability, precision):
+    FakeCard(monkeypatch, capability, 40)
     assert pick_precision(CUDA) == precision
-    assert peak_flops(Machine("cuda", precision)) == peak
-
-
-def test_an_unknown_card_is_measured(monkeypatch, fast_cpu):
-    for name in ("NVIDIA L40S", "NVIDIA A100-SXM4-40GB MIG 1g.5gb"):
-        FakeCard(monkeypatch, name, (8, 9), 48)
-        found = peak_flops(Machine("cuda", "bfloat16"))
-        assert found == fast_cpu[torch.bfloat16]
-    FakeCard(monkeypatch, "NVIDIA L4", (8, 9), 24)
-    assert peak_flops(Machine("cuda", "float32")) == fast_cpu[torch.float32]
-    FakeCard(monkeypatch, "Quadro P6000", (6, 1), 24)
-    assert pick_precision(CUDA) == "float32"
 
 
 def test_precision_of_a_cpu_is_measured(fast_cpu):
@@ -346,19 +325,6 @@ def test_short_attention_is_attention(shared, queries):
     assert (short_attention(q, k, v, dropout=0.5) != found).any()
 
 
-@pytest.mark.parametrize("vocabulary", [50, 64, 65])
-def test_a_padded_vocabulary_changes_no_loss_and_no_gradient(vocabulary):
-    torch.manual_seed(0)
-    x = torch.randn(6, 8, dtype=torch.float64)
-    table = torch.randn(vocabulary, 8, dtype=torch.float64, requires_grad=True)
-    targets = torch.randint(vocabulary, (6,))
-    padded = padded_logits(x, table)
-    assert padded.shape == (6, 64 if vocabulary <= 64 else 128)
-    losses = [F.cross_entropy(x @ table.T, targets), F.cross_entropy(padded, targets)]
-    torch.testing.assert_close(*losses)
-    torch.testing.assert_close(*(torch.autograd.grad(loss, table) for loss in losses))
-
-
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", [GPTConfig, ModernConfig])
 def test_recomputing_learns_the_same(precision, kind):
@@ -402,28 +368,6 @@ def test_a_compiled_program_can_be_stored_for_the_next_run(scope):
     assert since["autograd_cache_bypass"] == 0
     plain = trained(steps=1, precision="bfloat16")
     torch.testing.assert_close(weights(plain), weights(fast), atol=1e-2, rtol=0)
-
-
-def kept_bytes(function, *inputs):
-    """What a call keeps for its backward pass, each storage counted once."""
-    kept = {}
-
-    def pack(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        function(*inputs)
-    return sum(storage.nbytes() for storage in kept.values())
-
-
-@needs_compiler
-def test_compiled_runs_compute_again_what_is_cheap():
-    block, x = Block(width=32, heads=2), torch.randn(8, 64, 32, requires_grad=True)
-    with patch("torch.cuda.is_available", return_value=False):
-        ours = kept_bytes(compiled(block.forward), x)
-    torch.compiler.reset()
-    assert ours < 0.8 * kept_bytes(torch.compile(block.forward), x)
 
 
 def test_without_a_compiler_it_goes_on(capsys):
@@ -652,22 +596,6 @@ def test_memory_is_fitted_by_splitting_and_then_by_recomputing():
             fit_memory(plan, memory, kept)
 
 
-@pytest.mark.parametrize("scope", ["off", "all"])
-def test_a_model_takes_the_gelu_of_its_machine(scope):
-    model = GPT(SHAPE)
-    make_loss(model, Machine(compile="all"))
-    make_loss(model, Machine(compile=scope))
-    wanted = module.compiled_gelu if scope == "all" else module.pytorch_gelu
-    assert all(block.mlp.activation is wanted for block in model.blocks)
-    x = torch.linspace(-9, 9, 999, dtype=torch.float64)
-    torch.testing.assert_close(module.compiled_gelu(x), module.pytorch_gelu(x))
-    relu = ModernConfig(**{**asdict(SHAPE), "tied": False})
-    other = build(relu)
-    before = other.blocks[0].mlp.activation
-    make_loss(other, Machine(compile=scope))
-    assert other.blocks[0].mlp.activation is before
-
-
 def test_parts_never_outnumber_the_crops():
     model = GPTConfig(1000, context=512, layers=4, heads=4, width=128)
     plan = Plan(model, TrainConfig(batch_size=12), Machine(), 1e9)
@@ -732,7 +660,7 @@ class TestPlan:
             ({"recipe": "bert"}, "modern"),
             ({"optimizer": "sgd"}, "adamw, muon"),
             ({"learnig_rate": 1.0}, "learnig_rate"),
-            ({"optimizer": "adamw", "matrix_learning_rate": 1.0}, "matrix_learning"),
+            ({"optimizer": "adamw", "matrix_learning_rate": 1.0}, "adamw has no mat"),
             ({"width": 10}, "width"),
             ({"steps": 0}, "steps"),
             ({"batch_size": 0}, "batch_size"),
@@ -772,17 +700,17 @@ class TestPlan:
 
 class TestCards:
     def test_a_small_card(self, monkeypatch):
-        FakeCard(monkeypatch, "Tesla T4", (7, 5), 15.8)
+        FakeCard(monkeypatch, (7, 5), 15.8)
         plan = make_plan(1024)
         assert (plan.model.layers, plan.model.width) == (6, 384)
         assert plan.machine.precision == "float16"
-        assert plan.peak_flops == DATA_SHEETS["T4"]
+        assert plan.peak_flops == 1e14
         assert type(plan.training) is TrainConfig
 
     @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
     def test_a_small_card_never_multiplies_in_bfloat16(self, monkeypatch, optimizer):
         """It would emulate it, and has a fused attention for float16 only."""
-        FakeCard(monkeypatch, "Tesla T4", (7, 5), 15.8)
+        FakeCard(monkeypatch, (7, 5), 15.8)
         plan = make_plan(11, context=8, layers=2, heads=2, width=16, steps=6)
         if optimizer == "muon":
             plan = replace(plan, training=MuonConfig(**asdict(plan.training)))
@@ -797,7 +725,7 @@ class TestCards:
         assert torch.bfloat16 not in seen.formats["attention"] | seen.formats["mm"]
 
     def test_a_large_card(self, monkeypatch):
-        FakeCard(monkeypatch, "NVIDIA H100 80GB HBM3", (9, 0), 85)
+        FakeCard(monkeypatch, (9, 0), 85)
         plan = make_plan(50_257)
         assert plan.model == GPTConfig(50_257)
         assert plan.machine.precision == "bfloat16"
@@ -806,7 +734,7 @@ class TestCards:
         assert make_plan(50_257, steps=50).machine.compile == "off"
 
     def test_a_batch_is_split_until_it_fits(self, monkeypatch):
-        FakeCard(monkeypatch, "Tesla T4", (7, 5), 15.8)
+        FakeCard(monkeypatch, (7, 5), 15.8)
         plan = make_plan(50_257, "medium")
         assert plan.training.accumulate > 1
         assert plan.training.batch_size == 64
@@ -816,7 +744,7 @@ class TestCards:
             make_plan(50_257, "xl")
 
     def test_recomputation_where_one_crop_is_too_much(self, monkeypatch):
-        FakeCard(monkeypatch, "Tesla T4", (7, 5), 15.8)
+        FakeCard(monkeypatch, (7, 5), 15.8)
         plan = make_plan(50_257, "medium", context=8192)
         assert plan.training.accumulate == plan.training.batch_size
         assert plan.machine.recompute
@@ -876,9 +804,3 @@ def test_a_description():
 def test_a_description_says_what_is_no_gpt2():
     text = make_plan(80, device="cpu", positions="rotary").describe()
     assert text.startswith("model   modern, not GPT-2: ")
-
-
-@pytest.mark.usefixtures("fast_cpu")
-def test_a_rate_without_its_optimizer_is_named():
-    with pytest.raises(ValueError, match="is for the optimizer muon"):
-        make_plan(80, device="cpu", optimizer="adamw", matrix_learning_rate=0.1)

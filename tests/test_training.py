@@ -457,10 +457,9 @@ def test_a_loss_that_is_no_number_stops_the_run(spoil):
 
 
 def test_a_diverged_loss_names_every_rate():
-    config = MuonConfig(learning_rate=0.5, matrix_learning_rate=0.25)
-    spoiled = trainer(gpt(), config, loss=lambda ids, targets: nan_loss())
+    spoiled = trainer(gpt(), MuonConfig(), loss=lambda ids, targets: nan_loss())
     spoiled.take_step()
-    both = "lower the learning rate, 0.5, or matrix_learning_rate, 0.25$"
+    both = "lower learning_rate or matrix_learning_rate$"
     with pytest.raises(FloatingPointError, match=both):
         spoiled.read_losses()
 

@@ -5,7 +5,7 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import cache, partial
 from textwrap import shorten
@@ -22,7 +22,6 @@ from glassgpt import modern
 from glassgpt.data import TokenData
 from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.heads import fused_attention
-from glassgpt.mlp import pytorch_gelu
 from glassgpt.modern import ModernConfig, MuonConfig, build, muon_optimizers
 from glassgpt.training import Loss, TrainConfig, Trainer, make_optimizers
 
@@ -37,11 +36,12 @@ def pick_device(name: str | None = None) -> torch.device:
     best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     name = str(best) if name is None else name
     try:
-        (one := torch.ones(1, device=name)).add_(1).item()  # it must compute
-        return one.device
+        one = torch.ones(1, device=name) + 1
+        one.item()  # it must compute
     except (RuntimeError, AssertionError) as error:
-        reason = shorten(str(error) or type(error).__name__, 80, placeholder=" ...")
+        reason = shorten(str(error), 80)
         raise ValueError(f"no device {name!r} (cpu, cuda, mps?): {reason}") from None
+    return one.device
 
 
 @cache
@@ -128,18 +128,17 @@ def short_attention(
 ) -> Tensor:
     """`fused_attention` as two products around a softmax: faster for short contexts.
 
-    The kernel itself runs without gradients or with a mask.
+    The kernel itself runs outside of training, with a mask, and where heads share keys.
 
     Book: 15_full_gpt.html#fused-attention
     """
-    if mask is not None or not torch.is_grad_enabled():
+    same = mask is None and queries.shape == keys.shape
+    if not same or not torch.is_grad_enabled():
         return fused_attention(queries, keys, values, mask, dropout)
-    T, S = queries.shape[-2], keys.shape[-2]
-    if (shared := queries.shape[-3] // keys.shape[-3]) > 1:
-        keys, values = (x.repeat_interleave(shared, dim=-3) for x in (keys, values))
+    T, D = queries.shape[-2:]
     # -inf above the diagonal: adding it is cheaper than filling every head's scores in.
-    penalty = queries.new_full((T, S), -math.inf).triu(S - T + 1)
-    scores = (queries / math.sqrt(queries.shape[-1])) @ keys.mT
+    penalty = queries.new_full((T, T), -math.inf).triu(1)
+    scores = (queries / math.sqrt(D)) @ keys.mT
     return F.dropout((scores + penalty).softmax(dim=-1), dropout) @ values
 
 
@@ -152,55 +151,33 @@ def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """
     fast: Callable[..., Tensor] | None = None
 
-    def first_call(*inputs: Any) -> Tensor:
+    def call(*inputs: Any) -> Tensor:
         nonlocal fast
+        if not torch.is_grad_enabled():
+            return function(*inputs)
+        if fast is not None:
+            return fast(*inputs)
         try:
             from torch._functorch import config as functorch  # private: it may change
+            from torch._inductor import config as inductor
 
-            # On a CPU a GELU or a norm is calculated again, its result is not kept.
-            budget = 1.0 if torch.cuda.is_available() else 0.9
-            wanted: dict[str, Any] = {"activation_memory_budget": budget}
-            # What would fail in the backward pass fails here.
-            wanted["force_non_lazy_backward_lowering"] = True
-            known = {k: v for k, v in wanted.items() if hasattr(functorch, k)}
-            # One process may compile more than eight models.
-            many = torch._dynamo.config.patch(recompile_limit=256)
+            fast = torch.compile(function)
             # PyTorch before 2.13 stores a program without its precision.
             kinds = [str(torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]
-            named = torch.compiler.config.patch(cache_key_tag=" ".join(kinds))
-            fast = torch.compile(function)
-            with functorch.patch(known), many, named:
+            with (
+                torch.compiler.config.patch(cache_key_tag=" ".join(kinds)),
+                torch._dynamo.config.patch(recompile_limit=256),  # over eight models
+                # What would fail in the backward pass fails here.
+                functorch.patch(force_non_lazy_backward_lowering=True),
+                inductor.patch({"cpp.use_decompose_tanh": True}),  # faster for GELU
+            ):
                 return fast(*inputs)
         except Exception as error:  # whatever a missing compiler raises
-            fast = function
-            reason = " ".join((str(error).strip() or repr(error)).splitlines()[:2])
+            fast, reason = function, shorten(str(error), 150)
             tqdm.write(f"torch.compile does not work here, going on without: {reason}")
             return function(*inputs)
 
-    def call(*inputs: Any) -> Tensor:
-        return ((fast or first_call) if torch.is_grad_enabled() else function)(*inputs)
-
     return call
-
-
-def compiled_gelu(x: Tensor) -> Tensor:
-    """GELU, as tanh(z) = 2 sigmoid(2z) - 1: on a CPU faster in a compiled program.
-
-    Book: 15_full_gpt.html#compiling
-    """
-    return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))
-
-
-def padded_logits(x: Tensor, weight: Tensor) -> Tensor:
-    """Logits of x (..., C) for a table (V, C), padded to a multiple of 64 with -inf.
-
-    Tensor cores multiply such sizes faster; what is -inf takes no part in a softmax.
-
-    Book: 15_full_gpt.html#a-vocabulary-that-suits-the-units
-    """
-    missing = -len(weight) % 64
-    bias = F.pad(x.new_zeros(len(weight)), (0, missing), value=-math.inf)
-    return F.linear(x, F.pad(weight, (0, 0, 0, missing)), bias)
 
 
 def make_loss(model: GPT, machine: Machine) -> Loss:
@@ -208,13 +185,10 @@ def make_loss(model: GPT, machine: Machine) -> Loss:
 
     Book: 15_full_gpt.html#all-together-the-loss
     """
-    device, cuda = torch.device(machine.device), machine.device.startswith("cuda")
+    device = torch.device(machine.device)
     short = machine.suits_short_attention(model.config.context)
-    gelu = pytorch_gelu if machine.compile == "off" else compiled_gelu
     for block in model.blocks:
         block.attention.attend = short_attention if short else fused_attention
-        if block.mlp.activation in (pytorch_gelu, compiled_gelu):
-            block.mlp.activation = gelu
 
     def call(block: nn.Module, x: Tensor, more: dict[str, Any]) -> Tensor:
         return block(x, **more)
@@ -227,23 +201,19 @@ def make_loss(model: GPT, machine: Machine) -> Loss:
         x = model.embed(ids, torch.arange(ids.shape[1], device=ids.device))
         for block in model.blocks:
             x = run(block, x, more)
-        x = model.norm(x)
-        logits = padded_logits(x, model.head.weight) if cuda else model.head(x)
+        logits = model.head(model.norm(x))
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
     whole = compiled(plain) if machine.compile == "all" else plain
 
-    # Outside: a compiled program that switches autocast can't be stored.
-    # From pinned memory a GPU fetches the batch while it computes.
     def loss(ids: Tensor, targets: Tensor) -> Tensor:
-        batch = [x.pin_memory() if cuda else x for x in (ids, targets)]
-        batch = [x.to(device, non_blocking=cuda) for x in batch]
+        ids, targets = ids.to(device), targets.to(device)
         # A compiled program would calculate the rotary tables in every kernel.
-        more = {}
-        if isinstance(model, modern.ModernGPT):
-            more["rotation"] = model.rotation(0, batch[0])
+        rotary = isinstance(model, modern.ModernGPT)
+        more = {"rotation": model.rotation(0, ids)} if rotary else {}
+        # Outside: a compiled program that switches autocast can't be stored.
         with torch.autocast(device.type, machine.dtype, machine.precision != "float32"):
-            return whole(*batch, more)
+            return whole(ids, targets, more)
 
     return loss
 
@@ -286,9 +256,8 @@ class _NoStart(TorchFunctionMode):
     """Nothing is drawn: on the meta device that makes PyTorch import its compiler."""
 
     def __torch_function__(self, call: Any, _: Any, a: Any = (), k: Any = None) -> Any:
-        if getattr(call, "__name__", "") in ("normal_", "uniform_", "kaiming_uniform_"):
-            return a[0] if a else k["tensor"]
-        return call(*a, **(k or {}))
+        draws = ("normal_", "uniform_", "kaiming_uniform_")
+        return None if call.__name__ in draws else call(*a, **(k or {}))
 
 
 def on_paper(config: GPTConfig) -> GPT:
@@ -313,10 +282,10 @@ def count(config: GPTConfig) -> tuple[int, int]:
 
     Book: 15_full_gpt.html#the-plan
     """
-    models = (on_paper(replace(config, layers=layers)) for layers in (1, 2))
-    one, two = ((m.parameter_count(), m.flops_per_token()) for m in models)
-    more = config.layers - 1
-    return one[0] + more * (two[0] - one[0]), one[1] + more * (two[1] - one[1])
+    one, two = (on_paper(replace(config, layers=layers)) for layers in (1, 2))
+    N, flops, more = one.parameter_count(), one.flops_per_token(), config.layers - 1
+    N += more * (two.parameter_count() - N)
+    return N, flops + more * (two.flops_per_token() - flops)
 
 
 def kept_by_token(model: GPTConfig, machine: Machine) -> int:
@@ -327,13 +296,15 @@ def kept_by_token(model: GPTConfig, machine: Machine) -> int:
     Book: 15_full_gpt.html#the-plan
     """
     C, block = model.width, on_paper(replace(model, layers=1)).blocks[0]
+    choices = {**modern.GPT2_CHOICES, **asdict(model)}
     # What the matrices multiply, queries, keys and values, and both sides of GELU.
     kept = 3 * C + block.attention.qkv.out_features + 2 * block.mlp.expand.out_features
     # Rotated queries and keys are new tensors; two products keep a table for each head.
-    kept += 3 * C * (getattr(model, "positions", "learned") == "rotary")
+    kept += 3 * C * (choices["positions"] == "rotary")
     kept += machine.suits_short_attention(model.context) * model.heads * model.context
-    weighted = getattr(model, "norm_weight", False) and model.norm == "rms"
-    wide = 1 + getattr(model, "normalize_qk", False) + weighted  # 8 C in 32 bits
+    # And in 32 bits 8 C bytes, as often as a norm keeps its input or its result.
+    wide = 1 + choices["normalize_qk"]
+    wide += choices["norm"] == "rms" and choices["norm_weight"]
     block_bytes = machine.dtype.itemsize * kept + 8 * C * wide
     return model.layers * block_bytes + 12 * model.vocab_size
 
@@ -352,29 +323,6 @@ def memory_needed(model: GPTConfig, training: TrainConfig, machine: Machine) -> 
     kept = kept_by_token(part, machine) + again * 4 * model.layers * model.width
     tokens = -(-training.batch_size // training.accumulate) * model.context
     return each * count(model)[0] + tokens * kept
-
-
-# FLOP a second of 16-bit matrix products, from the makers' data sheets.
-DATA_SHEETS = {"T4": 65e12, "V100": 125e12, "V100 PCIE": 112e12, "L4": 121e12}
-DATA_SHEETS |= {"A100": 312e12, "H100": 989e12, "H100 PCIe": 756e12}
-DATA_SHEETS |= {"H100 NVL": 835e12, "H200": 989e12, "H200 NVL": 835e12}
-
-
-def peak_flops(machine: Machine, *shape: int) -> float:
-    """FLOP a second that it can do: a GPU's data sheet, otherwise measured.
-
-    shape: rows and width of the products to measure, as in `measure_flops`.
-
-    Book: 15_full_gpt.html#the-plan
-    """
-    device = torch.device(machine.device)
-    if device.type == "cuda":
-        shape = (8192, 4096)
-        words = set(torch.cuda.get_device_name(device).replace("-", " ").split())
-        fitting = [name for name in DATA_SHEETS if set(name.split()) <= words]
-        if fitting and "MIG" not in words and machine.precision != "float32":
-            return DATA_SHEETS[max(fitting, key=len)]  # the longest name says most
-    return measure_flops(device, machine.dtype, *shape)
 
 
 @dataclass(frozen=True)
@@ -405,7 +353,7 @@ class Plan:
 
         On a CPU the products at their measured speed, and 1.2 nanoseconds for each byte
         that is kept, as measured on one thread; with more we assume that they share
-        it. Of a GPU's data sheet a third is assumed.
+        it. On a GPU a third of its speed is assumed.
         """
         m, t, on = self.model, self.training, self.machine
         looks = t.steps // t.evaluate_every * t.evaluation_crops * m.context
@@ -466,7 +414,8 @@ machine {on.device}, {how}: about {self.memory / 1e9:.2f} GB of tensors, \
 # Layers, heads and width. "small" to "xl" are GPT-2's four.
 SIZES = {"micro": (4, 4, 128), "mini": (6, 6, 384), "small": (12, 12, 768)}
 SIZES |= {"medium": (24, 16, 1024), "large": (36, 20, 1280), "xl": (48, 25, 1600)}
-OPTIMIZERS = {"adamw": TrainConfig, "muon": MuonConfig}
+# The kind of settings, and the rate at a width of 1.
+OPTIMIZERS = {"adamw": (TrainConfig, 0.4), "muon": (MuonConfig, 0.8)}
 RECIPES = {"gpt2": modern.GPT2_CHOICES, "modern": {}, "llama": modern.LLAMA_CHOICES}
 
 
@@ -512,8 +461,7 @@ def preset(device: torch.device) -> dict[str, Any]:
         return {"size": "micro", "context": 64, "batch_size": 16, "steps": 2000}
     if memory_of(device) < 30e9:
         return {"size": "mini", "context": 256, "batch_size": 64, "steps": 5000}
-    large = {"size": "small", "context": 1024, "batch_size": 32, "steps": 5000}
-    return {**large, "evaluate_every": 1000}
+    return {"size": "small", "context": 1024, "batch_size": 32, "steps": 5000}
 
 
 def names(*kinds: Any) -> set[str]:
@@ -538,49 +486,48 @@ def make_plan(
     recipe: str = "gpt2",
     device: str | None = None,
     cards: int = 1,
+    optimizer: str | None = None,
     **values: Any,
 ) -> Plan:
     """Choose everything for a run on this machine; any value can be given instead.
 
     size: one of `SIZES`. recipe: "gpt2", "modern" (for `ModernConfig`) or "llama".
-    cards: how many GPUs share model and batch (chapter 22).
-    values: fields of ModernConfig, MuonConfig and Machine, and optimizer, "adamw" or
+    cards: how many GPUs share model and batch (chapter 22). optimizer: "adamw" or
     "muon", by default Muon where a run has to be short or the recipe is modern.
+    values: fields of ModernConfig, MuonConfig and Machine.
     Raises ValueError for names and values that don't exist, and for what can't fit.
 
     Book: 15_full_gpt.html#the-plan
     """
     chosen, given = pick_device(device), set(values)
-    suited = preset(chosen)
-    best = "muon" if chosen.type != "cuda" or recipe == "modern" else "adamw"
-    optimizer = values.pop("optimizer", best)
+    suited, cuda = preset(chosen), chosen.type == "cuda"
     size = suited["size"] if size is None else size
+    if optimizer is None:
+        optimizer = "adamw" if cuda and recipe != "modern" else "muon"
     for value, known in ((size, SIZES), (recipe, RECIPES), (optimizer, OPTIMIZERS)):
         if value not in known:
             raise ValueError(f"{value!r} is none of {', '.join(known)}")
+    changed = recipe != "gpt2" or given & (names(ModernConfig) - names(GPTConfig))
+    shapes = ModernConfig if changed else GPTConfig
+    settings, rate = OPTIMIZERS[optimizer]
+    if unknown := given - names(shapes, settings, Machine):
+        raise ValueError(f"a run with {optimizer} has no {', '.join(sorted(unknown))}")
     sizes = dict(zip(("layers", "heads", "width"), SIZES[size], strict=True))
     values = {**suited, **sizes, **RECIPES[recipe], **values, "device": str(chosen)}
-    changed = recipe != "gpt2" or given & (names(ModernConfig) - names(GPTConfig))
-    kinds = ModernConfig if changed else GPTConfig, OPTIMIZERS[optimizer], Machine
-    if unknown := given - {"optimizer"} - names(*kinds):
-        if "matrix_learning_rate" in unknown:
-            raise ValueError("matrix_learning_rate is for the optimizer muon")
-        where = ", ".join(kind.__name__ for kind in kinds)
-        raise ValueError(f"no {', '.join(sorted(unknown))} in {where}")
-    model = take(kinds[0], {"vocab_size": vocab_size, **values})
-    rate = {"adamw": 0.4, "muon": 0.8}[optimizer] / model.width
-    training = take(kinds[1], {"learning_rate": rate, **values})
-    if "warmup" not in given:
-        training = replace(training, warmup=min(50, training.steps // 10))
+    model = take(shapes, {"vocab_size": vocab_size, **values})
+    warmup = min(50, values["steps"] // 10)
+    usual = {"learning_rate": rate / model.width, "warmup": warmup}
+    training = take(settings, {**usual, **values})
     # Larger products than these are no faster.
     shape = min(training.batch_size * model.context, 2048), min(model.width, 1024)
     if "precision" not in given:
         values["precision"] = pick_precision(chosen, *shape)
     machine = take(Machine, values)
-    plan = Plan(model, training, machine, peak_flops(machine, *shape))
-    if "compile" not in given and chosen.type in ("cpu", "cuda") and plan.seconds > 120:
+    speed = measure_flops(chosen, machine.dtype, *((8192, 4096) if cuda else shape))
+    plan = Plan(model, training, machine, speed)
+    if "compile" not in given and chosen.type != "mps" and plan.seconds > 120:
         # To compile the whole model takes longer.
-        scope = "all" if chosen.type == "cuda" or plan.seconds > 600 else "blocks"
+        scope = "all" if cuda or plan.seconds > 600 else "blocks"
         plan = replace(plan, machine=replace(machine, compile=scope))
-    memory = 0.85 * memory_of(chosen) * (cards if chosen.type == "cuda" else 1)
+    memory = 0.85 * memory_of(chosen) * (cards if cuda else 1)
     return fit_memory(plan, memory, given)

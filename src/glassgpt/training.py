@@ -172,14 +172,6 @@ def check_fit(model: GPT, data: TokenData, config: TrainConfig) -> None:
     data.check_context(model.config.context)
 
 
-def _require_finite(loss: float, what: str, config: TrainConfig) -> None:
-    if not math.isfinite(loss):
-        advice = "lower the learning rate"
-        if other := getattr(config, "matrix_learning_rate", None):  # chapter 14's
-            advice += f", {config.learning_rate:g}, or matrix_learning_rate, {other:g}"
-        raise FloatingPointError(f"{what} is not finite: {advice}")
-
-
 class Trainer:
     """A run in progress: a model, its data, its optimizers, and how far it is.
 
@@ -258,10 +250,14 @@ class Trainer:
             self.seconds += time.perf_counter() - self.began
             self.unread, self.last_loss = [], self.recent[-1]
         for step, loss in enumerate(self.recent, self.step - len(self.recent) + 1):
-            _require_finite(
-                loss, f"the loss or its gradient at step {step}", self.config
-            )
+            self._require_finite(loss, f"the loss or its gradient at step {step}")
         return self.last_loss
+
+    def _require_finite(self, loss: float, what: str) -> None:
+        if not math.isfinite(loss):
+            names = (field.name for field in fields(self.config))
+            rates = " or ".join(name for name in names if "learning_rate" in name)
+            raise FloatingPointError(f"{what} is not finite: lower {rates}")
 
     def evaluate(self) -> dict[str, float]:
         """Measure the model on held-out text, and add a record of all steps since."""
@@ -269,7 +265,7 @@ class Trainer:
         c, held_out = self.config, self.data.validation
         part = -(-c.batch_size // c.accumulate)  # rounded up
         loss = evaluate(self.model, held_out, c.evaluation_crops, part, self.loss)
-        _require_finite(loss, f"the validation loss at step {self.step}", c)
+        self._require_finite(loss, f"the validation loss at step {self.step}")
         record = {"step": self.step, "validation_loss": loss, "seconds": self.seconds}
         if held_out.characters:
             record["nats_per_character"] = loss * len(held_out) / held_out.characters
