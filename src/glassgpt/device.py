@@ -314,7 +314,7 @@ def memory_needed(model: GPTConfig, training: TrainConfig, machine: Machine) -> 
 
     16 for every parameter (weight, gradient, AdamW's two means), 18 in 16 bits. For
     every token what the blocks keep, and 12 a logit. With recomputation one block's,
-    and the 4 C that flow into each. Compiled programs take less.
+    and the 4 C that flow into each.
 
     Book: 15_full_gpt.html#the-plan
     """
