@@ -21,6 +21,7 @@ from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from glassgpt import device as module
+from glassgpt.block import Block
 from glassgpt.checks.device import (
     check_days,
     check_fit_memory,
@@ -42,6 +43,7 @@ from glassgpt.device import (
     make_plan,
     measure_flops,
     memory_needed,
+    padded_logits,
     pick_device,
     pick_precision,
     short_attention,
@@ -116,7 +118,7 @@ def fast_cpu(monkeypatch):
 
 
 def test_checks_pass():
-    check_padded_logits(padded(-math.inf, 64))
+    check_padded_logits(padded_logits)
     check_fit_memory(fit_memory)
     check_rounding(lambda x: torch.tensor(x).bfloat16().item())
 
@@ -165,11 +167,7 @@ def padded(value, multiple):
         (check_padded_logits, padded(0.0, 64), "have a probability"),
         (check_padded_logits, padded(-math.inf, 8), "no multiple"),
         (check_padded_logits, padded(-math.inf, 256), "more than needed"),
-        (
-            check_padded_logits,
-            lambda x, w: padded(-math.inf, 64)(x, 2 * w),
-            "logits differ",
-        ),
+        (check_padded_logits, lambda x, w: padded_logits(x, 2 * w), "logits differ"),
         (check_fit_memory, whole_batch, "don't fit"),
         (check_fit_memory, with_less_to_learn_from, "from 8 crops, not 64"),
         (check_fit_memory, recomputing_first, "recompute only"),
@@ -368,6 +366,28 @@ def test_a_compiled_program_can_be_stored_for_the_next_run(scope):
     assert since["autograd_cache_bypass"] == 0
     plain = trained(steps=1, precision="bfloat16")
     torch.testing.assert_close(weights(plain), weights(fast), atol=1e-2, rtol=0)
+
+
+def kept_bytes(function, *inputs):
+    """What a call keeps for its backward pass, each storage counted once."""
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        function(*inputs)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@needs_compiler
+def test_compiled_runs_compute_again_what_is_cheap():
+    block, x = Block(width=32, heads=2), torch.randn(8, 64, 32, requires_grad=True)
+    with patch("torch.cuda.is_available", return_value=False):
+        ours = kept_bytes(compiled(block.forward), x)
+    torch.compiler.reset()
+    assert ours < 0.8 * kept_bytes(torch.compile(block.forward), x)
 
 
 def test_without_a_compiler_it_goes_on(capsys):

@@ -167,8 +167,12 @@ def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
             with (
                 torch.compiler.config.patch(cache_key_tag=" ".join(kinds)),
                 torch._dynamo.config.patch(recompile_limit=256),  # over eight models
-                # What would fail in the backward pass fails here.
-                functorch.patch(force_non_lazy_backward_lowering=True),
+                functorch.patch(
+                    # A GELU or a norm is calculated again: its result is not kept.
+                    activation_memory_budget=1.0 if torch.cuda.is_available() else 0.9,
+                    # What would fail in the backward pass fails here.
+                    force_non_lazy_backward_lowering=True,
+                ),
                 inductor.patch({"cpp.use_decompose_tanh": True}),  # faster for GELU
             ):
                 return fast(*inputs)
@@ -180,12 +184,24 @@ def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return call
 
 
+def padded_logits(x: Tensor, weight: Tensor) -> Tensor:
+    """Logits of x (..., C) for a table (V, C), padded to a multiple of 64 with -inf.
+
+    Tensor cores multiply such sizes faster; what is -inf takes no part in a softmax.
+
+    Book: 15_full_gpt.html#a-vocabulary-that-suits-the-units
+    """
+    missing = -len(weight) % 64
+    bias = F.pad(x.new_zeros(len(weight)), (0, missing), value=-math.inf)
+    return F.linear(x, F.pad(weight, (0, 0, 0, missing)), bias)
+
+
 def make_loss(model: GPT, machine: Machine) -> Loss:
     """The loss of a `Trainer` at a machine's precision, compiled and recomputed.
 
     Book: 15_full_gpt.html#all-together-the-loss
     """
-    device = torch.device(machine.device)
+    device, cuda = torch.device(machine.device), machine.device.startswith("cuda")
     short = machine.suits_short_attention(model.config.context)
     for block in model.blocks:
         block.attention.attend = short_attention if short else fused_attention
@@ -201,13 +217,16 @@ def make_loss(model: GPT, machine: Machine) -> Loss:
         x = model.embed(ids, torch.arange(ids.shape[1], device=ids.device))
         for block in model.blocks:
             x = run(block, x, more)
-        logits = model.head(model.norm(x))
+        x = model.norm(x)
+        logits = padded_logits(x, model.head.weight) if cuda else model.head(x)
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
     whole = compiled(plain) if machine.compile == "all" else plain
 
     def loss(ids: Tensor, targets: Tensor) -> Tensor:
-        ids, targets = ids.to(device), targets.to(device)
+        # From pinned memory a GPU fetches the batch while it computes.
+        batch = (x.pin_memory() if cuda else x for x in (ids, targets))
+        ids, targets = (x.to(device, non_blocking=cuda) for x in batch)
         # A compiled program would calculate the rotary tables in every kernel.
         rotary = isinstance(model, modern.ModernGPT)
         more = {"rotation": model.rotation(0, ids)} if rotary else {}
@@ -314,7 +333,7 @@ def memory_needed(model: GPTConfig, training: TrainConfig, machine: Machine) -> 
 
     16 for every parameter (weight, gradient, AdamW's two means), 18 in 16 bits. For
     every token what the blocks keep, and 12 a logit. With recomputation one block's,
-    and the 4 C that flow into each.
+    and the 4 C that flow into each. Compiled programs take less.
 
     Book: 15_full_gpt.html#the-plan
     """
