@@ -61,21 +61,22 @@ class Format:
             parts = value.split([config.width, shared, shared])
         else:
             parts = value.chunk(len(names))
-        parts = self._laid_out(name, parts, config, pair_neighbors)
+        parts = self._laid_out(name, parts, config)
         return dict(zip(names, parts, strict=True))
 
     def take(self, name: str, read: Read, config: GPTConfig) -> Tensor:
         """The inverse: one of our parameters, copied from theirs."""
         parts = [read(part) for part in self.names(name)]
-        return torch.cat(self._laid_out(name, parts, config, pair_halves))
+        return torch.cat(self._laid_out(name, parts, config, back=True))
 
     def _laid_out(
-        self, name: str, parts: Sequence[Tensor], config: GPTConfig, reorder: Callable
+        self, name: str, parts: Sequence[Tensor], config: GPTConfig, back: bool = False
     ) -> list[Tensor]:
         """Parts with rows reordered and matrices turned, where the format wants it."""
         parts = list(parts)
         if self.neighbors and len(parts) == 3:
             head_width = config.width // config.heads
+            reorder = pair_halves if back else pair_neighbors
             parts[:2] = [reorder(part, head_width) for part in parts[:2]]
         turned = self.transposed and name.startswith("blocks.")
         return [part.T if turned and part.dim() == 2 else part for part in parts]
