@@ -446,43 +446,41 @@ def pair_halves(rows: Tensor, head_width: int) -> Tensor:
     return pairs.transpose(1, 2).reshape(rows.shape)
 
 
-_GGUF_LAYERS = {
-    "tokens": "token_embd",
-    "positions": "position_embd",
-    "attention_norm": "attn_norm",
-    "attention.qkv": "attn_qkv",
-    "attention.projection": "attn_output",
-    "mlp_norm": "ffn_norm",
-    "mlp.expand": "ffn_up",
-    "mlp.projection": "ffn_down",
-    "norm": "output_norm",
-    "head": "output",
-}
-_GGUF_KEYS = {
-    "vocab_size": "vocab_size",
-    "context": "context_length",
-    "layers": "block_count",
-    "heads": "attention.head_count",
-    "width": "embedding_length",
-    "tied": "tied",
-}
 GGUF_GPT2 = Format(
     kind="gpt2",
     block="blk",
-    layers=_GGUF_LAYERS,
-    keys=_GGUF_KEYS,
+    layers={
+        "tokens": "token_embd",
+        "positions": "position_embd",
+        "attention_norm": "attn_norm",
+        "attention.qkv": "attn_qkv",
+        "attention.projection": "attn_output",
+        "mlp_norm": "ffn_norm",
+        "mlp.expand": "ffn_up",
+        "mlp.projection": "ffn_down",
+        "norm": "output_norm",
+        "head": "output",
+    },
+    keys={
+        "vocab_size": "vocab_size",
+        "context": "context_length",
+        "layers": "block_count",
+        "heads": "attention.head_count",
+        "width": "embedding_length",
+        "tied": "tied",
+    },
     options={"attention.layer_norm_epsilon": (1e-5,)},
 )
 GGUF_LLAMA = Format(
     kind="llama",
     block="blk",
     layers={
-        **_GGUF_LAYERS,
+        **GGUF_GPT2.layers,
         "attention.qkv": "attn_q attn_k attn_v",
         "mlp.expand": "ffn_gate ffn_up",
     },
     keys={
-        **_GGUF_KEYS,
+        **GGUF_GPT2.keys,
         "rotary_base": "rope.freq_base",
         "norm_eps": "attention.layer_norm_rms_epsilon",
         "hidden": "feed_forward_length",
