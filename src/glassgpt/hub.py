@@ -199,8 +199,8 @@ def config_to_json(config: GPTConfig, end: int | None = None) -> dict[str, Any]:
     content |= {key: allowed[0] for key, allowed in theirs.options.items()}
     content |= dict.fromkeys(("bos_token_id", "eos_token_id"), end)
     if theirs is LLAMA:
-        rope = {"rope_theta": content["rope_theta"]}  # in both places, for old readers
-        rope["rope_type"] = content.pop("rope_type")
+        rope = {key: content[key] for key in ("rope_theta", "rope_type")}
+        del content["rope_type"]  # the base stays here, too: for readers before 5.0
         content |= {"rope_parameters": rope, "attention_dropout": config.dropout}
         kind = "LlamaForCausalLM"
     else:
