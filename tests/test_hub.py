@@ -213,8 +213,6 @@ def test_their_own_llama_is_read(tmp_path, tokenizer):
     "change",
     [
         {"hidden_act": "gelu"},
-        {"attention_bias": True},
-        {"mlp_bias": True},
         {"head_dim": 8},
         {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}},
         {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": None},
@@ -353,6 +351,17 @@ def test_an_added_token_is_special_whatever_its_file_says(tmp_path):
 
     with pytest.raises(AssertionError, match="where the file calls it not special"):
         checks.check_special(Believing)
+
+
+class Dropping(ForeignTokenizer):
+    def decode_bytes(self, ids):
+        special = self.special_tokens.values()
+        return super().decode_bytes(n for n in ids if n not in special)
+
+
+def test_a_tokenizer_that_drops_special_tokens_is_caught():
+    with pytest.raises(AssertionError, match="as an id it came back as"):
+        checks.check_special(Dropping)
 
 
 def test_a_tokenizer_of_ids_with_holes_is_refused_before_they_are_filled():
@@ -508,6 +517,16 @@ def test_the_order_of_rows_and_its_inverse():
     ]  # fmt: skip
 
 
+def test_the_number_of_heads_that_llama_cpp_once_took_is_caught():
+    def divided(rows, head_width):
+        heads = len(rows) // head_width
+        wrong = 6 // heads if heads == 2 else heads
+        return pair_neighbors(rows, len(rows) // wrong)
+
+    with pytest.raises(AssertionError, match="queries: 6, of keys: 2"):
+        checks.check_pairs(divided)
+
+
 # GGUF files.
 
 
@@ -565,6 +584,13 @@ def test_transformers_reads_our_gguf(config, tokenizer, tmp_path):
     torch.testing.assert_close(
         theirs.eval()(IDS).logits, model(IDS), atol=1e-3, rtol=1e-3
     )
+
+
+def test_a_whole_rotary_base_is_written_as_a_real_number(tokenizer, tmp_path):
+    """As many a config.json has it; llama.cpp refuses a whole one."""
+    write_gguf(tmp_path / "m.gguf", random_model(llama(rotary_base=500)), tokenizer)
+    field = gguf.GGUFReader(tmp_path / "m.gguf").fields["llama.rope.freq_base"]
+    assert field.types == [gguf.GGUFValueType.FLOAT32]
 
 
 def test_a_vocabulary_with_room_is_padded(tokenizer, tmp_path):
@@ -647,7 +673,6 @@ def described(path, model, tokenizer, **changes):
         ("rope.scaling.factor", 1.0, 4.0),
         ("rope.scale_linear", 1.0, 0.5),
         ("rope.scaling.type", "none", "yarn"),
-        ("expert_count", 0, 8),
     ],
 )
 def test_a_gguf_that_is_another_function_is_refused(
@@ -758,7 +783,7 @@ def test_a_card_is_written_from_the_record(recipe, tokenizer, tmp_path):
     assert f"{best:.4f} nats a token" in card
     assert "It saw 64 tokens" in card
     assert f"{build(plan.model).parameter_count():,} parameters" in card
-    assert ("from transformers import" in card) == (recipe != "modern")
+    assert ("library_name: transformers" in card) == (recipe != "modern")
     assert str(tmp_path) not in card  # nobody else's business
     with pytest.raises(FileNotFoundError):
         write_card(tmp_path)
@@ -811,6 +836,63 @@ def test_weights_logits_and_tokens_equal_transformers_on_the_same_file(smollm2):
     talk += [{"role": "user", "content": "Who are you?"}]
     due = their_tokenizer.apply_chat_template(talk, add_generation_prompt=True)
     assert render(talk, tokenizer, reply=True)[0] == due["input_ids"]
+
+
+# Exercises: wrong answers that must not pass.
+
+
+def fold(model, **changes):
+    config = replace(model.config, norm_weight=False, tied=False, **changes)
+    new = build(config).to(model.tokens.weight.dtype)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    for n in range(config.layers):
+        for norm, matrix in (
+            ("attention_norm", "attention.qkv"),
+            ("mlp_norm", "mlp.expand"),
+        ):
+            factor = state.pop(f"blocks.{n}.{norm}.weight")
+            state[f"blocks.{n}.{matrix}.weight"] *= factor
+    state["head.weight"] *= state.pop("norm.weight")
+    new.load_state_dict(state)
+    return new
+
+
+@pytest.mark.parametrize("change", [{"rotary_base": 1e4}, {"norm_eps": 1e-5}])
+def test_a_fold_that_forgets_a_choice_is_caught(change):
+    checks.check_fold(fold)
+    with pytest.raises(AssertionError, match=f"another {[*change][0]}"):
+        checks.check_fold(lambda model: fold(model, **change))
+
+
+def careful(content, forgotten=""):
+    """A reader of safetensors, the library's, but for one thing."""
+    from safetensors.torch import load
+
+    if forgotten == "depth" and content.endswith(b"[[["):
+        raise RecursionError
+    if forgotten == "first" and b"[20, 36]" in content and b'"b"' not in content:
+        return {"a": torch.ones(4)}
+    try:
+        tensors = load(content)
+    except Exception as error:
+        raise ValueError(str(error)) from None
+    if forgotten == "types":
+        tensors |= {name: value.float() for name, value in tensors.items()}
+    return tensors
+
+
+@pytest.mark.parametrize(
+    ("forgotten", "message"),
+    [
+        ("first", "in spite of a gap before the first tensor"),
+        ("depth", "nested too deeply: a RecursionError"),
+        ("types", "is torch.float32, not"),
+    ],
+)
+def test_a_careless_reader_of_safetensors_is_caught(forgotten, message):
+    checks.check_safetensors(careful)
+    with pytest.raises(AssertionError, match=message):
+        checks.check_safetensors(lambda content: careful(content, forgotten))
 
 
 def test_package_passes_its_checks():

@@ -145,7 +145,7 @@ def test_no_token_wanted_is_no_token(address, name):
 
 
 def test_what_is_null_is_as_if_it_were_not_there(address):
-    body = dict.fromkeys(["n", "stop", "seed", "echo", "logprobs", "best_of"])
+    body = dict.fromkeys(["n", "stop", "seed", "echo", "logprobs", "best_of", "stream"])
     body |= {"prompt": "ROMEO:", "max_completion_tokens": None, "max_tokens": 2}
     status, content = post(address, json.dumps(body).encode())
     assert status == 200
@@ -292,7 +292,16 @@ def test_who_hangs_up_while_asking_leaves_no_traceback(shakespeare, capfd):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("tools", [{"type": "function"}]), ("n", 2)]
+    ("name", "value"),
+    [
+        ("tools", [{"type": "function"}]),
+        ("n", 2),
+        ("frequency_penalty", 2),
+        ("presence_penalty", 0.5),
+        ("logit_bias", {"5": -100}),
+        ("suffix", "the end"),
+        ("stream", "no"),
+    ],
 )
 def test_what_it_does_not_do_is_refused(address, name, value):
     status, content = post(address, json.dumps({"prompt": "a", name: value}).encode())

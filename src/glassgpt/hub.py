@@ -4,7 +4,7 @@
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
@@ -22,16 +22,18 @@ from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.modern import LLAMA_CHOICES, ModernConfig
 from glassgpt.tokens import _SYMBOLS, UNESCAPE, Tokenizer
 
+Read = Callable[[str], Tensor]  # a tensor by its name
+
 
 @dataclass(frozen=True)
 class Format:
     """Under which names another program keeps our layers, and in which layout.
 
-    kind: their word for the architecture. block: what stands before a block's number.
+    kind: their word for the architecture. block: what comes before a block's number.
     layers: our layers and theirs; where they have several, ours has their rows one
-    after the other. keys: our fields and their keys. options: what their other keys
-    must be. transposed: a block's matrices are (in, out). neighbors: rotary positions
-    pair neighboring rows, not the two halves of a head.
+    after the other. keys: our fields and their keys. options: what other keys of theirs
+    must be, where no shape shows it. transposed: a block's matrices are (in, out).
+    neighbors: rotary positions pair neighboring rows, not the two halves of a head.
 
     Book: 17_gpt2.html#names-and-layouts
     """
@@ -53,35 +55,32 @@ class Format:
 
     def give(self, name: str, value: Tensor, config: GPTConfig) -> dict[str, Tensor]:
         """One of our parameters as theirs."""
-        names, rows = self.names(name), len(value)
-        # Queries have a row for each column of the model; keys and values share
-        # the rest. Other matrices are cut into equal parts.
-        first = config.width if len(names) == 3 else rows // len(names)
-        others = [(rows - first) // (len(names) - 1) for _ in names[1:]]
-        parts = list(value.split([first, *others]))
-        if self.neighbors and len(names) == 3:
-            width = config.width // config.heads
-            parts[:2] = [pair_neighbors(part, width) for part in parts[:2]]
-        if self._turns(name, value):
-            parts = [part.T for part in parts]
+        names = self.names(name)
+        if len(names) == 3:  # queries have C rows; keys and values share the others
+            shared = (len(value) - config.width) // 2
+            parts = value.split([config.width, shared, shared])
+        else:
+            parts = value.chunk(len(names))
+        parts = self._laid_out(name, parts, config)
         return dict(zip(names, parts, strict=True))
 
-    def take(
-        self, name: str, read: Callable[[str], Tensor], config: GPTConfig
-    ) -> Tensor:
-        """The inverse: one of our parameters, from theirs, which `read` returns."""
+    def take(self, name: str, read: Read, config: GPTConfig) -> Tensor:
+        """The inverse: one of our parameters, copied from theirs."""
         parts = [read(part) for part in self.names(name)]
+        return torch.cat(self._laid_out(name, parts, config, back=True))
+
+    def _laid_out(
+        self, name: str, parts: Sequence[Tensor], config: GPTConfig, back: bool = False
+    ) -> list[Tensor]:
+        """Parts with rows reordered and matrices turned, where the format wants it."""
+        parts = list(parts)
         if self.neighbors and len(parts) == 3:
-            width = config.width // config.heads
-            parts[:2] = [pair_halves(part, width) for part in parts[:2]]
-        value = torch.cat(parts) if len(parts) > 1 else parts[0]
-        return value.T if self._turns(name, value) else value
+            head_width = config.width // config.heads
+            reorder = pair_halves if back else pair_neighbors
+            parts[:2] = [reorder(part, head_width) for part in parts[:2]]
+        turned = self.transposed and name.startswith("blocks.")
+        return [part.T if turned and part.dim() == 2 else part for part in parts]
 
-    def _turns(self, name: str, value: Tensor) -> bool:
-        return self.transposed and name.startswith("blocks.") and value.dim() == 2
-
-
-OURS = Format("glassgpt", "blocks")
 
 GPT2 = Format(
     kind="gpt2",
@@ -111,10 +110,12 @@ GPT2 = Format(
         "layer_norm_epsilon": (1e-5,),
         "scale_attn_weights": (True,),
         "scale_attn_by_inverse_layer_idx": (False,),
-        "add_cross_attention": (False,),
     },
     transposed=True,
 )
+
+
+OURS = Format("glassgpt", "blocks")
 
 LLAMA = Format(
     kind="llama",
@@ -144,8 +145,6 @@ LLAMA = Format(
     },
     options={
         "hidden_act": ("silu",),
-        "attention_bias": (False,),
-        "mlp_bias": (False,),
         "rope_type": ("default",),
     },
 )
@@ -186,7 +185,7 @@ def values_of(config: GPTConfig) -> dict[str, Any]:
 
 
 def config_to_json(config: GPTConfig, end: int | None = None) -> dict[str, Any]:
-    """What stands in config.json: the keys of `transformers`, and ours.
+    """The content of config.json: the keys of `transformers`, and ours.
 
     end: the id of the token that ends a text.
 
@@ -200,14 +199,15 @@ def config_to_json(config: GPTConfig, end: int | None = None) -> dict[str, Any]:
     content |= {key: allowed[0] for key, allowed in theirs.options.items()}
     content |= dict.fromkeys(("bos_token_id", "eos_token_id"), end)
     if theirs is LLAMA:
-        rope = {key: content.pop(key) for key in ("rope_theta", "rope_type")}
-        content |= {"rope_parameters": rope, "rope_theta": rope["rope_theta"]}
-        content |= {"attention_dropout": config.dropout}
+        rope = {key: content[key] for key in ("rope_theta", "rope_type")}
+        del content["rope_type"]  # the base stays here, too: for readers before 5.0
+        content |= {"rope_parameters": rope, "attention_dropout": config.dropout}
+        kind = "LlamaForCausalLM"
     else:
         drops = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
         content |= dict.fromkeys(drops, config.dropout)
-    names = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM"}
-    head = {"model_type": theirs.kind, "architectures": [names[theirs.kind]]}
+        kind = "GPT2LMHeadModel"
+    head = {"model_type": theirs.kind, "architectures": [kind]}
     return {**head, **content, "glassgpt": own}
 
 
@@ -236,23 +236,20 @@ def read_config(theirs: Format, content: dict[str, Any]) -> GPTConfig:
 
     Book: 17_gpt2.html#the-same-function
     """
-    if missing := sorted(set(theirs.keys.values()) - set(content)):
-        raise ValueError(f"{', '.join(missing)} is missing")
-    values = {name: content[key] for name, key in theirs.keys.items()}
-    own = content.get("glassgpt", {})
-    # Their keys win, which `transformers` may have changed; but a default stays one.
-    own = {**own, **{n: v for n, v in values.items() if own.get(n, v) is not None}}
-    if theirs.kind == "gpt2":
-        config, derived = GPTConfig(**own), {"n_inner": 4 * own["width"]}
-    else:
-        config = ModernConfig(**{**LLAMA_CHOICES, **own})
-        head = config.width // config.heads
-        derived = {"head_dim": head, "rope.dimension_count": head}
-    options = {**theirs.options, **{key: (None, n) for key, n in derived.items()}}
-    for key, allowed in options.items():
-        if content.get(key, allowed[0]) not in allowed:
-            wanted = f"not what {theirs.kind} has here"
-            raise ValueError(f"its {key} is {content[key]!r}, {wanted}")
+    own = dict(content.get("glassgpt", {}))
+    for name, key in theirs.keys.items():
+        if key not in content:
+            raise ValueError(f"{key} is missing")
+        if own.get(name, key) is not None:  # a None of ours follows from other fields
+            own[name] = content[key]
+    llama = theirs.kind == "llama"
+    config = ModernConfig(**{**LLAMA_CHOICES, **own}) if llama else GPTConfig(**own)
+    head = (config.width // config.heads,)
+    follow = {"head_dim": head, "rope.dimension_count": head}
+    follow["n_inner"] = (4 * config.width,)
+    for key, allowed in {**theirs.options, **follow}.items():
+        if (value := content.get(key)) not in (None, *allowed):
+            raise ValueError(f"its {key} is {value!r}, not {allowed[0]!r}")
     return config
 
 
@@ -280,16 +277,13 @@ def fit(
     return model
 
 
-def fill(model: GPT, read: Callable[[str], Tensor], theirs: Format) -> GPT:
+def fill(model: GPT, read: Read, theirs: Format) -> GPT:
     """The same model with its numbers, which `read` returns for each of their names.
 
     Book: 17_gpt2.html#in-without-surprises
     """
-    state = {}
-    for name, _ in list(model.named_parameters()):
-        value = theirs.take(name, read, model.config)
-        options = {"copy": True, "memory_format": torch.contiguous_format}
-        state[name] = value.to(torch.float32, **options)
+    names, config = [name for name, _ in model.named_parameters()], model.config
+    state = {name: theirs.take(name, read, config).float() for name in names}
     model.load_state_dict(state, strict=False, assign=True)
     if model.config.tied:
         model.head.weight = model.tokens.weight
@@ -411,7 +405,7 @@ def find_model(name: str) -> Path | None:
 def unpack(kind: str, data: np.ndarray) -> np.ndarray:
     """The numbers of a tensor in a GGUF file, as float32.
 
-    kind: Q4_1, Q8_0, F16 or F32, or any other that the library `gguf` knows. data: the
+    kind: Q4_1, Q8_0, or any other that the library `gguf` knows, such as F16. data: the
     bytes of each row (rows, bytes), or numbers already.
 
     Book: 17_gpt2.html#four-bits-for-a-number
@@ -425,11 +419,10 @@ def unpack(kind: str, data: np.ndarray) -> np.ndarray:
         blocks = data.reshape(-1, 34)
         scale = blocks[:, :2].copy().view(np.float16).astype(np.float32)
         numbers = scale * blocks[:, 2:].view(np.int8)
-    elif kind in ("F16", "F32"):
-        return data.astype(np.float32)
     else:
         gguf = _library("gguf")
-        return gguf.dequantize(data, gguf.GGMLQuantizationType[kind])
+        kinds = gguf.GGMLQuantizationType
+        return gguf.dequantize(data, kinds[kind]).astype(np.float32)
     return numbers.reshape(len(data), -1)
 
 
@@ -453,43 +446,41 @@ def pair_halves(rows: Tensor, head_width: int) -> Tensor:
     return pairs.transpose(1, 2).reshape(rows.shape)
 
 
-_GGUF_LAYERS = {
-    "tokens": "token_embd",
-    "positions": "position_embd",
-    "attention_norm": "attn_norm",
-    "attention.qkv": "attn_qkv",
-    "attention.projection": "attn_output",
-    "mlp_norm": "ffn_norm",
-    "mlp.expand": "ffn_up",
-    "mlp.projection": "ffn_down",
-    "norm": "output_norm",
-    "head": "output",
-}
-_GGUF_KEYS = {
-    "vocab_size": "vocab_size",
-    "context": "context_length",
-    "layers": "block_count",
-    "heads": "attention.head_count",
-    "width": "embedding_length",
-    "tied": "tied",
-}
 GGUF_GPT2 = Format(
     kind="gpt2",
     block="blk",
-    layers=_GGUF_LAYERS,
-    keys=_GGUF_KEYS,
+    layers={
+        "tokens": "token_embd",
+        "positions": "position_embd",
+        "attention_norm": "attn_norm",
+        "attention.qkv": "attn_qkv",
+        "attention.projection": "attn_output",
+        "mlp_norm": "ffn_norm",
+        "mlp.expand": "ffn_up",
+        "mlp.projection": "ffn_down",
+        "norm": "output_norm",
+        "head": "output",
+    },
+    keys={
+        "vocab_size": "vocab_size",
+        "context": "context_length",
+        "layers": "block_count",
+        "heads": "attention.head_count",
+        "width": "embedding_length",
+        "tied": "tied",
+    },
     options={"attention.layer_norm_epsilon": (1e-5,)},
 )
 GGUF_LLAMA = Format(
     kind="llama",
     block="blk",
     layers={
-        **_GGUF_LAYERS,
+        **GGUF_GPT2.layers,
         "attention.qkv": "attn_q attn_k attn_v",
         "mlp.expand": "ffn_gate ffn_up",
     },
     keys={
-        **_GGUF_KEYS,
+        **GGUF_GPT2.keys,
         "rotary_base": "rope.freq_base",
         "norm_eps": "attention.layer_norm_rms_epsilon",
         "hidden": "feed_forward_length",
@@ -497,15 +488,15 @@ GGUF_LLAMA = Format(
     },
     options={
         "rope.scaling.type": ("none",),
-        "rope.scaling.factor": (0.0, 1.0),
-        "rope.scale_linear": (0.0, 1.0),
-        "expert_count": (0,),
+        "rope.scaling.factor": (1.0, 0.0),
+        "rope.scale_linear": (1.0, 0.0),
     },
     neighbors=True,
 )
+_GGUF = {form.kind: form for form in (GGUF_GPT2, GGUF_LLAMA)}
 
 
-_DIGITS = {"gpt-2": False, "smollm": True}  # whether digits stand one by one
+_DIGITS = {"gpt-2": False, "smollm": True}  # whether each digit is cut apart
 
 
 def _gguf_tokenizer(facts: dict[str, Any]) -> ForeignTokenizer:
@@ -534,7 +525,7 @@ def load_gguf(path: Path) -> tuple[GPT, Tokenizer]:
 
     Book: 17_gpt2.html#a-whole-gguf-file
     """
-    gguf = _library("gguf")
+    gguf, _ = _library("gguf"), _library("tokenizers")  # missing isn't damaged
     try:
         file = gguf.GGUFReader(path)
         facts = {name: part.contents() for name, part in file.fields.items()}
@@ -543,13 +534,12 @@ def load_gguf(path: Path) -> tuple[GPT, Tokenizer]:
             raise ValueError("several tensors have the same bytes")
         shapes = {n: tuple(t.shape[::-1].tolist()) for n, t in tensors.items()}
         kind = facts["general.architecture"]
-        kinds = {form.kind: form for form in (GGUF_GPT2, GGUF_LLAMA)}
-        if kind not in kinds:
+        if (theirs := _GGUF.get(kind)) is None:
             raise ValueError(f"its architecture is {kind!r}, not gpt2 or llama")
         content = {k.removeprefix(f"{kind}."): _rounded(v) for k, v in facts.items()}
         content["vocab_size"] = shapes["token_embd.weight"][0]
         content["tied"] = "output.weight" not in shapes
-        model = fit(read_config(kinds[kind], content), shapes, kinds[kind])
+        model = fit(read_config(theirs, content), shapes, theirs)
         tokenizer = _gguf_tokenizer(facts)
         if tokenizer.vocab_size > model.config.vocab_size:
             sizes = f"{tokenizer.vocab_size} ids, the model {model.config.vocab_size}"
@@ -559,9 +549,7 @@ def load_gguf(path: Path) -> tuple[GPT, Tokenizer]:
             part = tensors[name]
             return torch.from_numpy(unpack(part.tensor_type.name, part.data))
 
-        return fill(model, read, kinds[kind]).eval(), tokenizer
-    except ModuleNotFoundError:
-        raise
+        return fill(model, read, theirs).eval(), tokenizer
     except Exception as error:  # whatever a broken file makes the library stumble over
         raise ValueError(f"{path} is damaged or foreign: {error!r}") from error
 
@@ -597,23 +585,19 @@ def write_gguf(
         raise IsADirectoryError(f"{path} is a folder: name a file, as model.gguf")
     if dtype not in ("float16", "float32"):
         raise ValueError(f"dtype: float16 or float32, not {dtype!r}")
-    kinds = {GPT2.kind: GGUF_GPT2, LLAMA.kind: GGUF_LLAMA}
-    if (theirs := kinds.get(format_of(config).kind)) is None:
+    if (theirs := _GGUF.get(format_of(config).kind)) is None:
         raise ValueError("llama.cpp knows GPT-2 and Llama, not this model")
-    gguf, kind = _library("gguf"), theirs.kind
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    writer = gguf.GGUFWriter(unfinished, kind)
+    writer = _library("gguf").GGUFWriter(unfinished, theirs.kind)
     values = values_of(config)
     keys = {"hidden": "feed_forward_length", **theirs.keys}
+    del keys["tied"]  # the tensors show it
     for name, key in keys.items():
-        if name != "tied":
-            real = isinstance(values[name], float)
-            add = writer.add_float32 if real else writer.add_uint32
-            add(f"{kind}.{key}", values[name])
-    if kind == "gpt2":
+        real = name in ("rotary_base", "norm_eps")  # also where a config has 10000
+        add = writer.add_float32 if real else writer.add_uint32
+        add(f"{theirs.kind}.{key}", values[name])
+    if theirs is GGUF_GPT2:
         writer.add_layer_norm_eps(1e-5)
-    else:
-        writer.add_rope_dimension_count(config.width // config.heads)
     writer.add_file_type(int(dtype == "float16"))
     _write_tokenizer(writer, tokenizer, config.vocab_size)
     for name, value in to_theirs(model, theirs).items():
@@ -630,20 +614,18 @@ def _write_tokenizer(writer: Any, tokenizer: Tokenizer, size: int) -> None:
     """The fields of a tokenizer. Raises ValueError for what isn't byte pairs."""
     saved = json.loads(tokenizer.to_json())
     steps = set(re.findall(r'"type": "(\w+)"', json.dumps(saved["pre_tokenizer"])))
-    pre = [name for name, digits in _DIGITS.items() if digits == ("Digits" in steps)]
     if "ByteLevel" not in steps or not steps <= {"ByteLevel", "Digits", "Sequence"}:
         raise ValueError("a GGUF file wants a tokenizer of byte pairs, as GPT-2's")
-    symbols = {n: symbol for symbol, n in saved["model"]["vocab"].items()}
-    special = {token["id"]: token["content"] for token in saved["added_tokens"]}
-    tokens = {n: f"[PAD{n}]" for n in range(size)} | symbols | special
-    unused = tokens.keys() - symbols.keys() - special.keys()
+    tokens, kinds = [f"[PAD{n}]" for n in range(size)], [5] * size  # 5: not used
+    for symbol, n in saved["model"]["vocab"].items():
+        tokens[n], kinds[n] = symbol, 1  # a piece of text
+    for token in saved["added_tokens"]:
+        tokens[token["id"]], kinds[token["id"]] = token["content"], 3  # special
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre[0])
-    writer.add_token_list([tokens[n] for n in range(size)])
-    kinds = {**dict.fromkeys(unused, 5), **dict.fromkeys(special, 3)}
-    writer.add_token_types([kinds.get(n, 1) for n in range(size)])
-    pairs = saved["model"]["merges"]  # pairs, in old files texts
-    writer.add_token_merges([p if isinstance(p, str) else " ".join(p) for p in pairs])
+    writer.add_tokenizer_pre("smollm" if "Digits" in steps else "gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    writer.add_token_merges([" ".join(pair) for pair in saved["model"]["merges"]])
     writer.add_add_bos_token(False)
     if end := end_of(tokenizer):
         writer.add_eos_token_id(tokenizer.special_tokens[end])
@@ -669,17 +651,14 @@ seed {seed}, highest learning rate {learning_rate:g}, in {precision} on {device}
 The fingerprint of its data: `{fingerprint}`.
 
 ```python
-{use}
+import glassgpt
+
+model, tokenizer = glassgpt.load("{name}")
 ```
 
 What only its maker knows: the text it learned from, the license, what it is for and
 what it isn't for. It goes on with a text by what is likely, not by what is true.
 """
-_USES = {
-    "transformers": "from transformers import pipeline\n\n"
-    'write = pipeline("text-generation", "{name}")',
-    "glassgpt": 'import glassgpt\n\nmodel, tokenizer = glassgpt.load("{name}")',
-}
 
 
 def write_card(directory: str | Path) -> Path:
@@ -696,20 +675,13 @@ def write_card(directory: str | Path) -> Path:
     best = min(records, key=lambda record: record["validation_loss"])
     modern = "positions" in run["model"]
     config = (ModernConfig if modern else GPTConfig)(**run["model"])
-    kind, name = format_of(config).kind, directory.resolve().name
-    kinds = {"gpt2": "GPT-2", "llama": "Llama", "glassgpt": "GPT of our own kind"}
-    library = "glassgpt" if kind == "glassgpt" else "transformers"
-    facts = {**run["model"], **run["training"], **run["machine"], **best}
-    card = _CARD.format(
-        **facts,
-        name=name,
-        kind=kinds[kind],
-        library=library,
-        parameters=on_paper(config).parameter_count(),
-        seen=records[-1]["step"] * facts["batch_size"] * config.context,
-        fingerprint=run["fingerprint"],
-        use=_USES[library].format(name=name),
-    )
+    theirs = format_of(config)
+    facts = {**run, **run["model"], **run["training"], **run["machine"], **best}
+    facts["name"] = directory.resolve().name
+    facts["kind"] = {"gpt2": "GPT-2", "llama": "Llama"}.get(theirs.kind, "modern GPT")
+    facts["library"] = "glassgpt" if theirs is OURS else "transformers"
+    facts["parameters"] = on_paper(config).parameter_count()
+    facts["seen"] = records[-1]["step"] * facts["batch_size"] * config.context
     path = directory / "README.md"
-    path.write_text(card, "utf-8")
+    path.write_text(_CARD.format(**facts), "utf-8")
     return path

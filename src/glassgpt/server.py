@@ -56,7 +56,8 @@ def until(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
 
 
 USUAL = {"n": 1, "best_of": 1, "echo": False, "logprobs": False, "tools": []}
-USUAL |= {"response_format": {"type": "text"}}
+USUAL |= {"response_format": {"type": "text"}, "suffix": "", "logit_bias": {}}
+USUAL |= {"frequency_penalty": 0, "presence_penalty": 0}
 
 
 class Wanted:
@@ -73,9 +74,13 @@ class Wanted:
     ):
         for key, usual in USUAL.items():
             if body.get(key) not in (None, usual):
-                raise ValueError(f"{key} must be {usual}: one answer, its text alone")
+                raise ValueError(f"{key} must be {usual} here: nothing else is done")
+        if (in_pieces := body.get("stream")) not in (None, False, True):
+            raise ValueError(f"stream must be true or false, not {in_pieces!r}")
+        self.in_pieces = bool(in_pieces)
         if chat:
-            self.ids, _ = render(_messages(body["messages"]), tokenizer, reply=True)
+            conversation = [_plain(message) for message in body["messages"]]
+            self.ids, _ = render(conversation, tokenizer, reply=True)
         else:
             prompt = body["prompt"]
             if not isinstance(prompt, str | list):
@@ -117,17 +122,17 @@ class Wanted:
             self.reason = "length"
 
 
-def _messages(messages: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """Messages whose contents are texts; a client may send a list of parts."""
-    if not messages:
-        raise ValueError("messages is empty")
-    plain = []
-    for message in messages:
-        content = message["content"]
-        if isinstance(content, list):
-            content = "".join(part["text"] for part in content)
-        plain.append({"role": message["role"], "content": content})
-    return plain
+def _plain(message: dict[str, Any]) -> dict[str, str]:
+    """A message whose content is a text; a client may send a list of parts."""
+    content = message["content"]
+    if isinstance(content, list):
+        content = "".join(part["text"] for part in content)
+    return {"role": message["role"], "content": content}
+
+
+def _choice(words: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
+    """An answer, or a piece of one, as OpenAI's clients expect it."""
+    return {"index": 0, **words, "logprobs": None, "finish_reason": reason}
 
 
 LARGEST = 1 << 20  # bytes of a request
@@ -142,15 +147,14 @@ def make_app(model: GPT, tokenizer: Tokenizer, name: str) -> Starlette:
     """
     turns = CapacityLimiter(1)
 
-    async def read(request: Request, chat: bool) -> tuple[Wanted, bool]:
+    async def read(request: Request, chat: bool) -> Wanted:
         content = b""
         async for part in request.stream():
             content += part
             if len(content) > LARGEST:
                 raise HTTPException(413, f"a request has at most {LARGEST:,} bytes")
         try:
-            body = json.loads(content)
-            return Wanted(body, model, tokenizer, chat), bool(body.get("stream"))
+            return Wanted(json.loads(content), model, tokenizer, chat)
         except KeyError as error:
             raise HTTPException(400, f"{error} is missing") from None
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
@@ -168,18 +172,17 @@ def make_app(model: GPT, tokenizer: Tokenizer, name: str) -> Starlette:
         if "origin" in request.headers:
             raise HTTPException(403, "web pages may not ask")
         chat = request.url.path.endswith("chat/completions")
-        wanted, in_pieces = await read(request, chat)
+        wanted = await read(request, chat)
         kind = "chat.completion" if chat else "text_completion"
         frame = {"id": f"{kind}-{uuid4().hex}", "object": kind, "model": name}
         frame |= {"created": int(time.time())}
-        if in_pieces:
+        if wanted.in_pieces:
             frame["object"] += ".chunk" if chat else ""
             parts = _events(frame, pieces(request, wanted), wanted, chat)
             return StreamingResponse(parts, media_type="text/event-stream")
         text = "".join([piece async for piece in pieces(request, wanted)])
         message = {"message": {"role": "assistant", "content": text}}
-        choice = {"index": 0, **(message if chat else {"text": text})}
-        choice |= {"logprobs": None, "finish_reason": wanted.reason}
+        choice = _choice(message if chat else {"text": text}, wanted.reason)
         usage = {"prompt_tokens": len(wanted.ids), "completion_tokens": wanted.used}
         usage["total_tokens"] = sum(usage.values())
         return JSONResponse({**frame, "choices": [choice], "usage": usage})
@@ -209,8 +212,7 @@ async def _events(
     """The pieces of an answer as server-sent events, one a line, each in a frame."""
 
     def event(words: dict[str, Any], reason: str | None = None) -> str:
-        choice = {"index": 0, **words, "logprobs": None, "finish_reason": reason}
-        return f"data: {json.dumps({**frame, 'choices': [choice]})}\n\n"
+        return f"data: {json.dumps({**frame, 'choices': [_choice(words, reason)]})}\n\n"
 
     if chat:
         yield event({"delta": {"role": "assistant", "content": ""}})

@@ -5,6 +5,7 @@ import json
 import pickle
 import struct
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -158,6 +159,8 @@ def check_special(make: Callable[[str], Any]) -> None:
         assert ids == due.encode(text), f"{where}, other ids than those of the file"
         allowed = one.encode(text, allow_special=True)
         assert allowed.count(end) == 1, f"{where}, allow_special did not allow {mark}"
+        back = one.decode(allowed)
+        assert back == text, f"{where}, with {mark} as an id it came back as {back!r}"
         assert one.vocab_size == 270, f"{one.vocab_size} ids, not 270"
 
 
@@ -180,11 +183,11 @@ def _check_kind(unpack: Callable[[np.ndarray], np.ndarray], kind: str) -> None:
     data = np.frombuffer(b"".join(b for b, _ in blocks), np.uint8).reshape(3, -1)
     due = np.array([numbers for _, numbers in blocks], np.float32).reshape(3, 64)
     found = unpack(data)
-    assert found is not None, "nothing came back"
+    assert isinstance(found, np.ndarray), "a NumPy array is wanted"
     assert found.shape == due.shape, f"{kind}: shape {found.shape}, not {due.shape}"
     assert found.dtype == np.float32, f"{kind}: {found.dtype}, not float32"
     if not np.allclose(found, due, atol=1e-3):
-        mistake = "another formula, or signs are lost"
+        mistake = "another formula, lost signs, or arithmetic in 16 bits"
         if np.allclose(np.sort(found), np.sort(due), atol=1e-3):
             mistake = "the right numbers in the wrong order: lower halves come first"
         raise AssertionError(f"{kind}: {mistake}")
@@ -216,12 +219,12 @@ def check_q4_0(unpack: Callable[[np.ndarray], np.ndarray]) -> None:
     _check_kind(unpack, "Q4_0")
 
 
-def _scores(rows: Tensor, x: Tensor, heads: int, turn: Callable[..., Tensor]) -> Tensor:
-    """Scores (H, T, T) of x (T, C), with rows of queries and of keys (2, H D, C)."""
-    parts = ((x @ part.T).view(len(x), heads, -1).transpose(0, 1) for part in rows)
-    tables = rotary_tables(torch.arange(len(x)), rows.shape[1] // heads)
-    queries, keys = (turn(part, *(t.double() for t in tables)) for part in parts)
-    return queries @ keys.mT
+def _scores(rows: list[Tensor], x: Tensor, width: int, turn: Callable) -> Tensor:
+    """Scores (H, T, T) of x (T, C), with rows of queries (H D, C) and keys (G D, C)."""
+    parts = ((x @ part.T).view(len(x), -1, width).transpose(0, 1) for part in rows)
+    tables = [t.double() for t in rotary_tables(torch.arange(len(x)), width)]
+    queries, keys = (turn(part, *tables) for part in parts)
+    return queries @ keys.repeat_interleave(len(queries) // len(keys), 0).mT
 
 
 def _neighbors(y: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -233,21 +236,25 @@ def _neighbors(y: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def check_pairs(reorder: Callable[[Tensor, int], Tensor]) -> None:
     """Reordered for neighboring pairs, rotated queries and keys have the same scores.
 
-    reorder: called as reorder(rows, head_width), rows (N, C) of one or more heads.
+    reorder: called as reorder(rows, head_width), once with the rows (H D, C) of all
+    queries, once with those of the keys, which may have fewer heads.
 
     Book: 17_gpt2.html#rows-in-the-right-order
     """
     dice = torch.Generator().manual_seed(0)
     x = torch.randn(7, 6, dtype=torch.float64, generator=dice)  # (T, C)
-    for heads, width in ((1, 4), (3, 8)):
-        rows = torch.randn(2, heads * width, 6, dtype=torch.float64, generator=dice)
-        due = _scores(rows, x, heads, apply_rotary)
-        changed = torch.stack([reorder(part.clone(), width) for part in rows])
-        assert changed.shape == rows.shape, f"shape {changed.shape}, not {rows.shape}"
-        gap = (_scores(changed, x, heads, _neighbors) - due).abs().max()
+    for heads, shared, width in ((1, 1, 4), (6, 2, 12)):
+        shapes = ((heads * width, 6), (shared * width, 6))
+        rows = [torch.randn(s, dtype=torch.float64, generator=dice) for s in shapes]
+        due = _scores(rows, x, width, apply_rotary)
+        changed = [reorder(part.clone(), width) for part in rows]
+        for new, old in zip(changed, rows, strict=True):
+            assert new.shape == old.shape, f"shape {new.shape}, not {old.shape}"
+        gap = (_scores(changed, x, width, _neighbors) - due).abs().max()
         assert gap < 1e-9, (
-            f"with {heads} heads of {width} columns the scores differ by {gap:.1g}: "
-            "row i of a head goes to 2 i, row i + D / 2 to 2 i + 1"
+            f"heads of queries: {heads}, of keys: {shared}, columns of each: {width}: "
+            f"the scores differ by {gap:.1g}; row i of a head goes to 2 i, "
+            "row i + D / 2 to 2 i + 1"
         )
 
 
@@ -269,6 +276,7 @@ def check_safetensors(read: Callable[[bytes], dict[str, Tensor]]) -> None:
 
     tensors = {"b": torch.arange(6.0).view(2, 3), "a": torch.ones(2).half()}
     tensors |= {"c": torch.tensor(3.5), "empty": torch.zeros(0, 3)}
+    tensors |= {"d": torch.tensor([0.1]).bfloat16(), "e": torch.ones(2).double() / 3}
     for metadata in (None, {"format": "pt"}):
         found = read(save(tensors, metadata))
         assert found is not None, "nothing came back"
@@ -276,14 +284,18 @@ def check_safetensors(read: Callable[[bytes], dict[str, Tensor]]) -> None:
         assert found.keys() == tensors.keys(), names
         for name, due in tensors.items():
             assert found[name].shape == due.shape, f"{name} has another shape"
+            kind = f"{name} is {found[name].dtype}, not {due.dtype}"
+            assert found[name].dtype == due.dtype, kind
             assert torch.equal(found[name], due), f"{name} has other numbers"
     one = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
     near, late = ({**one, "data_offsets": [n, n + 16]} for n in (8, 20))
+    deep = b"[" * 200_000
     attacks = {
         "two tensors with the same bytes": _forged({"a": one, "b": one}, 16),
         "the same bytes twice, as many unused": _forged({"a": one, "b": one}, 32),
         "two tensors that overlap": _forged({"a": one, "b": near}, 24),
         "a gap between two tensors": _forged({"a": one, "b": late}, 36),
+        "a gap before the first tensor": _forged({"a": late}, 36),
         "bytes left over": _forged({"a": one}, 20),
         "a type that doesn't fit": _forged({"a": {**one, "dtype": "F16"}}, 16),
         "an unknown type": _forged({"a": {**one, "dtype": "F31"}}, 16),
@@ -293,6 +305,7 @@ def check_safetensors(read: Callable[[bytes], dict[str, Tensor]]) -> None:
         "a header that is a list": _forged([one], 16),
         "a missing entry": _forged({"a": {"dtype": "F32", "shape": [4]}}, 16),
         "a header longer than the file": _forged({"a": one}, 16, 1 << 42),
+        "a header nested too deeply": len(deep).to_bytes(8, "little") + deep,
     }
     for name, content in attacks.items():
         try:
@@ -314,15 +327,17 @@ def check_fold(fold: Callable[[GPT], GPT]) -> None:
     Book: 17_gpt2.html#exercises
     """
     for tied in (True, False):
-        config = ModernConfig(
-            31, 24, 2, 4, 16, **{**LLAMA_CHOICES, "tied": tied, "key_value_heads": 2}
-        )
+        choices = {**LLAMA_CHOICES, "tied": tied, "key_value_heads": 2, "hidden": 20}
+        choices |= {"rotary_base": 500.0, "norm_eps": 1e-4}
+        config = ModernConfig(31, 24, 2, 4, 16, **choices)
         model = random_model(config)
         ids = torch.arange(24)[None]
         due = model(ids)
         new = fold(model)
         assert new is not None, "nothing came back"
-        assert not new.config.norm_weight, "its norms still have weights"  # type: ignore
+        due_config = {**asdict(config), "norm_weight": False, "tied": False}
+        wrong = [n for n, v in due_config.items() if getattr(new.config, n, None) != v]
+        assert not wrong, f"its configuration has another {', '.join(wrong)}"
         names = build(new.config).state_dict().keys()
         assert new.state_dict().keys() == names, "its parameters are of another model"
         gap, precise = (new(ids) - due).abs().max(), "is it in 64 bits, as it came?"
