@@ -166,8 +166,9 @@ def _texts(text: Texts) -> Iterable[str]:
 class Tokenizer:
     """A vocabulary: tokens, then special tokens. Base of the two tokenizers.
 
-    `special_tokens` is a dict from name to id. Raises ValueError for a token that is
-    empty or occurs twice.
+    `tokens` are the bytes of each, `symbols` how a file spells them. `special_tokens`
+    becomes a dict from name to id; its names are what their ids decode to. Raises
+    ValueError for a token that is empty or occurs twice.
 
     Book: 02_tokens.html#the-tokenizers-of-the-package
     """
@@ -195,7 +196,8 @@ class Tokenizer:
         return f"<{type(self).__name__} of {len(self)} tokens, {self.special_tokens}>"
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
-        """The ids of a text. `allow_special` turns special tokens in it into their ids.
+        """The ids of a text. `allow_special` turns special tokens in it into their ids,
+        the longest where several begin at one place.
 
         Raises ValueError for half a character (a surrogate) and for characters that
         the vocabulary lacks.
@@ -224,7 +226,7 @@ class Tokenizer:
         return json.dumps(_as_json(self), ensure_ascii=False, indent=1)
 
     def save(self, path: str | Path) -> None:
-        """Write a `tokenizer.json`: whole, or not at all."""
+        """Write a `tokenizer.json`, whole or not at all; missing folders are made."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f".{path.name}.{os.getpid()}")
@@ -265,7 +267,8 @@ load_tokenizer = Tokenizer.load
 
 
 class CharTokenizer(Tokenizer):
-    """One id for each character. Raises ValueError for characters it wasn't given.
+    """One id for each character. Raises ValueError for what isn't a single character,
+    and for characters of a text that it wasn't given.
 
     Book: 02_tokens.html#the-tokenizers-of-the-package
     """
