@@ -240,6 +240,7 @@ def test_initialization():
             small = name.endswith("projection.weight")
             wanted = 0.02 / math.sqrt(6) if small else 0.02
             assert parameter.std().item() == pytest.approx(wanted, rel=0.05), name
+            assert parameter.mean().item() == pytest.approx(0, abs=wanted / 10), name
     ids = random_ids(4, 32)
     loss = F.cross_entropy(model(ids).flatten(0, 1), random_ids(4, 32, 2).flatten())
     assert loss.item() == pytest.approx(math.log(500), abs=0.1)
