@@ -70,7 +70,8 @@ def read_packages():
     questions, students = [], []
     for path in sorted(bot.glob("data/english/*.yml")):
         for said in yaml.safe_load(path.read_text("utf-8"))["conversations"]:
-            questions.append(alternating(map(str, said)))
+            if isinstance(said, list):  # one is a text by mistake
+                questions.append(alternating(map(str, said)))
     for talk in json.loads((chat / "dataset.json").read_text("utf-8")).values():
         said = [" ".join(part["text"] for part in turn) for turn in talk["messages"]]
         if len(said) > 1:

@@ -163,32 +163,29 @@ def pack(conversations: Iterable[Rendered], context: int, separator: int) -> Bat
     conversations: what `render` returns. separator: the id between them, and of what
     stays empty. Every target is there once, predicted from the token before it; all
     others are -100. A conversation longer than a row is cut. Best fit, longest first.
-    Raises ValueError for rows of one token.
+    Raises ValueError for a mask that is shorter or longer than its ids.
 
     Book: 16_chat.html#packing
     """
-    if context < 2:
-        raise ValueError("a row needs room for a token and the separator: 2 at least")
-    end, pieces = [[separator, IGNORED]], []
+
+    def room(row: list[tuple[int, int]]) -> int:
+        return context - len(row)
+
+    end, pieces = (separator, IGNORED), []
     for ids, mask in conversations:
-        pairs = np.array([ids[:-1], np.where(mask[1:], ids[1:], IGNORED)], np.int64).T
+        pairs = [
+            (token, target if learn else IGNORED)
+            for token, target, learn in zip(ids[:-1], ids[1:], mask[1:], strict=True)
+        ]
         for start in range(0, len(pairs), context - 1):
-            pieces.append(np.vstack((pairs[start : start + context - 1], end)))
-    rows: list[list[np.ndarray]] = []
-    free: list[tuple[int, int]] = []  # (room, row), the fullest first
+            pieces.append([*pairs[start : start + context - 1], end])
+    rows: list[list[tuple[int, int]]] = []  # of (id, target), the fullest first
     for piece in sorted(pieces, key=len, reverse=True):
-        place = bisect_left(free, (len(piece), 0))
-        if place == len(free):
-            rows.append([])
-            free.append((context, len(rows) - 1))
-        room, row = free.pop(place)
-        rows[row].append(piece)
-        insort(free, (room - len(piece), row))
-    table = np.tile(np.array(end, np.int64), (len(rows), context, 1))  # (N, T, 2)
-    for n, row_pieces in enumerate(rows):
-        joined = np.concatenate(row_pieces)
-        table[n, : len(joined)] = joined
-    inputs, targets = torch.from_numpy(table).unbind(-1)
+        place = bisect_left(rows, len(piece), key=room)
+        row = rows.pop(place) if place < len(rows) else []
+        insort(rows, row + piece, key=room)
+    table = torch.tensor([row + [end] * room(row) for row in rows], dtype=torch.long)
+    inputs, targets = table.view(len(rows), context, 2).unbind(-1)
     return inputs, targets
 
 
@@ -254,13 +251,11 @@ class Packed(Tokens):
     ) -> Batch:
         """Inputs and targets (B, T), by (seed, step): every row once an epoch."""
         seed, step = (seed, 0) if isinstance(seed, int) else seed
-        places = range(step * batch_size, (step + 1) * batch_size)
         count = len(self.inputs)
-        order = {
-            epoch: np.random.default_rng((seed, epoch)).permutation(count)
-            for epoch in {place // count for place in places}
-        }
-        rows = [order[place // count][place % count] for place in places]
+        epoch, place = divmod(step * batch_size, count)
+        epochs = range(epoch, epoch + 2 + batch_size // count)
+        order = [np.random.default_rng((seed, n)).permutation(count) for n in epochs]
+        rows = np.concatenate(order)[place : place + batch_size]
         return self.inputs[rows], self.targets[rows]
 
     def fixed_batches(
@@ -290,8 +285,7 @@ def pack_data(
     for talks in (train, validation):
         rows = pack((render(talk, tokenizer) for talk in talks), context, end)
         parts.append(Packed(*rows))
-        for table in rows:
-            digest.update(table.numpy().tobytes())
+        digest.update(torch.stack(rows).numpy().tobytes())
     return TokenData(*parts, tokenizer.vocab_size, digest.hexdigest())
 
 
