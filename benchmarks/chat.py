@@ -125,15 +125,14 @@ def masks(steps=60, every=20, seeds=3):
 def memory(steps=150, every=10):
     """A split with copies after 20 steps, and what many steps learn by heart."""
     _, tokenizer, _ = beginning()
-    copied, clean = (
-        TokenData(*(rows(part, tokenizer) for part in parts), tokenizer.vocab_size, "")
-        for parts in (split(copies=True), split())
-    )
-    trainer = trainer_of(copied, 60, 20)  # as in `masks`
-    for _ in range(20):
+    data = [rows(part, tokenizer) for part in split(copies=True)]
+    trainer = trainer_of(TokenData(*data, tokenizer.vocab_size, ""), 60, 20)
+    for _ in range(20):  # as in `masks`
         trainer.take_step()
     record = {"copies": round(trainer.evaluate()["validation_loss"], 4), "curve": []}
-    trainer = trainer_of(clean, steps, every, batch_size=8)
+    data = [rows(part, tokenizer) for part in split()]
+    data = TokenData(*data, tokenizer.vocab_size, "")
+    trainer = trainer_of(data, steps, every, batch_size=8)
     for found in glassgpt.train(trainer):
         losses = [round(found[key], 4) for key in ("train_loss", "validation_loss")]
         record["curve"].append([found["step"], *losses])
