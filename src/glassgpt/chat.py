@@ -135,9 +135,7 @@ def stream_answer(
     ids, _ = render(conversation, tokenizer, reply=True)
     room, stop = model.config.context - len(ids), tokenizer.special_tokens.values()
     if room < 1:
-        raise ValueError(
-            f"the conversation has {len(ids)} tokens: there is no room left"
-        )
+        raise ValueError(f"a talk of {len(ids)} tokens leaves no room for an answer")
     tokens = min(max_new_tokens, room)
     return stream_text(model, tokenizer, ids, tokens, stop, **settings)
 
