@@ -70,7 +70,6 @@ def watch():
     shutil.rmtree = watched(shutil.rmtree, "rmtree", half_a_folder)
     Trainer.take_step = watched(Trainer.take_step, "step")
     checkpoints.save_file = watched(checkpoints.save_file, "save_file", half_a_file)
-    torch.save = watched(torch.save, "torch.save", half_a_file)
 
 
 def train(place):

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import pickle
 import struct
@@ -14,12 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from glassgpt import checkpoints
+from glassgpt import hub
+from glassgpt.chat import GLASS
 from glassgpt.checkpoints import (
     flush,
     load,
     load_parameters,
-    read_shapes,
     save,
     write_file,
     write_tensors,
@@ -107,7 +108,7 @@ def test_a_gpt2_saved_by_transformers_is_read(tmp_path, prefix):
     theirs.save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     if not prefix:  # as in the file that OpenAI's weights are shared in
-        state = checkpoints.load_file(path)
+        state = load_file(path)
         bare = {n.removeprefix("transformer."): t for n, t in state.items()}
         bare["h.0.attn.bias"] = torch.ones(1, 1, 32, 32)
         write_tensors(path, bare)
@@ -239,7 +240,7 @@ def test_a_config_made_to_attack_is_refused(tmp_path, change, message):
     content["glassgpt"] |= change
     (tmp_path / "config.json").write_text(json.dumps(content))
     with (
-        patch.object(checkpoints, "load_file", side_effect=AssertionError("was read")),
+        patch.object(hub, "fill", side_effect=AssertionError("was read")),
         pytest.raises(ValueError, match=message),
     ):
         load(tmp_path)
@@ -266,7 +267,7 @@ def test_a_gpt2_config_made_to_attack_is_refused(tmp_path, change, message):
     content |= change
     (tmp_path / "config.json").write_text(json.dumps(content))
     with (
-        patch.object(checkpoints, "load_file", side_effect=AssertionError("was read")),
+        patch.object(hub, "fill", side_effect=AssertionError("was read")),
         pytest.raises(ValueError, match=message),
     ):
         load(tmp_path)
@@ -297,20 +298,43 @@ def test_a_head_of_its_own_in_a_tied_model_is_refused(tmp_path, prefix):
     write_tensors(path, {**state, "lm_head.weight": table.clone()})
     assert torch.equal(load(tmp_path)[0](IDS), random_gpt()(IDS))
     write_tensors(path, {**state, "lm_head.weight": table.flip(0)})
-    with pytest.raises(ValueError, match="a head of its own, its config.json says"):
+    with pytest.raises(ValueError, match="a head of its own, the config says tied"):
         load(tmp_path)
 
 
-def test_weights_in_several_files_are_named(tmp_path):
-    save(tmp_path, random_gpt(), tokenizer_of())
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    theirs.save_pretrained(tmp_path, max_shard_size="20KB")
-    (tmp_path / "model.safetensors").unlink(missing_ok=True)
-    assert (tmp_path / "model.safetensors.index.json").exists()
-    with pytest.raises(
-        ValueError, match=r"several files \(sharded\): save them in one"
-    ):
+def in_several_files(folder):
+    """A saved model as `transformers` writes large ones; the names of the files."""
+    save(folder, random_gpt(), tokenizer_of())
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    theirs.save_pretrained(folder, max_shard_size="20KB")
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    return sorted(path.name for path in folder.glob("model-*-of-*.safetensors"))
+
+
+def test_weights_in_several_files_are_read(tmp_path):
+    assert len(in_several_files(tmp_path)) > 3
+    assert torch.equal(load(tmp_path)[0](IDS), random_gpt()(IDS))
+
+
+def test_a_missing_part_of_several_is_named(tmp_path):
+    last = in_several_files(tmp_path)[-1]
+    (tmp_path / last).unlink()
+    with pytest.raises(ValueError, match=f"index.json is missing, .*{last}"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{", '{"weight_map": []}', '{"weight_map": {"a": 1}}']
+    + ['{"weight_map": {"a": "../x"}}', '{"weight_map": {"a": "/dev/zero"}}'],
+)
+def test_a_strange_index_is_refused(tmp_path, text):
+    place = tmp_path / "model"
+    save(place, random_gpt(), tokenizer_of())
+    (place / "model.safetensors").rename(tmp_path / "x")
+    (place / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ValueError, match="index.json is missing, damaged"):
+        load(place)
 
 
 def test_a_model_without_a_tokenizer_is_not_saved(tmp_path):
@@ -344,7 +368,7 @@ def test_wrong_shapes_are_refused_before_the_numbers_are_read(tmp_path):
     for name in ("transformer.h.1.mlp.c_fc.weight", "transformer.ln_f.bias"):
         write_tensors(path, {**state, name: state[name][:1]})
         with (
-            patch.object(checkpoints, "load_file", side_effect=AssertionError("read")),
+            patch.object(hub, "fill", side_effect=AssertionError("was read")),
             pytest.raises(ValueError, match=f"{name} should be"),
         ):
             load_parameters(path, CONFIG)
@@ -381,20 +405,15 @@ def test_a_really_full_disk(small_disk):
     write_tensors(small_disk / "x", {"w": torch.ones(1000)})
     with pytest.raises(OSError, match="could not be written|No space"):
         write_tensors(small_disk / "x", {"w": torch.ones(10**6)})
-    assert read_shapes(small_disk / "x") == {"w": (1000,)}
+    assert load_file(small_disk / "x")["w"].shape == (1000,)
     with pytest.raises(OSError, match="could not be written|No space"):
-        save(small_disk, random_gpt(), tokenizer_of())
+        save(small_disk / "model", random_gpt(), tokenizer_of())
 
 
 def test_a_place_that_cannot_be_written_is_an_error(tmp_path):
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(OSError, match="file"):
         save(tmp_path / "file" / "model", random_gpt(), tokenizer_of())
-
-
-def test_shapes_are_read_without_the_numbers(tmp_path):
-    write_tensors(tmp_path / "x", {"a": torch.ones(2, 3), "b": torch.ones(()).half()})
-    assert read_shapes(tmp_path / "x") == {"a": (2, 3), "b": ()}
 
 
 def test_loading_does_not_wait_for_the_compiler():
@@ -438,15 +457,6 @@ def test_loading_takes_the_memory_of_the_model_and_its_file(tmp_path):
     taken, size = map(float, done.stdout.split())
     assert size > 190, done.stderr
     assert taken < 2.2 * size  # the mapped file counts, too
-
-
-@pytest.mark.parametrize("dtype", [torch.int32, torch.complex64, torch.uint8])
-def test_weights_that_are_no_real_numbers_are_refused(tmp_path, dtype):
-    save(tmp_path, random_gpt(), tokenizer_of())
-    path = tmp_path / "model.safetensors"
-    write_tensors(path, {n: t.to(dtype) for n, t in load_file(path).items()})
-    with pytest.raises(ValueError, match=r"should be \(97, 48\), it has \('[ICU]"):
-        load(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -493,22 +503,63 @@ def test_what_was_changed_in_their_keys_is_what_transformers_reads(tmp_path):
 
 
 def test_what_a_compiler_returned_is_not_saved(tmp_path):
-    with pytest.raises(ValueError, match="only a GPT can be saved, not a Optimized"):
+    with pytest.raises(ValueError, match="before you lighten it or compile it"):
         save(tmp_path / "model", torch.compile(random_gpt()), tokenizer_of())
     assert not (tmp_path / "model").exists()
 
 
-@pytest.mark.parametrize("name", ["run.json", "hashes.json", "tokens.json"])
-def test_a_model_is_not_saved_over_something_else(tmp_path, name):
-    (tmp_path / name).write_text("{}")
-    with pytest.raises(FileExistsError, match="use another folder"):
-        save(tmp_path, random_gpt(), tokenizer_of())
-    assert os.listdir(tmp_path) == [name]
+@pytest.mark.parametrize("name", ["run.json", "hashes.json", "tokens.json", "notes"])
+def test_a_model_is_not_saved_among_other_things(tmp_path, name):
+    save(tmp_path / "model", random_gpt(), tokenizer_of())
+    for place in (tmp_path, tmp_path / "model"):
+        (place / name).write_text("{}")
+        before = sorted(os.listdir(place))
+        with pytest.raises(FileExistsError, match="not empty, .*: use another folder"):
+            save(place, random_gpt(seed=1), tokenizer_of())
+        assert sorted(os.listdir(place)) == before
+    (tmp_path / "model" / name).unlink()
+    assert torch.equal(load(tmp_path / "model")[0](IDS), random_gpt()(IDS))
+
+
+def test_a_model_is_saved_over_an_older_one(tmp_path):
+    """Beside its card, after a kill, and with nothing of the older one left."""
+    speaking = BPETokenizer([], [GLASS.stop, *GLASS.before.values()])
+    save(tmp_path, random_gpt(replace(CONFIG, vocab_size=300)), speaking)
+    assert (tmp_path / "chat_template.jinja").exists()
+    for name in ("README.md", ".gitattributes", "config.json.partial"):
+        (tmp_path / name).write_text("{}")
+    newer = random_gpt(seed=1)
+    save(tmp_path, newer, tokenizer_of())
+    assert torch.equal(load(tmp_path)[0](IDS), newer(IDS))
+    assert not (tmp_path / "chat_template.jinja").exists()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_no_numbers_are_refused(tmp_path, bad):
+    model = random_gpt()
+    with torch.no_grad():
+        model.blocks[1].mlp.expand.weight[3, 2] = bad
+    save(tmp_path, model, tokenizer_of())
+    with pytest.raises(ValueError, match="has weights that are nan or infinite"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("shakespere", 'Do you mean "shakespeare"\\?'),
+        ("gpt2-larg", 'Do you mean "gpt2-large"\\?'),
+        ("runs/mine", "Give a run's folder, or a name: shakespeare, smollm2, gpt2"),
+    ],
+)
+def test_a_name_of_nothing_gets_a_hint(name, hint):
+    with pytest.raises(FileNotFoundError, match=f"holds no model.*{hint}"):
+        load(name)
 
 
 def test_a_link_to_nothing_is_named(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "nothing")
-    with pytest.raises(FileExistsError, match="a file or a broken link"):
+    with pytest.raises(FileExistsError, match="File exists"):
         save(tmp_path / "link", random_gpt(), tokenizer_of())
 
 

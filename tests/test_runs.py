@@ -20,8 +20,9 @@ from unittest.mock import patch
 import pytest
 import torch
 from filelock import FileLock
+from safetensors import SafetensorError
 
-from glassgpt import runs
+from glassgpt import checkpoints, runs
 from glassgpt.checkpoints import load, save
 from glassgpt.checks import runs as checks
 from glassgpt.data import TokenData, write_tokens
@@ -31,7 +32,7 @@ from glassgpt.modern import ModernConfig, MuonConfig
 from glassgpt.runs import (
     CHANGEABLE,
     Run,
-    check_saving,
+    Saving,
     checkpoints_in,
     locked,
     memory_advice,
@@ -316,7 +317,7 @@ def test_what_is_no_folder_is_named(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "nothing")
     (tmp_path / "file").write_text("x")
     for name in ("link", "file"):
-        with pytest.raises(FileExistsError, match="a file or a broken link"):
+        with pytest.raises(FileExistsError, match="File exists"):
             start(tmp_path / name)
         with pytest.raises(FileNotFoundError, match="run.json is missing"):
             resume(tmp_path / name)
@@ -537,12 +538,11 @@ def test_impossible_starts_are_refused(tmp_path, name):
 
 @pytest.mark.parametrize("wrong", [0, -1, 2.5, "2", None])
 def test_saving_is_checked_by_itself(wrong):
-    check_saving()
-    check_saving(1, 1)
+    Saving(1, 1)
     with pytest.raises(ValueError, match="checkpoint_every must be at least 1"):
-        check_saving(wrong)
+        Saving(wrong, 1)
     with pytest.raises(ValueError, match="keep must be at least 1"):
-        check_saving(keep=wrong)
+        Saving(1, wrong)
 
 
 @pytest.mark.parametrize(
@@ -563,8 +563,9 @@ def test_what_is_no_part_of_a_run_is_named(tmp_path, wrong, sentence):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
 def test_an_interrupted_checkpoint_leaves_nothing(tmp_path, error):
-    with patch.object(torch, "save", side_effect=error), pytest.raises(error):
-        runs.write_checkpoint(Run(tmp_path, PLAN.trainer(DATA), TOKENIZER, {"keep": 1}))
+    run = Run(tmp_path, PLAN.trainer(DATA), TOKENIZER, PLAN, Saving(1, 1))
+    with patch.object(runs, "write_tensors", side_effect=error), pytest.raises(error):
+        runs.write_checkpoint(run)
     assert os.listdir(tmp_path) == []
 
 
@@ -622,7 +623,10 @@ def test_what_may_change_are_fields():
 # Damage, and files that attack.
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "trainer.pt", "hashes.json"])
+@pytest.mark.parametrize(
+    "name",
+    ["model.safetensors", "optimizer-0.safetensors", "trainer.json", "hashes.json"],
+)
 def test_every_byte_of_a_checkpoint_counts(run, name):
     before, last = checkpoints_in(run)
     path = last / name
@@ -640,14 +644,14 @@ def test_every_byte_of_a_checkpoint_counts(run, name):
 
 def test_a_damaged_checkpoint_is_deleted_and_the_one_before_works(run, whole):
     before, last = checkpoints_in(run)
-    (last / "trainer.pt").write_bytes(b"")
+    (last / "trainer.json").write_bytes(b"")
     with pytest.raises(ValueError, match=f"delete it to go on from {before.name}"):
         resume(run)
     shutil.rmtree(last)
     assert torch.equal(weights(whole), weights(resume(run)))
     for path in checkpoints_in(run)[:-1]:
         shutil.rmtree(path)
-    (checkpoints_in(run)[-1] / "trainer.pt").unlink()
+    (checkpoints_in(run)[-1] / "trainer.json").unlink()
     with pytest.raises(ValueError, match="start anew"):
         resume(run)
     shutil.rmtree(checkpoints_in(run)[-1])
@@ -674,17 +678,13 @@ def test_only_the_names_of_checkpoints_are_checkpoints(run):
     assert all((run / name).is_dir() for name in others)
 
 
-def forge(path, content):
-    """Another trainer.pt, with the right hash."""
+def forge(path, name, content):
+    """Another file, with the right hash."""
     if not isinstance(content, bytes):
-        file = io.BytesIO()
-        torch.save(content, file)
-        content = file.getvalue()
-    (path / "trainer.pt").write_bytes(content)
-    hashes = json.dumps(
-        {k: v for k, v in runs._hashes(path).items() if "hash" not in k}
-    )
-    (path / "hashes.json").write_text(hashes)
+        content = json.dumps(content).encode()
+    (path / name).write_bytes(content)
+    (path / "hashes.json").unlink()
+    (path / "hashes.json").write_text(json.dumps(runs._hashes(path)))
 
 
 class Bomb:
@@ -692,76 +692,59 @@ class Bomb:
         return os.mkdir, (os.environ["BOMB"],)
 
 
-def archive(code, *more, packed=zipfile.ZIP_STORED, before=b""):
+def archive(code):
     file = io.BytesIO()
-    file.write(before)
-    with zipfile.ZipFile(file, "a" if before else "w", packed) as made:
+    with zipfile.ZipFile(file, "w") as made:
         made.writestr("x/data.pkl", code)
-        made.writestr("x/byteorder", "little")
         made.writestr("x/version", "3\n")
-        for name, content in more:
-            made.writestr(name, content)
     return file.getvalue()
 
 
-def called(module, name, *arguments):
-    """A pickle that calls something with whole numbers."""
-    code = b"\x80\x02c" + module + b"\n" + name + b"\n("
-    return code + b"".join(map(whole_number, arguments)) + b"tR."
+def tensors(facts, body=bytes(64), size=None):
+    """A safetensors file, whatever it says about itself."""
+    text = json.dumps(facts).encode()
+    return struct.pack("<Q", len(text) if size is None else size) + text + body
 
 
-def whole_number(value):
-    return b"\x8a\x08" + struct.pack("<q", value)
-
-
-def tensor(numbers=16, offset=0, size=(4,), stride=(1,)):
-    """A pickled tensor of a file of 64 bytes, whatever it says about itself."""
-    code = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n("
-    code += b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000"
-    code += b"X\x03\x00\x00\x00cpu" + whole_number(numbers) + b"tQ"
-    code += whole_number(offset)
-    for values in (size, stride):
-        code += b"(" + b"".join(map(whole_number, values)) + b"t"
-    return archive(
-        code + b"\x89ccollections\nOrderedDict\n)RtR.", ("x/data/0", bytes(64))
-    )
+def tensor(shape, offsets=(0, 64), dtype="F32", name="0.exp_avg"):
+    facts = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+    return tensors({name: facts})
 
 
 GIGA = 1 << 30
+MOMENTS, STATE = "optimizer-0.safetensors", "trainer.json"
 ATTACKS = {
-    "a bare pickle": lambda: pickle.dumps(Bomb()),
-    "a pickle in an archive": lambda: archive(pickle.dumps(Bomb(), 2)),
-    "a pickle of protocol 4": lambda: archive(pickle.dumps(Bomb(), 4)),
-    "2 GB of bytes": lambda: archive(called(b"__builtin__", b"bytearray", 2 * GIGA)),
-    "2 GB of numbers": lambda: archive(called(b"torch", b"Tensor", GIGA // 2)),
-    "an archive in which zeros are packed": lambda: archive(
-        b"\x80\x02" + bytes(GIGA // 4) + b".", packed=zipfile.ZIP_DEFLATED
-    ),
-    "an archive behind another": lambda: archive(b"\x80\x02N.", before=b"PK" * 100),
-    "two pickles": lambda: archive(b"\x80\x02N.", ("y/data.pkl", b"\x80\x02N.")),
-    "a text of 2 GB": lambda: archive(b"\x80\x02X" + struct.pack("<I", 2 * GIGA)),
-    "a long number": lambda: archive(b"\x80\x02\x8b" + struct.pack("<i", 2 * GIGA - 1)),
-    "a tensor beyond its file": lambda: tensor(size=(GIGA, 4), stride=(4, 1)),
-    "a storage beyond its file": lambda: tensor(numbers=GIGA, size=(GIGA,)),
-    "one number repeated": lambda: tensor(size=(1 << 40,), stride=(0,)),
-    "a negative stride": lambda: tensor(stride=(-1,)),
-    "a negative size": lambda: tensor(size=(-4,)),
-    "a negative offset": lambda: tensor(offset=-8),
-    "a negative storage": lambda: tensor(numbers=-16),
-    "no archive": lambda: b"nothing of the kind",
-    "nothing": lambda: b"",
-    "half an archive": lambda: archive(b"\x80\x02N.")[:-30],
-    "something else": lambda: archive(b"\x80\x02N."),
-    "a list": lambda: [],
-    "a table without keys": lambda: {},
+    "a bare pickle": (MOMENTS, lambda: pickle.dumps(Bomb())),
+    "a pickle in an archive": (MOMENTS, lambda: archive(pickle.dumps(Bomb(), 2))),
+    "no numbers": (MOMENTS, lambda: b"nothing of the kind"),
+    "nothing": (MOMENTS, lambda: b""),
+    "a long header": (MOMENTS, lambda: tensors({}, size=2 * GIGA)),
+    "a list for a header": (MOMENTS, lambda: tensors([])),
+    "a trillion numbers": (MOMENTS, lambda: tensor([GIGA, 1024])),
+    "a trillion in no bytes": (MOMENTS, lambda: tensor([GIGA, 1024], (0, 0))),
+    "a trillion in 4 TB": (MOMENTS, lambda: tensor([GIGA, 1024], (0, GIGA << 12))),
+    "a negative size": (MOMENTS, lambda: tensor([-16])),
+    "a negative offset": (MOMENTS, lambda: tensor([16], (-64, 0))),
+    "an unknown type": (MOMENTS, lambda: tensor([16], dtype="F7")),
+    "moments of other shapes": (MOMENTS, lambda: tensor([16])),
+    "moments of no parameter": (MOMENTS, lambda: tensor([16], name="99.exp_avg")),
+    "a name that is none": (MOMENTS, lambda: tensor([16], name="exp_avg")),
+    "a number too many": (MOMENTS, lambda: tensor([16], name="0.0.exp_avg")),
+    "no text": (STATE, lambda: b"\xff\xfe"),
+    "no state": (STATE, lambda: b""),
+    "a deep state": (STATE, lambda: b"[" * 1_000_000),
+    "a long number": (STATE, lambda: b'{"step": ' + b"9" * 100_000 + b"}"),
+    "a list": (STATE, lambda: []),
+    "a table without keys": (STATE, lambda: {}),
 }
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_a_forged_file_is_refused(run, attack, monkeypatch):
     monkeypatch.setenv("BOMB", str(run / "bomb"))
-    forge(checkpoints_in(run)[-1], ATTACKS[attack]())
-    with pytest.raises(ValueError, match="is damaged .*: delete it to go on"):
+    name, content = ATTACKS[attack]
+    forge(checkpoints_in(run)[-1], name, content())
+    with pytest.raises(ValueError, match="is damaged, delete it to go on"):
         resume(run)
     assert not (run / "bomb").exists()
 
@@ -777,16 +760,18 @@ def peak():
 run = Path(sys.argv[1])
 path = checkpoints_in(run)[-1]
 resume(run)
-made = {name: attack() for name, attack in ATTACKS.items()}
-for name, content in made.items():
-    forge(path, content)
+made = {name: (file, attack()) for name, (file, attack) in ATTACKS.items()}
+whole = {file: (path / file).read_bytes() for file, _ in made.values()}
 before = peak()
-for name, content in made.items():
-    forge(path, content)
+for name, (file, content) in made.items():
+    forge(path, file, content)
     try:
         resume(run)
     except ValueError:
         pass
+    else:
+        raise AssertionError(name)
+    forge(path, file, whole[file])
     print(name, peak() - before)
 print(peak() - before)
 """
@@ -802,35 +787,17 @@ def test_a_forged_file_takes_no_memory(run, monkeypatch):
     assert float(done.stdout.splitlines()[-1]) < 50, done.stdout  # megabytes
 
 
-def changed_state(change):
-    def forged(state):
-        change(state)
-        return state
-
-    return forged
-
-
 def first_moments(state):
     return state["optimizers"][0]["state"][0]
-
-
-def endless():
-    """A trillion numbers in the place of one."""
-    return torch.ones(1).expand(1 << 40)
 
 
 STATES = {
     "shorter moments": lambda s: first_moments(s).update(exp_avg=torch.ones(3)),
     "a missing moment": lambda s: first_moments(s).pop("exp_avg_sq"),
     "one more moment": lambda s: first_moments(s).update(more=torch.ones(())),
-    "a number for a moment": lambda s: first_moments(s).update(exp_avg=1.0),
-    "moments of 64 bits": lambda s: first_moments(s).update(
-        exp_avg=first_moments(s)["exp_avg"].double()
-    ),
     "moments of no parameter": lambda s: s["optimizers"][0]["state"].update(
         {99: first_moments(s)}
     ),
-    "a list of states": lambda s: s["optimizers"][0].update(state=[]),
     "an optimizer more": lambda s: s["optimizers"].append(s["optimizers"][0]),
     "no optimizer": lambda s: s["optimizers"].clear(),
     "another step": lambda s: s.update(step=7),
@@ -839,9 +806,6 @@ STATES = {
     "records in words": lambda s: s["records"][0].update(validation_loss="low"),
     "records in records": lambda s: s["records"][0].update(more=[s["records"]]),
     "a record that is none": lambda s: s["records"].append(1),
-    "records without an end": lambda s: s.update(records=endless()),
-    "losses without an end": lambda s: s.update(recent=endless()),
-    "optimizers without an end": lambda s: s.update(optimizers=endless()),
     "losses in words": lambda s: s["recent"].append("low"),
     "seconds in words": lambda s: s.update(seconds="long"),
 }
@@ -852,11 +816,6 @@ def test_a_forged_state_changes_nothing(run, name):
     path = checkpoints_in(run)[-1]
     model, _, state = read_checkpoint(path)
     STATES[name](state)
-    forge(path, state)
-    with pytest.raises(ValueError, match="is damaged .*: delete it to go on"):
-        resume(run)
-    if name == "moments of 64 bits":  # which the file may not name
-        return
     trainer = PLAN.trainer(DATA, model)
     before = [parameter.clone() for parameter in model.parameters()]
     with pytest.raises(ValueError, match="is damaged"):
@@ -871,18 +830,18 @@ def test_a_forged_state_changes_nothing(run, name):
 )
 def test_a_strange_run_json_is_refused(run, text):
     (run / "run.json").write_text(text)
-    with pytest.raises(ValueError, match=r"run\.json is damaged .*: start a new run"):
+    with pytest.raises(ValueError, match=r"run\.json is damaged, start a new run"):
         resume(run)
 
 
 @pytest.mark.parametrize(
     ("part", "name", "value", "message"),
     [
-        ("model", "width", 10**12, "of another model|another model than"),
+        ("model", "width", 10**12, "another model than"),
         ("model", "layers", 10**8, "another model than"),
         ("model", "vocab_size", 10**30, "another model than"),
-        ("model", "width", "16", "is damaged"),
-        ("model", "attack", 1, "is damaged"),
+        ("model", "width", "16", "another model than"),
+        ("model", "attack", 1, "another model than"),
         ("training", "steps", "12", "is damaged"),
         ("training", "steps", -1, "is damaged"),
         ("training", "learning_rate", None, "is damaged"),
@@ -904,11 +863,11 @@ def test_a_forged_run_json_is_refused(run, part, name, value, message):
 @pytest.mark.parametrize(
     "name", ["model", "training", "machine", "saving", "data", "fingerprint"]
 )
-@pytest.mark.parametrize("value", [None, 5, [], {}])
+@pytest.mark.parametrize("value", [None, 5, [], [7]])
 def test_forged_parts_of_run_json(run, name, value):
     content = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps({**content, name: value}))
-    with pytest.raises(ValueError, match="is damaged|other tokens"):
+    with pytest.raises(ValueError, match="is damaged|other tokens|another model"):
         resume(run)
 
 
@@ -956,10 +915,10 @@ def test_a_full_disk_leaves_the_checkpoints_before(tmp_path, call, which, whole)
     assert list((tmp_path / "run").glob("*.partial")) == []
 
 
-def test_a_full_disk_in_torch_save_is_an_oserror(tmp_path):
-    message = "[enforce fail at inline_container.cc] . PytorchStreamWriter failed"
+def test_a_full_disk_in_safetensors_is_an_oserror(tmp_path):
+    error = SafetensorError("I/O error: No space left on device (os error 28)")
     with (
-        patch.object(torch, "save", side_effect=RuntimeError(message)),
+        patch.object(checkpoints, "save_file", side_effect=error),
         pytest.raises(OSError, match="could not be written"),
     ):
         start(tmp_path / "run")

@@ -9,32 +9,20 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from glassgpt import hub
 from glassgpt.chat import tokenizer_files
 from glassgpt.device import on_paper
 from glassgpt.gpt import GPT, GPTConfig
-from glassgpt.hub import (
-    NAMES,
-    OURS,
-    config_from_json,
-    config_to_json,
-    end_of,
-    fill,
-    find_model,
-    fit,
-    format_of,
-    load_gguf,
-    read_tokenizer,
-    to_theirs,
-)
 from glassgpt.tokens import Tokenizer
 
 
@@ -72,7 +60,7 @@ def all_or_nothing(path: Path) -> Iterator[Path]:
         flush(partial)
         os.replace(partial, path)
         flush(path.parent)
-    except (OSError, RuntimeError, SafetensorError) as error:  # PyTorch's, safetensors'
+    except (OSError, SafetensorError) as error:
         raise OSError(f"{path} could not be written: {error}") from error
     finally:  # it would fill a full disk; Ctrl-C, too, leaves nothing
         shutil.rmtree(partial, ignore_errors=True)
@@ -110,32 +98,21 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         partial.chmod(mode)
 
 
-def read_shapes(path: Path) -> dict[str, tuple[Any, ...]]:
-    """The names and shapes in a safetensors file; reads its header only.
-
-    What isn't a real number has its type in place of a shape. Raises ValueError where
-    it is not a whole safetensors file.
+@contextmanager
+def blaming(path: Path, what: str) -> Iterator[None]:
+    """Turn any error into a ValueError that says what is wrong with a file.
 
     Book: 20_runs_that_survive.html#a-model-on-disk
     """
-    real = ("F64", "F32", "F16", "BF16")
     try:
-        with safe_open(path, framework="pt") as file:
-            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            facts = {n: (p.get_dtype(), p.get_shape()) for n, p in parts.items()}
-        return {n: tuple(s) if k in real else (k,) for n, (k, s) in facts.items()}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged or no safetensors file: {error}") from None
+        yield
+    except Exception as error:  # a forged file can raise anything
+        raise ValueError(f"{path} {what}: {error}") from error
 
 
-def make_folder(directory: Path) -> None:
-    """Make a folder and those above it, if they aren't there. Raises OSError.
-
-    Book: 20_runs_that_survive.html#a-model-on-disk
-    """
-    if os.path.lexists(directory) and not directory.is_dir():
-        raise FileExistsError(f"{directory} is a file or a broken link, no folder")
-    directory.mkdir(parents=True, exist_ok=True)
+# What `save` writes, and a model's card: where nothing else is, it may write again.
+FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+FILES |= {"chat_template.jinja", "README.md"}
 
 
 def save(directory: str | Path, model: GPT, tokenizer: Tokenizer) -> None:
@@ -143,25 +120,24 @@ def save(directory: str | Path, model: GPT, tokenizer: Tokenizer) -> None:
 
     `transformers` reads the directory of a GPT-2 or a Llama with AutoModelForCausalLM
     and AutoTokenizer.
-    Raises OSError where the disk is full or can't be written, FileExistsError for the
-    folder of a run, of a checkpoint or of tokens, ValueError for a model made lighter,
+    Raises OSError where the disk is full or can't be written, FileExistsError for a
+    folder with anything in it but an older model, ValueError for a model made lighter,
     whose weights are gone, or what `torch.compile` returned, TypeError without a
     tokenizer.
 
     Book: 20_runs_that_survive.html#a-model-on-disk
     """
     directory = Path(directory)
-    if not isinstance(model, GPT):
-        kind = type(model).__name__
-        raise ValueError(f"only a GPT can be saved, not a {kind}: save what is in it")
-    if not isinstance(tokenizer, Tokenizer):
-        raise TypeError("a model is saved with its tokenizer: it is missing")
     due = dict(on_paper(model.config).named_parameters())
     if due.keys() != dict(model.named_parameters()).keys():
-        raise ValueError("weights are missing: save the model before you lighten it")
-    for name, what in (("run", "run"), ("hashes", "checkpoint"), ("tokens", "corpus")):
-        if (directory / f"{name}.json").exists():
-            raise FileExistsError(f"{directory} holds a {what}: use another folder")
+        what = "weights are missing or have other names"
+        raise ValueError(f"{what}: save the model before you lighten it or compile it")
+    if not isinstance(tokenizer, Tokenizer):
+        raise TypeError("a model is saved with its tokenizer: it is missing")
+    names = {path.name.removesuffix(".partial") for path in directory.glob("[!.]*")}
+    if others := sorted(names - FILES):
+        what = f"{directory} is not empty, {others[0]} is in it"
+        raise FileExistsError(f"{what}: use another folder")
     write_model(directory, model, tokenizer)
 
 
@@ -170,44 +146,54 @@ def write_model(directory: Path, model: GPT, tokenizer: Tokenizer) -> None:
 
     Book: 20_runs_that_survive.html#a-model-on-disk
     """
-    make_folder(directory)
-    for name, content in tokenizer_files(tokenizer).items():
+    directory.mkdir(parents=True, exist_ok=True)
+    parts, end = tokenizer_files(tokenizer), hub.end_of(tokenizer)
+    if "chat_template.jinja" not in parts:  # of an older model
+        (directory / "chat_template.jinja").unlink(missing_ok=True)
+    for name, content in parts.items():
         write_file(directory / name, content.encode())
-    end = end_of(tokenizer)
-    kind: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    kind |= {"clean_up_tokenization_spaces": False}
-    kind |= {"model_max_length": model.config.context}
-    if end:
-        kind |= dict.fromkeys(("bos_token", "eos_token"), end)
-    write_json(directory / "tokenizer_config.json", kind)
-    config = config_to_json(model.config, tokenizer.special_tokens.get(end or ""))
+    about: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    about |= dict.fromkeys(("bos_token", "eos_token"), end)
+    about |= {"model_max_length": model.config.context}
+    about |= {"clean_up_tokenization_spaces": False}
+    write_json(directory / "tokenizer_config.json", about)
+    config = hub.config_to_json(model.config, tokenizer.special_tokens.get(end or ""))
     write_json(directory / "config.json", config)
-    state = to_theirs(model, format_of(model.config))
+    state = hub.to_theirs(model, hub.format_of(model.config))
     write_tensors(directory / "model.safetensors", state)
 
 
 def load_parameters(path: Path, config: GPTConfig) -> GPT:
-    """A GPT with the parameters of a file, after all shapes agree.
+    """A GPT with the parameters of a safetensors file, after all shapes agree.
 
-    Draws no random numbers. Raises ValueError for a file of another model, before
-    memory is taken for it.
+    path: of the file, or of an index that says in which files beside it they are.
+    Draws no random numbers. Raises ValueError for a damaged file and for one of another
+    model, before memory is taken for it.
 
     Book: 20_runs_that_survive.html#a-model-on-disk
     """
-    found = read_shapes(path)
-    theirs = OURS if "tokens.weight" in found else format_of(config)
-    # The file in which OpenAI's weights are shared says wte, not transformer.wte.
-    prefix = "transformer." if "wte.weight" in found else ""
-    try:
-        model = fit(config, {prefix + n: s for n, s in found.items()}, theirs)
-    except (ValueError, RuntimeError, OverflowError, TypeError) as error:
-        raise ValueError(f"{path} does not fit its config.json: {error}") from None
-    state = load_file(path)
-    head, table = "lm_head.weight", theirs.names("tokens.weight")[0]
-    own = config.tied and head in state
-    if own and not torch.equal(state[head], state[table.removeprefix(prefix)]):
-        raise ValueError(f"{path} has a head of its own, its config.json says tied")
-    return fill(model, lambda name: state[name.removeprefix(prefix)], theirs)
+    state: dict[str, Tensor] = {}
+    with blaming(path, "is missing, damaged or no safetensors file"):
+        names = [path.name]
+        if path.suffix == ".json":
+            index = json.loads(path.read_text("utf-8"))["weight_map"]
+            names = sorted(set(index.values()))
+        for name in names:
+            state |= load_file(path.with_name(name))  # mapped into memory, not read
+    if "wte.weight" in state:  # so in the file in which OpenAI's weights are shared
+        body = state.keys() - {"lm_head.weight"}
+        state |= {f"transformer.{name}": state.pop(name) for name in body}
+    theirs = hub.OURS if "tokens.weight" in state else hub.format_of(config)
+    with blaming(path, "does not fit its config.json"):
+        shapes = {name: tuple(value.shape) for name, value in state.items()}
+        model = hub.fit(config, shapes, theirs)
+        table = state[theirs.names("tokens.weight")[0]]
+        if config.tied and not torch.equal(state.get("lm_head.weight", table), table):
+            raise ValueError("it has a head of its own, the config says tied")
+    hub.fill(model, state.__getitem__, theirs)
+    if not all(p.sum().isfinite() for p in model.parameters()):
+        raise ValueError(f"{path} has weights that are nan or infinite")
+    return model
 
 
 MODELS = Path(str(files("glassgpt")), "models")  # what comes with the package
@@ -227,24 +213,22 @@ def load(name: str | Path) -> tuple[GPT, Tokenizer]:
     directory = Path(name)
     shipped = {path.name: path for path in MODELS.glob("*/")}
     if not directory.exists():  # a folder is never hidden by a name
-        directory = shipped.get(str(name)) or find_model(str(name)) or directory
+        directory = shipped.get(str(name)) or hub.find_model(str(name)) or directory
     if directory.suffix == ".gguf":
-        return load_gguf(directory)
-    for file in ("config.json", "model.safetensors", "tokenizer.json"):
-        if not (directory / file).exists():
-            if (directory / f"{file}.index.json").exists():  # written by `transformers`
-                what = f"{directory} has its weights in several files (sharded)"
-                raise ValueError(f"{what}: save them in one")
-            names = ", ".join([*shipped, *NAMES])
-            what = f"{directory} holds no model: {file} is missing"
-            raise FileNotFoundError(f"{what}. Give a run's folder, or a name: {names}")
-    path = directory / "config.json"
-    try:
-        config = config_from_json(json.loads(path.read_text("utf-8")))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} does not describe a GPT: {error}") from None
-    tokenizer = read_tokenizer(directory / "tokenizer.json")
+        return hub.load_gguf(directory)
+    path, index = directory / "config.json", directory / "model.safetensors.index.json"
+    if not path.exists():
+        names = [*shipped, *hub.NAMES]
+        hint = f"Give a run's folder, or a name: {', '.join(names)}"
+        if near := get_close_matches(str(name), names, 1):
+            hint = f'Do you mean "{near[0]}"?'
+        what = f"{directory} holds no model: config.json is missing"
+        raise FileNotFoundError(f"{what}. {hint}")
+    with blaming(path, "does not describe a GPT"):
+        config = hub.config_from_json(json.loads(path.read_text("utf-8")))
+    tokenizer = hub.read_tokenizer(directory / "tokenizer.json")
     if tokenizer.vocab_size > config.vocab_size:
         sizes = f"{tokenizer.vocab_size} ids, the model only {config.vocab_size}"
         raise ValueError(f"{directory} mixes two models: the tokenizer has {sizes}")
-    return load_parameters(directory / "model.safetensors", config).eval(), tokenizer
+    weights = index if index.exists() else directory / "model.safetensors"
+    return load_parameters(weights, config).eval(), tokenizer

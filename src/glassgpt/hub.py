@@ -392,7 +392,7 @@ def find_model(name: str) -> Path | None:
     repository = f"openai-community/{name}" if name in NAMES else name[3:]
     if name not in NAMES and not name.startswith("hf:"):
         return None
-    patterns = ["*.json", "model.safetensors", "*.jinja"]
+    patterns = ["*.json", "model*.safetensors", "*.jinja"]
     hub = _library("huggingface_hub")
     try:
         return Path(hub.snapshot_download(repository, allow_patterns=patterns))

@@ -1,39 +1,56 @@
 # Written by tools/tangle.py from book/20_runs_that_survive.ipynb: change it there.
 """Runs that survive: one run in a folder, which goes on to the same bits."""
 
-import hashlib
 import json
 import math
-import pickletools
 import re
 import shutil
 import signal
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-from zipfile import ZipFile
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
+from safetensors.torch import load_file
 
 from glassgpt.checkpoints import (
     all_or_nothing,
+    blaming,
     flush,
     load,
-    make_folder,
     write_file,
     write_json,
     write_model,
+    write_tensors,
 )
-from glassgpt.data import SPLITS, TokenData, write_tokens
+from glassgpt.data import SPLITS, TokenData, _hash_of, write_tokens
 from glassgpt.device import Machine, Plan, on_paper, pick_device, pick_precision
-from glassgpt.gpt import GPT, GPTConfig
-from glassgpt.modern import ModernConfig, MuonConfig
+from glassgpt.gpt import GPT
+from glassgpt.modern import MuonConfig
 from glassgpt.tokens import Tokenizer
 from glassgpt.training import TrainConfig, Trainer, check_fit, train
+
+
+@dataclass(frozen=True)
+class Saving:
+    """Steps from one checkpoint to the next, and how many stay. Raises ValueError.
+
+    Book: 20_runs_that_survive.html#a-checkpoint
+    """
+
+    checkpoint_every: int
+    keep: int
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value!r}")
 
 
 @dataclass
@@ -46,7 +63,8 @@ class Run:
     directory: Path
     trainer: Trainer
     tokenizer: Tokenizer
-    settings: dict[str, Any]
+    plan: Plan
+    saving: Saving
     stopped_by: int = 0
 
 
@@ -55,18 +73,12 @@ def checkpoints_in(directory: Path) -> list[Path]:
 
     Book: 20_runs_that_survive.html#a-checkpoint
     """
-    folders = directory.glob("checkpoint-*/")
-    found = [p for p in folders if re.fullmatch(r"checkpoint-\d{8,}", p.name)]
-    return sorted(found, key=lambda path: int(path.name[11:]))
+    return sorted(directory.glob(f"checkpoint-{8 * '[0-9]'}/"))
 
 
 def _hashes(folder: Path) -> dict[str, str]:
     """The SHA-256 of the files in a folder, by name."""
-    hashes = {}
-    for path in sorted(p for p in folder.iterdir() if p.is_file()):
-        with open(path, "rb") as file:
-            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return hashes
+    return {p.name: _hash_of(p) for p in sorted(folder.iterdir()) if p.is_file()}
 
 
 def _drop(directory: Path, checkpoints: list[Path]) -> None:
@@ -93,40 +105,20 @@ def write_checkpoint(run: Run) -> None:
     del state["model"]  # it has a file of its own
     with all_or_nothing(final) as partial:
         write_model(partial, run.trainer.model, run.tokenizer)
-        with all_or_nothing(partial / "trainer.pt") as file:
-            torch.save(state, file)
+        for number, optimizer in enumerate(state.pop("optimizers")):
+            saved = optimizer["state"].items()
+            moments = {f"{p}.{k}": v for p, own in saved for k, v in own.items()}
+            write_tensors(partial / f"optimizer-{number}.safetensors", moments)
+        write_json(partial / "trainer.json", state)
         write_json(partial / "hashes.json", _hashes(partial))
-    _drop(run.directory, checkpoints_in(run.directory)[: -run.settings["keep"]])
+    _drop(run.directory, checkpoints_in(run.directory)[: -run.saving.keep])
 
 
-# All that the pickle in a checkpoint may name: tensors of 32-bit numbers.
-_NAMES = {"torch._utils _rebuild_tensor_v2", "torch FloatStorage"}
-_NAMES |= {"collections OrderedDict"}
-
-
-def _check_archive(path: Path) -> None:
-    """Raise ValueError where a file could take more memory than it has bytes."""
-    with ZipFile(path) as archive:
-        entries = archive.infolist()
-        (pickle,) = (e.filename for e in entries if e.filename.endswith("data.pkl"))
-        if sum(entry.file_size for entry in entries) > path.stat().st_size:
-            raise ValueError(f"{path.name} unpacks to more than it is")
-        if min(entry.header_offset for entry in entries) > 0:
-            raise ValueError(f"{path.name} has something before its first entry")
-        for code, name, _ in pickletools.genops(archive.read(pickle)):
-            if "GLOBAL" in code.name and name not in _NAMES:
-                raise ValueError(f"{path.name} asks for {name or code.name}")
-
-
-@contextmanager
-def _damaged(path: Path) -> Iterator[None]:
+def _damaged(path: Path) -> AbstractContextManager[None]:
     """Turn any error into a ValueError that says how to go on without a checkpoint."""
-    try:
-        yield
-    except Exception as error:  # a forged file can raise anything
-        others = [p.name for p in checkpoints_in(path.parent) if p != path][-1:]
-        advice = f"delete it to go on from {others[0]}" if others else "start anew"
-        raise ValueError(f"{path} is damaged ({error}): {advice}") from error
+    others = [p.name for p in checkpoints_in(path.parent) if p != path][-1:]
+    advice = f"delete it to go on from {others[0]}" if others else "start anew"
+    return blaming(path, f"is damaged, {advice}")
 
 
 def read_checkpoint(path: Path) -> tuple[GPT, Tokenizer, dict[str, Any]]:
@@ -136,21 +128,22 @@ def read_checkpoint(path: Path) -> tuple[GPT, Tokenizer, dict[str, Any]]:
 
     Book: 20_runs_that_survive.html#a-file-that-attacks
     """
-    needed = {"config.json", "model.safetensors", "tokenizer.json", "trainer.pt"}
     with _damaged(path):
         due = json.loads((path / "hashes.json").read_text("utf-8"))
-        if not needed <= due.keys() or not due.items() <= _hashes(path).items():
+        if not due.items() <= _hashes(path).items():
             raise ValueError("its files don't match their hashes")
-        _check_archive(path / "trainer.pt")
         model, tokenizer = load(path)
-        options = {"map_location": "cpu", "mmap": True, "weights_only": True}
-        state = torch.load(path / "trainer.pt", **options)
-        if not isinstance(state, dict):
-            raise ValueError(f"trainer.pt holds a {type(state).__name__}")
+        state = json.loads((path / "trainer.json").read_text("utf-8"))
+        state["optimizers"] = []
+        for file in sorted(path.glob("optimizer-*.safetensors")):
+            saved: dict[int, Any] = defaultdict(dict)
+            for key, value in load_file(file).items():
+                parameter, name = key.split(".")
+                saved[int(parameter)][name] = value.clone()  # out of the file
+            state["optimizers"].append({"state": saved})
     return model, tokenizer, state
 
 
-_LISTS = ("optimizers", "records", "recent")
 _MOMENTS = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "Muon": ("momentum_buffer",)}
 
 
@@ -162,8 +155,10 @@ def restore(trainer: Trainer, state: dict[str, Any], path: Path) -> None:
     Book: 20_runs_that_survive.html#a-file-that-attacks
     """
     with _damaged(path):
-        if not all(type(state[name]) is list for name in _LISTS):
-            raise ValueError("its parts are no lists")  # a tensor could be endless
+        if path.name != f"checkpoint-{state['step']:08d}":
+            raise ValueError(f"it is of step {state['step']}")
+        values = [value for record in state["records"] for value in record.values()]
+        math.fsum([state["seconds"], *state["recent"], *values])  # raises for others
         pairs = zip(trainer.optimizers, state["optimizers"], strict=True)
         for optimizer, saved in pairs:
             ours = [p.shape for g in optimizer.param_groups for p in g["params"]]
@@ -172,17 +167,8 @@ def restore(trainer: Trainer, state: dict[str, Any], path: Path) -> None:
                 due = {name: () if name == "step" else ours[number] for name in names}
                 if {name: value.shape for name, value in moments.items()} != due:
                     raise ValueError(f"parameter {number} has moments of other shapes")
-                for name, value in moments.items():
-                    moments[name] = value.detach().clone()  # out of the file
-        scaler = state.get("scaler", {}).values()
-        numbers = [state["seconds"], *state["recent"], *scaler]
-        numbers += [value for record in state["records"] for value in record.values()]
-        if not all(isinstance(number, int | float) for number in numbers):
-            raise ValueError("its records are no numbers")
-        if path.name != f"checkpoint-{state['step']:08d}":
-            raise ValueError(f"it is of step {state['step']}")
-        state["model"] = dict(trainer.model.named_parameters())
-        trainer.load_state_dict(state)
+        model = dict(trainer.model.named_parameters())
+        trainer.load_state_dict({**state, "model": model})
 
 
 @contextmanager
@@ -194,25 +180,19 @@ def stop_signals() -> Iterator[list[int]]:
     Book: 20_runs_that_survive.html#leaving-politely
     """
     caught: list[int] = []
-    before: dict[int, Any] = {}
+    with ExitStack() as before:
 
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        def note(number: int, frame: Any) -> None:
+            before.close()  # the handlers of before are back
+            caught.append(number)
 
-    def on_signal(number: int, frame: Any) -> None:
-        restore()
-        caught.append(number)
-
-    if threading.current_thread() is threading.main_thread():  # no other may
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)  # Windows has no SIGHUP
-            if number and signal.getsignal(number) not in (signal.SIG_IGN, None):
-                before[number] = signal.signal(number, on_signal)
-    try:
+        if threading.current_thread() is threading.main_thread():  # no other may
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+                number = getattr(signal, name, None)  # Windows has no SIGHUP
+                if number and signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    handler = signal.signal(number, note)
+                    before.callback(signal.signal, number, handler)
         yield caught
-    finally:
-        restore()
 
 
 @contextmanager
@@ -223,18 +203,12 @@ def locked(directory: Path) -> Iterator[None]:
 
     Book: 20_runs_that_survive.html#one-run-in-a-folder
     """
-    from filelock import FileLock, Timeout  # here: most programs never lock anything
-
-    make_folder(directory)
-    lock = FileLock(directory / ".lock", timeout=0)
+    directory.mkdir(parents=True, exist_ok=True)
     try:
-        lock.acquire()
+        with FileLock(directory / ".lock", timeout=0):
+            yield
     except Timeout:
         raise FileExistsError(f"another process is training in {directory}") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 @contextmanager
@@ -254,71 +228,50 @@ def memory_advice() -> Iterator[None]:
 
 
 # What may be another than before when a run goes on.
-_SAVING = ("checkpoint_every", "keep")
 CHANGEABLE = {"steps", "learning_rate", "matrix_learning_rate", "accumulate"}
-CHANGEABLE |= {"evaluate_every", *_SAVING, *(field.name for field in fields(Machine))}
+CHANGEABLE |= {"evaluate_every", "checkpoint_every", "keep", *vars(Machine())}
 
 
-def check_saving(checkpoint_every: int = 250, keep: int = 2) -> None:
-    """Raise ValueError unless both are whole numbers above 0.
-
-    Book: 20_runs_that_survive.html#one-run-in-a-folder
-    """
-    for name, value in zip(_SAVING, (checkpoint_every, keep), strict=True):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be at least 1, not {value!r}")
-
-
-def _parts(settings: dict[str, Any]) -> tuple[TrainConfig, Machine]:
-    """The two dataclasses in a run's settings. Raises ValueError."""
-    check_saving(*(settings[name] for name in _SAVING))
-    kinds = MuonConfig if "matrix_learning_rate" in settings else TrainConfig, Machine
-    parts = [kind(**{f.name: settings[f.name] for f in fields(kind)}) for kind in kinds]
-    return parts[0], parts[1]
-
-
-def _changed(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+def _changed(before: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """Other settings, also where the device of before does not exist here.
 
     Raises ValueError for a change of what must stay.
     """
-    if kept := sorted(set(changes) - (CHANGEABLE & set(settings))):
+    if kept := sorted(changes.keys() - (CHANGEABLE & before.keys())):
         raise ValueError(f"a resumed run keeps its {', '.join(kept)}")
     device = pick_device(changes.get("device"))
     if "device" not in changes:
         with suppress(ValueError):
-            device = pick_device(settings["device"])
-    now = {**settings, "device": str(device)}
-    if device.type != torch.device(settings["device"]).type:
+            device = pick_device(before["device"])
+    now = {**before, "device": str(device)}
+    if device.type != torch.device(before["device"]).type:
         now["precision"] = pick_precision(device)
     return {**now, **changes, "device": str(device)}
 
 
-def _read_run(directory: Path) -> tuple[GPTConfig, dict[str, Any], Path, str]:
-    """What `_write_run` wrote. Raises ValueError where run.json is damaged."""
-    path = directory / "run.json"
-    try:
-        content = json.loads(path.read_text("utf-8"))
-        kind = ModernConfig if "positions" in content["model"] else GPTConfig
-        model, place = kind(**content["model"]), Path(content["data"])
-        settings = content["training"] | content["machine"] | content["saving"]
-        _parts(settings)  # it and the next raise where something is wrong
-        torch.device(settings["device"])
-        return model, settings, place, content["fingerprint"]
-    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}): start a new run") from None
-
-
 def _write_run(run: Run, data: TokenData) -> None:
     """Write run.json, which makes a folder a run."""
-    training, machine = _parts(run.settings)
-    saving = {name: run.settings[name] for name in _SAVING}
-    content = {"model": asdict(run.trainer.model.config), "training": asdict(training)}
-    content |= {"machine": asdict(machine), "saving": saving}
-    place, own = data.directory.resolve(), run.directory.resolve() / "data"
-    path = "data" if place == own else str(place)  # its own move with it
-    content |= {"data": path, "fingerprint": data.fingerprint}
+    plan, place = run.plan, data.directory.resolve()
+    own = place == run.directory.resolve() / "data"  # its own moves with it
+    content: dict[str, Any] = {"model": asdict(plan.model)}
+    content |= {"training": asdict(plan.training)}
+    content |= {"machine": asdict(plan.machine), "saving": asdict(run.saving)}
+    content |= {"data": "data" if own else str(place), "fingerprint": data.fingerprint}
     write_json(run.directory / "run.json", content)
+
+
+def _read_run(directory: Path) -> tuple[list[Any], Any, Path, str]:
+    """Its settings, in parts; what it says of the model and the tokens."""
+    path = directory / "run.json"
+    with blaming(path, "is damaged, start a new run"):
+        content = json.loads(path.read_text("utf-8"))
+        muon = "matrix_learning_rate" in content["training"]
+        training = (MuonConfig if muon else TrainConfig)(**content["training"])
+        machine, saving = Machine(**content["machine"]), Saving(**content["saving"])
+        torch.device(machine.device)  # raises where there is no such kind
+        place = directory / content["data"]
+        model, fingerprint = content["model"], content["fingerprint"]
+    return [training, machine, saving], model, place, fingerprint
 
 
 def _find_tokens(place: Path, fingerprint: str) -> TokenData:
@@ -339,7 +292,7 @@ MakeTrainer = Callable[[Plan, TokenData, GPT | None], Trainer]
 
 def _go_on(run: Run, on_record: OnRecord | None, progress: bool) -> Run:
     """Train in a folder that is ours until the end or a signal."""
-    directory, end = run.directory, run.trainer.config.steps
+    directory, end = run.directory, run.plan.training.steps
 
     def after_step(trainer: Trainer) -> bool:
         records, step = trainer.records, trainer.step
@@ -347,24 +300,24 @@ def _go_on(run: Run, on_record: OnRecord | None, progress: bool) -> Run:
             lines = "".join(json.dumps(record) + "\n" for record in records)
             write_file(directory / "metrics.jsonl", lines.encode())
             losses = [record["validation_loss"] for record in records]
-            if all(losses[-1] < other for other in losses[:-1]):
+            if losses[-1] < min(losses[:-1], default=math.inf):
                 write_model(directory, trainer.model, run.tokenizer)
             if on_record:
                 on_record(records[-1])
-        if caught or step == end or step % run.settings["checkpoint_every"] == 0:
+        if caught or step == end or step % run.saving.checkpoint_every == 0:
             write_checkpoint(run)
         if caught and step < end:
             run.stopped_by = caught[0]
         return run.stopped_by > 0
 
     try:
-        with stop_signals() as caught, memory_advice():
+        with stop_signals() as caught:
             train(run.trainer, after_step, progress)
     except FloatingPointError as error:
         how = f"glassgpt resume {directory} --learning-rate ..."
         how = f"go on with a lower rate: {how}, or resume_run(..., learning_rate=...)"
         raise FloatingPointError(f"{error}; {how}") from error
-    if not (directory / "model.safetensors").exists():
+    if not (directory / "model.safetensors").exists():  # stopped early
         write_model(directory, run.trainer.model, run.tokenizer)
     return run
 
@@ -391,14 +344,14 @@ def _on_disk(data: TokenData, folder: Path, tokenizer: Tokenizer) -> TokenData:
     parts = {split: getattr(data, split) for split in SPLITS}
     if not folder.exists():  # else a start was killed after it
         splits = {split: [(part.ids, part.characters)] for split, part in parts.items()}
-        write_tokens(folder, splits, tokenizer)
+        return write_tokens(folder, splits, tokenizer)
     found = TokenData.open(folder)
-    for split, part in parts.items():
-        if not np.array_equal(getattr(found, split).ids, part.ids):
-            raise FileExistsError(f"{folder} holds other tokens: choose another folder")
+    if any(not np.array_equal(getattr(found, k).ids, v.ids) for k, v in parts.items()):
+        raise FileExistsError(f"{folder} holds other tokens: choose another folder")
     return found
 
 
+@memory_advice()
 def start_run(
     directory: str | Path,
     plan: Plan,
@@ -423,9 +376,8 @@ def start_run(
 
     Book: 20_runs_that_survive.html#one-run-in-a-folder
     """
-    directory = Path(directory)
+    directory, saving = Path(directory), Saving(checkpoint_every, keep)
     refuse_occupied(directory)
-    check_saving(checkpoint_every, keep)
     if not isinstance(plan, Plan):
         raise TypeError("plan must be a Plan: take what `make_plan` returns")
     if not isinstance(tokenizer, Tokenizer):
@@ -436,19 +388,16 @@ def start_run(
         raise ValueError(f"the data has {sizes}: it is not the one that made them")
     if model is not None and model.config != plan.model:
         raise ValueError(f"the model has {model.config}, the plan {plan.model}")
-    with memory_advice():
-        trainer = make_trainer(plan, data, model)
-    settings = {**asdict(plan.training), **asdict(plan.machine)}
-    settings |= {"checkpoint_every": checkpoint_every, "keep": keep}
+    run = Run(directory, make_trainer(plan, data, model), tokenizer, plan, saving)
     with locked(directory):
         refuse_occupied(directory)  # again, now that it is ours
         data = _on_disk(data, directory / "data", tokenizer)
-        run = Run(directory, trainer, tokenizer, settings)
         write_checkpoint(run)
         _write_run(run, data)  # now there is a run
         return _go_on(run, on_record, progress)
 
 
+@memory_advice()
 def resume_run(
     directory: str | Path,
     data: str | Path | None = None,
@@ -471,21 +420,23 @@ def resume_run(
     if not (directory / "run.json").exists():
         raise FileNotFoundError(f"{directory} holds no run: run.json is missing")
     with locked(directory):
-        config, before, place, fingerprint = _read_run(directory)
+        parts, described, place, fingerprint = _read_run(directory)
+        before = {k: v for part in parts for k, v in vars(part).items()}
         now = _changed(before, changes)
-        plan = Plan(config, *_parts(now), math.nan)
-        tokens = _find_tokens(Path(data) if data else directory / place, fingerprint)
+        parts = [replace(part, **{k: now[k] for k in vars(part)}) for part in parts]
+        training, machine, saving = parts
+        tokens = _find_tokens(Path(data or place), fingerprint)
         if not (found := checkpoints_in(directory)):
             raise FileNotFoundError(f"{directory} has lost its checkpoints: start anew")
         model, tokenizer, state = read_checkpoint(found[-1])
-        if model.config != config:
+        if described != asdict(model.config):
             raise ValueError(f"run.json describes another model than {found[-1]}")
-        with memory_advice():
-            trainer = make_trainer(plan, tokens, model)
+        plan = Plan(model.config, training, machine, math.nan)
+        trainer = make_trainer(plan, tokens, model)
         restore(trainer, state, found[-1])
-        if (done := trainer.step) > (steps := plan.training.steps):
+        if (done := trainer.step) > (steps := training.steps):
             raise ValueError(f"steps can't be {steps}: {done} are done")
-        run = Run(directory, trainer, tokenizer, now)
+        run = Run(directory, trainer, tokenizer, plan, saving)
         _write_run(run, tokens)
         notes = [f"{k} {v} (was {before[k]})" for k, v in now.items() if v != before[k]]
         say("; ".join([f"going on from {found[-1].name}", *notes]))
