@@ -47,7 +47,7 @@ class GPT(nn.Module):
     """GPT-2: `model(ids)` turns ids (B, T) int64 into logits (B, T, V).
 
     Raises ValueError, before anything is computed, for ids of another shape or type,
-    ids out of range, and T beyond the context. Source: Radford et al. (2019).
+    none, ids out of range, and T beyond the context. Source: Radford et al. (2019).
 
     Book: 10_gpt.html#the-equation-and-the-model
     """
@@ -126,7 +126,9 @@ class GPT(nn.Module):
 
 
 def check_ids(ids: Tensor, vocab_size: int, room: int) -> None:
-    """Raise ValueError unless ids (B, T) are int64 below vocab_size, T at most room.
+    """Raise ValueError unless ids (B, T) are int64 from 0 below vocab_size.
+
+    There must be one at least, and T at most room.
 
     Book: 10_gpt.html#what-it-refuses
     """
