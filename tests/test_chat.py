@@ -637,7 +637,6 @@ def test_a_long_talk_is_cut_with_a_word(folder, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("words", "text", "named"),
     [
-        (["--tokens", "0"], "", "--tokens"),
         (["--temperature", "0"], "", "temperature"),
         ([], b"\xff\n", "UTF-8"),
         ([], "tower " * 200, "shorten"),

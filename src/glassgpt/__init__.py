@@ -1,14 +1,24 @@
 # Written by tools/tangle.py from book/23_command_line.ipynb: change it there.
+
+
 """Glass GPT: a GPT you can see through.
 
 Every line of this package comes from a chapter of the book of the same name, and every
 docstring ends in the page and section that explain it.
 """
 
-from contextlib import suppress
+import os
+import signal
+import sys
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
+
+# While PyTorch loads, Ctrl-C ends the command without a traceback.
+_line, _handler = " ".join(sys.orig_argv), signal.getsignal(signal.SIGINT)
+_command = Path(sys.argv[0]).stem == "glassgpt" or "-m glassgpt" in _line
+if _command and _handler is signal.default_int_handler:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 from glassgpt.attention import attention, causal_mask
 from glassgpt.block import Block, layer_norm
@@ -73,6 +83,9 @@ from glassgpt.softmax import cross_entropy, log_softmax, softmax
 from glassgpt.speed import keep_freed_memory, lighten
 from glassgpt.tokens import BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer
 from glassgpt.training import TrainConfig, Trainer, evaluate, train
+
+__version__ = "0.1.0"
+
 
 __all__ = [
     "attention",
@@ -159,15 +172,8 @@ __all__ = [
 ]
 
 
-__version__: str
-
-
 def __getattr__(name: str) -> Any:
-    """The module `checks` and the version, looked up when they are asked for."""
+    """The module `checks`, loaded when it is asked for."""
     if name == "checks":
         return import_module("glassgpt.checks")
-    if name == "__version__":
-        with suppress(PackageNotFoundError):  # files that nobody installed
-            return version("glassgpt")
-        return "unknown"
     raise AttributeError(f"module 'glassgpt' has no attribute {name!r}")
