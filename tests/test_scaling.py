@@ -547,7 +547,7 @@ WRONG = [
     (check_stream, NextIsTheSame, "targets are the next tokens"),
     (check_stream, SameCrops, "two steps got the same crops"),
     (check_stream, OnlyTheBeginning, "some of each shard is never seen"),
-    (check_stream, FetchesThenDrops, "are held when the next is fetched"),
+    (check_stream, FetchesThenDrops, "held while the next is fetched"),
     (check_gradient, hides_nan, "nan of a process with targets"),
     (check_gradient, first_two, "3 processes"),
     (check_lost_time, long_years, "a year has 365 days"),

@@ -390,8 +390,8 @@ def check_stream(stream: Callable[..., Any]) -> None:
     fetched: list[weakref.ref] = []
 
     def fetch(shard: int) -> np.ndarray:
-        held = sum(ids() is not None for ids in fetched)
-        assert held == 0, f"{held} shards are held when the next is fetched: drop first"
+        held = any(ids() is not None for ids in fetched)
+        assert not held, "an old shard is held while the next is fetched: drop it"
         ids = np.arange(1000 * shard, 1000 * shard + 400)
         fetched.append(weakref.ref(ids))
         return ids
