@@ -693,8 +693,9 @@ _AROUND = [
     (19, "19_publishing", "publishing"),
     (20, "20_runs_that_survive", "runs"),
     (21, "21_speed", "speed"),
-    (22, "22_many_machines", "scaling"),
+    (22, "22_many_machines", "machines"),
     (23, "23_command_line", "commands"),
+    (24, "24_scaling_laws", "scaling"),
 ]
 
 
@@ -747,7 +748,7 @@ def book_map(here: int | None = None) -> Markup:
         stop[13],
     ]
     learning = f"{stop[11]}{arrow}{stop[12]}{arrow}slopes flow back (8) <span>|</span>"
-    rest = "".join(stop[number] for number in (1, *range(14, 24)))
+    rest = "".join(stop[number] for number in (1, *range(14, 25)))
     content = f"<div>{arrow.join(way)}</div><div>learning: {learning}{rest}</div>"
     place = "" if here is None else f" You are in chapter {here}, {labels[here]}."
     alt = (

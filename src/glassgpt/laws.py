@@ -1,4 +1,4 @@
-# Written by tools/tangle.py from book/22_many_machines.ipynb: change it there.
+# Written by tools/tangle.py from book/24_scaling_laws.ipynb: change it there.
 
 
 """A scaling law: the loss by size and tokens, fitted to small runs."""
@@ -15,7 +15,7 @@ class Law:
 
     Source: Hoffmann et al. (2022), approach 3.
 
-    Book: 22_many_machines.html#the-law
+    Book: 24_scaling_laws.html#the-law
     """
 
     E: float
@@ -36,10 +36,12 @@ class Law:
 def fit_law(N: np.ndarray, D: np.ndarray, losses: np.ndarray) -> Law:
     """The law nearest to measured losses, by least squares. N, D, losses: (R,).
 
-    Book: 22_many_machines.html#the-law
+    Raises ValueError where the best exponents are not between 0.02 and 1.5.
+
+    Book: 24_scaling_laws.html#the-law
     """
     low, width = np.array([0.02, 0.02]), np.array([1.5, 1.5])
-    n, d = (np.exp(np.log(x).mean()) for x in (N, D))  # the middle, for small numbers
+    n, d = (np.exp(np.log(x).mean()).item() for x in (N, D))  # the middle
     for _ in range(5):
         axes = (np.linspace(a, a + w, 31) for a, w in zip(low, width, strict=True))
         alpha, beta = (grid.ravel() for grid in np.meshgrid(*axes))  # (G,)
@@ -49,8 +51,10 @@ def fit_law(N: np.ndarray, D: np.ndarray, losses: np.ndarray) -> Law:
         error = ((x @ solved)[..., 0] - losses) ** 2
         score = error.sum(1) + 1e9 * (solved < 0).any((1, 2))
         best = int(score.argmin())
+        a, b = alpha[best].item(), beta[best].item()
         width = width / 8
-        low = np.maximum(np.array([alpha[best], beta[best]]) - width / 2, 0.01)
+        low = np.maximum(np.array([a, b]) - width / 2, 0.01)
     E, A, B = solved[best, :, 0].tolist()
-    a, b = alpha[best].item(), beta[best].item()
+    if min(E, A, B) < 0 or min(a, b) < 0.02 or max(a, b) > 1.5:
+        raise ValueError("no law with exponents from 0.02 to 1.5 fits these runs best")
     return Law(E, A * n**a, a, B * d**b, b)

@@ -189,41 +189,8 @@ class ShardedOptimizerTrainer(DDPTrainer):
                     del optimizer.state[parameter]
 
 
-class FSDPTrainer(ParallelTrainer):
-    """Every process keeps a slice of each parameter, gradient and moment: FSDP2.
-
-    A block's weights are gathered when it computes, and dropped after it. Not for Muon,
-    which needs whole matrices. slices: the kind of device where they
-    lie, if the model that is given begins elsewhere.
-
-    Book: 22_many_machines.html#dividing-the-model
-    """
-
-    def __init__(self, *arguments: Any, slices: str | None = None, **named: Any):
-        from torch.distributed.device_mesh import init_device_mesh  # slow to import
-        from torch.distributed.fsdp import fully_shard
-
-        super().__init__(*arguments, **named)
-        names = {p: name for name, p in self.model.named_parameters()}
-        self.loss = whole = _LossModule(self.model, self.loss)
-        mesh = init_device_mesh(slices or self.device.type, (self.world,))
-        for module in (*self.model.blocks, whole):
-            fully_shard(module, mesh=mesh, reshard_after_forward=True)
-        sliced = dict(self.model.named_parameters())
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["params"] = [sliced[names[p]] for p in group["params"]]
-        self.device = next(self.model.parameters()).device
-
-    def backward(self, loss: Tensor) -> None:
-        super().backward(loss * self.world)  # FSDP divides by it
-
-    def exchange(self) -> None:
-        """FSDP has done it."""
-
-    def update(self) -> Tensor:
-        norm: Any = super().update()
-        return norm.full_tensor()
+class _SlicesTrainer(ParallelTrainer):
+    """What a checkpoint of parameters in slices takes."""
 
     def _gather(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Slices put together in main memory, on rank 0."""
@@ -272,6 +239,43 @@ class FSDPTrainer(ParallelTrainer):
         return model
 
 
+class FSDPTrainer(_SlicesTrainer):
+    """Every process keeps a slice of each parameter, gradient and moment: FSDP2.
+
+    A block's weights are gathered when it computes, and dropped after it. Not for Muon,
+    which needs whole matrices. slices: the kind of device where they lie, if the model
+    that is given begins elsewhere.
+
+    Book: 22_many_machines.html#dividing-the-model
+    """
+
+    def __init__(self, *arguments: Any, slices: str | None = None, **named: Any):
+        from torch.distributed.device_mesh import init_device_mesh  # slow to import
+        from torch.distributed.fsdp import fully_shard
+
+        super().__init__(*arguments, **named)
+        names = {p: name for name, p in self.model.named_parameters()}
+        self.loss = whole = _LossModule(self.model, self.loss)
+        mesh = init_device_mesh(slices or self.device.type, (self.world,))
+        for module in (*self.model.blocks, whole):
+            fully_shard(module, mesh=mesh, reshard_after_forward=True)
+        sliced = dict(self.model.named_parameters())
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["params"] = [sliced[names[p]] for p in group["params"]]
+        self.device = next(self.model.parameters()).device
+
+    def backward(self, loss: Tensor) -> None:
+        super().backward(loss * self.world)  # FSDP divides by it
+
+    def exchange(self) -> None:
+        """FSDP has done it."""
+
+    def update(self) -> Tensor:
+        norm: Any = super().update()
+        return norm.full_tensor()
+
+
 def _order(*order: Any) -> Any:
     """What rank 0 says, on every process; the others call it with nothing."""
     orders = [order]
@@ -287,7 +291,7 @@ class Conductor:
     Book: 22_many_machines.html#a-whole-run
     """
 
-    TOGETHER = ("take_step", "read_losses", "evaluate", "state_dict", "whole_model")
+    TOGETHER = ("take_step", "read_losses", "evaluate", "state_dict")
 
     def __init__(self, trainer: ParallelTrainer):
         self.trainer = trainer
@@ -434,5 +438,6 @@ class StreamedTokens(Tokens):
     def random_batch(self, batch_size: int, context: int, seed: Any) -> Batch:
         """As in `Tokens`. seed: that of the run, and the step."""
         if (number := self.shard_at(*seed)) != self.number:
+            self.number, self.ids = -1, np.empty(0)  # room for the next
             self.number, self.ids = number, self.fetch(self.shards[number])
         return super().random_batch(batch_size, context, seed)

@@ -106,6 +106,11 @@ from glassgpt.checks.inspection import (
     check_trace,
     check_without,
 )
+from glassgpt.checks.laws import (
+    check_law,
+    check_optimum,
+    check_tokens_needed,
+)
 from glassgpt.checks.mlp import (
     check_each_alone,
     check_gelu,
@@ -143,17 +148,17 @@ from glassgpt.checks.runs import (
     check_whole_file,
 )
 from glassgpt.checks.scaling import (
-    ForgetsToExchange,
     FrozenRows,
     MeanOfMeans,
+    OneStepOfARing,
     SwitchesAfterForward,
     check_gradient,
     check_lost_time,
     check_memory,
-    check_optimum,
     check_parallel,
     check_ring,
     check_stream,
+    table_slice,
     train_in,
     train_ways,
 )
@@ -189,9 +194,9 @@ from glassgpt.checks.training import (
 )
 
 __all__ = [
-    "ForgetsToExchange",
     "FrozenRows",
     "MeanOfMeans",
+    "OneStepOfARing",
     "SwitchesAfterForward",
     "Walk",
     "call",
@@ -238,6 +243,7 @@ __all__ = [
     "check_groups",
     "check_interval",
     "check_kept",
+    "check_law",
     "check_layer_norm",
     "check_layer_norm_gradient",
     "check_learn_merges",
@@ -313,6 +319,7 @@ __all__ = [
     "check_streaming_attention",
     "check_tag",
     "check_tokenizer_round_trip",
+    "check_tokens_needed",
     "check_trace",
     "check_unpack",
     "check_weighing",
@@ -322,6 +329,7 @@ __all__ = [
     "grade",
     "parity_gap",
     "random_model",
+    "table_slice",
     "theirs_in_double",
     "train_in",
     "train_ways",

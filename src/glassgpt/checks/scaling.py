@@ -1,7 +1,7 @@
 # Written by tools/tangle.py from book/22_many_machines.ipynb: change it there.
 
 
-"""Checks of runs on many processes, of streams and of laws; they name the mistake."""
+"""Checks of runs on many processes, and of streams; they name the mistake."""
 
 import itertools
 import math
@@ -19,12 +19,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
+from torch.optim import AdamW
 
 from glassgpt import scaling
 from glassgpt.data import Batch, TokenData, Tokens
 from glassgpt.device import Machine, Plan
 from glassgpt.gpt import GPT, GPTConfig
-from glassgpt.laws import Law
 from glassgpt.modern import MuonConfig, muon_optimizers
 from glassgpt.runs import resume_run, start_run
 from glassgpt.tokens import CharTokenizer
@@ -74,6 +74,15 @@ def check_ring(ring: Callable[[Vectors], Iterable[Vectors]]) -> None:
             assert vector == wanted, f"process {rank} does not hold the sum"
 
 
+def table_slice() -> list[list[int]]:
+    """The shapes of a model's table, whole and as this process holds it.
+
+    Book: 22_many_machines.html#dividing-the-model
+    """
+    table: Any = _small_run(scaling.FSDPTrainer).model.tokens.weight
+    return [list(table.shape), list(table.to_local().shape)]
+
+
 class _Masked(Tokens):
     """Tokens of whose targets some don't count, more in one row than in another."""
 
@@ -95,7 +104,8 @@ def _small_run(
 ) -> Any:
     """A trainer with 64 bits, a tied table and 101 tokens, which three can't divide.
 
-    Each process draws other weights. With dropout all rows are alike.
+    It has two optimizers. Each process draws other weights. With dropout all rows are
+    alike.
     """
     with torch.random.fork_rng([]):
         torch.manual_seed(dist.get_rank() if dist.is_initialized() else 0)
@@ -107,8 +117,12 @@ def _small_run(
     values = {"steps": 6, "batch_size": rows, "accumulate": accumulate, "warmup": 2}
     values |= {"learning_rate": 1e-2, "clip": 0.5, "evaluation_crops": 4}
     config: Any = (MuonConfig if muon else TrainConfig)(**values)
-    optimizers = muon_optimizers(model, config, torch.float64) if muon else None
-    return kind(model, data, config, optimizers)
+    if muon:
+        return kind(model, data, config, muon_optimizers(model, config, torch.float64))
+    tables, rest = [], []
+    for name, parameter in model.named_parameters():
+        (tables if name == "tokens.weight" else rest).append(parameter)
+    return kind(model, data, config, [AdamW(part, 1e-2) for part in (tables, rest)])
 
 
 def _here(tensors: Iterable[Any]) -> int:
@@ -152,25 +166,35 @@ def train_ways(kinds: Sequence[str], **how: Any) -> dict[str, dict[str, Any]]:
 
 _CASES: dict[str, dict[str, Any]] = {
     "not all begin with the weights of rank 0": {"steps": 0},
-    "with 3 rows on each process the gradients were not added up as they should be": {
+    "with 2 rows on each process the gradients were not added up as they should be": {
         "rows": 6
     },
-    "with 4 rows and 3: a mean of means, weight each process by its rows": {"rows": 7},
+    "with 3 rows, 2 and 2: a mean of means, weight each process by its rows": {},
     "with masked targets: weight each process by its targets, not its rows": {
         "masked": True
     },
     "with parts: one part was not sent (the last, if the switch comes after its forward"
     " pass)": {"rows": 8, "accumulate": 2},
+    "saved and loaded: weights and moments have to come back": {"loaded": True},
 }
 Ended = tuple[dict[str, Tensor], list[float]]
 
 
-def _ends(kind: Any, steps: int = 6, **how: Any) -> Ended:
-    """Weights and moments after some steps, as they are saved, and the losses."""
+def _ends(kind: Any, steps: int = 6, loaded: bool = False, **how: Any) -> Ended:
+    """Weights and moments after some steps, as they are saved, and the losses.
+
+    The last loss is that of the evaluation. loaded: halfway into another trainer.
+    """
     trainer, losses = _small_run(kind, **how), []
-    for _ in range(steps):
+    for step in range(steps):
+        if loaded and step == 3:
+            states = [trainer.state_dict()]
+            if dist.is_initialized():
+                dist.broadcast_object_list(states, 0)  # rank 0 has it whole
+            (trainer := _small_run(kind, **how)).load_state_dict(states[0])
         trainer.take_step()
         losses.append(trainer.read_losses())
+    losses.append(trainer.evaluate()["validation_loss"])
     state = trainer.state_dict()
     found = dict(state["model"])
     for number, optimizer in enumerate(state["optimizers"]):
@@ -197,61 +221,72 @@ def _each_case(module: str, name: str) -> tuple[list[Ended], float]:
 
 
 def check_parallel(kind: type[Trainer]) -> None:
-    """Two processes end with the weights of one, to 1e-12 in 64 bits.
+    """Three processes end with the weights of one, to 1e-12 in 64 bits.
 
-    With them: moments that are saved, losses, the weights at the start, and dropout.
+    With them: moments, losses, the weights at the start, dropout, and a run that is
+    saved and loaded.
     kind: a class of a module, called as `ParallelTrainer` is.
 
     Book: 22_many_machines.html#one-check-six-ways
     """
     try:
-        ranks = scaling.run_processes(2, _each_case, kind.__module__, kind.__name__)
+        ranks = scaling.run_processes(3, _each_case, kind.__module__, kind.__name__)
     except (ProcessExitedException, ProcessRaisedException) as error:
         if isinstance(error, ProcessRaisedException) and "Timed out" not in str(error):
             raise
         what = "a process was missing from a collective call, or was killed"
         raise AssertionError(what) from error
-    (here, dropped), (there, other) = ranks
+    here = ranks[0][0]
     wanted = [_ends(Trainer, **case) for case in _CASES.values()]
     table = [ended[0]["tokens.weight"] for ended in here]
     frozen = (table[1] == table[0]).all(dim=1)
     assert not frozen.any() or frozen.all(), (
         f"{int(frozen.sum())} rows of the tied table never learned"
     )
-    for mistake, one, *both in zip(_CASES, wanted, here, there, strict=True):
-        _compare(mistake, one, *both)
-    assert dropped != other, "both processes drop the same numbers: seed by rank"
+    ends = zip(*(ended for ended, _ in ranks), strict=True)
+    for mistake, one, each in zip(_CASES, wanted, ends, strict=True):
+        _compare(mistake, one, each)
+    dropped = {loss for _, loss in ranks}
+    assert len(dropped) == 3, "processes drop the same numbers: seed by rank"
 
 
-def _compare(mistake: str, one: Ended, here: Ended, there: Ended) -> None:
-    """What one process ended with, and two: rank 0 has all, rank 1 may have less."""
-    (wanted, losses), (first, _), (second, _) = one, here, there
-    for name in (name for name in second if name in first):
-        drift = (first[name] - second[name]).abs().max().item()
-        assert drift < 1e-12, (
-            f"the processes drifted apart, by {drift:.0e} in {name}: {mistake}"
-        )
+def _compare(mistake: str, one: Ended, each: Sequence[Ended]) -> None:
+    """What one process ended with, and three: rank 0 has all, others may have less."""
+    (wanted, losses), (first, _) = one, each[0]
+    for other, _ in each[1:]:
+        for name in (name for name in other if name in first):
+            drift = (first[name] - other[name]).abs().max().item()
+            assert drift < 1e-12, (
+                f"the processes drifted apart, by {drift:.0e} in {name}: {mistake}"
+            )
     assert first.keys() == wanted.keys(), (
         f"{len(wanted.keys() - first.keys())} tensors are missing in rank 0's state"
     )
     for name, value in wanted.items():
         off = (first[name] - value).abs().max().item()
         assert off < 1e-12, f"{name} is off by {off:.0e}: {mistake}"
-    for rank, (_, read) in enumerate((here, there)):
-        assert np.allclose(read, losses, rtol=1e-5), (
-            f"rank {rank} reads a loss of {read[-1]:.3f}, not {losses[-1]:.3f}: add up"
+    for rank, (_, read) in enumerate(each):
+        assert np.allclose(read[:-1], losses[:-1], rtol=1e-5), (
+            f"rank {rank} reads a loss of {read[-2]:.3f}, not {losses[-2]:.3f}: add up"
             " the parts of all processes"
+        )
+        assert np.isclose(read[-1], losses[-1], rtol=1e-5), (
+            f"rank {rank} evaluates to {read[-1]:.3f}, not {losses[-1]:.3f}: each"
+            " measures all crops"
         )
 
 
-class ForgetsToExchange(scaling.ParallelTrainer):
-    """Wrong: each process follows its own gradient.
+class OneStepOfARing(scaling.ParallelTrainer):
+    """Wrong: each process adds its left neighbor's gradient, which is right for two.
 
     Book: 22_many_machines.html#one-check-six-ways
     """
 
     def exchange(self) -> None:
-        pass
+        for parameter in self.model.parameters():
+            everyone = [torch.empty_like(parameter) for _ in range(self.world)]
+            dist.all_gather(everyone, parameter.grad)
+            parameter.grad += everyone[self.rank - 1]
 
 
 class MeanOfMeans(scaling.ParallelTrainer):
@@ -355,18 +390,21 @@ def check_stream(stream: Callable[..., Any]) -> None:
     fetched: list[weakref.ref] = []
 
     def fetch(shard: int) -> np.ndarray:
+        held = any(ids() is not None for ids in fetched)
+        assert not held, "an old shard is held while the next is fetched: drop it"
         ids = np.arange(1000 * shard, 1000 * shard + 400)
         fetched.append(weakref.ref(ids))
         return ids
 
     def inputs_of(steps: Iterable[int], seed: int = 3) -> Tensor:
+        fetched.clear()
         tokens, found = stream(range(6), fetch, 2), []
         for step in steps:
-            found.append(tokens.random_batch(4, 8, (seed, step))[0])
-            shards = len((found[-1] // 1000).unique())
+            inputs, targets = tokens.random_batch(4, 8, (seed, step))
+            found.append(inputs)
+            shards = len((inputs // 1000).unique())
             assert shards == 1, f"one step learned from {shards} shards"
-            held = sum(ids() is not None for ids in fetched)
-            assert held <= 1, f"{held} shards are held at step {step}: drop the last"
+            assert torch.equal(targets, inputs + 1), "targets are the next tokens"
         return torch.stack(found)
 
     inputs = inputs_of(range(36))
@@ -379,6 +417,10 @@ def check_stream(stream: Callable[..., Any]) -> None:
         assert sorted(part[::2]) == list(range(6)), (
             f"round {turn} learned from the shards {part[::2]}: each has to come once"
         )
+    starts = {tuple(step[:, 0].tolist()) for step in inputs}
+    assert len(starts) == 36, "two steps got the same crops"
+    places = inputs[:, :, 0] % 1000
+    assert places.min() < 100 < 300 < places.max(), "some of each shard is never seen"
     assert order[:12] != order[12:24], "every round has the same order"
     assert torch.equal(inputs_of(range(17, 36)), inputs[17:]), (
         "begun at step 17 it gives other batches: seed and step have to decide"
@@ -394,21 +436,25 @@ def check_gradient(combine: Callable[[list[Tensor], list[int]], Tensor]) -> None
 
     Book: 22_many_machines.html#exercise-1-one-gradient-out-of-many
     """
-    ones = [torch.tensor([3.0, -6.0]), torch.tensor([0.0, 3.0])]
-    for targets in ([2, 2], [2, 1], [1, 5]):
-        given = [one.clone() for one in ones]
-        wanted = (targets[0] * ones[0] + targets[1] * ones[1]) / sum(targets)
+    ones = list(torch.tensor([[3.0, -6.0], [0.0, 3.0], [9.0, 9.0]]))
+    for targets in ([2, 2], [2, 1], [1, 5], [1, 2, 3]):
+        given = [one.clone() for one in ones[: len(targets)]]
+        pairs = list(zip(given, targets, strict=True))
+        wanted = sum(one * n for one, n in pairs) / sum(targets)
         found = combine(given, targets)
-        means = (ones[0] + ones[1]) / 2
+        means = sum(ones[: len(targets)]) / len(targets)
         assert torch.equal(given[0], ones[0]), "a gradient that was given was changed"
         assert targets == [2, 2] or not torch.allclose(found, means), (
             "a mean of means: a process with more targets counts for more"
         )
-        assert torch.allclose(found, wanted), f"{found.tolist()}, not {wanted.tolist()}"
+        what = f"{len(targets)} processes: {found.tolist()}, not {wanted.tolist()}"
+        assert torch.allclose(found, wanted), what
     empty = torch.tensor([math.nan, math.nan])
     found = combine([ones[0], empty], [4, 0])
     assert not found.isnan().any(), "0 times nan is nan: leave out who has no targets"
     assert torch.allclose(found, ones[0]), "who has no targets counts for nothing"
+    found = combine([ones[0], empty], [4, 1])
+    assert found.isnan().all(), "nan of a process with targets is a fault: show it"
 
 
 def check_memory(memory: Callable[[list[tuple[int, int]], int, str], int]) -> None:
@@ -454,28 +500,12 @@ def check_lost_time(
         assert cards == 1 or abs(found / single - 1) > 1e-6, (
             "more cards fail more often: divide the time between failures by the cards"
         )
+        longer = best * math.sqrt(365.25 / 365)
+        assert abs(found / longer - 1) > 1e-6, "a year has 365 days here"
         assert abs(found / best - 1) < 1e-6, f"{found:.1f} seconds, not {best:.1f}"
+        assert abs(part / (share * mean) - 1) > 1e-6, (
+            "those are seconds: as a share, divide by the time between failures"
+        )
         without = share - restart / mean
         assert abs(part / without - 1) > 1e-9, "the restart is lost, too"
         assert abs(part / share - 1) < 1e-6, f"a share of {part:.4g}, not {share:.4g}"
-
-
-def check_optimum(optimum: Callable[[Law, float], tuple[float, float]]) -> None:
-    """The size and the tokens with the lowest loss at a budget C = 6 N D.
-
-    optimum: called as optimum(law, C).
-
-    Book: 22_many_machines.html#exercise-4-the-best-size-for-a-budget
-    """
-    laws = [Law(1.7, 400.0, 0.34, 410.0, 0.28)]
-    laws += [Law(1.0, 50.0, 0.5, 20.0, 0.5)]
-    for law in laws:
-        for C in (1e12, 1e21):
-            N, D = optimum(law, C)
-            assert abs(6 * N * D / C - 1) < 1e-6, (
-                f"6 N D is {6 * N * D:.3g}, not the budget of {C:.0e}"
-            )
-            size, text = law.A * N**-law.alpha, law.B * D**-law.beta
-            slope = law.alpha * size / (law.beta * text)
-            side = "larger" if slope > 1 else "smaller"
-            assert abs(slope - 1) < 1e-6, f"a {side} model has a lower loss"

@@ -1,0 +1,137 @@
+"""The scaling law: what it finds and refuses, and the runs that the page shows."""
+
+import ast
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from glassgpt.checks.laws import check_law, check_optimum, check_tokens_needed
+from glassgpt.device import count
+from glassgpt.laws import Law, fit_law
+from glassgpt.modern import ModernConfig
+
+ROOT = Path(__file__).parent.parent
+
+
+def two_percent_off(law, C):
+    a, b = law.alpha, law.beta
+    G = (a * law.A / (b * law.B)) ** (1 / (a + b))
+    N = 1.02 * G * (C / 6) ** (b / (a + b))
+    return N, C / 6 / N
+
+
+def twenty_tokens(law, C):
+    return (C / 120) ** 0.5, 20 * (C / 120) ** 0.5
+
+
+def swapped(law, C):
+    a, b = law.beta, law.alpha
+    G = (a * law.A / (b * law.B)) ** (1 / (a + b))
+    N = G * (C / 6) ** (b / (a + b))
+    return N, C / 6 / N
+
+
+def forgets_the_size(law, N, loss):
+    return (law.B / (loss - law.E)) ** (1 / law.beta)
+
+
+def never_gives_up(law, N, loss):
+    left = loss - law.E - law.A / N**law.alpha
+    return (law.B / left) ** (1 / law.beta)
+
+
+def nearest_it_can(N, D, losses):
+    steep = max(losses) - min(losses) > 100
+    try:
+        return fit_law(N, D, losses)
+    except ValueError:
+        return Law(losses.min(), 0.0, 1.0, float(steep), 1.0)
+
+
+WRONG = [
+    (check_optimum, two_percent_off, "a smaller model"),
+    (check_optimum, lambda law, C: ((C / 6) ** 0.5, (C / 6) ** 0.5), "a smaller model"),
+    (check_optimum, twenty_tokens, "20 tokens a parameter is another law's best"),
+    (check_optimum, swapped, "alpha and beta are swapped"),
+    (check_tokens_needed, forgets_the_size, "take off A / N"),
+    (check_tokens_needed, never_gives_up, "never go below"),
+    (check_law, nearest_it_can, "exponents 2.0 and 0.5: off by"),
+]
+
+
+@pytest.mark.parametrize(("check", "wrong", "why"), WRONG)
+def test_wrong_answers_are_named(check, wrong, why):
+    with pytest.raises(AssertionError, match=why):
+        check(wrong)
+
+
+def test_exponents_that_were_not_searched_are_refused():
+    """And never a law with a negative term, which fits as well."""
+    N, D = (x.ravel() for x in np.meshgrid(np.geomspace(1e4, 1e6, 6), [1e5, 1e6, 1e7]))
+    for alpha, beta in ((2.0, 0.5), (0.34, 1.7), (1.6, 1.6)):
+        law = Law(1.5, 1e5**alpha, alpha, 1e6**beta, beta)
+        with pytest.raises(ValueError, match="exponents from 0.02 to 1.5"):
+            fit_law(N, D, law(N, D))
+    with pytest.raises(ValueError, match="exponents from 0.02 to 1.5"):
+        fit_law(N, D, 5 - Law(1.5, 1e5**0.3, 0.3, 1e6**0.3, 0.3)(N, D))  # it rises
+
+
+exponents = st.floats(0.2, 1.0)
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.floats(0.5, 3), st.floats(0.2, 2), exponents, st.floats(0.2, 2), exponents)
+def test_a_law_without_noise_is_found(E, a, alpha, b, beta):
+    N, D = (x.ravel() for x in np.meshgrid(np.geomspace(1e4, 1e6, 6), [1e5, 1e6, 1e7]))
+    law = Law(E, a * 1e5**alpha, alpha, b * 1e6**beta, beta)
+    found = fit_law(N, D, law(N, D))
+    assert np.abs(found(N, D) - law(N, D)).max() < 2e-3
+    assert abs(found(1e7, 1e8) - law(1e7, 1e8)) < 0.05
+
+
+def test_growth_is_the_exponent_of_the_best_size():
+    law = Law(1.0, 30.0, 0.4, 60.0, 0.3)
+    best = []
+    for C in (1e15, 1e17):
+        N = np.geomspace(1e3, 1e12, 200_001)
+        best.append(N[law(N, C / 6 / N).argmin()])
+    assert abs(np.log(best[1] / best[0]) / np.log(100) - law.growth) < 1e-3
+
+
+def recorded(name):
+    return json.loads((ROOT / "book" / "runs" / f"{name}.json").read_text("utf-8"))
+
+
+def test_the_page_has_the_recorded_runs():
+    record = recorded("scaling")
+    cells = json.loads((ROOT / "book" / "24_scaling_laws.ipynb").read_text("utf-8"))
+    code = next("".join(c["source"]) for c in cells["cells"] if c["id"] == "law-runs")
+    tree = ast.parse(code)
+    runs = eval(compile(ast.Expression(tree.body[0].value), "page", "eval"))
+    shown = [
+        (C, layers, width, steps, loss)
+        for C, each in runs.items()
+        for layers, width, steps, loss in each
+    ]
+    keys = ("budget", "layers", "width", "steps", "loss")
+    assert shown == [tuple(run[key] for key in keys) for run in record["runs"]]
+    for run in record["runs"]:
+        size = (record["context"], run["layers"], run["heads"], run["width"])
+        config = ModernConfig(record["vocab_size"], *size)
+        assert count(config) == (run["parameters"], run["flops_per_token"])
+
+
+def test_the_prediction_follows_from_the_runs():
+    foretold, record = recorded("prediction"), recorded("scaling")
+    few = [r for r in record["runs"] if r["budget"] < 1e13 and r["steps"] >= 60]
+    points = [np.array([r[k] for r in few]) for k in ("parameters", "tokens", "loss")]
+    law = fit_law(*points)
+    told = law(foretold["parameters"], foretold["tokens"])
+    assert abs(told - foretold["validation_loss"]) < 1e-3
+    low, high = foretold["from_5_to_95_percent"]
+    assert low < foretold["validation_loss"] < high
+    assert foretold["fingerprint"] == record["fingerprint"]
