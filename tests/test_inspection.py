@@ -101,8 +101,93 @@ def test_an_edit_that_returns_nothing_is_refused():
 
 def test_a_head_of_a_layer_that_the_trace_lacks_is_refused():
     model, ids = make(CONFIGS[0])
-    with pytest.raises(ValueError, match=r"3\.contexts"):
+    with pytest.raises(ValueError, match="no head 3.0"):
         without([(3, 0)], trace(model, ids))
+
+
+@pytest.mark.parametrize("head", [-1, 4])
+def test_a_head_that_the_layer_lacks_is_refused(head):
+    model, ids = make(CONFIGS[0])
+    with pytest.raises(ValueError, match=f"no head 1.{head}"):
+        without([(1, head)], trace(model, ids))
+
+
+def test_what_the_tools_cannot_answer_is_refused():
+    model, ids = make(CONFIGS[0])
+    seen = trace(model, ids)
+    parts = {n: p for n, p in ledger(model, seen).items() if "head" in n}
+    with pytest.raises(ValueError, match="the whole ledger"):
+        attribute(model, parts, torch.randn(24, dtype=torch.float64))
+    with pytest.raises(ValueError, match="8 tokens are not twice 3"):
+        induction_scores(seen, 3)
+    with pytest.raises(ValueError, match="16 positions fit any lens"):
+        fit_lens(seen["0.stream"], seen["2.stream"])
+
+
+def swapped_biases(model, seen):
+    parts = ledger(model, seen)
+    if "0.bias" in parts:
+        parts["0.bias"], parts["1.bias"] = parts["1.bias"], parts["0.bias"]
+    return parts
+
+
+def edits_all_but(place):
+    def wrong(model, ids, edit=None):
+        def some(name, value):
+            return edit(name, value) if edit and not name.endswith(place) else value
+
+        return trace(model, ids, some)
+
+    return wrong
+
+
+def stays_on_an_error(model, ids, edit=None):
+    try:
+        return trace(model, ids, edit)
+    except ZeroDivisionError:
+        model.norm.register_forward_hook(lambda part, inputs, out: None)
+        raise
+
+
+def with_gradients(model, ids, edit=None):
+    seen = trace(model, ids, edit)
+    return {name: value.requires_grad_() for name, value in seen.items()}
+
+
+@pytest.mark.parametrize(
+    ("check", "wrong", "mistake"),
+    [
+        (checks.check_trace, edits_all_but("weights"), "1.weights must go on"),
+        (checks.check_trace, edits_all_but("stream"), "1.stream must go on"),
+        (checks.check_trace, edits_all_but("embedding"), "embedding must go on"),
+        (checks.check_trace, stays_on_an_error, "hooks are left .* raises an error"),
+        (checks.check_trace, with_gradients, "no gradients"),
+        (checks.check_ledger, swapped_biases, "0.bias is not layer 0's own"),
+    ],
+)
+def test_checks_name_the_mistake(check, wrong, mistake):
+    with pytest.raises(AssertionError, match=mistake):
+        check(wrong)
+
+
+def test_exercises_are_graded_in_a_model_of_twelve_layers():
+    def patches_eleven_for_one(clean, layer, head):
+        def edit(name, value):
+            if name.endswith(f"{layer}.contexts"):
+                value = value.clone()
+                value[:, head, -1] = clean[name][:, head, -1]
+            return value
+
+        return edit
+
+    def two_layers(seen):
+        both = torch.stack([seen["0.weights"], seen["1.weights"]])
+        return both.diagonal(-1, -2, -1).mean(dim=(1, 3))
+
+    with pytest.raises(AssertionError, match="11.contexts must stay"):
+        checks.check_patch(patches_eleven_for_one)
+    with pytest.raises(AssertionError, match="one number for each head"):
+        checks.check_previous_scores(two_layers)
 
 
 def test_ids_are_refused_as_by_the_model():

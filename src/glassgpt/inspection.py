@@ -19,7 +19,7 @@ See = Callable[[str, Tensor], Tensor]  # of a name and an activation
 
 
 def _watched(layer: int, see: See) -> Callable[..., Tensor]:
-    """Attention by the oracle, which shows each of its steps."""
+    """Attention by chapter 6's function, which shows each of its steps."""
 
     def attend(
         queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, _: float
@@ -125,12 +125,15 @@ def attribute(
 ) -> dict[str, Tensor]:
     """The share (B, T) of each part in final @ direction, its sum.
 
-    parts: a `ledger`. direction: (C,), such as a row of the head, or the difference of
-    two. The last norm's bias has a share of its own, "norm.bias". The scale of the norm
-    is taken as the whole stream made it. Source: Elhage et al. (2021).
+    parts: a `ledger`. direction: (C,), such as a row of the output head, or the
+    difference of two. The last norm's bias has a share of its own, "norm.bias". The
+    scale of the norm is taken as the whole stream made it, so a ledger without its
+    embedding gets a ValueError. Source: Elhage et al. (2021).
 
     Book: 18_looking_inside.html#who-writes-the-bracket
     """
+    if "embedding" not in parts:
+        raise ValueError("the whole ledger is needed: it sets the scale of the norm")
     norm: Any = model.norm
     parts = {name: part - _mean(norm, part) for name, part in parts.items()}
     size = torch.stack(list(parts.values())).sum(0).square().mean(-1) + norm.eps
@@ -151,15 +154,16 @@ def without(heads: Iterable[tuple[int, int]], usual: Mapping[str, Tensor]) -> Se
     """An edit for `trace` that lets heads (layer, head) say only what they usually say.
 
     usual: a trace of other texts; its mean over texts and positions takes the place of
-    a head's contexts. Raises ValueError for a layer that it lacks.
+    a head's contexts. Raises ValueError for a head that it lacks.
 
     Book: 18_looking_inside.html#proof-by-removal
     """
     removed: dict[str, list[int]] = {}
     for layer, head in heads:
-        removed.setdefault(f"{layer}.contexts", []).append(head)
-    if missing := removed.keys() - usual.keys():
-        raise ValueError(f"the trace has no {', '.join(sorted(missing))}")
+        name = f"{layer}.contexts"
+        if name not in usual or not 0 <= head < usual[name].shape[1]:
+            raise ValueError(f"the trace has no head {layer}.{head}")
+        removed.setdefault(name, []).append(head)
     means = {name: usual[name].mean((0, 2), keepdim=True) for name in removed}
 
     def edit(name: str, value: Tensor) -> Tensor:
@@ -186,12 +190,15 @@ def logit_lens(model: GPT, stream: Tensor) -> Tensor:
 def fit_lens(stream: Tensor, final: Tensor) -> nn.Linear:
     """The linear layer that brings a stream (B, T, C) nearest to the final one.
 
-    By least squares, over at least C + 1 positions; try it on texts that it did not
-    see. Source: Belrose et al. (2023), who fit the probabilities instead.
+    By least squares; try it on texts that it did not see. Raises ValueError unless
+    there are more than C + 1 positions. Source: Belrose et al. (2023), who fit the
+    probabilities instead.
 
     Book: 18_looking_inside.html#when-does-it-know
     """
     inputs = F.pad(stream.flatten(0, -2), (0, 1), value=1.0)  # (B T, C + 1)
+    if len(inputs) <= inputs.shape[1]:
+        raise ValueError(f"{len(inputs)} positions fit any lens: take more")
     solution = torch.linalg.lstsq(inputs, final.flatten(0, -2)).solution
     C = final.shape[-1]
     lens = nn.Linear(C, C, device=stream.device, dtype=stream.dtype)
@@ -204,10 +211,12 @@ def induction_scores(seen: Mapping[str, Tensor], period: int) -> Tensor:
 
     seen: a trace of ids (B, 2 period) whose second half repeats the first. The score is
     the mean weight, over the second half, on the token after the earlier occurrence.
-    Source: Olsson et al. (2022).
+    Raises ValueError for another length. Source: Olsson et al. (2022).
 
     Book: 18_looking_inside.html#watch-an-ability-appear
     """
     weights = [value for name, value in seen.items() if name.endswith(".weights")]
+    if weights[0].shape[-1] != 2 * period:
+        raise ValueError(f"{weights[0].shape[-1]} tokens are not twice {period}")
     ahead = torch.stack(weights).diagonal(1 - period, -2, -1)  # (L, B, H, period + 1)
     return ahead[..., 1:].mean(dim=(1, 3))

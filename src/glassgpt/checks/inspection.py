@@ -5,6 +5,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -25,8 +26,9 @@ _SIZES: dict[str, Any] = {
 
 
 def _models() -> Iterator[tuple[Any, Tensor]]:
-    """Models with random numbers everywhere, biases and norms too, and ids (2, 7)."""
-    llama = ModernConfig(**_SIZES, key_value_heads=2, **LLAMA_CHOICES)
+    """Models with random numbers everywhere, biases and norms too, and ids (2, T)."""
+    sizes = _SIZES | {"layers": 12, "heads": 8}  # so that 1 and 11 can be mistaken
+    llama = ModernConfig(**sizes, key_value_heads=4, **LLAMA_CHOICES)
     for config in (GPTConfig(**_SIZES), llama):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -34,7 +36,7 @@ def _models() -> Iterator[tuple[Any, Tensor]]:
             with torch.no_grad():
                 for parameter in model.parameters():
                     parameter.add_(0.3 * torch.randn_like(parameter))
-            yield model, torch.randint(11, (2, 7))
+            yield model, torch.randint(11, (2, 7 if config.layers == 2 else 5))
 
 
 def _near(a: Tensor, b: Tensor) -> bool:
@@ -55,13 +57,21 @@ def check_trace(trace: Callable[..., dict[str, Tensor]]) -> None:
         seen = trace(model.train(), ids)
         off = (seen["logits"] - wanted).abs().max()
         assert off < 1e-12, f"the logits are off by {off:.0e}: is dropout switched off?"
+        assert not seen["logits"].requires_grad, "no gradients: use `torch.no_grad`"
         _check_equations(model, seen)
-        assert all(part.training for part in model.modules()), "restore the mode"
-        kept = [block.attention.attend for block in model.blocks]
-        assert kept == attends, "give the attention its own `attend` back"
-        hooks = [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
-        assert not hooks, "hooks are left in the model"
-        _check_edit(trace, model, ids, wanted)
+        _check_edit(trace, model, ids, seen)
+        _check_left(model, attends, "")
+        with suppress(ZeroDivisionError):
+            trace(model, ids, lambda name, value: value if name != "1.mlp" else 1 / 0)
+        _check_left(model, attends, " when an edit raises an error")
+
+
+def _check_left(model: Any, attends: list[Any], when: str) -> None:
+    assert all(part.training for part in model.modules()), f"restore the mode{when}"
+    kept = [block.attention.attend for block in model.blocks]
+    assert kept == attends, f"give the attention its own `attend` back{when}"
+    hooks = [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
+    assert not hooks, f"hooks are left in the model{when}"
 
 
 def _check_equations(model: Any, seen: dict[str, Tensor]) -> None:
@@ -70,7 +80,7 @@ def _check_equations(model: Any, seen: dict[str, Tensor]) -> None:
         at = {
             name.partition(".")[2]: v
             for name, v in seen.items()
-            if name[0] == f"{layer}"
+            if name.startswith(f"{layer}.")
         }
         with torch.no_grad():
             q, k, v = at["queries"], at["keys"], at["values"]
@@ -100,17 +110,22 @@ def _check_equations(model: Any, seen: dict[str, Tensor]) -> None:
 
 
 def _check_edit(
-    trace: Callable[..., dict[str, Tensor]], model: Any, ids: Tensor, wanted: Tensor
+    trace: Callable[..., dict[str, Tensor]],
+    model: Any,
+    ids: Tensor,
+    plain: dict[str, Tensor],
 ) -> None:
-    def flatten(name: str, value: Tensor) -> Tensor:
-        return (
-            torch.zeros_like(value) if name.endswith(("contexts", "hidden")) else value
-        )
+    for place in plain:
+        if place[0].isdigit() and not place.startswith("1."):
+            continue  # one layer stands for all
 
-    seen = trace(model, ids, flatten)
-    changed = not _near(seen["logits"], wanted)
-    assert changed, "what an edit returns must go on"
-    assert not seen["1.contexts"].any(), "the trace holds what the edit returned"
+        def flatten(name: str, value: Tensor, place: str = place) -> Tensor:
+            return torch.zeros_like(value) if name == place else value
+
+        seen = trace(model, ids, flatten)
+        changed = not _near(seen["logits"], plain["logits"])
+        assert changed, f"what an edit returns for {place} must go on"
+        assert not seen[place].any(), "the trace holds what the edit returned"
 
 
 def check_ledger(ledger: Callable[..., dict[str, Tensor]]) -> None:
@@ -123,28 +138,28 @@ def check_ledger(ledger: Callable[..., dict[str, Tensor]]) -> None:
     for model, ids in _models():
         seen = trace(model, ids)
         parts = ledger(model, seen)
-        wanted, biased = seen["1.stream"], model.blocks[0].attention.projection.bias
-        off = (sum(parts.values()) - wanted).abs().max()
-        if biased is not None:
-            lacking = off > 1e-12 and "0.bias" not in parts
-            assert not lacking, "the biases of attention's last layer are missing"
-        assert off < 1e-12, f"the ledger is off by {off:.0e}"
-
         for layer, block in enumerate(model.blocks):
-            matrix = block.attention.projection.weight
-            for head in range(4):
+            projection = block.attention.projection
+            for head in range(model.config.heads):
                 alone = torch.zeros_like(seen[f"{layer}.contexts"])
                 alone[:, head] = seen[f"{layer}.contexts"][:, head]
-                wrote = alone.transpose(1, 2).flatten(2) @ matrix.T
+                wrote = alone.transpose(1, 2).flatten(2) @ projection.weight.T
                 assert _near(parts[f"{layer}.head.{head}"], wrote), (
                     f"head {head} of layer {layer} does not get its own columns"
                 )
             assert _near(parts[f"{layer}.mlp"], seen[f"{layer}.mlp"]), (
                 f"{layer}.mlp is not what the MLP wrote"
             )
+            if projection.bias is not None:
+                name = f"{layer}.bias"
+                assert name in parts, "the biases of attention's last layer are missing"
+                bias = projection.bias.expand_as(seen["embedding"])
+                assert _near(parts[name], bias), f"{name} is not layer {layer}'s own"
         assert _near(parts["embedding"], seen["embedding"]), (
             "the embedding is not what entered block 0"
         )
+        off = (sum(parts.values()) - seen[f"{layer}.stream"]).abs().max()
+        assert off < 1e-12, f"the ledger is off by {off:.0e}: it has too much"
 
 
 def check_attribute(attribute: Callable[..., dict[str, Tensor]]) -> None:
@@ -159,19 +174,26 @@ def check_attribute(attribute: Callable[..., dict[str, Tensor]]) -> None:
         parts = ledger(model, seen)
         direction = (model.head.weight[3] - model.head.weight[5]).detach()
         shares = attribute(model, parts, direction)
-        off = (sum(shares.values()) - seen["final"] @ direction).abs().max()
-        kind = type(model.norm).__name__
-        assert off < 1e-10, f"the shares are off by {off:.0e} behind a {kind}"
-        size = (sum(parts.values()).square().mean(-1) + model.norm.eps).sqrt()
-        layer_norm = isinstance(model.norm, torch.nn.LayerNorm)
-        if layer_norm:
-            size = (sum(parts.values()).var(-1, correction=0) + model.norm.eps).sqrt()
+        norm, stream = model.norm, seen[f"{model.config.layers - 1}.stream"]
+        layer_norm = isinstance(norm, torch.nn.LayerNorm)
+        power = stream.var(-1, correction=0) if layer_norm else stream.square().mean(-1)
+        toward = direction * norm.weight / (power + norm.eps).sqrt()[..., None]
         for name, part in parts.items():
             centered = part - part.mean(-1, keepdim=True) if layer_norm else part
-            wanted = (centered / size[..., None] * model.norm.weight) @ direction
-            assert (shares[name] - wanted).abs().max() < 1e-10, (
+            left_in, wanted = ((p * toward).sum(-1) for p in (part, centered))
+            right = _close(shares[name], wanted)
+            assert right or not _close(shares[name], left_in), (
+                "a LayerNorm subtracts the mean of each part"
+            )
+            assert right, (
                 f"the share of {name} is not its own, by the scale of the whole stream"
             )
+        off = (sum(shares.values()) - seen["final"] @ direction).abs().max()
+        assert off < 1e-10, f"the shares are off by {off:.0e}: the norm's bias?"
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return bool((a - b).abs().max() < 1e-10)
 
 
 def check_without(without: Callable[..., See]) -> None:
@@ -190,7 +212,7 @@ def check_without(without: Callable[..., See]) -> None:
             assert torch.equal(seen[name], before), (
                 "clone before you write: the trace changed"
             )
-            for head in range(4):
+            for head in range(model.config.heads):
                 wanted = (
                     means[head].expand_as(after[:, head])
                     if head in heads
@@ -217,17 +239,18 @@ def check_previous_scores(previous_scores: Callable[..., Tensor]) -> None:
     """
     for model, ids in _models():
         seen = trace(model, ids)
-        found = previous_scores(seen)
-        assert found.shape == (2, 4), (
-            f"one number for each head: (2, 4), not {tuple(found.shape)}"
+        found, layers = previous_scores(seen), model.config.layers
+        (_, heads, T, _), last = seen["0.weights"].shape, ids.shape[1] - 1
+        assert found.shape == (layers, heads), (
+            f"one number for each head: {(layers, heads)}, not {tuple(found.shape)}"
         )
-        wanted, own = torch.zeros(2, 4).double(), torch.zeros(2, 4).double()
-        for layer in range(2):
+        wanted, own = torch.zeros(2, layers, heads).double()
+        for layer in range(layers):
             weights = seen[f"{layer}.weights"]
-            for t in range(1, 7):
-                wanted[layer] += weights[:, :, t, t - 1].mean(0) / 6
-                own[layer] += weights[:, :, t, t].mean(0) / 6
-        assert not _near(found, wanted * 6 / 7), (
+            for t in range(1, T):
+                wanted[layer] += weights[:, :, t, t - 1].mean(0) / last
+                own[layer] += weights[:, :, t, t].mean(0) / last
+        assert not _near(found, wanted * last / T), (
             "the first token has none before it: leave it out"
         )
         assert (found - own).abs().max() > 1e-6, "these are weights on the token itself"
@@ -245,8 +268,9 @@ def check_patch(patch: Callable[..., See]) -> None:
     """
     for model, ids in _models():
         clean, seen = trace(model, ids), trace(model, ids.flip(1))
-        for layer, head in ((1, 2), (0, 3)):
+        for layer, head in ((1, 2), (0, 3)):  # 11 is not 1
             edit, place = patch(clean, layer, head), f"{layer}.contexts"
+            assert callable(edit), "return a function of a name and an activation"
             before = seen[place].clone()
             after = edit(place, seen[place])
             assert after is not None, "an edit returns the activation, changed or not"
@@ -275,9 +299,10 @@ def check_sources(sources: Callable[..., Tensor]) -> None:
     for model, ids in _models():
         seen = trace(model, ids)
         parts = ledger(model, seen)
-        for layer, head in ((layer, head) for layer in (0, 1) for head in range(4)):
+        (B, T), heads = ids.shape, model.config.heads
+        for layer, head in ((layer, head) for layer in (0, 1) for head in range(heads)):
             found, name = sources(model, seen, layer, head), f"{layer}.head.{head}"
-            assert found.shape == (2, 7, 7, 16), (
+            assert found.shape == (B, T, T, 16), (
                 f"(B, T, S, C), not {tuple(found.shape)}"
             )
             off = (found.sum(2) - parts[name]).abs().max()
@@ -285,8 +310,8 @@ def check_sources(sources: Callable[..., Tensor]) -> None:
             future = found[:, 2, 3:].abs().max()
             assert future == 0, "token 2 took something from later tokens"
             weights, values = seen[f"{layer}.weights"], seen[f"{layer}.values"]
-            value = values[:, head * values.shape[1] // 4, 1]
-            columns = model.blocks[layer].attention.projection.weight.chunk(4, 1)
+            value = values[:, head * values.shape[1] // heads, 1]
+            columns = model.blocks[layer].attention.projection.weight.chunk(heads, 1)
             term = weights[:, head, 4, 1, None] * (value @ columns[head].T)
             assert (found[:, 4, 1] - term).abs().max() < 1e-10, (
                 "what comes from token s is w[t, s] times s's own value through W_O"
