@@ -240,6 +240,30 @@ def test_the_search_finds_a_function(name, server, browser):
     page.close()
 
 
+def test_a_search_fits_a_phone_and_quotes_no_drawing(server, browser):
+    page = browser.new_page(viewport={"width": 390, "height": 844})
+    page.goto(f"{server}search.html?q=softmax")
+    page.locator("#search-results li p").first.wait_for()
+    assert not page.evaluate(WIDE)
+    assert "embeddings+" not in page.locator("#search-results").inner_text()
+    page.close()
+
+
+def test_contents_open_on_a_phone_and_lead_away(server, browser):
+    page = browser.new_page(viewport={"width": 390, "height": 844})
+    page.goto(server + "book/06_attention.html")
+    opened = page.locator("dialog[open]")
+    page.locator(".bd-header-article .primary-toggle").click()
+    opened.get_by_text("13. Generation").wait_for()
+    page.keyboard.press("Escape")
+    opened.wait_for(state="detached")
+    page.locator(".bd-header-article .secondary-toggle").click()
+    opened.get_by_role("link", name="The mask", exact=True).click()
+    opened.wait_for(state="detached")
+    assert page.url.endswith("#the-mask")
+    page.close()
+
+
 def test_exercises_lead_to_a_kernel(pages):
     graded = {path for path, seen in pages.items() if seen["graded"]}
     assert graded

@@ -23,3 +23,8 @@ const ask = () => {
   setTimeout(ask);
 };
 addEventListener("load", ask);
+
+// "On this page" as a drawer closes when it has led somewhere.
+addEventListener("click", ({ target }) => {
+  if (target.closest("a")?.hash) target.closest("dialog")?.close();
+});

@@ -2,6 +2,7 @@
 
 * Formulas become MathML when the book is built; the browser draws them.
 * Scripts that the book doesn't use are left out, and the others wait for the text.
+* What stands in drawings is not searched: the map of the book has words of every chapter.
 * 404.html answers for addresses that don't exist.
 """
 
@@ -15,6 +16,8 @@ import diet
 from docutils import nodes
 from math_core import LatexError, LatexToMathML
 from sphinx.util import logging
+
+from sphinx import search
 
 LOGGER = logging.getLogger(__name__)
 TO_MATHML = LatexToMathML(fancy_error=False)
@@ -45,6 +48,15 @@ def write_block(writer, node):
     box = writer.starttag(node, "div", CLASS="math pst-scrollable-table-container")
     writer.body.append(f"{box}{mathml(node, True)}</div>\n")
     raise nodes.SkipNode
+
+
+class Words(search.WordCollector):
+    """The words of a page that can be searched."""
+
+    def dispatch_visit(self, node):
+        if isinstance(node, nodes.raw) and "<svg" in node.astext():
+            raise nodes.SkipNode
+        super().dispatch_visit(node)
 
 
 def lighten(app, pagename, templatename, context, doctree):
@@ -93,6 +105,7 @@ def give_icon(app, error):
 
 def setup(app):
     app.add_html_math_renderer("mathml", (write_inline, None), (write_block, None))
+    search.WordCollector = Words
     app.connect("html-collect-pages", add_404)
     for change in (lighten, mend_body, describe, root_404):
         app.connect("html-page-context", change, priority=900)
