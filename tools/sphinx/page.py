@@ -54,7 +54,7 @@ class Words(search.WordCollector):
     """The words of a page that can be searched."""
 
     def dispatch_visit(self, node):
-        if isinstance(node, nodes.raw) and "<svg" in node.astext():
+        if isinstance(node, nodes.raw) and "glass-" in node.astext():
             raise nodes.SkipNode
         super().dispatch_visit(node)
 
