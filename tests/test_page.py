@@ -202,6 +202,17 @@ def test_nobody_is_barred(pages):
     assert collect(pages, "barred") == {}
 
 
+def test_what_is_out_of_view_can_be_found_by_a_screen_reader(server, browser):
+    page = browser.new_page()
+    page.goto(server + "book/06_attention.html")
+    page.wait_for_function(ASKED)
+    asking = page.context.new_cdp_session(page)
+    nodes = asking.send("Accessibility.getFullAXTree")["nodes"]
+    roles = [node["role"]["value"] for node in nodes if not node["ignored"]]
+    assert roles.count("slider") == page.locator("article input[type=range]").count()
+    page.close()
+
+
 def test_every_picture_has_alternative_text(pages):
     assert collect(pages, "mute") == {}
 

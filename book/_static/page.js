@@ -13,6 +13,9 @@ addEventListener("beforeprint", () => {
 });
 
 // Boxes that scroll can be focused. To ask one lays out its cell, so they are asked in turn.
+// A cell that is laid out need not wait any more, and so enters the accessibility tree, where
+// the browser keeps the text in view while what is above it takes its true height.
+const anchored = CSS.supports("overflow-anchor", "auto");
 const boxes = "pre, .cell_output > .output, .pst-scrollable-table-container";
 const waiting = [...document.querySelectorAll(boxes)];
 const ask = () => {
@@ -20,6 +23,8 @@ const ask = () => {
   if (!box) return;
   const { scrollWidth, clientWidth, scrollHeight, clientHeight } = box;
   box.tabIndex = scrollWidth > clientWidth || scrollHeight > clientHeight ? 0 : -1;
+  const cell = anchored && box.closest("div.cell");
+  if (cell) cell.style.contentVisibility = "visible";
   setTimeout(ask);
 };
 addEventListener("load", ask);
