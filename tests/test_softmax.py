@@ -443,6 +443,16 @@ WRONG = [
         "use masked_fill",
     ),
     (
+        "check_masked_softmax",
+        lambda x, allowed: normalized(torch.where(allowed, x.exp(), 0.0)),
+        "an allowed score of 1000",
+    ),
+    (
+        "check_masked_softmax",
+        lambda x, allowed: x.masked_fill_(~allowed, -math.inf).softmax(-1),
+        "changed in place",
+    ),
+    (
         "check_cross_entropy_gradient",
         lambda logits, targets: F.one_hot(targets, 4) - softmax(logits),
         "the sign is wrong, and",

@@ -39,6 +39,11 @@ def check_sinusoidal_positions(positions: Callable[[int, int], Tensor]) -> None:
     assert torch.allclose(got[-1], far, atol=1e-3), (
         "position 3999 is imprecise: calculate the angles in 32 bits or more"
     )
+    small = positions(2, 4)
+    assert small.shape == (2, 4), f"positions(2, 4) has shape {tuple(small.shape)}"
+    assert abs(small[1, 2] - math.sin(0.01)) < 1e-3, (
+        "at width 4 hand 1 must turn by 0.01: its speed depends on the width"
+    )
 
 
 def check_add_positions(embed: Callable[[Tensor, Tensor, Tensor, int], Tensor]) -> None:
@@ -50,19 +55,20 @@ def check_add_positions(embed: Callable[[Tensor, Tensor, Tensor, int], Tensor]) 
     """
     tokens = torch.tensor([[100.0, 0.0], [200.0, 0.0], [300.0, 0.0]])
     positions = torch.arange(10.0).view(5, 2)
-    ids = torch.tensor([[2, 0, 2], [1, 1, 0]])
-    for start in (0, 2):
+    every = torch.tensor([[2, 0, 2], [1, 1, 0]])
+    for start, T in ((0, 3), (2, 3), (3, 2)):
+        ids, end = every[:, :T], start + T
         try:
             got = embed(ids, tokens, positions, start)
         except (ValueError, IndexError, AssertionError) as error:
             raise AssertionError(
-                f"the table has positions {start} to {start + 2}, but they are refused "
+                f"the table has positions {start} to {end - 1}, but they are refused "
                 f"({type(error).__name__}: {error})"
             ) from None
         expect_tensor(got)
-        wanted = tokens[ids] + positions[start : start + 3]
-        assert got.shape == (2, 3, 2), f"ids (2, 3) give {tuple(got.shape)}"
-        assert start == 0 or not torch.equal(got, tokens[ids] + positions[:3]), (
+        wanted = tokens[ids] + positions[start:end]
+        assert got.shape == (2, T, 2), f"ids (2, {T}) give {tuple(got.shape)}"
+        assert start == 0 or not torch.equal(got, tokens[ids] + positions[:T]), (
             "start is ignored: the first token stands at position start"
         )
         assert torch.allclose(got, wanted), (
@@ -71,7 +77,7 @@ def check_add_positions(embed: Callable[[Tensor, Tensor, Tensor, int], Tensor]) 
         )
     for start in (4, 3):
         try:
-            embed(ids, tokens, positions, start)
+            embed(every, tokens, positions, start)
         except (ValueError, IndexError):
             continue
         except (RuntimeError, AssertionError) as error:
@@ -92,16 +98,17 @@ def check_shift_matrix(shift: Callable[[int, int], Tensor]) -> None:
 
     Book: 04_positions.html#exercise-3-a-step-is-a-matrix
     """
-    speeds = 10000.0 ** (-torch.arange(0, 8, 2, dtype=torch.float64) / 8)
 
     def row(t: int) -> Tensor:
-        return torch.stack(((t * speeds).sin(), (t * speeds).cos()), dim=-1).flatten()
+        angles = t * 10000.0 ** (-torch.arange(0, width, 2).double() / width)
+        return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten()
 
-    for distance in (1, 7):
-        matrix = shift(distance, 8)
+    for distance, width in ((1, 8), (7, 8), (7, 4)):
+        matrix = shift(distance, width)
         expect_tensor(matrix)
         matrix = matrix.double()
-        assert matrix.shape == (8, 8), f"the matrix has shape {tuple(matrix.shape)}"
+        shape, wanted = tuple(matrix.shape), (width, width)
+        assert shape == wanted, f"the matrix has shape {shape}, not {wanted}"
         for t in (20, 300):
             got = row(t) @ matrix
             back = torch.allclose(got, row(t - distance), atol=1e-4)

@@ -167,7 +167,9 @@ def check_masked_softmax(masked_softmax: Callable[[Tensor, Tensor], Tensor]) -> 
     """
     x = torch.tensor([[0.0, 1.0, 2.0, 2.5], [2.5, 2.0, 1.0, 0.0]])
     allowed = torch.tensor([[True, True, False, False], [True, True, True, True]])
+    before = x.clone()
     result = masked_softmax(x, allowed)
+    assert torch.equal(x, before), "the scores were changed in place: work on a copy"
     assert not result[0].isnan().any(), (
         "nan: 0 times infinity is no number, use masked_fill"
     )
@@ -186,6 +188,9 @@ def check_masked_softmax(masked_softmax: Callable[[Tensor, Tensor], Tensor]) -> 
     assert _close(result[:2], x[0, :2].softmax(-1)), (
         f"a forbidden score of 1000 makes 0 and 1 into {result[0]:.3f} and"
         f" {result[1]:.3f}: set it to -inf before anything else"
+    )
+    assert masked_softmax(x, x > 0).isfinite().all(), (
+        "an allowed score of 1000 gives nan: subtract the maximum, as softmax does"
     )
 
 
