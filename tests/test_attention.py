@@ -150,6 +150,15 @@ def variant(
     return attend
 
 
+def masked_from_the_left(queries, keys, values, mask=None):
+    return attention(queries, keys, values, None if mask is None else mask[None, None])
+
+
+def mask_of_the_first_text(queries, keys, values, mask=None):
+    first = mask[:1] if mask is not None and mask.dim() == 4 else mask
+    return attention(queries, keys, values, first)
+
+
 def mask_after(queries, keys, values, mask=None):
     _, weights = attention(queries, keys, values)
     weights = weights if mask is None else weights * mask
@@ -309,9 +318,9 @@ def einsum(queries, keys, values, mask=None):
 
 def loop(queries, keys, values, mask=None):
     mask = torch.ones(1, 1).bool() if mask is None else mask
-    mask = mask.expand(queries.shape[-2], keys.shape[-2])
     rows = queries.split(1, dim=-2)
-    rows = [attention(row, keys, values, m) for row, m in zip(rows, mask, strict=True)]
+    masks = mask.expand(*mask.shape[:-2], len(rows), -1).split(1, dim=-2)
+    rows = [attention(row, keys, values, m) for row, m in zip(rows, masks, strict=True)]
     context, weights = (torch.cat(parts, -2) for parts in zip(*rows, strict=True))
     return context, weights
 
@@ -361,6 +370,13 @@ WRONG = [
     ("check_attention", variant(divide=lambda width: width), "by the width itself"),
     ("check_attention", variant(divide=lambda width: width / 3), "divided by 2.67"),
     ("check_attention", variant(divide=lambda width: 5**0.5), "divided by 2.24"),
+    (
+        "check_attention",
+        lambda q, k, v, mask=None: attention(q * (q.shape[-1] / 8) ** 0.5, k, v, mask),
+        "the square root of the width 3",
+    ),
+    ("check_attention", masked_from_the_left, "must broadcast"),
+    ("check_attention", mask_of_the_first_text, "in each text of the batch"),
     ("check_attention", variant(axis=-2), "wrong axis"),
     ("check_attention", variant(use=lambda mask: None), "mask was ignored"),
     ("check_attention", variant(use=lambda mask: ~mask), "True means 'may look'"),
@@ -389,6 +405,8 @@ WRONG = [
         lambda x: masked(square(5).tril())(x.mul_(0.5)),
         "work on a copy",
     ),
+    ("check_causal", lambda x: 1e-7 * masked(None)(x), "row 0 looks at position 1"),
+    ("check_causal", lambda x: torch.zeros_like(x), "does not see position 0"),
     ("check_causal", masked(square(5).tril(1)), "row 0 looks at position 1"),
     ("check_causal", masked(square(5).triu()), "row 1 does not see position 0"),
     ("check_causal", masked(square(5).tril(-1)), "row 0 does not see position 0"),
