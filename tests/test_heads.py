@@ -131,6 +131,12 @@ def test_without_a_mask_queries_are_the_last_positions(H, T, earlier, seed):
     torch.testing.assert_close(found, wanted, atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("G", [1, 2, 6])
+def test_the_kernel_lets_heads_share_keys(G):
+    q, k, v = (torch.randn(2, heads, 5, 3) for heads in (6, G, G))
+    torch.testing.assert_close(fused_attention(q, k, v), grouped(q, k, v))
+
+
 @pytest.mark.parametrize("heads", [1, 2, 3, 4, 6, 12, 24])
 @pytest.mark.parametrize("T", [1, 2, 10, 257])
 def test_equals_torch_multihead_attention(heads, T):
@@ -351,6 +357,11 @@ def unmasked(module, x):
     return torch.stack([piece @ weight.mT for piece, weight in pieces], dim=1)
 
 
+def last_under_the_second(module, x):
+    first, second, third = contributions(module, x).unbind(1)
+    return torch.stack([first, second + third, 0 * third], 1)
+
+
 WRONG = [
     ("check_split_heads", reshape_split, "holds column 3 of position 0: view(B, H"),
     ("check_split_heads", dealt_split, "head 0 of position 0 holds column 2, not 1"),
@@ -422,6 +433,7 @@ WRONG = [
     ("check_grouped_attention", all_at_once, "6 queries, 2 keys"),
     ("check_grouped_attention", by_count_of_keys, "6 queries, 2 keys"),
     ("check_grouped_attention", always_three, "6 queries, 1 keys"),
+    ("check_grouped_attention", fused_attention, "bring them to H heads yourself"),
     ("check_grouped_attention", repeated, "heads 0 and 2 share a key"),
     (
         "check_grouped_attention",
@@ -462,6 +474,8 @@ def test_check_names_the_mistake(check, wrong, message):
         (lambda m, x: contributions(m, 2 * x), "don't sum to the output"),
         (lambda m, x: contributions(m, x).flip(1), "and yet it adds something"),
         (lambda m, x: contributions(m, x)[:, :1], "(B, H, T, C)"),
+        (lambda m, x: contributions(m, x)[:, [0, 2, 1]], "head 1 was cut off"),
+        (last_under_the_second, "head 1 was cut off"),
     ],
 )
 def test_wrong_contributions_are_named(wrong, message):
