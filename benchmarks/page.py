@@ -56,11 +56,10 @@ def main():
         ]
         print(f"Chromium {chromium.version}, {platform.machine()}")
         print(f"{model.parameter_count():,} parameters, {file.stat().st_size:,} bytes")
+        print("tokens a second:")
         for name, speeds in zip(ways, zip(*rounds, strict=True), strict=True):
             each = ", ".join(f"{speed:.0f}" for speed in speeds)
-            print(
-                f"{name}: median {statistics.median(speeds):.0f} tokens a second ({each})"
-            )
+            print(f"{name}: median {statistics.median(speeds):.0f} ({each})")
         chromium.close()
 
 
