@@ -148,7 +148,11 @@ def test_tokens_on_nasty_text(page, shakespeare):
         "\r\n\t",
     ]
     for text in texts:
-        assert page.evaluate(ASK, ["encode", text]) == shakespeare[1].encode(text)
+        ids = shakespeare[1].encode(text)
+        assert page.evaluate(ASK, ["encode", text]) == ids
+        assert page.evaluate(ASK, ["decode", ids]) == text
+    start = shakespeare[1].encode("\ufeffHi")  # browsers drop such a mark by themselves
+    assert page.evaluate(ASK, ["decode", start]) == "\ufeffHi"
 
 
 @no_browser
@@ -202,6 +206,11 @@ def test_a_reader_writes_and_looks(chromium, shakespeare, tmp_path):
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     tokens = page.locator(".tokens span")
     assert tokens.all_inner_texts() == ["ROMEO", ":"]
+    likeliest = page.locator(".guesses span").first.inner_text()
+    page.locator(".guesses i").first.click()  # all of a row is its button
+    page.get_by_text(f"\u201c{likeliest}\u201d is chosen.", exact=True).wait_for()
+    page.get_by_role("button", name="Start over").click()
+    page.wait_for_function("document.querySelector('glass-gpt').text.ids.length === 2")
     page.get_by_role("button", name="One token").click()
     page.wait_for_function("document.querySelector('glass-gpt').ids.length === 3")
     page.get_by_role("textbox", name="Prompt").fill("O Juliet")
@@ -223,7 +232,37 @@ def test_a_reader_writes_and_looks(chromium, shakespeare, tmp_path):
     page.wait_for_function("document.querySelector('glass-gpt').ids.length > 60")
     page.get_by_role("button", name="Stop").click()
     page.get_by_role("button", name="Write").wait_for()
+    page.evaluate("document.querySelector('glass-gpt').write(20)")  # to its end
+    count = page.evaluate("document.querySelector('glass-gpt').ids.length")
+    last = tokens.last.inner_text().replace("\n", "\u21b5")
+    assert tokens.count() == count
+    titles = page.locator(".title", has_text=f"after \u201c{last}\u201d")
+    assert titles.count() == 2  # the bars' and the lens', which waited
     assert page.trouble == []
+
+
+OLD = """
+delete Array.prototype.at;
+for (const name of Object.getOwnPropertyNames(Element.prototype))
+  if (name.startsWith("aria")) delete Element.prototype[name];
+Blob = class extends Blob {
+  constructor(parts, type) { super(["delete Array.prototype.at;", ...parts], type); }
+};
+"""
+
+
+@no_browser
+def test_a_browser_of_2022_runs_it(chromium, shakespeare, tmp_path):
+    publish(*shakespeare, tmp_path / "page.html", prompt="ROMEO:")
+    context = chromium.new_context()
+    context.add_init_script(OLD)
+    page = opened(context, tmp_path / "page.html")
+    page.evaluate("document.querySelector('glass-gpt').write(5)")
+    assert page.locator(".tokens span").count() == 7
+    assert page.locator(".tokens span[aria-selected=true]").count() == 1
+    assert page.locator(".guesses button[aria-label]").count() == 10
+    assert page.trouble == []
+    context.close()
 
 
 @no_browser
@@ -306,7 +345,15 @@ def test_what_a_page_cannot_run_is_refused_and_nothing_is_written(
     modern = glassgpt.ModernGPT(glassgpt.ModernConfig(len(tokenizer), 8, 1, 2, 8))
     large = glassgpt.GPT(glassgpt.GPTConfig(len(tokenizer), 8, 12, 2, 512))
     assert large.parameter_count() * 4 / 3 > LARGEST
+    letters = CharTokenizer("abc")
+    small = glassgpt.GPT(glassgpt.GPTConfig(3, 8, 1, 2, 8))
+    own = type("Own", (glassgpt.GPT,), {"forward": lambda *_: None})(small.config)
+    vast = glassgpt.GPT(small.config).double()
+    with torch.no_grad():
+        vast.norm.weight[0] = 1e39  # finite, but not in 32 bits
     for wrong, sentence in (
+        ((own, letters), "GPT-2's architecture"),
+        ((vast, letters), "not finite"),
         ((modern, tokenizer), "GPT-2's architecture"),
         ((glassgpt.lighten(model, "int8"), tokenizer), "GPT-2's architecture"),
         ((model, CharTokenizer("abc")), "3 tokens for a model of 2048"),
@@ -314,8 +361,6 @@ def test_what_a_page_cannot_run_is_refused_and_nothing_is_written(
     ):
         with pytest.raises(ValueError, match=sentence):
             publish(*wrong, path)
-    letters = CharTokenizer("abc")
-    small = glassgpt.GPT(glassgpt.GPTConfig(3, 8, 1, 2, 8))
     with pytest.raises(ValueError, match="is not in the vocabulary"):
         publish(small, letters, path, prompt="abd")
     with pytest.raises(ValueError, match="int8 or float32"):

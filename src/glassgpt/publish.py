@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from glassgpt.chat import template_of
-from glassgpt.gpt import GPT, GPTConfig
+from glassgpt.gpt import GPT
 from glassgpt.tokens import BPETokenizer, CharTokenizer, Tokenizer
 
 
@@ -54,7 +54,7 @@ def page_model(
     if weights not in ("int8", "float32"):
         raise ValueError(f"weights must be int8 or float32, not {weights!r}")
     c, parameters = model.config, dict(model.named_parameters())
-    if type(c) is not GPTConfig or "blocks.0.mlp.expand.weight" not in parameters:
+    if type(model) is not GPT or "blocks.0.mlp.expand.weight" not in parameters:
         raise ValueError("a page runs GPT-2's architecture (glassgpt.GPT), no other")
     if len(tokenizer) != c.vocab_size:
         raise ValueError(f"{len(tokenizer)} tokens for a model of {c.vocab_size}")
@@ -63,7 +63,7 @@ def page_model(
     if size > LARGEST:
         most = f"a browser should read at most {LARGEST / 1e6:.0f} MB"
         raise ValueError(f"the page would have {size / 1e6:.0f} MB, and {most}")
-    if not all(p.isfinite().all() for p in parameters.values()):
+    if not all(p.float().isfinite().all() for p in parameters.values()):
         raise ValueError("some weights are not finite: is the model damaged?")
     tokenizer.encode(prompt)  # raises where the vocabulary lacks one of its characters
     sizes = {name: getattr(c, name) for name in ("context", "layers", "heads", "width")}
@@ -148,7 +148,7 @@ body {{ max-width: 42rem; margin: 1rem auto; padding: 0 1rem; font-family: syste
 <h1>{title}</h1>
 <p>A GPT of {parameters:,} parameters runs in this page; nothing you write leaves it.
 It continues a text, one token at a time. Click on a bar to choose the next token
-yourself, or on a token of the text to look there.</p>
+yourself (what came after it is cut off), or on a token of the text to look there.</p>
 <glass-gpt><p>It needs JavaScript.</p></glass-gpt>
 <p>Made with <a href="https://glassgpt.github.io/glassgpt/">Glass GPT</a>.</p>
 </main>

@@ -144,7 +144,7 @@ function mergeWord(ids, becomes) {
     const first = pairs.reduce((a, b) => Math.min(a, b), Infinity);
     if (first === Infinity) return ids;
     ids = ids.reduce((merged, id) => {
-      if (born(merged.at(-1), id) === first) merged[merged.length - 1] = first;
+      if (born(merged[merged.length - 1], id) === first) merged[merged.length - 1] = first;
       else merged.push(id);
       return merged;
     }, []);
@@ -161,7 +161,7 @@ function encode(text, { bytes, idOf, becomes }) {
 }
 
 function decode(ids, { pieces }) {
-  return new TextDecoder().decode(Uint8Array.from(ids.flatMap((id) => pieces[id])));
+  return new TextDecoder("utf-8", { ignoreBOM: true }).decode(Uint8Array.from(ids.flatMap((id) => pieces[id])));
 }
 
 function candidates(scores, { temperature = 1, topK = Infinity, topP = 1 } = {}) {

@@ -22,36 +22,39 @@ const escapes = { "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;" };
 const escaped = (text) => text.replace(/[&<>"]/g, (sign) => escapes[sign]);
 const visible = (piece) => escaped(piece).replaceAll("\n", "↵");
 const spoken = (piece) =>
-  escaped(piece).replaceAll("\n", "new line").replace(/^ +$/, "space");
+  piece.replaceAll("\n", "new line").replace(/^ +$/, "space");
 const percent = (share) => `${(100 * share).toFixed(1)}%`;
 
 // A panel: its HTML, what connects its buttons, what draws it when the text changes.
 const PANELS = {};
 
-const GUESS = `<button></button><i></i><b aria-hidden="true"></b>`;
+const GUESS = `<button><span></span><i></i><b></b></button>`;
 
 PANELS.next = {
   html: () => `<p class="title"></p>
     <div class="guesses">${GUESS.repeat(10)}</div><p class="count"></p>`,
   start(figure, find) {
     find("div").onclick = ({ target }) => {
-      const { ids, position } = figure.text;
-      if (target.value) figure.become([...ids.slice(0, position + 1), +target.value]);
+      const { ids, position } = figure.text, row = target.closest("button");
+      if (!row) return;
+      const cut = position + 1 < ids.length ? ", and what followed is cut off" : "";
+      const news = `“${row.firstChild.textContent}” is chosen${cut}.`;
+      figure.become([...ids.slice(0, position + 1), +row.value], news);
     };
   },
   async update({ ask, settings, text: { ids, position, piece } }, find) {
     const { kept, choices } = await ask("next", ids, position, settings, 10);
     find(".title").innerHTML = `The next token, after “${visible(piece)}”`;
-    const bars = find.all("i"), numbers = find.all("b");
-    find.all("button").forEach((button, row) => {
-      const { id, piece, probability } = choices[row] ?? {};
-      for (const part of [button, bars[row], numbers[row]]) part.hidden = !choices[row];
-      if (!choices[row]) return;
-      button.value = id;
-      button.innerHTML = visible(piece);
-      button.ariaLabel = `${spoken(piece)}, ${percent(probability)}`;
-      bars[row].style.width = `${(100 * probability) / choices[0].probability}%`;
-      numbers[row].textContent = percent(probability);
+    find.all("button").forEach((row, i) => {
+      row.hidden = i >= choices.length;
+      if (row.hidden) return;
+      const { id, piece, probability } = choices[i];
+      const [token, bar, number] = row.children;
+      row.value = id;
+      row.setAttribute("aria-label", `${spoken(piece)}, ${percent(probability)}`);
+      token.innerHTML = visible(piece);
+      bar.style.width = `${(100 * probability) / choices[0].probability}%`;
+      number.textContent = percent(probability);
     });
     find(".count").textContent = `Tokens that can be drawn: ${kept}`;
   },
@@ -81,13 +84,13 @@ PANELS.tokens = {
     while (same < pieces.length && pieces[same] === shown[same]) same += 1;
     while (box.childElementCount > same) box.lastElementChild.remove();
     box.insertAdjacentHTML("beforeend", pieces.slice(same).map((piece, i) =>
-      `<div><span role="option" id="token${same + i}" aria-label="${spoken(piece)}"
+      `<div><span role="option" id="token${same + i}" aria-label="${escaped(spoken(piece))}"
         >${visible(piece)}</span>${"<br>".repeat(piece.split("\n").length - 1)}</div>`
     ).join(""));
     box.shown = pieces;
     find.all("span").forEach((token, i) => {
-      token.ariaSelected = i === position;
-      token.ariaDisabled = i < first;
+      token.setAttribute("aria-selected", i === position);
+      token.setAttribute("aria-disabled", i < first);
     });
     box.setAttribute("aria-activedescendant", `token${position}`);
     const chosen = find.all("span")[position];
@@ -148,7 +151,7 @@ PANELS.attention = {
     ${slider("layer", sizes.layers, 1)}
     ${slider("head", sizes.heads, 1)}
     <p class="told" aria-live="polite"></p>
-    <p>The darker a token, the more the head looks at it.</p>`,
+    <p>The stronger the color of a token, the more the head looks at it.</p>`,
   start(figure, find) {
     figure.controls(find, () => find.all("input").map((input) => input.value));
     figure.hover = (place) => {
@@ -162,7 +165,7 @@ PANELS.attention = {
     const [layer, head] = find.all("input").map((input) => input.value - 1);
     const weights = [...await figure.ask("weights", ids, from, layer, head)];
     const order = [...weights.keys()].sort((a, b) => weights[b] - weights[a]);
-    const most = weights[order[0]]; // it gets the darkest shade
+    const most = weights[order[0]]; // it gets the strongest color
     const box = figure.shadowRoot.querySelector(".tokens");
     box?.classList.add("shaded");
     box?.querySelectorAll("span").forEach((token, i) => {
@@ -177,14 +180,15 @@ PANELS.attention = {
 
 PANELS.lens = {
   html: () => `<p class="title"></p><table></table>`,
-  async update({ ask, text: { ids, position, piece } }, find) {
+  async update({ ask, writing, text: { ids, position, piece } }, find) {
+    if (writing) return;
     const cell = ({ piece, probability }) =>
       `<td><code>${visible(piece)}</code> ${percent(probability)}</td>`;
     const rows = (await ask("lens", ids, position, 3)).map((guesses, layer) =>
       `<tr><th scope="row">${layer ? `block ${layer}` : "embedding"}</th>
         ${guesses.map(cell).join("")}</tr>`);
-    find(".title").innerHTML = `The next token as each block sees it, after
-      “${visible(piece)}”`;
+    find(".title").innerHTML = `The next token as each block sees it, at
+      temperature 1, after “${visible(piece)}”`;
     find("table").innerHTML = rows.join("");
   },
 };
@@ -196,7 +200,8 @@ PANELS.pass = {
   start(figure, find) {
     figure.controls(find, () => [find("input").value]);
   },
-  async update({ ask, text: { ids, position } }, find) {
+  async update({ ask, writing, text: { ids, position } }, find) {
+    if (writing) return;
     const steps = await ask("pass", ids, position);
     const { does, vector } = steps[find("input").value - 1];
     const largest = vector.reduce((a, b) => Math.max(a, Math.abs(b)), 1e-9);
@@ -267,15 +272,20 @@ overflow:auto;padding:.3rem}
 .tokens span{white-space:pre-wrap;padding:.2em .1em;margin:0 1px;border-radius:3px;
 cursor:pointer;background:#e83e8c26;box-decoration-break:clone}
 .tokens div:nth-child(even) span{background:#e83e8c52}
-.tokens.shaded div span{background:rgb(160 80 180/calc(.6*var(--weight,0)))}
+.tokens.shaded div span{background:rgb(160 80 180/calc(.6*var(--weight,0)));
+box-shadow:inset 0 0 0 1px #8f8f8f66}
 .tokens span[aria-selected=true]{outline:2px solid #d2142d}
 .tokens span[aria-disabled=true]{text-decoration:line-through;cursor:default}
 [hidden]{display:none!important}
-.guesses{display:grid;grid-template-columns:minmax(4em,max-content) 1fr 4.2em;
-gap:2px .5rem;align-items:center}
-.guesses button{min-height:1.75rem;padding:0 .4rem;text-align:right;white-space:pre;
+.guesses{display:grid;gap:2px}
+.guesses button{display:grid;grid-template-columns:7.5em 1fr 4.2em;gap:.5rem;
+align-items:center;min-height:1.75rem;padding:0;border:0;text-align:left}
+.guesses button:hover{background:#8f8f8f33}
+.guesses span{justify-self:end;max-width:100%;box-sizing:border-box;overflow:hidden;
+padding:0 .4rem;border:1px solid #8f8f8f;border-radius:4px;white-space:pre;
 font:.95rem ui-monospace,Menlo,Consolas,monospace}
 .guesses i{background:#8f8f8f;height:.9em;min-width:1px;border-radius:2px}
+.guesses i,.strip i{forced-color-adjust:none}
 label{display:grid;grid-template-columns:7em 1fr 3.5em;gap:.5rem;align-items:center}
 label input{width:100%;height:2rem;margin:0;cursor:pointer}
 output,td,.guesses b{font-weight:400;font-variant-numeric:tabular-nums}
@@ -285,7 +295,7 @@ code{font:.95rem ui-monospace,Menlo,Consolas,monospace;white-space:pre}
 .strip{display:flex;height:1.6rem;border:1px solid #8f8f8f}
 .strip i{flex:1}
 @media(pointer:coarse){.tokens{line-height:2.5}.tokens span{padding:.4em .45em}
-.guesses{row-gap:6px}}
+.guesses{gap:6px}}
 .said{white-space:pre-wrap}
 `;
 
@@ -414,7 +424,7 @@ class GlassGPT extends HTMLElement {
     const last = ids.length - 1;
     const position = Math.max(Math.min(this.chosen ?? last, last), first);
     this.text = { ids, first, pieces, position, piece: pieces[position] };
-    for (const update of this.panels) if (number === this.shows) await update();
+    await Promise.all(this.panels.map((update) => update()));
   }
 
   select(position) {
@@ -425,28 +435,26 @@ class GlassGPT extends HTMLElement {
 
   async write(count, each) {
     const run = ++this.runs; // a stop, or another text, begins a new number
-    let ids = this.ids, ended = false;
+    let drawn = true, ended = false;
     this.writing = true;
     this.chosen = undefined;
     while (count > 0 && !ended) {
-      const pause = performance.now() + 12; // some tokens, then the page is drawn
-      while (count > 0 && !ended && performance.now() < pause) {
-        const id = await this.ask("draw", ids, this.settings);
-        if (run !== this.runs) return;
-        ended = id === null; // a special token ends a text
-        if (!ended) ids = [...ids, id];
-        count -= 1;
+      if (drawn) { // one drawing at a time, then a tenth of a second for tokens alone
+        drawn = false;
+        this.show().then(() => setTimeout(() => { drawn = true; }, 100));
       }
-      this.ids = ids;
-      await this.show();
-      await each?.();
-      await new Promise(requestAnimationFrame);
+      const id = await this.ask("draw", this.ids, this.settings);
       if (run !== this.runs) return;
+      ended = id === null; // a special token ends a text
+      if (!ended) this.ids = [...this.ids, id];
+      await each?.();
+      count -= 1;
     }
     this.writing = false;
-    if (this.playing) return;
-    const past = this.text.first ? " The model no longer sees those struck out." : "";
-    this.news = `${ids.length} tokens.${ended ? " The text ends here." : past}`;
+    const { ids, sizes: { context } } = this;
+    const past = ids.length > context ? " The model no longer sees those struck out." : "";
+    const news = `${ids.length} tokens.${ended ? " The text ends here." : past}`;
+    if (!this.playing) this.news = news;
     await this.show();
   }
 
