@@ -269,7 +269,8 @@ button.main{background:#a6101f;border-color:#a6101f;color:#fff}
 overflow:auto;padding:.3rem}
 .tokens div{display:inline}
 :host([plays]) .tokens{height:8rem}
-.tokens span{white-space:pre-wrap;padding:.2em .1em;margin:0 1px;border-radius:3px;
+.tokens span{display:inline-block;max-width:100%;white-space:pre-wrap;
+padding:.2em .1em;margin:0 1px;border-radius:3px;
 cursor:pointer;background:#e83e8c26;box-decoration-break:clone}
 .tokens div:nth-child(even) span{background:#e83e8c52}
 .tokens.shaded div span{background:rgb(160 80 180/calc(.6*var(--weight,0)));
@@ -378,6 +379,7 @@ class GlassGPT extends HTMLElement {
     });
     await this.begin(this.prompt);
     live.hidden = false;
+    this.closest("[role=group]")?.setAttribute("aria-label", "A live language model");
     live.onpointerdown = live.onkeydown = ({ target }) => {
       if (!target.matches(".main")) this.playing = false; // that button says Stop
     };
