@@ -199,10 +199,15 @@ class NoParameter(nn.Module):
         self.weight = torch.zeros(rows, width)
 
 
-class Wide(Embedding):
-    def __init__(self, rows, width):
-        super().__init__(rows, width)
-        nn.init.normal_(self.weight)
+def starting(start):
+    """A kind of embedding whose weight begins as start(rows, width)."""
+
+    class Started(Embedding):
+        def __init__(self, rows, width):
+            super().__init__(rows, width)
+            self.weight.data = start(rows, width)
+
+    return Started
 
 
 def nearest_to(of_b, of_a, of_c):
@@ -284,6 +289,8 @@ def test_right_answers_pass(check, right):
         (checks.check_cosine_similarity, dot_product, "dot product"),
         (checks.check_cosine_similarity, formula, "zero vector gives nan"),
         (checks.check_cosine_similarity, last_axis, "dim=1"),
+        (checks.check_cosine_similarity, lambda a, b, dim=-1: dot_product(a, b, dim) / (
+            a.norm(dim=dim) * b.norm(dim=dim) + 1e-8), "with itself"),
         (checks.check_cosine_similarity, lambda a, b, dim=-1: abs(
             cosine_similarity(a, b, dim)), "opposite"),
         (checks.check_matrix_product, lambda a, b: (a @ b).T, "transposed"),
@@ -292,11 +299,25 @@ def test_right_answers_pass(check, right):
         (checks.check_matrix_product, lambda a, b: a @ b.flip(1), "column 0 of b"),
         (checks.check_matrix_product, lambda a, b: -a @ b, "entry (0, 0) is -4"),
         (checks.check_matrix_product, lambda a, b: (a @ b).clamp(max=8.5), "wrong: "),
+        (checks.check_matrix_product, lambda a, b: a[:2] @ b, "wrong for"),
+        (checks.check_matrix_product, lambda a, b: a[:, :3] @ b[:3], "wrong for"),
+        (checks.check_matrix_product, lambda a, b: (a.int() @ b.int()).float(),
+         "fractions"),
         (checks.check_embedding, OneRowTooFew, "each id becomes a row"),
         (checks.check_embedding, Frozen, "no gradient"),
         (checks.check_embedding, NoParameter, "nn.Parameter"),
         (checks.check_embedding, nn.Embedding, "deviation"),
-        (checks.check_embedding, Wide, "start with"),
+        (checks.check_embedding, starting(torch.randn), "start with"),
+        (checks.check_embedding, starting(
+            lambda *shape: 1 + 0.02 * torch.randn(shape)), "around 1, not 0"),
+        (checks.check_embedding, starting(
+            lambda *shape: 0.02 * torch.randn(shape[0], 1).expand(shape)),
+         "all columns start alike"),
+        (checks.check_embedding, starting(
+            lambda *shape: 0.02 * torch.randn(shape[1]).expand(shape)),
+         "all rows start alike"),
+        (checks.check_embedding, starting(
+            lambda *shape: 0.04 * 3**0.5 * (torch.rand(shape) - 0.5)), "not 68%"),
         (checks.check_embedding, lambda rows, width: Embedding(width, rows),
          "rows, width"),
         (checks.check_lookup, lambda table, ids: table[ids.flatten()], "ids"),
@@ -308,6 +329,10 @@ def test_right_answers_pass(check, right):
         (checks.check_analogy, measured(by_distance), "by distance"),
         (checks.check_analogy, measured(by_dot_product), "dot product"),
         (checks.check_analogy, measured(by_rows_of_norm_one), "of rows made norm 1"),
+        (checks.check_analogy, measured(lambda *each: by_cosine(*each).abs()),
+         "opposite way"),
+        (checks.check_analogy, lambda a, b, c, table: 3 + by_cosine(
+            table, a, b, c)[3:].argmax(), "reverse order"),
         (checks.check_analogy, nearest_to(1, -1, -1), "sign of c"),
         (checks.check_analogy, nearest_to(1, 1, 1), "wrong or missing"),
         (checks.check_analogy, nearest_to(-1, 1, 1), "wrong or missing"),

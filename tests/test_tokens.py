@@ -103,6 +103,7 @@ def train_peer(text, vocab_size):
 
 def test_package_passes_its_checks(trained, gpt2):
     checks.check_split_words(split_words)
+    checks.check_split_numbers(in_threes())
     checks.check_learn_merges(learn_merges)
     checks.check_merge_word(merge_word)
     for tokenizer in (trained, gpt2):
@@ -121,6 +122,12 @@ def pairs_counted_once(counts, number):
         for pair in pairwise(byte_ids(word)):
             pairs[pair] += times
     return sorted(pairs, key=lambda pair: (-pairs[pair], pair))[:number]
+
+
+def pairs_once_in_a_word(counts, number):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokens, "pairwise", lambda ids: set(pairwise(ids)))
+        return learn_merges(counts, number)
 
 
 def ties_by_largest(counts, number):
@@ -144,12 +151,20 @@ def from_the_left(text):
     return regex.findall(r"\p{N}{1,3}|'s| ?\p{L}+|\s|[^\p{N}\p{L}\s]+", text)
 
 
+def in_threes(digit=r"\p{N}", blank=""):
+    """A right `split_numbers` for these digits; `blank` are alternatives for spaces."""
+    groups = rf"{digit}{{1,3}}(?=(?:{digit}{{3}})*(?!{digit}))| ?(?!{digit})\p{{N}}++"
+    words = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?[^\s\p{L}\p{N}]++|"
+    return regex.compile(words + groups + blank + r"|\s+(?!\S)|\s+").findall
+
+
 WRONG = [
     (checks.check_split_words, str.split, "lost"),
     (checks.check_split_words, lambda t: regex.findall(r"\s+|\S+", t), "belongs"),
     (checks.check_split_words, lambda t: regex.findall(r"\s*\S+|\s+", t), "last space"),
     (checks.check_learn_merges, words_glued, "border"),
     (checks.check_learn_merges, pairs_counted_once, "count again"),
+    (checks.check_learn_merges, pairs_once_in_a_word, "counts twice"),
     (checks.check_learn_merges, ties_by_largest, "smallest"),
     (
         checks.check_learn_merges,
@@ -165,6 +180,8 @@ WRONG = [
     ),
     (checks.check_split_numbers, from_the_left, "from the right"),
     (checks.check_split_numbers, split_words, "18890"),
+    (checks.check_split_numbers, in_threes(blank=r"|\s+(?=\p{N})"), "one space alone"),
+    (checks.check_split_numbers, in_threes(digit="[0-9]"), "Arabic"),
 ]
 
 
@@ -189,12 +206,19 @@ class Deaf(BPETokenizer):
         return super().encode(text)
 
 
+class Forgetful(BPETokenizer):
+    def encode(self, text, allow_special=False):
+        ids = super().encode(text, allow_special)
+        return [n for n in ids if n >= 256] if allow_special else ids
+
+
 @pytest.mark.parametrize(
     ("check", "kind", "words"),
     [
         (checks.check_tokenizer_round_trip, Hasty, "lost or changed"),
         (checks.check_special_tokens, Trusting, "unasked"),
         (checks.check_special_tokens, Deaf, "allow_special"),
+        (checks.check_special_tokens, Forgetful, "beside it is lost"),
     ],
 )
 def test_tokenizer_check_names_the_mistake(check, kind, words):

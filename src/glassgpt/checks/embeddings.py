@@ -44,6 +44,9 @@ def check_cosine_similarity(similarity: Callable[..., Tensor]) -> None:
     assert abs(opposite + 1) < 1e-5, f"opposite vectors give {opposite:.3f}, not -1"
     zero = float(similarity(torch.zeros(2), a))
     assert zero == 0, f"a zero vector gives {zero}, not 0: don't divide by its norm"
+    short = torch.tensor([1e-5, 0.0])
+    got = float(similarity(short, short))
+    assert abs(got - 1) < 1e-5, f"(1e-5, 0) with itself gives {got:.3g}, not 1"
     _check_axes(similarity)
 
 
@@ -71,9 +74,18 @@ def check_embedding(embedding: Callable[[int, int], nn.Module]) -> None:
     layer = embedding(5, 3)
     _check_rows(layer)
     _check_gradient(layer)
-    spread = embedding(1000, 50).weight.std().item()
+    weight = embedding(1000, 50).weight
+    spread, mean = weight.std().item(), weight.mean().item()
+    for dim, alike in ((0, "all rows"), (1, "all columns")):
+        varied = weight.std(dim).mean() > spread / 2
+        assert varied, f"{alike} start alike: draw each number by itself"
     started = abs(spread - 0.02) < 0.001
     assert started, f"the rows start with standard deviation {spread:.3f}, not 0.02"
+    assert abs(mean) < 0.001, f"the rows start around {mean:.3g}, not 0"
+    near = (weight.abs() < 0.02).double().mean().item()
+    assert abs(near - 0.68) < 0.02, (
+        f"{near:.0%} of the numbers are within 0.02 of 0, not 68%: start with normal_"
+    )
 
 
 def _check_rows(layer: nn.Module) -> None:
@@ -132,6 +144,11 @@ def check_matrix_product(product: Callable[[Tensor, Tensor], Tensor]) -> None:
             f"row {i} of a times column {j} of b"
         )
     assert torch.allclose(got, a @ b), f"the product is wrong: {got.tolist()}"
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(shape, generator=generator) for shape in ((4, 5), (5, 3)))
+    got = product(a, b)
+    right = got.shape == (4, 3) and torch.allclose(got, a @ b, atol=1e-5)
+    assert right, "wrong for (4, 5) times (5, 3), with fractions and negative numbers"
 
 
 def check_lookup(lookup: Callable[[Tensor, Tensor], Tensor]) -> None:
@@ -166,6 +183,7 @@ def check_analogy(analogy: Callable[[int, int, int, Tensor], int]) -> None:
         },
     )
     rows = [[1.0, 7, 2], [3, 6, 0], [2, 3, 4], [3, -3, 9], [-2, 9, 9], [0, -3, 0]]
+    rows.append([-4, -2, -2])
     _check_analogy(
         analogy,
         torch.tensor(rows),
@@ -173,6 +191,7 @@ def check_analogy(analogy: Callable[[int, int, int, Tensor], int]) -> None:
             4: "it is the answer of dot products, of rows made norm 1 before the "
             "arithmetic, or without c: compare cosines with b - a + c",
             5: "it is the nearest to b - a + c by distance: compare directions",
+            6: "it points the opposite way: a cosine of -1 is the least alike",
         },
     )
 
@@ -190,6 +209,9 @@ def _check_analogy(
     assert got not in (0, 1, 2), f"row {got} is one of the inputs: leave out all three"
     assert got not in wrong, f"row {got} came out, but {wrong[got]}"
     assert got == 3, f"row {got} is not most like b - a + c"
+    end = len(table) - 1
+    got = end - int(analogy(end, end - 1, end - 2, table.flip(0)))
+    assert got == 3, "with its rows in reverse order the same table gives another row"
 
 
 def check_embedding_gradient(

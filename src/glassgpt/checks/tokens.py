@@ -52,6 +52,8 @@ def check_learn_merges(learn_merges: Callable) -> None:
     assert got == [(b, c)], f"merged {got}: a word counts as often as it occurs"
     got = list(learn_merges({"ba": 2, "ab": 2, "ca": 2}, 1))
     assert got == [(a, b)], f"merged {got}: of equal counts the smallest ids win"
+    got = list(learn_merges({"abab": 2, "ca": 3}, 1))
+    assert got == [(a, b)], f"merged {got}: a pair that is twice in a word counts twice"
     got = list(learn_merges({"abc": 3, "bc": 1, "ca": 2}, 2))
     assert got[:1] == [(b, c)], f"merged {got[:1]}: bc occurs most often"
     assert got[1:] == [(a, 256)], (
@@ -110,6 +112,8 @@ def check_special_tokens(tokenizer: Any) -> None:
     assert tokenizer.decode(typed) == name, f"the text {name!r} was changed"
     asked = list(tokenizer.encode(name + name, allow_special=True))
     assert asked == [special] * 2, f"allow_special gave {asked}, not twice {special}"
+    both = tokenizer.decode(tokenizer.encode(f"a{name}b", allow_special=True))
+    assert both == f"a{name}b", f"a{name}b came back as {both}: text beside it is lost"
     assert tokenizer.decode([special]) == name, f"id {special} is not spelled {name!r}"
 
 
@@ -130,6 +134,10 @@ def check_split_numbers(split_numbers: Callable[[str], Sequence[str]]) -> None:
     assert got == ["a", " ", "1", "889", " b"], f"'a 1889 b' was cut into {got}"
     got = list(split_numbers("it's 123456"))
     assert got == ["it", "'s", " ", "123", "456"], f'"it\'s 123456" was cut into {got}'
+    got = list(split_numbers("a   12"))
+    assert got == ["a", "  ", " ", "12"], f"'a   12': {got}, not one space alone"
+    got = list(split_numbers(" \u0663\u0664\u0665\u0666"))
+    assert got == [" ", "\u0663", "\u0664\u0665\u0666"], f"Arabic digits gave {got}"
     without = {
         "we'll  go -- now!": ["we", "'ll", " ", " go", " --", " now", "!"],
         "a \u2014 b\n\n c": ["a", " \u2014", " b", "\n\n", " c"],
