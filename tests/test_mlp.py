@@ -210,6 +210,13 @@ class Wasteful(MLP):
         self.unused = nn.Linear(width, width)
 
 
+class Alike(MLP):
+    def __init__(self, width):
+        super().__init__(width)
+        for parameter in self.parameters():
+            nn.init.constant_(parameter, 0.1)
+
+
 class Mixing(MLP):
     """Right for the large case of the check, wrong for small widths."""
 
@@ -233,6 +240,13 @@ def weights(expand, bias, project):
 
 def without(**factors):
     return lambda x, w, b: shared(x, w, b, **factors)
+
+
+def through_relu(x, w, b):
+    """The gradient of h times h, not times the derivative."""
+    h = max(w * x + b, 0.0)
+    d_w, d_u = shared(x, w, b)[1:]
+    return d_u * h * w, d_w + d_u * (h - 1) * x, d_u * h
 
 
 def changed(place, change):
@@ -269,6 +283,7 @@ WRONG = [
     ("check_mlp", module_of(gelu, after=gelu), "no activation after the projection"),
     ("check_mlp", module_of(F.silu), "differs from expand, GELU, projection"),
     ("check_mlp", Wasteful, "parameters, not 8 C^2 + 5 C"),
+    ("check_mlp", Alike, "all neurons start alike"),
     ("check_mlp", Mixing, "positions are mixed"),
     ("check_mlp", Stacked, "the shape changed to (5, 6)"),
     ("check_one_not_both", weights([[1.0], [1.0]], [0.0], [1.0]), "both facts hold"),
@@ -284,7 +299,12 @@ WRONG = [
     (
         "check_one_not_both",
         weights([[1.0], [1.0]], [0.0], [[1.0]]),
-        "shape (4, 1), not (4,)",
+        "for N = 1 the bias and the last weights have the shapes (1,) and (1, 1)",
+    ),
+    (
+        "check_one_not_both",
+        weights([[1.0] * 3, [1.0] * 3], [0.0, -1.0], [1.0, -2.0, 0.0]),
+        "shapes (2,) and (3,), not (3,)",
     ),
     ("check_shared_weight", without(first=0), "w: only its use in the score w h"),
     ("check_shared_weight", without(second=0), "w: only its use in w x + b"),
@@ -299,6 +319,7 @@ WRONG = [
         "and the first is missing",
     ),
     ("check_shared_weight", without(open=1), "but ReLU is flat there"),
+    ("check_shared_weight", through_relu, "b: multiply by the derivative of ReLU"),
     ("check_shared_weight", lambda *at: shared(*at)[:2], "2 gradients, not 3"),
     (
         "check_shared_weight",

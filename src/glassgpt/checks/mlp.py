@@ -73,6 +73,9 @@ def check_mlp(module_class: Callable[[int], nn.Module]) -> None:
     x = 3 * torch.randn(2, 5, 6, generator=random, dtype=torch.float64)
     found, hidden = module(x), module.expand(x)
     assert found.shape == x.shape, f"the shape changed to {tuple(found.shape)}"
+    assert module.expand.weight.std() > 0, (
+        "all neurons start alike and stay so: draw their weights at random"
+    )
     mistakes = [
         (hidden, "there is no activation: the two layers are a single one"),
         (F.gelu(hidden), "the exact GELU was used; GPT-2 uses the tanh form"),
@@ -100,8 +103,11 @@ def check_one_not_both(make: Callable[[], tuple[Tensor, Tensor, Tensor]]) -> Non
         f"the first matrix has shape {tuple(expand.shape)}, not (2, N)"
     )
     facts = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
+    assert bias.shape == project.shape == expand.shape[1:], (
+        f"for N = {expand.shape[1]} the bias and the last weights have the shapes"
+        f" {tuple(bias.shape)} and {tuple(project.shape)}, not ({expand.shape[1]},)"
+    )
     found = F.relu(facts @ expand + bias) @ project
-    assert found.shape == (4,), f"the outputs have shape {tuple(found.shape)}, not (4,)"
     none, second, first, both = (round(value, 3) for value in found.tolist())
     assert none == 0, f"neither fact holds, and the output is {none}, not 0"
     assert first == 1, f"only the first fact holds, and the output is {first}, not 1"
@@ -119,7 +125,7 @@ def check_shared_weight(gradients: Callable[..., tuple]) -> None:
     the scores (w h, h) and the cross-entropy with target 0. Returns the gradients of
     x, w and b.
 
-    Book: 08_mlp.html#exercise-1-one-but-not-both
+    Book: 08_mlp.html#exercise-2-a-weight-in-two-places
     """
     for start in ((2.0, 0.75, 0.5), (-1.0, 2.0, 3.0), (1.0, -2.0, 0.5)):
         values = torch.tensor(start, dtype=torch.float64).requires_grad_()
@@ -133,6 +139,10 @@ def check_shared_weight(gradients: Callable[..., tuple]) -> None:
             "b": [
                 (first * w, "h feeds both scores, and the second is missing"),
                 (second, "h feeds both scores, and the first is missing"),
+                (
+                    (first * w + second) * h,
+                    "multiply by the derivative of ReLU, not by ReLU(w x + b)",
+                ),
                 (p[0] * w + second, "the target's score gets p minus 1"),
             ],
             "w": [
@@ -161,7 +171,7 @@ def check_mlp_backward(backward: Callable[..., tuple[Tensor, ...]]) -> None:
 
     backward: called as backward(x, W_1, b_1, W_2, d_outputs).
 
-    Book: 08_mlp.html#exercise-1-one-but-not-both
+    Book: 08_mlp.html#exercise-2-a-weight-in-two-places
     """
     random = torch.Generator().manual_seed(0)
     shapes = {"x": (5, 3), "W_1": (3, 12), "b_1": (12,), "W_2": (12, 3), "b_2": (3,)}
