@@ -432,6 +432,8 @@ def test_a_configuration_does_not_change():
         ({"dropout": -0.1}, r"dropout must lie in \[0, 1\), not -0.1"),
         ({"dropout": 1}, "dropout must lie in"),
         ({"dropout": math.nan}, "dropout must lie in"),
+        ({"dropout": "a"}, r"dropout must lie in \[0, 1\), not 'a'"),
+        ({"vocab_size": True}, "vocab_size must be a whole number from 1 up, not True"),
     ],
 )
 def test_config_refuses_the_impossible(values, message):
@@ -454,6 +456,7 @@ class ByHand(nn.Module):
         ours = GPT(config)
         self.config, self.tokens, self.positions = config, ours.tokens, ours.positions
         self.blocks, self.norm, self.head = ours.blocks, ours.norm, ours.head
+        self.dropout = ours.dropout
 
     def forward(self, ids):
         V, T = self.config.vocab_size, self.config.context
@@ -462,6 +465,7 @@ class ByHand(nn.Module):
         if ids.min() < 0 or ids.max() >= V:
             raise ValueError("range")
         x = self.tokens.weight[ids] + self.positions.weight[: ids.shape[1]]
+        x = self.dropout(x)
         for block in self.blocks:
             x = block(x)
         return self.norm(x) @ self.tokens.weight.T
@@ -571,6 +575,43 @@ class EvenProjections(GPT):
                 parameter.data.mul_(math.sqrt(2 * self.config.layers))
 
 
+class LoudBiases(GPT):
+    def initialize(self):
+        super().initialize()
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.normal_(parameter, std=0.02)
+
+
+class QuietNorms(GPT):
+    def initialize(self):
+        super().initialize()
+        for name, parameter in self.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.data.fill_(0.9)
+
+
+class NeverDropping(GPT):
+    def __init__(self, config):
+        super().__init__(replace(config, dropout=0.0))
+
+
+class DroppingInBlocksOnly(GPT):
+    def embed(self, ids, positions):
+        return self.tokens(ids) + self.positions(positions)
+
+
+class DroppingAtTheStartOnly(NeverDropping):
+    def __init__(self, config):
+        super().__init__(config)
+        self.dropout.p = config.dropout
+
+
+class AlwaysDropping(GPT):
+    def embed(self, ids, positions):
+        return F.dropout(super().embed(ids, positions), self.dropout.p)
+
+
 class Untied(GPT):
     def __init__(self, config):
         super().__init__(replace(config, tied=False))
@@ -641,6 +682,10 @@ def vague(**values):
         raise ValueError("bad value") from None
 
 
+def changeable(**values):
+    return SimpleNamespace(**vars(GPTConfig(**values)))
+
+
 def deaf(**values):
     return GPTConfig(**{**values, "layers": 1})
 
@@ -674,6 +719,12 @@ WRONG = [
     ("check_gpt", LoudStart, "start with smaller weights"),
     ("check_gpt", AllZero, "starts with a standard deviation of 0.0000"),
     ("check_gpt", EvenProjections, "projection.weight starts with a standard dev"),
+    ("check_gpt", LoudBiases, "attention_norm.bias must start at 0"),
+    ("check_gpt", QuietNorms, "attention_norm.weight must start at 1"),
+    ("check_gpt", NeverDropping, "dropout must act on tokens + positions"),
+    ("check_gpt", DroppingInBlocksOnly, "dropout must act on tokens + positions"),
+    ("check_gpt", DroppingAtTheStartOnly, "dropout must act on tokens + positions"),
+    ("check_gpt", AlwaysDropping, "dropout acts after eval(), too"),
     ("check_gpt", Untied, "the head has a table of its own"),
     ("check_gpt", Biased, "parameters, not"),
     ("check_gpt", OneHead, "look at the heads, the GELU, the norms"),
@@ -685,6 +736,7 @@ WRONG = [
     ("check_config", accepting, "there must be a token, but it was accepted"),
     ("check_config", asserting, "not AssertionError"),
     ("check_config", vague, "names none of them: bad value"),
+    ("check_config", changeable, "can be changed: make it frozen"),
     ("check_config", deaf, "layers=2 became 1"),
     ("check_parameter_count", lambda *s: count(*s, tables=2), "counted twice"),
     ("check_parameter_count", lambda *s: count(*s, positions=0), "table of positions"),
@@ -701,6 +753,7 @@ WRONG = [
         lambda *s: count(*s, bias=0, last=0),
         "biases and norms are missing",
     ),
+    ("check_parameter_count", lambda *s: count(*s) + s[0], "the head has no bias"),
     ("check_parameter_count", lambda *s: count(*s) + 5, "off by 5"),
     (
         "check_parameter_count",
@@ -714,13 +767,15 @@ WRONG = [
     ),
     ("check_early_logits", lambda *a: early(*a, norm=False), "last norm is missing"),
     ("check_early_logits", lambda *a: early(*a, positions=False), "were the positions"),
+    ("check_early_logits", lambda *a: early(*a[:2], 0), "was thrown away"),
+    ("check_early_logits", lambda *a: early(*a[:2], a[2] + 1), "one block too many"),
     ("check_early_logits", lambda *a: early(*a)[0], "logits have shape"),
     ("check_early_logits", lambda *a: early(*a).softmax(-1), "return the logits"),
     ("check_budget", lambda budget: None, "return a GPTConfig"),
     ("check_budget", config_of(vocab_size=65), "vocab_size is 65"),
     ("check_budget", config_of(context=64), "context is 64"),
     ("check_budget", config_of(width=128), "heads have width 64"),
-    ("check_budget", config_of(layers=1), "of the budget 1e+13 is used"),
+    ("check_budget", config_of(layers=1), "1e+13 is used: at least 50% are"),
     ("check_budget", config_of(layers=90), "overspent"),
     ("check_budget", config_of(tied=False), "a GPT-2 ties its head"),
     (

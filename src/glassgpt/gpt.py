@@ -34,13 +34,14 @@ class GPTConfig:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "context", "layers", "heads", "width"):
             size = getattr(self, name)
-            if not isinstance(size, int) or size < 1:
+            if type(size) is not int or size < 1:  # True is an int, too
                 wanted = "a whole number from 1 up"
                 raise ValueError(f"{name} must be {wanted}, not {size!r}")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is no multiple of {self.heads} heads")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), not {self.dropout}")
+        number = isinstance(self.dropout, int | float)
+        if not number or not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1), not {self.dropout!r}")
 
 
 class GPT(nn.Module):

@@ -3,6 +3,8 @@
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,11 +17,13 @@ _IMPOSSIBLE = [
     ({"vocab_size": 0}, "there must be a token"),
     ({"layers": -1}, "a number of layers can't be negative"),
     ({"layers": 2.5}, "there is no half layer"),
+    ({"layers": True}, "True is no number"),
     ({"heads": 0}, "somebody has to look"),
     ({"width": 10, "heads": 4}, "a width of 10 doesn't split into 4 heads"),
     ({"dropout": 1.0}, "nothing would be left"),
     ({"dropout": math.nan}, "nan is no share"),
     ({"dropout": -0.1}, "a share can't be negative"),
+    ({"dropout": "a"}, "a letter is no share"),
 ]
 
 
@@ -54,6 +58,9 @@ def check_config(config: Callable[..., Any]) -> None:
         assert any(name in message for name in change), (
             f"the error for {change} names none of them: {message}"
         )
+    with suppress(AttributeError):
+        made.width = 16
+    assert made.width == 8, "a configuration can be changed: make it frozen"
 
 
 def _block_by_hand(block: nn.Module, x: Tensor, wrong: str) -> Tensor:
@@ -127,6 +134,8 @@ def _check_start(model: nn.Module, config: GPTConfig) -> None:
     )
     for name, weight in model.named_parameters():
         if weight.dim() == 1:
+            due = 0 if name.endswith("bias") else 1
+            assert (weight == due).all(), f"{name} must start at {due}"
             continue
         found, due = weight.std().item(), 0.02
         if name.endswith("projection.weight"):
@@ -136,6 +145,18 @@ def _check_start(model: nn.Module, config: GPTConfig) -> None:
         assert abs(found / due - 1) < 0.1, (
             f"{name} starts with a standard deviation of {found:.4f}, not {due:.4f}"
         )
+
+
+def _check_dropout(model: nn.Module, dropping: nn.Module, ids: Tensor) -> None:
+    """dropping: a model of the same sizes that drops nearly everything in training."""
+    dropping.load_state_dict(model.state_dict())
+    assert torch.allclose(dropping.double().eval()(ids), model(ids)), (
+        "dropout acts after eval(), too: it belongs to training"
+    )
+    found = dropping.train()(ids)
+    assert torch.allclose(found, model.head(model.norm.bias).expand_as(found)), (
+        "dropout must act on tokens + positions and on what each part of a block adds"
+    )
 
 
 def _check_refusals(model: nn.Module) -> None:
@@ -165,6 +186,7 @@ def check_gpt(gpt: Callable[[GPTConfig], nn.Module]) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model, untrained = gpt(small).double().eval(), gpt(larger).eval()
+        dropping = gpt(replace(small, dropout=1 - 1e-9))
     random = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.normal_(0.0, 0.3, generator=random)
@@ -180,6 +202,7 @@ def check_gpt(gpt: Callable[[GPTConfig], nn.Module]) -> None:
         "the same weights give other logits in GPT: look at the heads, the GELU, the"
         " norms"
     )
+    _check_dropout(model, dropping, ids)
 
 
 def check_parameter_count(count: Callable[[int, int, int, int], int]) -> None:
@@ -194,6 +217,7 @@ def check_parameter_count(count: Callable[[int, int, int, int], int]) -> None:
     found = count(V, T, L, C)
     mistakes = {
         V * C: "the tied table was counted twice",
+        V: "the head has no bias",
         -T * C: "the table of positions is missing",
         -V * C: "the table of tokens is missing",
         -2 * C: "the last norm is missing",
@@ -224,7 +248,7 @@ def check_early_logits(early: Callable[[GPT, Tensor, int], Tensor]) -> None:
         parameter.normal_(0.0, 0.3, generator=random)
     ids = torch.randint(11, (2, 4), generator=random)
     stream = model.tokens(ids) + model.positions(torch.arange(4))
-    full = model(ids)
+    full, unmoved = model(ids), model.head(model.norm(stream))
     for layers in range(4):
         found, wanted = early(model, ids, layers), model.head(model.norm(stream))
         assert len(model.blocks) == 3, "the model lost blocks: leave it as it is"
@@ -236,11 +260,18 @@ def check_early_logits(early: Callable[[GPT, Tensor, int], Tensor]) -> None:
         assert layers == 3 or not torch.allclose(found, full), (
             f"with {layers} layers all three blocks still took part"
         )
+        assert layers == 0 or not torch.allclose(found, unmoved), (
+            "what the blocks return was thrown away: x = block(x)"
+        )
+        stream = model.blocks[layers](stream) if layers < 3 else stream
+        more = model.head(model.norm(stream))
+        assert layers == 3 or not torch.allclose(found, more), (
+            f"one block too many: the first {layers} are blocks[:{layers}]"
+        )
         assert torch.allclose(found, wanted), (
             f"after {layers} blocks the logits are head(norm(stream)): were the"
             " positions added, and the blocks taken in order?"
         )
-        stream = model.blocks[layers](stream) if layers < 3 else stream
 
 
 def check_budget(choose: Callable[[float], GPTConfig]) -> None:
@@ -262,4 +293,6 @@ def check_budget(choose: Callable[[float], GPTConfig]) -> None:
             model = GPT(config)
         share = 20 * model.parameter_count() * model.flops_per_token() / budget
         assert share <= 1, f"a budget of {budget:.0e} is overspent {share:.1f} times"
-        assert share >= 0.5, f"only {share:.0%} of the budget {budget:.0e} is used"
+        assert share >= 0.5, (
+            f"{share:.2%} of the budget {budget:.0e} is used: at least 50% are wanted"
+        )
