@@ -123,6 +123,11 @@ def spread(x, eps=1e-5, dim=-1, correction=0):
     return (x.var(dim, correction=correction, keepdim=True) + eps).sqrt()
 
 
+def in_place_norm(x, weight, bias):
+    x -= x.mean(-1, keepdim=True)
+    return x / spread(x) * weight + bias
+
+
 def whole(x, weight, bias):
     return (x - x.mean()) / (x.var(correction=0) + 1e-5).sqrt() * weight + bias
 
@@ -195,6 +200,29 @@ class OneNorm(Block):
         return x + self.mlp(self.attention_norm(x))
 
 
+class InPlace(Block):
+    def forward(self, x):
+        x += self.attention(self.attention_norm(x))
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class DroppingTheStream(Block):
+    def forward(self, x):
+        x = self.dropout(x + self.attention(self.attention_norm(x)))
+        return self.dropout(x + self.mlp(self.mlp_norm(x)))
+
+
+class DroppingOnce(Block):
+    def forward(self, x):
+        x = x + self.dropout(self.attention(self.attention_norm(x)))
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class NeverDropping(Block):
+    def __init__(self, width, heads, dropout=0.0):
+        super().__init__(width, heads)
+
+
 class Flat(Block):
     def forward(self, x):
         return super().forward(x).flatten(0, 1)
@@ -233,6 +261,13 @@ def layer_norm_gradient(x, u, mean=average, product=average, divide=True, correc
     normal = (x - average(x)) / deviation
     result = u - mean(u) - product(u * normal) * normal
     return result / deviation if divide else result
+
+
+def with_centered(x, u):
+    """x - m where n belongs."""
+    centered = x - average(x)
+    along = average(u * centered) * centered
+    return (u - average(u) - along) / x.std(-1, correction=0, keepdim=True)
 
 
 def by_differences(x, u, step=1e-5):
@@ -296,6 +331,7 @@ WRONG = [
         "differs from torch",
     ),
     ("check_layer_norm", lambda x, w, b: layer_norm(x, w, b)[0], "shape changed"),
+    ("check_layer_norm", in_place_norm, "caller's x was changed"),
     ("check_block", Replacing, "add what they return to it"),
     ("check_block", Doubling, "x was added twice"),
     ("check_block", PostNorm, "the stream itself is normalized"),
@@ -309,6 +345,10 @@ WRONG = [
     ("check_block", SeesAll, "the mask lets the future through"),
     ("check_block", OneNorm, "never used: mlp_norm.weight"),
     ("check_block", Flat, "became"),
+    ("check_block", InPlace, "caller's x was changed"),
+    ("check_block", DroppingTheStream, "dropout must act on what each part adds"),
+    ("check_block", DroppingOnce, "dropout must act on what each part adds"),
+    ("check_block", NeverDropping, "dropout must act on what each part adds"),
     ("check_additions", lambda *given: sum(added()(*given)), "one tensor came back"),
     ("check_additions", added(in_place=True), "caller's x was changed"),
     ("check_additions", lambda *given: [given[0], *added()(*given)], "4 tensors for 3"),
@@ -379,6 +419,7 @@ WRONG = [
         lambda x, u: layer_norm_gradient(x, u, product=lambda a: -average(a)),
         "the path through v is subtracted, not added",
     ),
+    ("check_layer_norm_gradient", with_centered, "n, not x - m"),
     (
         "check_layer_norm_gradient",
         lambda x, u: layer_norm_gradient(x, u, divide=False),

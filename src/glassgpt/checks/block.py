@@ -51,7 +51,9 @@ def check_layer_norm(layer_norm: Callable[..., Tensor]) -> None:
     random = torch.Generator().manual_seed(0)
     x = 0.01 + 0.01 * torch.randn(2, 3, 4, generator=random, dtype=torch.float64)
     one, zero = torch.ones_like(x[0, 0]), torch.zeros_like(x[0, 0])
+    before = x.clone()
     plain = layer_norm(x, one, zero)
+    assert torch.equal(x, before), "the caller's x was changed: x - mean, not x -= mean"
     assert plain.shape == x.shape, f"the shape changed to {tuple(plain.shape)}"
     for wrong, mistake in _layer_norm_mistakes(x, 1e-5):
         assert not torch.allclose(plain, wrong, rtol=1e-8, atol=1e-10), mistake
@@ -92,6 +94,13 @@ def _check_stream(layer: nn.Module, x: Tensor) -> None:
     )
 
 
+def _check_dropout(layer: nn.Module, x: Tensor) -> None:
+    """A layer that drops nearly everything in training leaves the stream."""
+    assert torch.allclose(layer.double().train()(x), x), (
+        "dropout must act on what each part adds, and on nothing else"
+    )
+
+
 def _check_reads(layer: nn.Module, x: Tensor) -> None:
     """Each part reads normalized vectors, and attention comes first."""
     attend = _without(layer, "mlp")
@@ -116,8 +125,9 @@ def _check_reads(layer: nn.Module, x: Tensor) -> None:
 def check_block(block: Callable[[int, int], nn.Module]) -> None:
     """Two parts that read through a norm and add to the stream, in order and causal.
 
-    block: called as block(width, heads). The layer maps (B, T, C) to (B, T, C); its
-    parts `attention` and `mlp` end in a linear layer `projection`.
+    block: called as block(width, heads) or block(width, heads, dropout). The layer maps
+    (B, T, C) to (B, T, C); its parts `attention` and `mlp` end in a linear layer
+    `projection`.
 
     Book: 09_block.html#the-check-of-the-block
     """
@@ -126,6 +136,9 @@ def check_block(block: Callable[[int, int], nn.Module]) -> None:
     for parameter in layer.parameters():
         parameter.normal_(0.0, 0.3, generator=random)
     x = 2 * torch.randn(2, 5, 8, generator=random, dtype=torch.float64)
+    before = x.clone()
+    layer(x)
+    assert torch.equal(x, before), "the caller's x was changed: x = x + y, not x += y"
     _check_stream(layer, x)
     _check_reads(layer, x)
     check_causal(lambda vectors: layer(vectors.double()), width=8)
@@ -133,6 +146,7 @@ def check_block(block: Callable[[int, int], nn.Module]) -> None:
         layer(x).sum().backward()
     idle = [name for name, value in layer.named_parameters() if value.grad is None]
     assert not idle, f"never used: {', '.join(idle)}"
+    _check_dropout(block(8, 2, 1 - 1e-9), x)
 
 
 def check_additions(additions: Callable[..., list[Tensor]]) -> None:
@@ -234,6 +248,10 @@ def check_layer_norm_gradient(gradient: Callable[[Tensor, Tensor], Tensor]) -> N
             "the path through v is subtracted, not added",
         ),
         (wanted * spread, "divide by the spread"),
+        (
+            (u - mean - spread**2 * along) / spread,
+            "n, not x - m: divide by the spread once more",
+        ),
         ((u - 4 * mean - along) / spread, "the mean of u, not its sum"),
         ((u - mean - 4 * along) / spread, "the mean of u times n, not its sum"),
         ((u - 4 * mean - 4 * along) / spread, "means over the width, not sums"),
