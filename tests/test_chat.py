@@ -124,6 +124,40 @@ def scaled(factor):
     return lambda model, end: lambda *rows: factor * chat_loss(model, end)(*rows)
 
 
+def head_only(model, end):
+    """The right loss, with no gradient but the head's."""
+
+    def loss(ids, targets):
+        with torch.no_grad():
+            hidden = model.hidden_states(ids, *separate(ids, end))
+        learned = targets != -100
+        logits = model.head(hidden[learned])
+        total = torch.nn.functional.cross_entropy(
+            logits, targets[learned], reduction="sum"
+        )
+        return total / max(len(logits), 1)
+
+    return loss
+
+
+def constant(model, end):
+    """The right loss, and a new 0 where there is no target."""
+    right = chat_loss(model, end)
+    return lambda ids, targets: (
+        right(ids, targets) if (targets != -100).any() else torch.tensor(0.0)
+    )
+
+
+def chopped(talks, context, separator):
+    """Packed rows; a long conversation is cut into parts of three pairs."""
+    parts = []
+    for ids, mask in talks:
+        step = 3 if len(ids) > context else len(ids)
+        starts = range(0, len(ids), step)
+        parts += [(ids[n : n + step + 1], mask[n : n + step + 1]) for n in starts]
+    return pack(parts, context, separator)
+
+
 def late(model, end):
     """Targets one place later."""
     return lambda ids, targets: chat_loss(model, end)(ids, targets.roll(1, dims=1))
@@ -155,6 +189,9 @@ def late(model, end):
         ),
         ("check_pack", repacked(lambda x, y: (x.flip(1), y.flip(1))), "separator"),
         ("check_pack", repacked(without_questions), "separator"),
+        ("check_pack", chopped, "parts, where"),
+        ("check_apart", head_only, "the gradient of tokens.weight is another"),
+        ("check_no_targets", constant, "keep it a sum over nothing"),
         ("check_apart", scaled(0), "the loss is 0.0000"),
         ("check_apart", scaled(3), "the loss is"),
         ("check_apart", late, "the loss is"),

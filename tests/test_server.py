@@ -87,6 +87,10 @@ def test_a_completion_is_that_of_generate(client, shakespeare):
     assert len(events) > 20
     ids = client.completions.create(**options | {"prompt": tokenizer.encode(prompt)})
     assert ids.choices[0].text == due
+    hot = client.completions.create(
+        **options | {"temperature": 9, "extra_body": {"top_k": 1}}
+    )
+    assert hot.choices[0].text == due
 
 
 def test_a_seed_gives_the_same_text(client):
@@ -207,6 +211,7 @@ def test_nobody_forges_a_turn(chat, talker):
         ({"temperature": -1}, "temperature"),
         ({"temperature": "hot"}, "temperature"),
         ({"top_p": 2}, "top_p"),
+        ({"extra_body": {"top_k": 0}}, "top_k must be a whole number from 1 up"),
         ({"seed": -1}, "seed"),
         ({"max_tokens": -1}, "max_tokens"),
         ({"max_tokens": "many"}, "max_tokens"),
@@ -300,6 +305,9 @@ def test_who_hangs_up_while_asking_leaves_no_traceback(shakespeare, capfd):
         ("presence_penalty", 0.5),
         ("logit_bias", {"5": -100}),
         ("suffix", "the end"),
+        ("functions", [{"name": "f"}]),
+        ("tool_choice", "required"),
+        ("top_logprobs", 5),
         ("stream", "no"),
     ],
 )

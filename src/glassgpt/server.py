@@ -57,7 +57,8 @@ def until(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
 
 USUAL = {"n": 1, "best_of": 1, "echo": False, "logprobs": False, "tools": []}
 USUAL |= {"response_format": {"type": "text"}, "suffix": "", "logit_bias": {}}
-USUAL |= {"frequency_penalty": 0, "presence_penalty": 0}
+USUAL |= {"frequency_penalty": 0, "presence_penalty": 0, "top_logprobs": 0}
+USUAL |= {"functions": [], "tool_choice": "none"}
 
 
 class Wanted:
@@ -100,7 +101,7 @@ class Wanted:
         if not isinstance(stops, list) or not all(isinstance(s, str) for s in stops):
             raise ValueError("stop must be a text, or a list of texts")
         self.stops = [stop for stop in stops if stop]
-        names = ("temperature", "top_p", "seed")
+        names = ("temperature", "top_k", "top_p", "seed")
         settings = {name: body[name] for name in names if body.get(name) is not None}
         if settings.get("temperature") == 0:
             settings = {"top_k": 1}

@@ -162,14 +162,15 @@ def _pairs(inputs: Any, targets: Any) -> Counter:
     return Counter((token, target) for token, target in pairs if target != -100)
 
 
-def _check_row(row: list[int], learned: list[int], context: int, talks: list) -> None:
-    """Before each target stands its conversation, or a part of a long one."""
-    start = 0
+def _check_row(row: list[int], learned: list[int], context: int, talks: list) -> int:
+    """Before each target stands its conversation, or a part of a long one: how many?"""
+    start, parts = 0, set()
     for place, (token, target) in enumerate(zip(row, learned, strict=True)):
         if token == _SEPARATOR:
             start = place + 1
         if target == -100:
             continue
+        parts.add(start)
         seen = row[start : place + 1]
         due = (
             ids[:n] == seen or (len(ids) >= context and ids[:n][-len(seen) :] == seen)
@@ -178,6 +179,7 @@ def _check_row(row: list[int], learned: list[int], context: int, talks: list) ->
             if ids[n] == target
         )
         assert any(due), "between a separator and a target stands no conversation"
+    return len(parts)
 
 
 def check_pack(pack: Callable[..., tuple[Tensor, Tensor]]) -> None:
@@ -205,8 +207,10 @@ def check_pack(pack: Callable[..., tuple[Tensor, Tensor]]) -> None:
         assert not (lost and new), f"{counts} are not after their own token"
         assert not lost, f"{counts} are dropped"
         assert not new, f"{new.total()} targets are learned that the mask leaves out"
-        for row, learned in zip(inputs.tolist(), targets.tolist(), strict=True):
-            _check_row(row, learned, context, talks)
+        rows = zip(inputs.tolist(), targets.tolist(), strict=True)
+        parts = sum(_check_row(*row, context, talks) for row in rows)
+        least = sum(-(-(len(ids) - 1) // (context - 1)) for ids, _ in talks)
+        assert parts <= least, f"cut into {parts} parts, where {least} would do"
         least = -(-sum(len(ids) for ids, _ in talks) // context)
         assert len(inputs) <= 2 * least + 1, f"{len(inputs)} rows, where {least} may do"
     try:
@@ -230,7 +234,7 @@ def _model() -> GPT:
 
 
 def check_apart(make_loss: MakeLoss) -> None:
-    """Packed or alone, a conversation has the same loss.
+    """Packed or alone, a conversation has the same loss, and the gradient is its own.
 
     make_loss: called as make_loss(model, separator), returns a loss of ids and targets.
 
@@ -252,9 +256,18 @@ def check_apart(make_loss: MakeLoss) -> None:
     advice = "start the positions of each anew"
     assert gap < 1e-9, f"packed, the loss is another than alone ({gap:.2g}): {advice}"
     rows = pack(_talks(), 64, _SEPARATOR)
-    with torch.no_grad():
-        found, due = loss(*rows).item(), chat_loss(model, _SEPARATOR)(*rows).item()
-    assert abs(found - due) < 1e-9, f"the loss is {found:.4f}, where it is {due:.4f}"
+    found, due = loss(*rows), chat_loss(model, _SEPARATOR)(*rows)
+    wrong = f"the loss is {found.item():.4f}, where it is {due.item():.4f}"
+    assert abs(found.item() - due.item()) < 1e-9, wrong
+    assert found.requires_grad, "the loss has no gradient"
+    names, weights = zip(*model.named_parameters(), strict=True)
+    slopes = (
+        torch.autograd.grad(nats, weights, materialize_grads=True)
+        for nats in (found, due)
+    )
+    for name, slope, other in zip(names, *slopes, strict=True):
+        gap = (slope - other).abs().max().item()
+        assert gap < 1e-9, f"the gradient of {name} is another ({gap:.2g} off)"
 
 
 def check_no_targets(make_loss: MakeLoss) -> None:
@@ -269,6 +282,7 @@ def check_no_targets(make_loss: MakeLoss) -> None:
     loss = make_loss(model, _SEPARATOR)(inputs, torch.full_like(targets, -100))
     assert not loss.isnan(), "no target, and the loss is nan: it is 0 / 0"
     assert loss == 0, f"no target, and the loss is {loss:.3f}"
+    assert loss.requires_grad, "no target, and no gradient: keep it a sum over nothing"
     loss.backward()
     slopes = [p.grad for p in model.parameters() if p.grad is not None]
     assert all((slope == 0).all() for slope in slopes), "no target, but a gradient"

@@ -125,12 +125,12 @@ def check_parity(export: Callable[[GPT], Exported]) -> None:
         kind = "Llama" if isinstance(config, ModernConfig) else "GPT-2"
         gap = parity_gap(export, config, seed)
         assert gap < 0.1, (
-            f"{kind}: logits differ by {gap:.1g}: a matrix stands the wrong way round, "
-            "or rows are in another order"
+            f"{kind}: logits differ by {gap:.1g}: a matrix stands the wrong way "
+            "round,\nrows are in another order, or a layer has the numbers of another"
         )
         assert gap < 1e-9, (
-            f"{kind}: logits differ by {gap:.0e}: nearly the same function; another "
-            "activation function, epsilon or rotary base?"
+            f"{kind}: logits differ by {gap:.0e}: nearly the same function;\n"
+            "another activation function, epsilon or rotary base?"
         )
 
 
@@ -252,9 +252,9 @@ def check_pairs(reorder: Callable[[Tensor, int], Tensor]) -> None:
             assert new.shape == old.shape, f"shape {new.shape}, not {old.shape}"
         gap = (_scores(changed, x, width, _neighbors) - due).abs().max()
         assert gap < 1e-9, (
-            f"heads of queries: {heads}, of keys: {shared}, columns of each: {width}: "
-            f"the scores differ by {gap:.1g}; row i of a head goes to 2 i, "
-            "row i + D / 2 to 2 i + 1"
+            f"{heads} heads of queries, {shared} of keys, {width} columns each: the "
+            f"scores differ by {gap:.1g};\nrow i of a head goes to 2 i, row i + D / 2 "
+            "to 2 i + 1"
         )
 
 
@@ -289,6 +289,7 @@ def check_safetensors(read: Callable[[bytes], dict[str, Tensor]]) -> None:
             assert torch.equal(found[name], due), f"{name} has other numbers"
     one = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
     near, late = ({**one, "data_offsets": [n, n + 16]} for n in (8, 20))
+    huge = {**one, "shape": [1 << 62, 4, 0], "data_offsets": [0, 0]}
     deep = b"[" * 200_000
     attacks = {
         "two tensors with the same bytes": _forged({"a": one, "b": one}, 16),
@@ -301,6 +302,7 @@ def check_safetensors(read: Callable[[bytes], dict[str, Tensor]]) -> None:
         "an unknown type": _forged({"a": {**one, "dtype": "F31"}}, 16),
         "a shape that doesn't fit": _forged({"a": {**one, "shape": [5]}}, 16),
         "a negative shape": _forged({"a": {**one, "shape": [-2, -2]}}, 16),
+        "a shape too large, though empty": _forged({"a": huge}, 0),
         "numbers that aren't there": _forged({"a": one}, 12),
         "a header that is a list": _forged([one], 16),
         "a missing entry": _forged({"a": {"dtype": "F32", "shape": [4]}}, 16),
