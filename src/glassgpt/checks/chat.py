@@ -234,7 +234,7 @@ def _model() -> GPT:
 
 
 def check_apart(make_loss: MakeLoss) -> None:
-    """Packed or alone, a conversation has the same loss, and the gradient is its own.
+    """Packed or alone, a conversation has the same loss and gradient.
 
     make_loss: called as make_loss(model, separator), returns a loss of ids and targets.
 

@@ -252,7 +252,7 @@ def check_pairs(reorder: Callable[[Tensor, int], Tensor]) -> None:
             assert new.shape == old.shape, f"shape {new.shape}, not {old.shape}"
         gap = (_scores(changed, x, width, _neighbors) - due).abs().max()
         assert gap < 1e-9, (
-            f"{heads} heads of queries, {shared} of keys, {width} columns each: the "
+            f"heads of queries: {heads}, of keys: {shared}, of width {width}: the "
             f"scores differ by {gap:.1g};\nrow i of a head goes to 2 i, row i + D / 2 "
             "to 2 i + 1"
         )
