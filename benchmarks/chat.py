@@ -142,14 +142,14 @@ def memory(steps=150, every=10):
     return record
 
 
-def manner(steps=16):
+def manner(steps=10):
     """SmolLM2's answers before and after a few steps on the same conversations."""
     model, tokenizer = glassgpt.load("smollm2")
     data = pack_data(*split(), tokenizer, context=256)
     config = glassgpt.TrainConfig(
         steps=steps,
         batch_size=1,
-        learning_rate=1e-4,
+        learning_rate=2e-4,
         warmup=3,
         evaluate_every=steps,
         evaluation_crops=8,
