@@ -769,6 +769,13 @@ def test_the_chapter_shows_the_record():
     curve = record["system"]["curve"]
     assert shown["GAINS"] == [tuple(point[key] for key in keys) for point in curve]
     assert shown["REPLIES"] == record["system"]["speeches"]
+    exec("from textwrap import fill\n" + sources["manner-record"], shown)
+    taught = record["manner"]
+    assert taught["steps"] == 10
+    assert shown["AFTER"] == dict(zip(taught["asked"], taught["after"], strict=True))
+    first, last = taught["losses"]
+    said = f"its loss fell from {first:.2f} nats to {last:.2f}"
+    assert said in sources["manner-smollm2"]
     record, memory = record["masks"], record["memory"]
     for name in ("answers", "everything"):
         assert [run["seed"] for run in record[name]] == [0, 1, 2]
