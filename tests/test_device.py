@@ -120,7 +120,12 @@ def fast_cpu(monkeypatch):
 def test_checks_pass():
     check_padded_logits(padded_logits)
     check_fit_memory(fit_memory)
-    check_rounding(lambda x: torch.tensor(x).bfloat16().item())
+    check_rounding(lambda x: round(x / spacing(x)) * spacing(x))
+
+
+def spacing(x):
+    """From a bfloat16 to the next."""
+    return 2.0 ** (math.frexp(x)[1] - 8)
 
 
 def whole_batch(plan, memory, given):
@@ -143,6 +148,23 @@ def never_refusing(plan, memory, given):
         return fit_memory(plan, memory, set())
     except ValueError:
         return plan
+
+
+def refusing_where_anything_is_given(plan, memory, given):
+    if given:
+        raise ValueError
+    return fit_memory(plan, memory, given)
+
+
+def minding(name):
+    """Ignores all that is given but one name, or pairs."""
+
+    def fit(plan, memory, given):
+        return fit_memory(
+            plan, memory, given if name in given or len(given) > 1 else set()
+        )
+
+    return fit
 
 
 def another_rate(plan, memory, given):
@@ -171,7 +193,14 @@ def padded(value, multiple):
         (check_fit_memory, whole_batch, "don't fit"),
         (check_fit_memory, with_less_to_learn_from, "from 8 crops, not 64"),
         (check_fit_memory, recomputing_first, "recompute only"),
-        (check_fit_memory, never_refusing, "must be refused"),
+        (check_fit_memory, never_refusing, "only the rest may change"),
+        (
+            check_fit_memory,
+            refusing_where_anything_is_given,
+            "only the rest may change",
+        ),
+        (check_fit_memory, minding("accumulate"), "must be refused"),
+        (check_fit_memory, minding("recompute"), "only the rest may change"),
         (check_fit_memory, another_rate, "only accumulate may change"),
         (check_days, lambda N, t, p, u: 2 * N * t / (u * p) / 86_400, "forward"),
         (check_days, lambda N, t, p, u: 6 * N * t / p / 86_400, "missing"),
@@ -199,6 +228,7 @@ def padded(value, multiple):
         (check_rounding, lambda x: float(round(x)), "1.7 became 2.0"),
         (check_rounding, lambda x: float(int(x)), "257.5"),
         (check_rounding, lambda x: x, "spacing"),
+        (check_rounding, lambda x: torch.tensor(x).bfloat16().item(), "only once"),
     ],
 )
 def test_checks_name_the_mistake(check, wrong, message):
@@ -577,7 +607,7 @@ LLAMA = {**LLAMA_CHOICES, "key_value_heads": 2, "hidden": 200}
     ("kind", "choices"),
     [(GPTConfig, {}), (ModernConfig, {}), (ModernConfig, LLAMA)],
 )
-@pytest.mark.parametrize("context", [64, 280])
+@pytest.mark.parametrize("context", [64, 256, 280])
 def test_memory_is_estimated_closely(recompute, precision, kind, choices, context):
     config = kind(80, context=context, layers=3, heads=4, width=64, **choices)
     machine = Machine(precision=precision, recompute=recompute)

@@ -50,8 +50,8 @@ def measure_flops(
 ) -> float:
     """FLOP a second of products (rows, width) x (width, 4 width): the best of several.
 
-    It begins with few rows, and stops where more would take over a second. What was
-    measured once is not measured again.
+    It begins with few rows, and stops where four larger products would take over 0.4
+    seconds. What was measured once is not measured again.
 
     Book: 15_full_gpt.html#what-the-machine-can-do
     """
@@ -318,9 +318,12 @@ def kept_by_token(model: GPTConfig, machine: Machine) -> int:
     choices = {**modern.GPT2_CHOICES, **asdict(model)}
     # What the matrices multiply, queries, keys and values, and both sides of GELU.
     kept = 3 * C + block.attention.qkv.out_features + 2 * block.mlp.expand.out_features
-    # Rotated queries and keys are new tensors; two products keep a table for each head.
+    # Rotated queries and keys are new tensors; two products keep a table for each head,
+    # where no heads share keys.
     kept += 3 * C * (choices["positions"] == "rotary")
-    kept += machine.suits_short_attention(model.context) * model.heads * model.context
+    short = machine.suits_short_attention(model.context)
+    if short and block.attention.qkv.out_features == 3 * C:
+        kept += model.heads * model.context
     # And in 32 bits 8 C bytes, as often as a norm keeps its input or its result.
     wide = 1 + choices["normalize_qk"]
     wide += choices["norm"] == "rms" and choices["norm_weight"]

@@ -63,12 +63,20 @@ def check_fit_memory(fit: Callable[[Plan, int, set[str]], Plan]) -> None:
     tight = replace(crop, machine=Machine(recompute=True))
     found = fit(plan, tight.memory, set())
     assert found == tight, "one crop would fit if its blocks were computed again"
-    for least, given in ((1000, set()), (plan.memory - 1, {"accumulate", "recompute"})):
+    again = replace(plan, machine=Machine(recompute=True))
+    for least, given, wanted in (
+        (memory, {"learning_rate"}, due),
+        (again.memory, {"accumulate"}, again),
+        (tight.memory, {"recompute"}, None),
+        (plan.memory - 1, {"accumulate", "recompute"}, None),
+        (1000, set(), None),
+    ):
         try:
-            fit(plan, least, given)
+            found = fit(plan, least, given)
         except ValueError:
-            continue
-        raise AssertionError("what can't fit, or may not change, must be refused")
+            found = None
+        assert wanted or not found, "what can't fit, or may not change, must be refused"
+        assert found == wanted, f"with {given} given, only the rest may change"
 
 
 def check_days(days: Callable[[float, float, float, float], float]) -> None:
@@ -139,6 +147,7 @@ def check_rounding(to_bfloat16: Callable[[float], float]) -> None:
         (1.7, 1.703125, "between 1 and 2 the spacing is 1/128"),
         (100.3, 100.5, "between 64 and 128 the spacing is a half"),
         (257.0, 256.0, "a tie between 256 and 258: the last bit of 256 is 0"),
+        (257.00001, 258.0, "it lies just above the tie, so round only once"),
         (259.0, 260.0, "a tie between 258 and 260: the last bit of 260 is 0"),
         (3.999, 4.0, "rounding may reach the next power of two"),
         (1_000_000.0, 999_424.0, "below 2^20 the spacing is 4,096"),
