@@ -23,6 +23,7 @@ from glassgpt.checkpoints import (
     load_parameters,
     save,
     write_file,
+    write_model,
     write_tensors,
 )
 from glassgpt.checks import runs as checks
@@ -161,6 +162,8 @@ def test_missing_files_are_named(tmp_path):
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="has 98 ids, the model only 97"):
+        save(tmp_path, random_gpt(), tokenizer_of(98))
     save(tmp_path, random_gpt(), tokenizer_of())
     tokenizer_of(98).save(tmp_path / "tokenizer.json")
     with pytest.raises(ValueError, match="mixes two models"):
@@ -539,7 +542,10 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path, bad):
     model = random_gpt()
     with torch.no_grad():
         model.blocks[1].mlp.expand.weight[3, 2] = bad
-    save(tmp_path, model, tokenizer_of())
+    with pytest.raises(ValueError, match="has weights that are nan or infinite"):
+        save(tmp_path / "new", model, tokenizer_of())
+    assert not (tmp_path / "new").exists()
+    write_model(tmp_path, model, tokenizer_of())
     with pytest.raises(ValueError, match="has weights that are nan or infinite"):
         load(tmp_path)
 
@@ -563,18 +569,37 @@ def test_a_link_to_nothing_is_named(tmp_path):
         save(tmp_path / "link", random_gpt(), tokenizer_of())
 
 
-def write_without_names(path, content):
-    partial = path.with_suffix(".partial")
-    with open(partial, "wb") as file:
-        file.write(content)
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+def write_flushing(*moments):
+    """A write that flushes the file while it is empty or whole, and the folder."""
+
+    def write(path, content):
+        partial = path.with_suffix(".partial")
+        with open(partial, "wb", buffering=0) as file:
+            for moment in moments:
+                if moment == "whole":
+                    file.write(content)
+                flush(path.parent if "folder" in moment else partial)
+            file.seek(0)
+            file.write(content)
+        os.replace(partial, path)
+        if "folder" in moments:
+            flush(path.parent)
+
+    return write
 
 
 @pytest.mark.skipif(os.name != "posix", reason="flushes no folders")
-def test_a_name_that_is_not_flushed_is_caught():
-    with pytest.raises(AssertionError, match="the folder was not flushed"):
-        checks.check_whole_file(write_without_names)
+@pytest.mark.parametrize(
+    ("moments", "message"),
+    [
+        (["whole"], "the folder was not flushed"),
+        (["folder"], "before all of it was flushed"),
+        (["empty", "folder"], "before all of it was flushed"),
+    ],
+)
+def test_what_is_not_flushed_is_caught(moments, message):
+    with pytest.raises(AssertionError, match=message):
+        checks.check_whole_file(write_flushing(*moments))
 
 
 def test_a_file_system_that_flushes_no_folder_is_no_error(tmp_path):

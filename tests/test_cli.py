@@ -26,6 +26,7 @@ import torch
 import glassgpt
 from glassgpt import GPT, GPTConfig, TokenData, cli, generate, load, render
 from glassgpt.checkpoints import save
+from glassgpt.checks.cli import check_mistakes
 from glassgpt.cli import comments, main
 from glassgpt.device import SIZES
 from glassgpt.tokens import BPETokenizer, CharTokenizer
@@ -170,6 +171,11 @@ MISTAKES = {
     "modern, not GPT-2's": ([*MY, "--norm", "batch"], "norm is rms or layer"),
     "diverging": ([*MY, "--learning-rate", "1e9"], "resume new --learning-rate"),
     "small vocabulary": ([*MY, "--tokenizer", "bpe", "--vocab-size", "5"], "too small"),
+    "no vocabulary": (
+        [*MY, "--tokenizer", "bpe", "--vocab-size", "0"],
+        "--vocab-size must be at least 1, not 0",
+    ),
+    "no characters": ([*MY, "--vocab-size", "0"], "--vocab-size must be at least 1"),
     "a size of characters": ([*MY, "--vocab-size", "300"], "--tokenizer bpe"),
     "missing tokenizer": (
         [*MY, "--tokenizer", "nonsense"],
@@ -239,6 +245,8 @@ MISTAKES = {
         [*WRITE, "--tokens", "-5"],
         "a number from 0 up, not -5",
     ),
+    "no samples": ([*WRITE, "--samples", "0"], "--samples must be at least 1, not 0"),
+    "answers of nothing": (["chat", "run", "--tokens", "0"], "--tokens must be at"),
     "negative seed": ([*WRITE, "--seed", "-1"], "seed"),
     "empty prompt": ([*WRITE, "--prompt", ""], "at least one token"),
     "unknown character": ([*WRITE, "--prompt", "\u6f22"], "not in the vocabulary"),
@@ -307,6 +315,27 @@ def test_wrong_words_get_a_box(stage, monkeypatch, capsys, mistake):
     assert "--help" in shown.err
     assert shown.out == ""
     assert hashes(stage) == before
+
+
+@pytest.mark.parametrize("place", [0, 1], ids=["at --out", "where it was called"])
+def test_what_a_mistake_leaves_is_caught(place):
+    def leaving(words):
+        code = main(words)
+        if code and "--out" in words:
+            (Path(words[-1]) if place == 0 else Path("left")).mkdir()
+        return code
+
+    with pytest.raises(AssertionError, match=r"left (new|left) behind"):
+        check_mistakes(leaving)
+
+
+def test_a_command_that_refuses_everything_is_caught():
+    def refusing(words):
+        print("glassgpt: not today, try again", file=sys.stderr)
+        return 2
+
+    with pytest.raises(AssertionError, match="without a mistake was refused"):
+        check_mistakes(refusing)
 
 
 @pytest.mark.parametrize("option", ["--keep", "--checkpoint-every"])

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pickle
+import pickletools
 import shutil
 import signal
 import struct
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import textwrap
 import zipfile
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
@@ -140,6 +142,86 @@ def test_resuming_is_exact(tmp_path, model, training, precision):
 def test_the_package_passes_its_checks():
     checks.check_resume((start_run, resume_run))
     checks.check_stop(stop_signals)
+
+
+def resume_from_the_oldest(*arguments, **options):
+    with patch.object(runs, "checkpoints_in", lambda place: checkpoints_in(place)[:1]):
+        return resume_run(*arguments, **options)
+
+
+def test_a_resume_from_the_oldest_checkpoint_is_caught():
+    with pytest.raises(AssertionError, match=r"steps \[0, .*, not 3 to 7"):
+        checks.check_resume((start_run, resume_from_the_oldest))
+
+
+def noting(second_acts, cleans_up):
+    """A `stop_signals` that may be wrong about the second signal, or about errors."""
+
+    @contextmanager
+    def stop():
+        caught, numbers = [], (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        before = {n: signal.getsignal(n) for n in numbers}
+
+        def note(number, frame):
+            if second_acts(number, caught):
+                before[number](number, frame)
+            caught.append(number)
+
+        def back():
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_IGN if handler is signal.SIG_IGN else note)
+        try:
+            yield caught
+        except Exception:
+            if cleans_up:
+                back()
+            raise
+        back()
+
+    return stop
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGHUP")
+def test_stopping_wrongly_is_caught():
+    any_acts, same_acts = (lambda _, caught: caught), (lambda n, caught: n in caught)
+    checks.check_stop(noting(any_acts, cleans_up=True))
+    with pytest.raises(AssertionError, match="SIGINT, then SIGTERM: the second has to"):
+        checks.check_stop(noting(same_acts, cleans_up=True))
+    with pytest.raises(AssertionError, match="are not back after an error"):
+        checks.check_stop(noting(any_acts, cleans_up=False))
+
+
+def only_strings_before(content):
+    """What a pickle looks up, as if names were never taken from its memory."""
+    names, said = set(), []
+    for code, value, _ in pickletools.genops(content):
+        if code.name == "STACK_GLOBAL":
+            names.add(" ".join(said[-2:]))
+        elif code.name == "GLOBAL":
+            names.add(value)
+        elif isinstance(value, str):
+            said.append(value)
+    return names
+
+
+def test_names_taken_from_memory_are_asked_for():
+    with pytest.raises(AssertionError, match="in place of"):
+        checks.check_names(only_strings_before)
+
+
+def test_a_state_that_is_taken_out_without_a_copy_is_caught():
+    def put_away(walk):
+        return [walk.place, walk.momentum, list(walk.deck), walk.dice.get_state()]
+
+    def take_out(walk, state):
+        walk.place, walk.momentum, walk.deck, dice = state
+        walk.dice.set_state(dice)
+
+    with pytest.raises(AssertionError, match="for the second time: deck is"):
+        checks.check_state((put_away, take_out))
 
 
 def test_a_finished_run_resumes_to_itself(run):

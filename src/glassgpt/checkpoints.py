@@ -121,9 +121,9 @@ def save(directory: str | Path, model: GPT, tokenizer: Tokenizer) -> None:
     `transformers` reads the directory of a GPT-2 or a Llama with AutoModelForCausalLM
     and AutoTokenizer.
     Raises OSError where the disk is full or can't be written, FileExistsError for a
-    folder with anything in it but an older model, ValueError for a model made lighter,
-    whose weights are gone, or what `torch.compile` returned, TypeError without a
-    tokenizer.
+    folder with anything in it but an older model, TypeError without a tokenizer,
+    ValueError for one of another model, for weights that are nan or infinite, for a
+    model made lighter, whose weights are gone, or what `torch.compile` returned.
 
     Book: 20_runs_that_survive.html#a-model-on-disk
     """
@@ -134,6 +134,10 @@ def save(directory: str | Path, model: GPT, tokenizer: Tokenizer) -> None:
         raise ValueError(f"{what}: save the model before you lighten it or compile it")
     if not isinstance(tokenizer, Tokenizer):
         raise TypeError("a model is saved with its tokenizer: it is missing")
+    if (ids := tokenizer.vocab_size) > (known := model.config.vocab_size):
+        raise ValueError(f"the tokenizer has {ids} ids, the model only {known}")
+    if not all(p.sum(dtype=torch.float32).isfinite() for p in model.parameters()):
+        raise ValueError("the model has weights that are nan or infinite")
     names = {path.name.removesuffix(".partial") for path in directory.glob("[!.]*")}
     if others := sorted(names - FILES):
         what = f"{directory} is not empty, {others[0]} is in it"

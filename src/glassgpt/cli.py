@@ -150,6 +150,8 @@ class Text:
 
     def ready_tokenizer(self) -> Tokenizer | None:
         """The tokenizer that was asked for, None if it has yet to learn."""
+        if self.vocab_size is not None and self.vocab_size < 1:
+            raise ValueError(f"--vocab-size must be at least 1, not {self.vocab_size}")
         place, kind = self.tokens, self.tokenizer or "bpe"
         if place and (self.tokenizer or self.vocab_size):
             wrong = "leave out --tokenizer and --vocab-size"
@@ -437,6 +439,8 @@ class Generate(Model):
 
     def run(self) -> None:
         """Write on from the prompt, piece by piece."""
+        if self.samples < 1:
+            raise ValueError(f"--samples must be at least 1, not {self.samples}")
         model, tokenizer = self.load()
         prompt = self.read_prompt(tokenizer)
         settings = {"stop": tokenizer.special_tokens.values(), **self.sampling}
@@ -492,6 +496,8 @@ class Chat(Model):
 
     def run(self) -> None:
         """Answer line after line, until there are no more."""
+        if self.tokens < 1:
+            raise ValueError(f"--tokens must be at least 1, not {self.tokens}")
         sampling = vars(replace(CAREFUL, **self.sampling))  # refuses what is wrong
         model, tokenizer = self.load()
         template_of(tokenizer)

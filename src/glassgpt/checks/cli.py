@@ -32,7 +32,7 @@ def check_mistakes(main: Callable[[list[str]], int]) -> None:
 
     Book: 23_command_line.html#the-check
     """
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, contextlib.chdir(name):
         folder = Path(name)
         (folder / "empty.txt").write_text("")
         (folder / "short.txt").write_text("To be, or not to be\n")
@@ -56,5 +56,8 @@ def check_mistakes(main: Callable[[list[str]], int]) -> None:
             assert number == 2, f"{said} left with exit code {number}, not 2"
             assert "Traceback" not in errors, f"{said} printed a traceback"
             assert len(errors.strip()) > 20, f"{said} did not say what was wrong"
-            left = [p for p in folder.rglob("*") if p not in before and p.is_file()]
+            left = sorted({*folder.rglob("*")} - {*before})
             assert not left, f"{said} left {left[0].name} behind"
+        (folder / "long.txt").write_text("To be, or not to be\n" * 100)
+        right = ["tokenize", "--data", "long.txt", "--tokenizer", "char", *out]
+        assert call(main, right)[0] == 0, "a line without a mistake was refused"

@@ -9,8 +9,10 @@ import math
 import os
 import pickle
 import signal
-from collections import OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
+from contextlib import suppress
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,28 +26,41 @@ from glassgpt.device import Machine, Plan
 from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.modern import MuonConfig
 from glassgpt.tokens import CharTokenizer
-from glassgpt.training import TrainConfig
+from glassgpt.training import TrainConfig, Trainer
 
 
-def _watched_write(write: Callable[[Path, bytes], Any], path: Path) -> list[str]:
-    """Which calls a write makes that matter, in order."""
-    calls = []
+def _watched_write(write: Callable[[Path, bytes], Any], path: Path) -> list[Any]:
+    """The calls of a write that matter, in order: what was flushed, and the rename."""
+    calls: list[Any] = []
 
-    def noted(name: str, function: Callable) -> Callable:
-        def call(*arguments: Any, **options: Any) -> Any:
-            there = path.exists() and path.read_bytes() == b"old"
-            assert there or "rename" in calls, (
-                "the old content was gone before the new one was complete"
+    def seen(place: Any) -> tuple[int, int]:
+        """Which file or folder it is, and its size."""
+        there = path.exists() and path.read_bytes() == b"old"
+        assert there or "rename" in calls, (
+            "the old content was gone before the new one was complete"
+        )
+        return os.stat(place).st_ino, os.stat(place).st_size
+
+    def flush(number: int) -> None:
+        calls.append(seen(number))
+        fsync(number)
+
+    def renaming(function: Callable) -> Callable:
+        def call(source: Any, *arguments: Any, **options: Any) -> None:
+            assert seen(source) in calls, (
+                "renamed before all of it was flushed by os.fsync: after a power cut "
+                "the file can be empty"
             )
-            calls.append(name)
-            return function(*arguments, **options)
+            calls.append("rename")
+            function(source, *arguments, **options)
 
         return call
 
+    fsync = os.fsync
     with (
-        patch.object(os, "fsync", noted("flush", os.fsync)),
-        patch.object(os, "replace", noted("rename", os.replace)),
-        patch.object(os, "rename", noted("rename", os.rename)),
+        patch.object(os, "fsync", flush),
+        patch.object(os, "replace", renaming(os.replace)),
+        patch.object(os, "rename", renaming(os.rename)),
     ):
         write(path, b"new")
     return calls
@@ -67,11 +82,8 @@ def check_whole_file(write: Callable[[Path, bytes], Any]) -> None:
         assert "rename" in calls, (
             "written in place: who is killed in the middle leaves half a file"
         )
-        assert "flush" in calls[: calls.index("rename")], (
-            "renamed before it was flushed by os.fsync: after a power cut the file can "
-            "be empty"
-        )
-        assert os.name != "posix" or "flush" in calls[calls.index("rename") :], (
+        flushed = [call[0] for call in calls[calls.index("rename") + 1 :]]
+        assert os.name != "posix" or os.stat(place).st_ino in flushed, (
             "the folder was not flushed: after a power cut the old name can be back"
         )
         for call in ("fsync", "replace"):
@@ -133,20 +145,25 @@ def check_stop(stop_signals: Callable[[], Any]) -> None:
     numbers += [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []
     outside = {n: signal.signal(n, lambda n, frame: acted.append(n)) for n in numbers}
     try:
-        for number in numbers:
-            name = signal.Signals(number).name
-            handlers = [signal.getsignal(n) for n in numbers]
+        handlers = [signal.getsignal(n) for n in numbers]
+        for number, second in product(numbers, numbers):
+            name, other = (signal.Signals(n).name for n in (number, second))
             with stop_signals() as caught:
                 signal.raise_signal(number)
                 assert acted == [], f"{name} acted at once: note it only"
                 assert list(caught) == [number], f"{name} was not noted by its number"
-                signal.raise_signal(number)
-                assert acted == [number], f"a second {name} has to act as before"
+                signal.raise_signal(second)
+                assert acted == [second], (
+                    f"{name}, then {other}: the second has to act as before"
+                )
             acted.clear()
-            with stop_signals():
-                pass
-            after = [signal.getsignal(n) for n in numbers]
-            assert after == handlers, f"{name}: the handlers of before are not back"
+        for error in (None, ZeroDivisionError):
+            with suppress(ZeroDivisionError), stop_signals():
+                if error:
+                    raise error
+            assert handlers == [signal.getsignal(n) for n in numbers], (
+                "the handlers of before are not back" + " after an error" * bool(error)
+            )
         signal.signal(numbers[-1], signal.SIG_IGN)
         with stop_signals() as caught:
             signal.raise_signal(numbers[-1])
@@ -168,8 +185,8 @@ def _after_a_cut(
     dropout: float,
     muon: bool,
     cut: int,
-) -> tuple[torch.Tensor, list[dict[str, float]]]:
-    """The final weights and the records of a run that is cut off and resumed."""
+) -> tuple[torch.Tensor, list[dict[str, float]], list[int]]:
+    """Of a run that is cut off and resumed: weights, records, where steps resumed."""
     start, resume = pair
     data, tokenizer = TokenData.of(ids, ids, vocab_size=5), CharTokenizer("abcde")
     model = GPTConfig(5, context=4, layers=1, heads=1, width=8, dropout=dropout)
@@ -182,6 +199,13 @@ def _after_a_cut(
         if record["step"] == cut:
             raise _PowerCut
 
+    again: list[int] = []
+    take_step = Trainer.take_step
+
+    def counted(trainer: Trainer) -> None:
+        again.append(trainer.step)
+        take_step(trainer)
+
     options: dict[str, Any] = {"on_record": power_cut, "progress": False}
     with TemporaryDirectory() as place, torch.random.fork_rng([]):
         try:
@@ -190,9 +214,10 @@ def _after_a_cut(
             )
         except _PowerCut:
             torch.manual_seed(9)
-            run = resume(Path(place), progress=False, say=lambda line: None)
+            with patch.object(Trainer, "take_step", counted):
+                run = resume(Path(place), progress=False, say=lambda line: None)
     weights = nn.utils.parameters_to_vector(run.trainer.model.parameters()).detach()
-    return weights, run.trainer.records
+    return weights, run.trainer.records, again
 
 
 def check_resume(pair: tuple[Callable[..., Any], Callable[..., Any]]) -> None:
@@ -211,8 +236,9 @@ def check_resume(pair: tuple[Callable[..., Any], Callable[..., Any]]) -> None:
         (text, 0.5, False, "dropout after resuming is another: seed it by the step"),
     ]
     for *case, mistake in cases:
-        whole, records = _after_a_cut(pair, *case, cut=0)
-        resumed, found = _after_a_cut(pair, *case, cut=4)
+        whole, records, _ = _after_a_cut(pair, *case, cut=0)
+        resumed, found, again = _after_a_cut(pair, *case, cut=4)
+        assert again[:1] == [3], f"after the cut it took steps {again}, not 3 to 7"
         gap = (whole - resumed).abs().max()
         assert gap < 1, "the weights of the checkpoint were not restored"
         steps, due = ([line["step"] for line in lines] for lines in (found, records))
@@ -268,8 +294,8 @@ class Walk:
 def check_state(pair: tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]) -> None:
     """A walk that was put away and taken out again goes on as if nothing had been.
 
-    pair: called as state_of(walk), which may return what `torch.save` takes, and as
-    go_back(walk, state) with another walk.
+    pair: called as state_of(walk), which may return any object, and as
+    go_back(walk, state) with another walk, more than once with one state.
 
     Book: 20_runs_that_survive.html#exercise-1-how-often
     """
@@ -286,14 +312,18 @@ def check_state(pair: tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]) ->
         dice = whole.dice.get_state()
         for _ in range(6):
             whole.step()  # what was put away must not change with it
-        go_back(other, state)
-        for name, value in zip(names, due, strict=True):
-            found = getattr(other, name)
-            assert found == value, f"after {steps} steps {name} is {found}, not {value}"
-        assert torch.equal(other.dice.get_state(), dice), "the dice lie otherwise"
-        for _ in range(6):
-            other.step()
-        assert other.place == whole.place, "it went another way"
+        for time in ("first", "second"):  # the state must not change either
+            go_back(other, state)
+            for name, value in zip(names, due, strict=True):
+                found = getattr(other, name)
+                assert found == value, (
+                    f"after {steps} steps, taken out for the {time} time: {name} is "
+                    f"{found}, not {value}"
+                )
+            assert torch.equal(other.dice.get_state(), dice), "the dice lie otherwise"
+            for _ in range(6):
+                other.step()
+            assert other.place == whole.place, "it went another way"
 
 
 def check_names(names_in: Callable[[bytes], set[str]]) -> None:
@@ -310,7 +340,8 @@ def check_names(names_in: Callable[[bytes], set[str]]) -> None:
 
     import glassgpt
 
-    plain, ordered = [1, "os mkdir", 2.5], OrderedDict(a=1)
+    plain = [1, "os mkdir", 2.5]
+    several = [OrderedDict(a=1), Counter("a"), deque([1])]
     for protocol in (0, 2, 3, 4, 5):
         found = names_in(pickle.dumps(Bomb(), protocol))
         run = vars(glassgpt).pop("bomb", False)
@@ -322,6 +353,6 @@ def check_names(names_in: Callable[[bytes], set[str]]) -> None:
         assert found == set(), (
             f"protocol {protocol}: plain values name nothing: {found}"
         )
-        found = names_in(pickle.dumps(ordered, protocol))
-        wanted = {"collections OrderedDict"}
+        found = names_in(pickle.dumps(several, protocol))
+        wanted = {f"collections {kind.__name__}" for kind in map(type, several)}
         assert found == wanted, f"protocol {protocol}: {found} in place of {wanted}"
