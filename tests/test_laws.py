@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -52,13 +53,28 @@ def nearest_it_can(N, D, losses):
         return Law(losses.min(), 0.0, 1.0, float(steep), 1.0)
 
 
+def keeps_one_floor(N, D, losses):
+    """A fit that knows only laws of which 1.5 stays."""
+    found = fit_law(N, D, losses)
+    return found if abs(found.E - 1.5) < 0.1 else lambda N, D: 1.5 + 0 * N
+
+
+def refuses_only_below(law, N, loss):
+    left = loss - law.E - law.A / N**law.alpha
+    if left < 0:
+        return math.inf
+    return (law.B / left) ** (1 / law.beta) if left else 1e300
+
+
 WRONG = [
     (check_optimum, two_percent_off, "a smaller model"),
     (check_optimum, lambda law, C: ((C / 6) ** 0.5, (C / 6) ** 0.5), "a smaller model"),
     (check_optimum, twenty_tokens, "20 tokens a parameter is another law's best"),
     (check_optimum, swapped, "alpha and beta are swapped"),
     (check_tokens_needed, forgets_the_size, "take off A / N"),
-    (check_tokens_needed, never_gives_up, "never go below"),
+    (check_tokens_needed, never_gives_up, "never come to"),
+    (check_tokens_needed, refuses_only_below, "never come to 2.0"),
+    (check_law, keeps_one_floor, "exponents 0.8 and 0.4: off by"),
     (check_law, nearest_it_can, "exponents 2.0 and 0.5: off by"),
 ]
 

@@ -113,6 +113,13 @@ class DropsTheSame(scaling.ParallelTrainer):
         return zip(*(rows.tensor_split(number) for rows in mine), strict=True)
 
 
+class DropsTheSameInEachStep(scaling.ParallelTrainer):
+    def parts(self, batch):
+        found = list(super().parts(batch))
+        torch.manual_seed(self.rank)
+        return iter(found)
+
+
 class BeginsApart(scaling.ParallelTrainer):
     def __init__(self, *arguments):
         Trainer.__init__(self, *arguments)
@@ -160,6 +167,7 @@ class DividesTheEvaluation(scaling.ParallelTrainer):
 MISTAKES = [
     (ReadsItsOwnLosses, "rank 0 reads a loss of .*: add up"),
     (DropsTheSame, "processes drop the same numbers"),
+    (DropsTheSameInEachStep, "each step drops the same"),
     (BeginsApart, "drifted apart, .*: not all begin with"),
     (WeighsByRows, "is off by .*: with masked targets"),
     (SavesItsOwnMoments, "tensors are missing in rank 0's state"),
@@ -541,7 +549,27 @@ def in_seconds(cards, years, cost, restart):
     return best, cost * mean / best + best / 2 + restart
 
 
+class AlwaysTwoSteps(StreamedTokens):
+    def __init__(self, shards, fetch, steps_each):
+        super().__init__(shards, fetch, 2)
+
+
+class OneCrop(StreamedTokens):
+    def random_batch(self, batch_size, context, seed):
+        crops = super().random_batch(batch_size, context, seed)
+        return tuple(rows[:1].expand(batch_size, -1) for rows in crops)
+
+
+class IgnoresTheSeed(StreamedTokens):
+    def random_batch(self, batch_size, context, seed):
+        super().random_batch(batch_size, context, seed)  # the shard
+        return Tokens.random_batch(self, batch_size, context, (0, seed[1]))
+
+
 WRONG = [
+    (check_stream, AlwaysTwoSteps, "steps_each=3"),
+    (check_stream, OneCrop, "all rows of a batch"),
+    (check_stream, IgnoresTheSeed, "another seed gives the same crops"),
     (check_ring, from_nowhere, "came from nowhere"),
     (check_stream, CountsForItself, "begun at step 17"),
     (check_stream, NextIsTheSame, "targets are the next tokens"),

@@ -13,7 +13,7 @@ import numpy as np
 class Law:
     """A loss by size and tokens: E + A / N^alpha + B / D^beta.
 
-    Source: Hoffmann et al. (2022), approach 3.
+    Source: Hoffmann et al. (2022), approach 3 (the formula, not their fit).
 
     Book: 24_scaling_laws.html#the-law
     """

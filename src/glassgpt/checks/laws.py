@@ -20,9 +20,9 @@ def check_law(fit: Callable[..., Any]) -> None:
     Book: 24_scaling_laws.html#the-law
     """
     N, D = (x.ravel() for x in np.meshgrid(np.geomspace(1e4, 1e6, 6), [1e5, 1e6, 1e7]))
-    exponents = [(0.34, 0.28), (0.8, 0.4), (0.3, 0.9), (2.0, 0.5), (0.34, 1.7)]
-    for a, b in exponents:
-        law = Law(1.5, 1e5**a, a, 1e6**b, b)
+    laws = [(1.5, 1.0, 0.34, 0.28), (0.5, 0.5, 0.8, 0.4), (2.5, 2.0, 0.3, 0.9)]
+    for E, times, a, b in [*laws, (1.5, 1.0, 2.0, 0.5), (1.5, 1.0, 0.34, 1.7)]:
+        law = Law(E, times * 1e5**a, a, 1e6**b / times, b)
         try:
             found = fit(N, D, law(N, D))
         except ValueError:
@@ -53,11 +53,12 @@ def check_tokens_needed(needed: Callable[[Law, float, float], float]) -> None:
         any_size = (law.B / (loss - law.E)) ** (1 / law.beta)
         assert abs(found / any_size - 1) > 1e-6, "take off A / N^alpha, too"
         assert abs(found / D - 1) < 1e-6, f"{found:.4g} tokens, not {D:.4g}"
-    least = law.E + law.A * 1e8**-law.alpha
-    found = needed(law, 1e8, least - 0.1)
-    assert found == math.inf, (
-        f"1e8 parameters never go below {least:.2f}: return math.inf, not {found}"
-    )
+    law = Law(1.0, 4.0, 0.5, 1.0, 0.5)
+    for loss in (1.9, 2.0):  # without rounding 1 + 4 / sqrt(16) is 2
+        found = needed(law, 16.0, loss)
+        assert found == math.inf, (
+            f"16 parameters never come to {loss}: return math.inf, not {found}"
+        )
 
 
 def check_optimum(optimum: Callable[[Law, float], tuple[float, float]]) -> None:

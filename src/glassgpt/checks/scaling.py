@@ -83,6 +83,28 @@ def table_slice() -> list[list[int]]:
     return [list(table.shape), list(table.to_local().shape)]
 
 
+def block_moments() -> list[tuple[str, int]]:
+    """How many numbers of the first block's weights lie here, by moment of a step.
+
+    Book: 22_many_machines.html#dividing-the-model
+    """
+    trainer = _small_run(scaling.FSDPTrainer)
+    block, after = trainer.model.blocks
+    found = []
+
+    def note(moment: str) -> Callable[..., None]:
+        return lambda *_: found.append((moment, _here(block.parameters())))
+
+    note("before the step")()
+    block.mlp.register_forward_pre_hook(note("forward pass, in the block"))
+    after.mlp.register_forward_pre_hook(note("forward pass, in the next"))
+    after.mlp.register_full_backward_hook(note("backward pass, in the next"))
+    block.mlp.register_full_backward_hook(note("backward pass, in the block"))
+    trainer.take_step()
+    note("after the step")()
+    return found
+
+
 class _Masked(Tokens):
     """Tokens of whose targets some don't count, more in one row than in another."""
 
@@ -203,8 +225,8 @@ def _ends(kind: Any, steps: int = 6, loaded: bool = False, **how: Any) -> Ended:
     return {key: value.detach().clone() for key, value in found.items()}, losses
 
 
-def _each_case(module: str, name: str) -> tuple[list[Ended], float]:
-    """How each case ends here, and the loss of this process's rows with dropout."""
+def _each_case(module: str, name: str) -> tuple[list[Ended], list[float]]:
+    """How each case ends here, and random numbers after the losses of two steps."""
     from importlib import import_module
 
     kind = getattr(import_module(module), name)  # where it was defined
@@ -212,12 +234,15 @@ def _each_case(module: str, name: str) -> tuple[list[Ended], float]:
     loss = trainer.loss
 
     def noted(*part: Tensor) -> Tensor:
-        own.append(found := loss(*part))
+        found = loss(*part)
+        with torch.random.fork_rng([]):
+            own.append(torch.rand(()).item())
         return found
 
     trainer.loss = noted
-    trainer.take_step()
-    return [_ends(kind, **case) for case in _CASES.values()], own[0].item()
+    for _ in range(2):
+        trainer.take_step()
+    return [_ends(kind, **case) for case in _CASES.values()], own
 
 
 def check_parallel(kind: type[Trainer]) -> None:
@@ -246,8 +271,9 @@ def check_parallel(kind: type[Trainer]) -> None:
     ends = zip(*(ended for ended, _ in ranks), strict=True)
     for mistake, one, each in zip(_CASES, wanted, ends, strict=True):
         _compare(mistake, one, each)
-    dropped = {loss for _, loss in ranks}
-    assert len(dropped) == 3, "processes drop the same numbers: seed by rank"
+    first, second = zip(*(drawn for _, drawn in ranks), strict=True)
+    assert len({*first}) == 3, "processes drop the same numbers: seed by rank"
+    assert len({*first, *second}) == 6, "each step drops the same: seed by step, too"
 
 
 def _compare(mistake: str, one: Ended, each: Sequence[Ended]) -> None:
@@ -396,9 +422,9 @@ def check_stream(stream: Callable[..., Any]) -> None:
         fetched.append(weakref.ref(ids))
         return ids
 
-    def inputs_of(steps: Iterable[int], seed: int = 3) -> Tensor:
+    def inputs_of(steps: Iterable[int], seed: int = 3, each: int = 2) -> Tensor:
         fetched.clear()
-        tokens, found = stream(range(6), fetch, 2), []
+        tokens, found = stream(range(6), fetch, each), []
         for step in steps:
             inputs, targets = tokens.random_batch(4, 8, (seed, step))
             found.append(inputs)
@@ -419,14 +445,18 @@ def check_stream(stream: Callable[..., Any]) -> None:
         )
     starts = {tuple(step[:, 0].tolist()) for step in inputs}
     assert len(starts) == 36, "two steps got the same crops"
+    assert len(inputs[0, :, 0].unique()) > 1, "all rows of a batch are the same crop"
     places = inputs[:, :, 0] % 1000
     assert places.min() < 100 < 300 < places.max(), "some of each shard is never seen"
     assert order[:12] != order[12:24], "every round has the same order"
     assert torch.equal(inputs_of(range(17, 36)), inputs[17:]), (
         "begun at step 17 it gives other batches: seed and step have to decide"
     )
-    other = (inputs_of(range(36), seed=4)[:, 0, 0] // 1000).tolist()
-    assert other != order, "another seed gives the same order"
+    other = inputs_of(range(36), seed=4)[:, :, 0]
+    assert (other[:, 0] // 1000).tolist() != order, "another seed gives the same order"
+    assert not torch.equal(other % 1000, places), "another seed gives the same crops"
+    threes = (inputs_of(range(18), each=3)[:, 0, 0] // 1000).reshape(6, 3)
+    assert (threes == threes[:, :1]).all(), "steps_each=3: a shard serves three steps"
 
 
 def check_gradient(combine: Callable[[list[Tensor], list[int]], Tensor]) -> None:
@@ -443,7 +473,8 @@ def check_gradient(combine: Callable[[list[Tensor], list[int]], Tensor]) -> None
         wanted = sum(one * n for one, n in pairs) / sum(targets)
         found = combine(given, targets)
         means = sum(ones[: len(targets)]) / len(targets)
-        assert torch.equal(given[0], ones[0]), "a gradient that was given was changed"
+        same = all(map(torch.equal, given, ones))
+        assert same, "a gradient that was given was changed"
         assert targets == [2, 2] or not torch.allclose(found, means), (
             "a mean of means: a process with more targets counts for more"
         )
