@@ -431,6 +431,14 @@ def test_a_saved_chat_model_loads_again(tmp_path, tokenizer, model):
     assert list(tokenizer_files(BPETokenizer([], []))) == ["tokenizer.json"]
 
 
+def test_a_file_with_the_escapes_of_a_template_loads(tmp_path):
+    _, tokenizer = add_roles(*glassgpt.load("shakespeare"))
+    path = tmp_path / "tokenizer.json"
+    path.write_text(tokenizer_files(tokenizer)["tokenizer.json"], "utf-8")
+    assert '"Replace"' in path.read_text("utf-8")
+    assert BPETokenizer.load(path).to_json() == tokenizer.to_json()
+
+
 def test_roles_for_any_model():
     configs = [
         (GPT, GPTConfig(260, 16, 1, 2, 8)),

@@ -412,6 +412,7 @@ def test_merging_everywhere_equals_one_at_a_time(word, number):
     for pair, new in merges.items():
         ids = merge_pair(ids, pair, new)
     assert merge_word(byte_ids(word), merges) == ids
+    assert merge_word(byte_ids(word), {}) == list(byte_ids(word))
     assert one_at_a_time(byte_ids(word), merges) == ids
 
 
