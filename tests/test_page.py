@@ -403,7 +403,7 @@ def test_sliders_move_their_figure_by_keyboard(pages, server, browser):
     for path in pages:
         page = browser.new_page()
         page.route(
-            "**/glass-gpt.js", lambda route: route.abort()
+            "**/glass-gpt.js*", lambda route: route.abort()
         )  # stills have them, too
         page.goto(server + path)
         ranges = page.locator("article input[type=range]")

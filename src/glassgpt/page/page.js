@@ -28,7 +28,7 @@ const percent = (share) => `${(100 * share).toFixed(1)}%`;
 // A panel: its HTML, what connects its buttons, what draws it when the text changes.
 const PANELS = {};
 
-const GUESS = `<button><span></span><i></i><b></b></button>`;
+const GUESS = `<button><span></span><i></i><b aria-hidden="true"></b></button>`;
 
 PANELS.next = {
   html: () => `<p class="title"></p>
