@@ -48,7 +48,7 @@ test: $(READY)
 	$(BIN)/python tools/tangle.py --check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --nbval -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --nbval -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 colab: $(READY)
 	$(BIN)/python tools/colab.py $(CHAPTERS)

@@ -28,7 +28,7 @@ const percent = (share) => `${(100 * share).toFixed(1)}%`;
 // A panel: its HTML, what connects its buttons, what draws it when the text changes.
 const PANELS = {};
 
-const GUESS = `<button><span></span><i></i><b aria-hidden="true"></b></button>`;
+const GUESS = `<button><span role="img"></span><i></i><b></b></button>`;
 
 PANELS.next = {
   html: () => `<p class="title"></p>
@@ -51,7 +51,7 @@ PANELS.next = {
       const { id, piece, probability } = choices[i];
       const [token, bar, number] = row.children;
       row.value = id;
-      row.setAttribute("aria-label", `${spoken(piece)}, ${percent(probability)}`);
+      token.setAttribute("aria-label", `${spoken(piece)}, `);
       token.innerHTML = visible(piece);
       bar.style.width = `${(100 * probability) / choices[0].probability}%`;
       number.textContent = percent(probability);
