@@ -262,12 +262,12 @@ MISTAKES = {
 }
 
 
-# What was typed wrong, and words of the box that answers.
+# What was typed wrong, and words of the sentence that answers.
 WRONG_WORDS = {
     "misspelled command": (["trian"], "Unrecognized options: trian"),
     "no command": (["xyz"], "Available subcommands: train, resume, generate, chat"),
-    "unknown option": ([*MY, "--learning-pace", "1"], "--learning-rate FLOAT"),
-    "unknown option of another": ([*WRITE, "--topk", "5"], "--top-k INT"),
+    "unknown option": ([*MY, "--learning-pace", "1"], "Do you mean --learning-rate"),
+    "unknown option of another": ([*WRITE, "--topk", "5"], "Do you mean --top-k"),
     "unknown option of none": (["--versoin"], "Unrecognized options: --versoin"),
     "unknown size": ([*MY, "--size", "huge"], "'huge' for argument '--size'"),
     "unknown weights": ([*WRITE, "--weights", "int3"], "int3"),
@@ -304,14 +304,14 @@ def test_a_mistake_gets_a_sentence(stage, monkeypatch, capsys, mistake):
 
 
 @pytest.mark.parametrize("mistake", WRONG_WORDS)
-def test_wrong_words_get_a_box(stage, monkeypatch, capsys, mistake):
+def test_wrong_words_get_a_sentence(stage, monkeypatch, capsys, mistake):
     words, expected = WRONG_WORDS[mistake]
     monkeypatch.chdir(stage)
     monkeypatch.setenv("COLUMNS", "200")
     before = hashes(stage)
     assert glass(*words) == 2
     shown = capsys.readouterr()
-    assert expected in shown.err
+    assert expected in sentence_in(shown.err)
     assert "--help" in shown.err
     assert shown.out == ""
     assert hashes(stage) == before

@@ -1,6 +1,7 @@
 # Written by tools/tangle.py from book/23_command_line.ipynb: change it there.
 """The command line: train, resume, generate, chat, serve, publish, ...."""
 
+import io
 import json
 import math
 import os
@@ -12,7 +13,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import redirect_stderr, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache, partial
 from importlib.util import find_spec
@@ -642,8 +643,8 @@ COMMANDS = (Train, Resume, Generate, Chat, Evaluate, Tokenize, Serve, Publish)
 def parse(words: Sequence[str]) -> Any:
     """The command that words ask for, as an object of its class.
 
-    Leaves with SystemExit after --help, which no words at all mean too, and after
-    saying what is wrong with words that make no sense.
+    Raises ValueError for words that make no sense. Leaves with SystemExit after --help,
+    which no words at all mean too.
 
     Book: 23_command_line.html#mistakes-get-a-sentence
     """
@@ -653,7 +654,23 @@ def parse(words: Sequence[str]) -> Any:
         kinds.append(Annotated[kind, tyro.conf.subcommand(description=about)])
     every: Any = Union[tuple(kinds)]  # noqa: UP007
     config = (tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName)
-    return tyro.cli(every, prog="glassgpt", args=words or ["--help"], config=config)
+    how = {"prog": "glassgpt", "args": words or ["--help"], "config": config}
+    box = io.StringIO()
+    try:
+        with redirect_stderr(box):
+            return tyro.cli(every, **how)
+    except SystemExit as leaving:
+        if leaving.code != 2:
+            raise
+    # Rows in a frame: what is wrong, what may be meant, where to look.
+    rows = [row.strip("│╭╮╰╯|+ ") for row in box.getvalue().splitlines()]
+    rows = [re.sub("[─-]{3,}", "", row).strip() for row in rows]
+    wrong, *more = [" ".join(p.split()) for p in "\n".join(rows[1:]).split("\n\n")]
+    near = {*re.findall(r"--[\w-]+", " ".join(more))} - {"--help"}
+    near -= {word.partition("=")[0] for word in words}
+    meant = f"Do you mean {' or '.join(sorted(near))}?" if near else " ".join(more[:-1])
+    said = [wrong.rstrip(".") + ".", meant, "See glassgpt --help"]
+    raise ValueError(" ".join(filter(None, said)))
 
 
 def is_mistake(error: BaseException) -> bool:
