@@ -723,7 +723,7 @@ def _stop(number: int, page: str, label: str, here: int | None) -> str:
     if number == here:
         marked = 'class="glass-stop glass-here" aria-current="page"'
         return f"<span {marked}>{text}<small>you are here</small></span>"
-    return f'<a class="glass-stop" href="{page}.html">{text}</a>'
+    return f'<a class="glass-stop" href="{page}.ipynb">{text}</a>'
 
 
 def book_map(here: int | None = None) -> Markup:

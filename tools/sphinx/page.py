@@ -72,11 +72,14 @@ def lighten(app, pagename, templatename, context, doctree):
 # The list of references has links among its items, whose role is out of use; and a summary is
 # called what it shows.
 MISLEADING = re.compile(' role="(list|doc-biblioentry)"| aria-label="Toggle hidden content"')
+# The map of the book leads to notebooks where it is read in Jupyter, to pages here.
+TO_NOTEBOOK = re.compile(r'(class="glass-stop" href="\w+)\.ipynb"')
 
 
 def mend_body(app, pagename, templatename, context, doctree):
-    """Leave out attributes that mislead a screen reader."""
-    context["body"] = MISLEADING.sub("", context.get("body", ""))
+    """Leave out attributes that mislead a screen reader; let the map lead to pages."""
+    body = MISLEADING.sub("", context.get("body", ""))
+    context["body"] = TO_NOTEBOOK.sub(r'\1.html"', body)
 
 
 def describe(app, pagename, templatename, context, doctree):
