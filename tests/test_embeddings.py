@@ -193,6 +193,11 @@ class Frozen(Embedding):
         return super().forward(ids.clamp(0, 4)).detach().requires_grad_()
 
 
+class Padded(Embedding):
+    def forward(self, ids):
+        return F.embedding(ids, self.weight, padding_idx=1)
+
+
 class NoParameter(nn.Module):
     def __init__(self, rows, width):
         super().__init__()
@@ -274,7 +279,7 @@ def by_loop(ids, upstream, rows):
             a, b, c, table.double()).item()),
         (checks.check_embedding_gradient, by_loop),
         (checks.check_embedding_gradient, lambda ids, g, rows: torch.zeros(
-            rows, 2).index_add(0, ids, g)),
+            rows, g.shape[1]).index_add(0, ids, g)),
         (checks.check_embedding_gradient, lambda ids, g, rows: torch.eye(
             rows)[ids].T @ g),
     ],
@@ -305,6 +310,7 @@ def test_right_answers_pass(check, right):
          "fractions"),
         (checks.check_embedding, OneRowTooFew, "each id becomes a row"),
         (checks.check_embedding, Frozen, "no gradient"),
+        (checks.check_embedding, Padded, "[1] were looked up"),
         (checks.check_embedding, NoParameter, "nn.Parameter"),
         (checks.check_embedding, nn.Embedding, "deviation"),
         (checks.check_embedding, starting(torch.randn), "start with"),
@@ -322,6 +328,8 @@ def test_right_answers_pass(check, right):
          "rows, width"),
         (checks.check_lookup, lambda table, ids: table[ids.flatten()], "ids"),
         (checks.check_lookup, lambda table, ids: table[ids] * 0, "wrong rows"),
+        (checks.check_lookup, lambda table, ids: torch.eye(4)[ids] @ table, "refused"),
+        (checks.check_lookup, lambda table, ids: table[ids].int(), "wrong rows"),
         (checks.check_analogy, lambda a, b, c, table: b, "inputs"),
         (checks.check_analogy, lambda a, b, c, table: None, "returns None"),
         (checks.check_analogy, measured(by_cosine, rank=1), "inputs"),
@@ -341,6 +349,10 @@ def test_right_answers_pass(check, right):
         (checks.check_embedding_gradient,
          lambda ids, g, rows: torch.zeros(rows, 2).index_put((ids,), g), "twice"),
         (checks.check_embedding_gradient, lambda ids, g, rows: g, "shape"),
+        (checks.check_embedding_gradient,
+         lambda ids, g, rows: torch.zeros(rows, 2).index_add(0, ids, g), "6 rows"),
+        (checks.check_embedding_gradient, lambda ids, g, rows: torch.zeros(
+            rows, g.shape[1]).index_add(0, ids, g).abs(), "negative"),
         (checks.check_embedding_gradient, summed, "got [[5.0, 5.0]"),
         (checks.check_embedding_gradient,
          lambda ids, g, rows: torch.ones(rows, 2), "not looked up"),

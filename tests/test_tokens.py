@@ -112,6 +112,19 @@ def test_package_passes_its_checks(trained, gpt2):
     checks.check_tokenizer_round_trip(CharTokenizer.train(NASTY))
 
 
+def split_with(flags, old="", new=""):
+    """GPT-2's pattern with flags in front and one part changed."""
+    return regex.compile(flags + tokens._WORD.pattern.replace(old, new)).findall
+
+
+def runs_counted_once(counts, number):
+    """Sees a pair of equals once where a merge could use it once: aaa, not aaaa."""
+    alike = {word: n for word, n in counts.items() if len(set(word)) == 1 < len(word)}
+    if {len(word) for word in alike} == {3}:
+        counts = counts | {word: n / 2 for word, n in alike.items()}
+    return learn_merges(counts, number)
+
+
 def words_glued(counts, number):
     return learn_merges({"".join(word * n for word, n in counts.items()): 1}, number)
 
@@ -162,7 +175,18 @@ WRONG = [
     (checks.check_split_words, str.split, "lost"),
     (checks.check_split_words, lambda t: regex.findall(r"\s+|\S+", t), "belongs"),
     (checks.check_split_words, lambda t: regex.findall(r"\s*\S+|\s+", t), "last space"),
+    (checks.check_split_words, split_with("(?i)"), "capitals"),
+    (checks.check_split_words, split_with("", "|ll|ve|re", ""), "'ve and 'll"),
+    (
+        checks.check_split_words,
+        regex.compile(
+            tokens._WORD.pattern.replace(r" ?\p{N}", " ?[0-9]").replace(r"\p{N}", "0-9")
+        ).findall,
+        "all scripts",
+    ),
+    (checks.check_split_words, split_with("", r"?\p{L}", r"?[\p{L}_]"), "_ is a sign"),
     (checks.check_learn_merges, words_glued, "border"),
+    (checks.check_learn_merges, runs_counted_once, "aaa has the pair a a twice"),
     (checks.check_learn_merges, pairs_counted_once, "count again"),
     (checks.check_learn_merges, pairs_once_in_a_word, "counts twice"),
     (checks.check_learn_merges, ties_by_largest, "smallest"),
@@ -181,7 +205,8 @@ WRONG = [
     (checks.check_split_numbers, from_the_left, "from the right"),
     (checks.check_split_numbers, split_words, "18890"),
     (checks.check_split_numbers, in_threes(blank=r"|\s+(?=\p{N})"), "one space alone"),
-    (checks.check_split_numbers, in_threes(digit="[0-9]"), "Arabic"),
+    (checks.check_split_numbers, in_threes(digit="[0-9½]"), "Arabic"),
+    (checks.check_split_numbers, in_threes(digit=r"\d"), "½"),
 ]
 
 
@@ -201,6 +226,11 @@ class Trusting(BPETokenizer):
         return super().encode(text, allow_special)
 
 
+class TrustingInside(BPETokenizer):
+    def encode(self, text, allow_special=False):
+        return super().encode(text, allow_special or not text.startswith("<|"))
+
+
 class Deaf(BPETokenizer):
     def encode(self, text, allow_special=False):
         return super().encode(text)
@@ -217,6 +247,7 @@ class Forgetful(BPETokenizer):
     [
         (checks.check_tokenizer_round_trip, Hasty, "lost or changed"),
         (checks.check_special_tokens, Trusting, "unasked"),
+        (checks.check_special_tokens, TrustingInside, "unasked"),
         (checks.check_special_tokens, Deaf, "allow_special"),
         (checks.check_special_tokens, Forgetful, "beside it is lost"),
     ],

@@ -748,8 +748,9 @@ def book_map(here: int | None = None) -> Markup:
         stop[13],
     ]
     learning = f"{stop[11]}{arrow}{stop[12]}{arrow}slopes flow back (8) <span>|</span>"
-    rest = "".join(stop[number] for number in (1, *range(14, 25)))
-    content = f"<div>{arrow.join(way)}</div><div>learning: {learning}{rest}</div>"
+    rest = "".join(stop[number] for number in range(14, 25))
+    below = f"{stop[1]}<span>|</span>learning: {learning}{rest}"
+    content = f"<div>{arrow.join(way)}</div><div>{below}</div>"
     place = "" if here is None else f" You are in chapter {here}, {labels[here]}."
     alt = (
         "Map of the book: text becomes tokens, embeddings with positions, passes "

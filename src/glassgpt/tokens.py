@@ -78,8 +78,8 @@ def count_words(texts: Iterable[str]) -> Counter[str]:
 
 _VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _BYTES = bytes(_VISIBLE + [byte for byte in range(256) if byte not in _VISIBLE])
-_SYMBOLS = dict(zip(_BYTES, [*_VISIBLE, *range(256, 324)], strict=True))
 _ID_OF_BYTE = bytes(_BYTES.index(byte) for byte in range(256))
+_SYMBOLS = dict(zip(_BYTES, [*_VISIBLE, *range(256, 324)], strict=True))
 
 
 def byte_ids(text: str) -> list[int]:

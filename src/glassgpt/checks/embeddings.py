@@ -115,6 +115,10 @@ def _check_gradient(layer: nn.Module) -> None:
     assert got[4] == 2 * got[0] == 2, (
         f"an id that occurs twice gets gradient {got[4]:g}, not 2: its gradients add up"
     )
+    layer.weight.grad = None
+    layer(torch.arange(5)).sum().backward()
+    never = (layer.weight.grad == 0).any(1).nonzero().flatten().tolist()
+    assert not never, f"rows {never} were looked up and receive no gradient"
 
 
 def check_matrix_product(product: Callable[[Tensor, Tensor], Tensor]) -> None:
@@ -159,8 +163,17 @@ def check_lookup(lookup: Callable[[Tensor, Tensor], Tensor]) -> None:
     Book: 03_embeddings.html#exercise-2-look-up-by-multiplying
     """
     table = torch.arange(12.0).view(4, 3)
-    for ids in (torch.tensor([2, 0, 2]), torch.tensor([[1, 3]]), torch.tensor(3)):
-        got, wanted = lookup(table, ids), table[ids]
+    other = torch.tensor([[-0.5, 2.5], [1.5, -3.0]])
+    many = [(table, ids) for ids in ([2, 0, 2], [[1, 3]], 3)]
+    for table, ids in [*many, (other, [1, 0])]:
+        ids = torch.tensor(ids)
+        try:
+            got, wanted = lookup(table, ids), table[ids]
+        except NotImplementedError:
+            raise
+        except RuntimeError as error:
+            size = tuple(table.shape)
+            raise AssertionError(f"a table {size} is refused: {error}") from None
         expect_tensor(got)
         assert got.shape == wanted.shape, (
             f"ids {tuple(ids.shape)} give {tuple(got.shape)}, not {tuple(wanted.shape)}"
@@ -234,3 +247,12 @@ def check_embedding_gradient(
         "assigning with grad[ids] += keeps one of them"
     )
     assert got.tolist() == [[5, 0], [0, 0], [11, 5], [0, 0]], f"got {got.tolist()}"
+    ids, upstream = torch.tensor([5, 1, 5]), torch.tensor([[-0.5], [1.5], [-2.0]])
+    what = "6 rows of width 1, with fractions and negative numbers"
+    try:
+        got = gradient(ids, upstream, 6)
+    except RuntimeError as error:
+        raise AssertionError(f"wrong for {what}: {error}") from None
+    wanted = torch.tensor([[0], [1.5], [0], [0], [0], [-2.5]])
+    right = got.shape == (6, 1) and torch.allclose(got, wanted)
+    assert right, f"wrong for {what}"

@@ -34,6 +34,9 @@ def check_split_words(split_words: Callable[[str], Sequence[str]]) -> None:
         "a  b\n\n c": (["a", " ", " b", "\n\n", " c"], "only the last space moves"),
         "it's, '1889'": (["it", "'s", ",", " '", "1889", "'"], "'s is one word"),
         "B2B é!": (["B", "2", "B", " é", "!"], "letters, digits, signs don't mix"),
+        "they've I'll": (["they", "'ve", " I", "'ll"], "'ve and 'll are words, too"),
+        "WE'LL": (["WE", "'", "LL"], "'LL in capitals is not shortened"),
+        " 3½ a_b": ([" 3½", " a", "_", "b"], "digits of all scripts; _ is a sign"),
     }
     for text, (words, why) in cases.items():
         got = list(split_words(text))
@@ -54,6 +57,8 @@ def check_learn_merges(learn_merges: Callable) -> None:
     assert got == [(a, b)], f"merged {got}: of equal counts the smallest ids win"
     got = list(learn_merges({"abab": 2, "ca": 3}, 1))
     assert got == [(a, b)], f"merged {got}: a pair that is twice in a word counts twice"
+    got = list(learn_merges({"aaa": 2, "bc": 3}, 1))
+    assert got == [(a, a)], f"merged {got}: aaa has the pair a a twice"
     got = list(learn_merges({"abc": 3, "bc": 1, "ca": 2}, 2))
     assert got[:1] == [(b, c)], f"merged {got[:1]}: bc occurs most often"
     assert got[1:] == [(a, 256)], (
@@ -106,10 +111,16 @@ def check_special_tokens(tokenizer: Any) -> None:
 
     Book: 02_tokens.html#a-tokenizer
     """
-    name, special = next(iter(tokenizer.special_tokens.items()))
-    typed = tokenizer.encode(name)
-    assert special not in typed, f"the text {name!r} became a special token unasked"
-    assert tokenizer.decode(typed) == name, f"the text {name!r} was changed"
+    for name, special in tokenizer.special_tokens.items():
+        for text in (name, f"a{name}b{name}"):
+            typed = tokenizer.encode(text)
+            unasked = f"{name!r} in the text {text!r} became a special token unasked"
+            assert special not in typed, unasked
+            assert tokenizer.decode(typed) == text, f"the text {text!r} was changed"
+        _check_asked(tokenizer, name, special)
+
+
+def _check_asked(tokenizer: Any, name: str, special: int) -> None:
     asked = list(tokenizer.encode(name + name, allow_special=True))
     assert asked == [special] * 2, f"allow_special gave {asked}, not twice {special}"
     both = tokenizer.decode(tokenizer.encode(f"a{name}b", allow_special=True))
@@ -134,6 +145,8 @@ def check_split_numbers(split_numbers: Callable[[str], Sequence[str]]) -> None:
     assert got == ["a", " ", "1", "889", " b"], f"'a 1889 b' was cut into {got}"
     got = list(split_numbers("it's 123456"))
     assert got == ["it", "'s", " ", "123", "456"], f'"it\'s 123456" was cut into {got}'
+    got = list(split_numbers("a ½"))
+    assert got == ["a", " ", "½"], f"'a ½' was cut into {got}: \\p{{N}} has ½, too"
     got = list(split_numbers("a   12"))
     assert got == ["a", "  ", " ", "12"], f"'a   12': {got}, not one space alone"
     got = list(split_numbers(" \u0663\u0664\u0665\u0666"))
