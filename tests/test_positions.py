@@ -145,6 +145,12 @@ def fitted(distance, width):
     return torch.linalg.lstsq(P[:512], P[distance:]).solution
 
 
+def two_rows(distance, width):
+    """Fitted to two positions only, 20 and 300."""
+    P = sinusoidal_positions(512, width).double()
+    return torch.linalg.pinv(P[[20, 300]]) @ P[[20 + distance, 300 + distance]]
+
+
 @pytest.mark.parametrize("right", [shift(), shift(dtype=torch.float64), fitted])
 def test_right_steps_pass(right):
     checks.check_shift_matrix(right)
@@ -194,7 +200,10 @@ def test_right_steps_pass(right):
          ValueError), "positions 3 to 4, but they are refused"),
         (checks.check_add_positions, ending(lambda start, end, rows: start + 3 > rows,
          ValueError), "positions 3 to 4, but they are refused"),
+        (checks.check_add_positions, ending(lambda start, end, rows: end > 5,
+         ValueError), "2 to 4 of 4 rows: say"),
         (checks.check_shift_matrix, lambda d, c: shift()(d, 8), "not (4, 4)"),
+        (checks.check_shift_matrix, two_rows, "position 57 times"),
         (checks.check_shift_matrix, lambda d, c: shift()(d, 8)[:c, :c], "position 27"),
         (checks.check_shift_matrix, shift(sign=-1), "backwards"),
         (checks.check_shift_matrix, shift(unit=2.0), "is not position 21"),
