@@ -239,6 +239,18 @@ def flat(logits, targets, **options):
     return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), **options)
 
 
+def half_detached(x, dim=-1, temperature=1.0):
+    powers = (shifted(x, dim) / temperature).exp()
+    if temperature <= 0 or math.isnan(temperature):
+        raise ValueError("no such temperature")
+    return powers / powers.sum(dim, keepdim=True).detach()
+
+
+def mean_of_means(logits, targets):
+    texts = [flat(*text) for text in zip(logits, targets, strict=True)]
+    return torch.stack(texts).mean()
+
+
 def _picked(table, targets):
     counted = targets != -100
     return table[counted].gather(-1, targets[counted][:, None])
@@ -267,6 +279,13 @@ def score_by_score(chunks):
 def without_peak(chunks):
     scores = torch.cat([chunk.clone() for chunk in chunks])
     return scores.logsumexp(0) - scores.max()
+
+
+def growing(chunks):
+    scores = torch.empty(0)
+    for chunk in chunks:
+        scores = torch.cat([scores, chunk])
+    return scores.logsumexp(0)
 
 
 def last_chunk(chunks):
@@ -346,6 +365,12 @@ WRONG = [
         lambda x, dim=-1, temperature=1.0: softmax(x, dim) / temperature,
         "must divide the scores before exp",
     ),
+    (
+        "check_softmax",
+        lambda x, dim=-1, temperature=1.0: softmax(x.detach(), dim, temperature),
+        "no gradient reaches the scores",
+    ),
+    ("check_softmax", half_detached, "was a part detached"),
     ("check_softmax", lenient, "temperature=0.0 must raise ValueError"),
     (
         "check_softmax",
@@ -380,6 +405,12 @@ WRONG = [
         "the sign is wrong",
     ),
     ("check_cross_entropy", mean_of_summands, "take the mean"),
+    ("check_cross_entropy", mean_of_means, "a mean of the texts' means"),
+    (
+        "check_cross_entropy",
+        lambda logits, targets: flat(logits.detach(), targets),
+        "no gradient reaches the scores",
+    ),
     (
         "check_cross_entropy",
         lambda logits, targets: flat(logits, targets) / math.log(2),
@@ -502,8 +533,9 @@ WRONG = [
     (
         "check_one_pass",
         lambda parts: torch.cat(list(parts)).logsumexp(0),
-        "5 chunks are kept",
+        "numbers more are kept",
     ),
+    ("check_one_pass", growing, "numbers more are kept"),
     (
         "check_one_pass",
         lambda chunks: torch.cat(list(chunks)).exp().sum().log(),

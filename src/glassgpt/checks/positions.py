@@ -82,8 +82,8 @@ def check_add_positions(embed: Callable[[Tensor, Tensor, Tensor, int], Tensor]) 
             continue
         except (RuntimeError, AssertionError) as error:
             raise AssertionError(
-                f"positions {start} to {start + 2} of {rows} rows: say what is wrong in "
-                f"a ValueError or IndexError, not in {type(error).__name__}: {error}"
+                f"positions {start} to {start + 2} of {rows} rows: say what is wrong "
+                f"in a ValueError or IndexError, not in {type(error).__name__}: {error}"
             ) from None
         raise AssertionError(
             f"positions {start} to {start + 2} of {rows} rows were accepted: "
