@@ -3,13 +3,14 @@
 
 """Checks of masks and of attention that name the mistake they find."""
 
-import gc
 import math
 from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from glassgpt.checks.softmax import _numbers_alive
 
 
 def check_causal_mask(causal_mask: Callable[[int], Tensor]) -> None:
@@ -220,12 +221,6 @@ def _vanish(*pairs: tuple[Tensor, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         yield chunk
         for part in chunk:
             part.fill_(math.nan)
-
-
-def _numbers_alive() -> int:
-    """How many numbers are in tensors that somebody still holds."""
-    gc.collect()
-    return sum(t.numel() for t in gc.get_objects() if type(t) is Tensor)
 
 
 def check_streaming_attention(
