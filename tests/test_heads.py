@@ -308,6 +308,13 @@ def wrong_root(q, k, v):
     return fused_attention(q / math.sqrt(q.shape[1]), k, v)
 
 
+def five_words(q, k, v):
+    """The mask of five words, written in."""
+    mask = torch.zeros(q.shape[-2], q.shape[-2], dtype=torch.bool)
+    mask[:, :] = causal_mask(5)[-len(mask) :, : len(mask)]
+    return attention(q, k, v, mask)[0]
+
+
 class Wasteful(MultiHeadAttention):
     def __init__(self, width, heads):
         super().__init__(width, heads)
@@ -343,6 +350,10 @@ def split_by_texts(x, heads):  # right only where D = H
     )
 
 
+def two_halves(x, heads):
+    return split_heads(x, 2)
+
+
 def rows_taken(module, x):
     parts = module.qkv(x).chunk(3, dim=-1)
     context = fused_attention(*(split_heads(part, module.heads) for part in parts))
@@ -366,6 +377,7 @@ WRONG = [
     ("check_split_heads", reshape_split, "holds column 3 of position 0: view(B, H"),
     ("check_split_heads", dealt_split, "head 0 of position 0 holds column 2, not 1"),
     ("check_split_heads", split_by_texts, "shape (4, 2, 5, 2)"),
+    ("check_split_heads", two_halves, "shape (4, 2, 5, 3) for 3 heads"),
     ("check_split_heads", lambda x, h: split_heads(x.flip(0), h), "of text 3"),
     ("check_split_heads", lambda x, h: split_heads(x, h)[:, :1], "shape (4, 1, 5, 3)"),
     ("check_causal_attention", F.scaled_dot_product_attention, "mask is missing"),
@@ -419,6 +431,20 @@ WRONG = [
         "still wrong: order, split, mask, merge",
     ),
     ("check_multi_head", module_of(attend=wrong_root), "the root of C, not of D"),
+    (
+        "check_multi_head",
+        module_of(attend=lambda q, *kv: fused_attention(q * q.shape[-1] ** 0.5, *kv)),
+        "not divided by the root of D",
+    ),
+    (
+        "check_multi_head",
+        module_of(
+            attend=lambda *qkv: attention(*qkv, causal_mask(len(qkv[0][0, 0])).T)[0]
+        ),
+        "the mask is transposed",
+    ),
+    ("check_multi_head", module_of(attend=five_words), "the mask is missing"),
+    ("check_causal_attention", five_words, "the mask is missing"),
     (
         "check_multi_head",
         module_of(attend=F.scaled_dot_product_attention),

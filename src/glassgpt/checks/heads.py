@@ -27,17 +27,20 @@ def check_split_heads(split_heads: Callable[[Tensor, int], Tensor]) -> None:
     """
     b, t, c = torch.arange(4), torch.arange(5), torch.arange(6)
     x = 1000 * b[:, None, None] + 100 * t[:, None] + c  # every number names its place
-    split = split_heads(x, 2)
-    assert split.shape == (4, 2, 5, 3), f"shape {tuple(split.shape)}: (B, H, T, D)"
-    for b, head, t, c in product(range(4), range(2), range(5), range(3)):
-        found, wanted = int(split[b, head, t, c]), 3 * head + c
-        place = f"head {head} of position {t} holds column {found % 100}"
-        assert found // 1000 == b, f"text {b} holds a number of text {found // 1000}"
-        assert found // 100 % 10 == t, (
-            f"{place} of position {found // 100 % 10}: view(B, H, T, D) mixes"
-            " positions; view as (B, T, H, D), then swap T and H"
-        )
-        assert found % 100 == wanted, f"{place}, not {wanted}: cut the width in pieces"
+    for heads in (2, 3):
+        split, D = split_heads(x, heads), 6 // heads
+        shape, wanted = tuple(split.shape), (4, heads, 5, D)
+        assert shape == wanted, f"shape {shape} for {heads} heads, not {wanted}"
+        for b, c, t in product(range(4), range(6), range(5)):
+            found, head = int(split[b, c // D, t, c % D]), c // D
+            place = f"head {head} of position {t} holds column {found % 100}"
+            text, position = found // 1000, found // 100 % 10
+            assert text == b, f"text {b} holds a number of text {text}"
+            assert position == t, (
+                f"{place} of position {position}: view(B, H, T, D) mixes"
+                " positions; view as (B, T, H, D), then swap T and H"
+            )
+            assert found % 100 == c, f"{place}, not {c}: cut the width in pieces"
 
 
 def _random(*shapes: tuple[int, ...]) -> list[Tensor]:
@@ -53,25 +56,25 @@ def check_causal_attention(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -
 
     Book: 07_multi_head_attention.html#two-ways-one-result
     """
-    q, k, v = _random(*3 * [(2, 3, 5, 4)])
-    mask = causal_mask(5)
-    one_by_one = zip(q.unbind(1), k.unbind(1), v.unbind(1), strict=True)
-    wanted = torch.stack([attention(*head, mask)[0] for head in one_by_one], 1)
-    found = attend(q, k, v)
-    mistakes = [
-        (attention(q, k, v), "the mask is missing: every word sees the future"),
-        (attention(q, k, v, mask.mT), "the mask is transposed: words see the future"),
-        (attention(2 * q, k, v, mask), "scores were not divided by the root of D"),
-        (
-            attention(q / math.sqrt(3), k, v, mask),
-            "scores were divided by the root of C: take the head's width, D = C / H",
-        ),
-    ]
-    assert found.shape == wanted.shape, f"the shape changed to {tuple(found.shape)}"
-    for (context, _), mistake in mistakes:
-        assert not torch.allclose(found, context), mistake
-    gap = (found - wanted).abs().max().item()
-    assert gap < 1e-12, f"differs from the plain attention by {gap:.1e}"
+    for T in (5, 3):
+        q, k, v = _random(*3 * [(2, 3, T, 4)])
+        mask = causal_mask(T)
+        one_by_one = zip(q.unbind(1), k.unbind(1), v.unbind(1), strict=True)
+        wanted = torch.stack([attention(*head, mask)[0] for head in one_by_one], 1)
+        found = attend(q, k, v)
+        mistakes = {
+            "the mask is missing: every word sees the future": (q, k, v),
+            "the mask is transposed: words see the future": (q, k, v, mask.mT),
+            "scores were not divided by the root of D": (2 * q, k, v, mask),
+            "scores were divided by the root of C: take the head's width, D = C / H": (
+                (q / math.sqrt(3), k, v, mask)
+            ),
+        }
+        assert found.shape == wanted.shape, f"the shape changed to {tuple(found.shape)}"
+        for mistake, inputs in mistakes.items():
+            assert not torch.allclose(found, attention(*inputs)[0]), mistake
+        gap = (found - wanted).abs().max().item()
+        assert gap < 1e-12, f"differs from the plain attention by {gap:.1e}"
 
 
 def check_fused_attention(fused_attention: Callable[..., Tensor]) -> None:
@@ -120,12 +123,12 @@ def _one_by_one(
     merge: Callable[[list[Tensor]], Tensor] = lambda pieces: torch.cat(pieces, -1),
     order: tuple[int, int, int] = (0, 1, 2),
     shrink: float = 1.0,
-    causal: bool = True,
+    may_look: Callable[[int], Tensor | None] = causal_mask,
 ) -> Tensor:
     """One head after the other, with the module's weights, before the projection."""
     parts = module.qkv(x).chunk(3, dim=-1)
     pieces = zip(*(split(parts[i], heads) for i in order), strict=True)
-    mask = causal_mask(x.shape[1]) if causal else None
+    mask = may_look(x.shape[1])
     return merge([attention(q / shrink, k, v, mask)[0] for q, k, v in pieces])
 
 
@@ -142,15 +145,22 @@ def _known_mistakes(module: nn.Module, x: Tensor, heads: int) -> dict[str, Tenso
     steps = {
         "order": {"order": (2, 1, 0)},
         "split": {"split": by_view},
-        "mask": {"causal": False},
+        "mask": {"may_look": lambda T: None},
         "merge": {"merge": by_reshape},
     }
-    root = {"shrink": math.sqrt(heads)}
     mistakes = {
         "the mask is missing": steps["mask"],
+        "the mask is transposed: words see the future": {
+            "may_look": lambda T: causal_mask(T).mT
+        },
         "split: view(B, H, T, D) mixes positions, swap T and H": steps["split"],
         "merge: swap T and H back before the reshape": steps["merge"],
-        "scores were divided by the root of C, not of D = C / H": root,
+        "scores were divided by the root of C, not of D = C / H": {
+            "shrink": math.sqrt(heads)
+        },
+        "scores were not divided by the root of D": {
+            "shrink": math.sqrt(heads / x.shape[-1])
+        },
         "queries and keys are exchanged": {"order": (1, 0, 2)},
         "the first third of qkv are queries, the last values": steps["order"],
     }
@@ -176,8 +186,8 @@ def check_multi_head(module_class: Callable[[int, int], nn.Module]) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         modules = {heads: module_class(12, heads).double() for heads in (3, 1, 4)}
-    (x,) = _random((2, 5, 12))
-    for heads, module in modules.items():
+    texts = _random((2, 5, 12), (2, 3, 12))
+    for (heads, module), x in product(modules.items(), texts):
         found, merged = module(x), _one_by_one(module, x, heads)
         assert found.shape == x.shape, f"the shape changed to {tuple(found.shape)}"
         assert not torch.allclose(found, merged), "the projection is missing"
@@ -254,7 +264,7 @@ def check_contributions(contributions: Callable[[nn.Module, Tensor], Tensor]) ->
 
     contributions: called with a MultiHeadAttention and x (B, T, C); (B, H, T, C).
 
-    Book: 07_multi_head_attention.html#exercise-3-fewer-key-heads-than-query-heads
+    Book: 07_multi_head_attention.html#exercise-4-who-said-what
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
