@@ -42,7 +42,7 @@ CHANGES: dict[str, dict[str, Any]] = {  # each rung keeps those above it
     "normalized queries and keys": {"normalize_qk": True},
     "squared ReLU": {"activation": "squared_relu"},
     "zero projections": {"zero_projections": True},
-    "own head": {"tied": False},
+    "untied head": {"tied": False},
     "Muon": {"optimizer": "muon"},
 }
 BRANCHES: dict[str, tuple[str, dict[str, Any]]] = {  # from a rung, changed
@@ -53,7 +53,7 @@ BRANCHES: dict[str, tuple[str, dict[str, Any]]] = {  # from a rung, changed
     "GPT-2, Muon": ("GPT-2, AdamW", {"optimizer": "muon"}),
     "Muon, tied head": ("Muon", {"tied": True}),
     "one key-value head for four": ("squared ReLU", {"key_value_heads": 1}),
-    "own head, started like the rest": ("zero projections", {
+    "untied head, random start": ("zero projections", {
         "tied": False, "random_head": True}),
 }  # fmt: skip
 

@@ -415,6 +415,10 @@ def test_checks_pass(check):
     getattr(checks, check)(RIGHT[check])
 
 
+def test_another_right_cache_passes():
+    checks.check_cache(GrowingCache)
+
+
 def filters_before_temperature(logits, sampling, generator):
     if sampling.top_p is not None:
         logits = keep_top_p(logits, sampling.top_p)
@@ -534,13 +538,56 @@ class FullTooEarly(KeyValueCache):
 
 
 class Overflows(KeyValueCache):
-    """Drops the oldest position when it is full."""
+    """Drops the oldest positions when it is full."""
 
     def append(self, keys, values):
-        if self.length + keys.shape[2] > self.context:
-            self.keys, self.values = self.keys.roll(-1, 2), self.values.roll(-1, 2)
-            self.length -= keys.shape[2]
+        if (over := self.length + keys.shape[2] - self.context) > 0:
+            self.keys, self.values = (
+                part.roll(-over, 2) for part in (self.keys, self.values)
+            )
+            self.length -= over
         return super().append(keys, values)
+
+
+class GrowingCache:
+    """Right, with torch.cat, unless a subclass makes it wrong."""
+
+    def __init__(self, context):
+        self.context, self.length, self.kept = context, 0, None
+
+    def full(self, new):
+        return self.length + new > self.context
+
+    def append(self, keys, values):
+        if self.full(keys.shape[2]):
+            raise ValueError("full")
+        if self.kept is not None:
+            keys = torch.cat((self.kept[0], keys), dim=2)
+            values = torch.cat((self.kept[1], values), dim=2)
+        self.kept, self.length = (keys, values), keys.shape[2]
+        return keys, values
+
+
+class FullOnlyWhenFull(GrowingCache):
+    def full(self, new):
+        return self.length >= self.context
+
+
+class EightForAll(GrowingCache):
+    def full(self, new):
+        return self.length + new > 8
+
+
+class StoresThenRaises(GrowingCache):
+    def append(self, keys, values):
+        if self.kept is not None:
+            keys = torch.cat((self.kept[0], keys), dim=2)
+            values = torch.cat((self.kept[1], values), dim=2)
+        self.kept = keys, values
+        if keys.shape[2] > self.context:
+            raise ValueError("full")
+        self.length = keys.shape[2]
+        return keys, values
 
 
 def sorted_by_length(model, prompts, count, top_k):
@@ -561,6 +608,33 @@ def one_window_for_all(model, prompts, count, top_k):
         for row, token in zip(rows, new, strict=True):
             row.append(token)
     return rows
+
+
+def wakes_up(model, prompts, count, top_k, stop=()):
+    """A row goes on after its stop token."""
+    rows = generate(model, prompts, count, top_k=top_k)
+    if not stop:
+        return rows
+    return [[token for token in row if token not in stop] for row in rows]
+
+
+def ends_with_the_first(model, prompts, count, top_k, stop=()):
+    rows = generate(model, prompts, count, top_k=top_k, stop=stop)
+    if single(prompts):
+        return rows
+    sizes = [len(prompt) for prompt in prompts]
+    new = min(len(row) - size for row, size in zip(rows, sizes, strict=True))
+    return [row[: size + new] for row, size in zip(rows, sizes, strict=True)]
+
+
+def leaves_dropout_on(model, prompts, count, top_k, stop=()):
+    if single(prompts):
+        return checks._greedy(model, prompts, count)
+    return generate(model, prompts, count, top_k=top_k, stop=stop)
+
+
+def leaves_eval_on(model, prompts, count, top_k, stop=()):
+    return generate(model.eval(), prompts, count, top_k=top_k, stop=stop)
 
 
 def moves_too_early(model, ids, count, top_k):
@@ -588,11 +662,18 @@ WRONG = [
     ("check_sample", rows_of_the_first, "every row has its own logits"),
     ("check_sample", without_generator, "draw from the generator"),
     ("check_sample", seeded_anew, "seed them once"),
-    ("check_cache", Overflows, "a full cache took"),
+    ("check_cache", Overflows, "that holds 3 took 4 more"),
+    ("check_cache", FullOnlyWhenFull, "that holds 3 took 4 more"),
+    ("check_cache", EightForAll, "cache of 6 that holds 3 took 4 more"),
+    ("check_cache", StoresThenRaises, "kept what doesn't fit"),
     ("check_cache", KeepsThenRaises, "kept what doesn't fit"),
     ("check_cache", FullTooEarly, "8 positions must fit a cache of 8"),
     ("check_generate", sorted_by_length, "come back in its place"),
     ("check_generate", one_window_for_all, "is its window its own"),
+    ("check_generate", wakes_up, "must end before its stop token"),
+    ("check_generate", ends_with_the_first, "ended another row"),
+    ("check_generate", leaves_dropout_on, "dropout must be off"),
+    ("check_generate", leaves_eval_on, "must be in it afterwards"),
     ("check_generate", moves_too_early, "positions and window"),
     ("check_stream_text", all_at_the_end, "yield each as it comes"),
     ("check_stream_text", ignoring("seed"), "the seed must decide"),

@@ -501,6 +501,14 @@ def pool(choose, dealt=False):
     return pooled
 
 
+def always_two_groups(weight, heads, groups):
+    return pool(lambda x: x.mean(dim=1))(weight, 6, 2)
+
+
+def always_three_heads(weight, heads, groups):
+    return pool(lambda x: x.mean(dim=1))(weight, heads, heads // 3)
+
+
 def test_pooled_heads_that_were_equal_already_change_nothing():
     checks.check_pool(pool(lambda x: x.mean(dim=1)))
     torch.manual_seed(0)
@@ -558,6 +566,8 @@ def test_pooled_heads_that_were_equal_already_change_nothing():
         (checks.check_orthogonalize, lambda x, rounds, dtype: torch.stack(
             [orthogonalize(x, rounds, dtype)[0]] * 2) + (x[1:] == 0).all(),
          "gradient of zero"),
+        (checks.check_pool, always_two_groups, "6 heads to 3"),
+        (checks.check_pool, always_three_heads, "6 heads to 3"),
         (checks.check_pool, lambda weight, heads, groups: weight, "8 of keys"),
         (checks.check_pool, pool(lambda x: x[:, 0]), "the first head of each"),
         (checks.check_pool, pool(lambda x: x[:, -1]), "the last head of each"),

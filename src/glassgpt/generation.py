@@ -158,17 +158,9 @@ def pad_left(
     """
     longest = max(len(row) for row in rows)
     ids = [[0] * (longest - len(row)) + list(row) for row in rows]
-    starts = [longest - len(row) for row in rows]
-    begin = torch.tensor(starts, device=device) if any(starts) else None
-    return torch.tensor(ids, device=device), begin
-
-
-def _whole_numbers(ids: Iterable[Any], name: str) -> list[int]:
-    """Ids as a list of integers; ValueError where they are something else."""
-    try:
-        return [operator.index(token) for token in ids]
-    except TypeError:
-        raise ValueError(f"{name} must be a list of ids, not {ids!r:.60}") from None
+    padding = [longest - len(row) for row in rows]
+    starts = torch.tensor(padding, device=device) if any(padding) else None
+    return torch.tensor(ids, device=device), starts
 
 
 def _past_padding(starts: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
@@ -182,6 +174,14 @@ def _past_padding(starts: Tensor, first: int, count: int) -> tuple[Tensor, Tenso
     begun = (keys >= starts[:, None, None]) | (keys == queries)  # (B, T, S)
     positions = (keys[first:] - starts[:, None]).clamp(min=0)
     return positions, ((keys <= queries) & begun)[:, None]
+
+
+def _whole_numbers(ids: Iterable[Any], name: str) -> list[int]:
+    """Ids as a list of integers; ValueError where they are something else."""
+    try:
+        return [operator.index(token) for token in ids]
+    except TypeError:
+        raise ValueError(f"{name} must be a list of ids, not {ids!r:.60}") from None
 
 
 @torch.inference_mode()

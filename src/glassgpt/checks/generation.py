@@ -74,15 +74,38 @@ def _check_rows_and_dice(sample: Callable[..., Tensor]) -> None:
     assert torch.equal(one, again), "draw from the generator, and only from it"
 
 
-def _small_gpt(context: int = 8, spread: float = 0.7) -> GPT:
+def _small_gpt(context: int = 8, spread: float = 0.7, dropout: float = 0.0) -> GPT:
     """A GPT with random weights, large enough to tell tokens apart."""
     random = torch.Generator().manual_seed(0)
-    config = GPTConfig(11, context, 2, 2, 16, tied=False)
+    config = GPTConfig(11, context, 2, 2, 16, dropout, tied=False)
     model = GPT(config).double().eval()
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.data.normal_(0.0, spread, generator=random)
     return model
+
+
+def _appended(cache: Any, part: Tensor) -> Tensor | None:
+    """All keys and values (2, B, H, T, D) after one more part; None if it raises."""
+    try:
+        return torch.stack(cache.append(part, -part))
+    except ValueError:
+        return None
+
+
+def _check_overflow(cache: Callable[[int], Any], context: int) -> None:
+    """What doesn't fit is refused, by a cache half full and by a full one."""
+    kept, x = cache(context), torch.arange(16.0 * context).view(1, 2, -1, 4)
+    for start, end in ((0, 3), (3, context)):
+        found, wanted = _appended(kept, x[:, :, start:end]), x[:, :, :end]
+        same = found is not None and torch.equal(found, torch.stack((wanted, -wanted)))
+        assert same, "it raised, but kept what doesn't fit"
+        refused = _appended(kept, x[:, :, end : context + 1]) is None
+        assert refused, (
+            f"a cache of {context} that holds {end} took {context + 1 - end} more: "
+            "raise a ValueError"
+        )
+        assert kept.length == end, "it raised, but kept what doesn't fit"
 
 
 @torch.no_grad()
@@ -111,13 +134,7 @@ def check_cache(cache: Callable[[int], Any]) -> None:
             f"the logits of tokens {start} to {end - 1}"
             f" differ by {gap:.1e} from a pass without a cache"
         )
-    full = caches[0]
-    try:
-        full.append(torch.zeros(2, 2, 1, 8).double(), torch.zeros(2, 2, 1, 8).double())
-    except ValueError:
-        assert full.length == 8, "it raised, but kept what doesn't fit"
-        return
-    raise AssertionError("a full cache took one position more: raise a ValueError")
+    _check_overflow(cache, 6)
 
 
 @torch.no_grad()
@@ -133,11 +150,26 @@ def _greedy(
     return ids
 
 
+def _check_stop(generate: Callable[..., list]) -> None:
+    """A row ends at its own stop token; dropout is off, and the mode comes back."""
+    model, prompts = _small_gpt(dropout=0.5), [[9, 2], [6]]
+    wanted = [_greedy(model, prompt, 12) for prompt in prompts]
+    assert list(generate(model.train(), [6], 12, top_k=1)) == wanted[1], (
+        "the tokens of a model in training mode differ: dropout must be off"
+    )
+    assert model.training, "a model in training mode must be in it afterwards"
+    short, whole = map(list, generate(model, prompts, 12, stop=[8], top_k=1))
+    assert short == wanted[0][: wanted[0].index(8)], (
+        f"the row {wanted[0]} must end before its stop token 8, but it is {short}"
+    )
+    assert whole == wanted[1], "the stop token of one row ended another row"
+
+
 def check_generate(generate: Callable[..., list]) -> None:
     """Tokens come as without a cache, past the context too, and in a batch as alone.
 
     generate: called as generate(model, ids, max_new_tokens, top_k=1), with a prompt
-    or several; its window is that of `window_start`.
+    or several, and with stop; its window is that of `window_start`.
 
     Book: 13_generation.html#the-loop
     """
@@ -170,6 +202,7 @@ def check_generate(generate: Callable[..., list]) -> None:
                 "alone: is its padding hidden, do its positions begin at its first "
                 "token, is its window its own, and does it come back in its place?"
             )
+    _check_stop(generate)
 
 
 @torch.no_grad()

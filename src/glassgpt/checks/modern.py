@@ -147,7 +147,7 @@ def check_reorder(reorder: Callable[[Tensor], Tensor]) -> None:
     """
     for shape in ((2, 8), (2, 3, 5, 12)):
         width = shape[-1]
-        got = reorder(torch.arange(float(width)).expand(shape))
+        got = reorder(torch.arange(float(width)).expand(shape).clone())
         assert got.shape == shape, f"the shape {shape} changed to {tuple(got.shape)}"
         moved = got.flatten(0, -2)[0].int().tolist()
         lost = f"columns were lost or repeated: {moved}"
@@ -192,3 +192,10 @@ def check_pool(pool: Callable[[Tensor, int, int], Tensor]) -> None:
         wanted = heads.view(2, 3, 4, 24).mean(dim=1).flatten(0, 1)
         right = torch.allclose(rows, wanted, atol=1e-5)
         assert right, f"{name}: each group needs the mean of its heads, row by row"
+    for heads, groups in ((6, 3), (2, 1)):
+        sizes = (groups, heads // groups, 24 // heads, 24)
+        parts = [part.view(sizes).mean(dim=1) for part in weight[24:].chunk(2)]
+        wanted = torch.cat((weight[:24], *(part.flatten(0, 1) for part in parts)))
+        found = pool(weight.clone(), heads, groups)
+        right = found.shape == wanted.shape and torch.allclose(found, wanted, atol=1e-5)
+        assert right, f"{heads} heads to {groups} come out wrong: use the sizes given"
