@@ -1,6 +1,7 @@
 """The GPT: parity with transformers, properties, and checks that name mistakes."""
 
 import copy
+import itertools
 import math
 from dataclasses import replace
 from functools import partial
@@ -462,8 +463,8 @@ class ByHand(nn.Module):
         V, T = self.config.vocab_size, self.config.context
         if ids.dtype != torch.int64 or ids.dim() != 2 or ids.shape[1] > T:
             raise ValueError("ids")
-        if ids.min() < 0 or ids.max() >= V:
-            raise ValueError("range")
+        if not ids.numel() or ids.min() < 0 or ids.max() >= V:
+            raise ValueError("none, or out of range")
         x = self.tokens.weight[ids] + self.positions.weight[: ids.shape[1]]
         x = self.dropout(x)
         for block in self.blocks:
@@ -484,6 +485,10 @@ class OneByOne(GPT):
 @pytest.mark.parametrize("right", [GPT, AsOpenAI, ByHand, InThirtyTwoBits, OneByOne])
 def test_check_lets_a_right_version_pass(right):
     checks.check_gpt(right)
+
+
+def test_check_lets_a_right_budget_pass():
+    checks.check_budget(largest)
 
 
 # Wrong versions. Each check must notice, and say which mistake it was.
@@ -607,6 +612,28 @@ class DroppingAtTheStartOnly(NeverDropping):
         self.dropout.p = config.dropout
 
 
+class KeepingAttention(GPT):
+    def __init__(self, config):
+        super().__init__(config)
+        for block in self.blocks:
+            block.attention.dropout = 0.0
+
+
+class AlwaysTied(GPT):
+    def __init__(self, config):
+        super().__init__(replace(config, tied=True))
+
+
+class AnyWholeNumber(GPT):
+    def forward(self, ids):
+        return super().forward(ids if ids.is_floating_point() else ids.long())
+
+
+class ReadingNothing(GPT):
+    def forward(self, ids):
+        return super().forward(ids) if ids.numel() else ids.new_zeros(*ids.shape, 11)
+
+
 class AlwaysDropping(GPT):
     def embed(self, ids, positions):
         return F.dropout(super().embed(ids, positions), self.dropout.p)
@@ -686,6 +713,15 @@ def changeable(**values):
     return SimpleNamespace(**vars(GPTConfig(**values)))
 
 
+def shorter(**values):
+    return GPTConfig(**{"context": 512, **values})
+
+
+def empty(**values):
+    width = values.get("width", 768)
+    return GPTConfig(**values) if width else SimpleNamespace(**values)
+
+
 def deaf(**values):
     return GPTConfig(**{**values, "layers": 1})
 
@@ -707,6 +743,17 @@ def config_of(**values):
     return lambda budget: GPTConfig(**values)
 
 
+def largest(budget, layers=range(1, 9), heads=range(1, 17)):
+    """The costliest that fits, by the formulas of the chapter."""
+    costs = {}
+    for L, C in itertools.product(layers, (32 * number for number in heads)):
+        weights = 12 * L * C**2 + 500 * C
+        parameters = weights + 13 * L * C + 128 * C + 2 * C
+        costs[20 * parameters * (6 * weights + 12 * L * C * 128)] = L, C
+    L, C = costs[max(cost for cost in costs if cost <= budget)]
+    return config_of(layers=L, heads=C // 32, width=C)(budget)
+
+
 WRONG = [
     ("check_gpt", WithoutPositions, "the positions are missing"),
     ("check_gpt", Backwards, "the logits are not head"),
@@ -724,6 +771,10 @@ WRONG = [
     ("check_gpt", NeverDropping, "dropout must act on tokens + positions"),
     ("check_gpt", DroppingInBlocksOnly, "dropout must act on tokens + positions"),
     ("check_gpt", DroppingAtTheStartOnly, "dropout must act on tokens + positions"),
+    ("check_gpt", KeepingAttention, "on the weights of attention, too"),
+    ("check_gpt", AlwaysTied, "tied=False was ignored"),
+    ("check_gpt", AnyWholeNumber, "64 bits, not 32, but it was accepted"),
+    ("check_gpt", ReadingNothing, "there must be an id, but it was accepted"),
     ("check_gpt", AlwaysDropping, "dropout acts after eval(), too"),
     ("check_gpt", Untied, "the head has a table of its own"),
     ("check_gpt", Biased, "parameters, not"),
@@ -737,12 +788,16 @@ WRONG = [
     ("check_config", asserting, "not AssertionError"),
     ("check_config", vague, "names none of them: bad value"),
     ("check_config", changeable, "can be changed: make it frozen"),
+    ("check_config", shorter, "by default context is 512, not 1024"),
+    ("check_config", empty, "a vector needs numbers, but it was accepted"),
     ("check_config", deaf, "layers=2 became 1"),
     ("check_parameter_count", lambda *s: count(*s, tables=2), "counted twice"),
     ("check_parameter_count", lambda *s: count(*s, positions=0), "table of positions"),
     ("check_parameter_count", lambda *s: count(*s, tables=0), "table of tokens"),
     ("check_parameter_count", lambda *s: count(*s, last=0), "the last norm"),
-    ("check_parameter_count", lambda *s: count(*s, bias=9), "the two norms of each"),
+    ("check_parameter_count", lambda *s: count(*s, bias=9), "the biases of attention"),
+    ("check_parameter_count", lambda *s: count(*s, bias=8), "the biases of the MLP"),
+    ("check_parameter_count", lambda *s: count(*s, last=1), "the last norm has a bias"),
     ("check_parameter_count", lambda *s: count(*s, bias=11), "a block has two norms"),
     ("check_parameter_count", lambda *s: count(*s, bias=4), "biases of the linear"),
     ("check_parameter_count", lambda *s: count(*s, bias=10), "biases of qkv"),
@@ -778,6 +833,8 @@ WRONG = [
     ("check_budget", config_of(layers=1), "1e+13 is used: at least 50% are"),
     ("check_budget", config_of(layers=90), "overspent"),
     ("check_budget", config_of(tied=False), "a GPT-2 ties its head"),
+    ("check_budget", lambda budget: largest(budget, layers=(3,)), "2e+13 is used"),
+    ("check_budget", lambda budget: largest(budget, heads=(4,)), "2e+13 is used"),
     (
         "check_budget",
         lambda budget: config_of(

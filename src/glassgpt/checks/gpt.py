@@ -15,6 +15,8 @@ from glassgpt.gpt import GPT, GPTConfig
 
 _IMPOSSIBLE = [
     ({"vocab_size": 0}, "there must be a token"),
+    ({"context": 0}, "a text has at least one token"),
+    ({"width": 0}, "a vector needs numbers"),
     ({"layers": -1}, "a number of layers can't be negative"),
     ({"layers": 2.5}, "there is no half layer"),
     ({"layers": True}, "True is no number"),
@@ -58,6 +60,10 @@ def check_config(config: Callable[..., Any]) -> None:
         assert any(name in message for name in change), (
             f"the error for {change} names none of them: {message}"
         )
+    usual = config(vocab_size=11)
+    for name, value in vars(GPTConfig(11)).items():
+        found = getattr(usual, name)
+        assert found == value, f"by default {name} is {found}, not {value}"
     with suppress(AttributeError):
         made.width = 16
     assert made.width == 8, "a configuration can be changed: make it frozen"
@@ -157,6 +163,12 @@ def _check_dropout(model: nn.Module, dropping: nn.Module, ids: Tensor) -> None:
     assert torch.allclose(found, model.head(model.norm.bias).expand_as(found)), (
         "dropout must act on tokens + positions and on what each part of a block adds"
     )
+    x = torch.arange(48.0, dtype=torch.float64).sin().view(1, 6, 8)
+    for block in dropping.blocks:
+        read = block.attention(x)
+        assert torch.allclose(read, read[:, :1].expand_as(read)), (
+            "dropout must act on the weights of attention, too"
+        )
 
 
 def _check_refusals(model: nn.Module) -> None:
@@ -167,6 +179,8 @@ def _check_refusals(model: nn.Module) -> None:
         (torch.zeros(1, 7, dtype=torch.int64), "7 tokens exceed a context of 6"),
         (torch.zeros(3, dtype=torch.int64), "ids (T,) lack the batch"),
         (torch.zeros(1, 3), "floats are no ids"),
+        (torch.zeros(1, 3, dtype=torch.int32), "ids have 64 bits, not 32"),
+        (torch.zeros(1, 0, dtype=torch.int64), "there must be an id"),
     ]
     for ids, why in wrong:
         _raises_value_error(why, model, ids)
@@ -187,12 +201,14 @@ def check_gpt(gpt: Callable[[GPTConfig], nn.Module]) -> None:
         torch.manual_seed(0)
         model, untrained = gpt(small).double().eval(), gpt(larger).eval()
         dropping = gpt(replace(small, dropout=1 - 1e-9))
+        untied = gpt(replace(small, tied=False))
     random = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.normal_(0.0, 0.3, generator=random)
     for length in (6, 3):
         _check_assembly(model, torch.randint(11, (2, length), generator=random))
     _check_start(untrained, larger)
+    assert untied.head.weight is not untied.tokens.weight, "tied=False was ignored"
     _check_refusals(model)
     ours = GPT(small).double().eval()
     missing = ours.load_state_dict(model.state_dict(), strict=False).missing_keys
@@ -221,7 +237,9 @@ def check_parameter_count(count: Callable[[int, int, int, int], int]) -> None:
         -T * C: "the table of positions is missing",
         -V * C: "the table of tokens is missing",
         -2 * C: "the last norm is missing",
-        -4 * C * L: "the two norms of each block are missing",
+        -C: "the last norm has a bias too",
+        -4 * C * L: "the biases of attention, or the norms of the blocks, are missing",
+        -5 * C * L: "the biases of the MLP are missing",
         -2 * C * L: "a block has two norms",
         -2 * C * L - C: "norms have a bias too",
         -3 * C * L: "the biases of qkv are missing",
@@ -281,7 +299,7 @@ def check_budget(choose: Callable[[float], GPTConfig]) -> None:
 
     Book: 10_gpt.html#exercise-1-count-with-a-pencil
     """
-    for budget in (1e13, 1e15, 1e17, 3e13, 2e14, 4e16):
+    for budget in (1e13, 2e13, 1e15, 1e17, 3e13, 2e14, 4e16):
         config = choose(budget)
         assert isinstance(config, GPTConfig), "return a GPTConfig"
         assert config.vocab_size == 500, f"vocab_size is {config.vocab_size}, not 500"
