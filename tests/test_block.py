@@ -218,6 +218,24 @@ class DroppingOnce(Block):
         return x + self.mlp(self.mlp_norm(x))
 
 
+class Subtracting(Block):
+    def forward(self, x):
+        x = x - self.attention(self.attention_norm(x))
+        return x - self.mlp(self.mlp_norm(x))
+
+
+class Twice(Block):
+    def forward(self, x):
+        x = x + self.attention(self.attention_norm(self.attention_norm(x)))
+        return x + 2 * self.mlp(self.mlp_norm(x))
+
+
+class AlwaysDropping(Block):
+    def forward(self, x):
+        x = x + F.dropout(self.attention(self.attention_norm(x)), self.dropout.p)
+        return x + F.dropout(self.mlp(self.mlp_norm(x)), self.dropout.p)
+
+
 class NeverDropping(Block):
     def __init__(self, width, heads, dropout=0.0):
         super().__init__(width, heads)
@@ -263,6 +281,15 @@ def layer_norm_gradient(x, u, mean=average, product=average, divide=True, correc
     return result / deviation if divide else result
 
 
+def in_place_gradient(x, u):
+    normal, deviation = x - average(x), x.std(-1, correction=0, keepdim=True)
+    normal /= deviation
+    along = average(u * normal) * normal
+    u -= average(u)
+    u -= along
+    return u / deviation
+
+
 def with_centered(x, u):
     """x - m where n belongs."""
     centered = x - average(x)
@@ -289,6 +316,7 @@ def by_differences(x, u, step=1e-5):
     [
         layer_norm_gradient,
         by_differences,
+        in_place_gradient,
         lambda x, u: layer_norm_gradient(x.float(), u.float()),
     ],
 )
@@ -348,6 +376,9 @@ WRONG = [
     ("check_block", InPlace, "caller's x was changed"),
     ("check_block", DroppingTheStream, "dropout must act on what each part adds"),
     ("check_block", DroppingOnce, "dropout must act on what each part adds"),
+    ("check_block", Subtracting, "the MLP, added: each once"),
+    ("check_block", Twice, "the MLP, added: each once"),
+    ("check_block", AlwaysDropping, "dropout acts after eval(), too"),
     ("check_block", NeverDropping, "dropout must act on what each part adds"),
     ("check_additions", lambda *given: sum(added()(*given)), "one tensor came back"),
     ("check_additions", added(in_place=True), "caller's x was changed"),
@@ -397,6 +428,31 @@ WRONG = [
     (
         "check_post_norm",
         lambda x, attention, mlp, a, b: a((y := b(x + attention(x))) + mlp(y)),
+        "norm_1 and norm_2 are exchanged",
+    ),
+    (
+        "check_post_norm",
+        lambda x, attention, mlp, a, b: a((y := a(x + attention(x))) + mlp(y)),
+        "norm_1 stands in both lines",
+    ),
+    (
+        "check_post_norm",
+        lambda x, attention, mlp, a, b: b((y := x + attention(x)) + mlp(y)),
+        "norm_1 is missing",
+    ),
+    (
+        "check_post_norm",
+        lambda x, attention, mlp, a, b: b(a(x + attention(x)) + mlp(x)),
+        "the MLP read x",
+    ),
+    (
+        "check_post_norm",
+        lambda x, attention, mlp, a, b: b((y := a(x.add_(attention(x)))) + mlp(y)),
+        "caller's x was changed",
+    ),
+    (
+        "check_post_norm",
+        lambda x, attention, mlp, a, b: b(2 * a(x + attention(x))),
         "take norm_1(x + attention(x))",
     ),
     (

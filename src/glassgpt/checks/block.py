@@ -94,9 +94,13 @@ def _check_stream(layer: nn.Module, x: Tensor) -> None:
     )
 
 
-def _check_dropout(layer: nn.Module, x: Tensor) -> None:
-    """A layer that drops nearly everything in training leaves the stream."""
-    assert torch.allclose(layer.double().train()(x), x), (
+def _check_dropout(layer: nn.Module, dropping: nn.Module, x: Tensor) -> None:
+    """dropping: drops nearly everything in training, which leaves the stream."""
+    dropping.load_state_dict(layer.state_dict())
+    assert torch.allclose(dropping.double().eval()(x), layer(x)), (
+        "dropout acts after eval(), too: it belongs to training"
+    )
+    assert torch.allclose(dropping.train()(x), x), (
         "dropout must act on what each part adds, and on nothing else"
     )
 
@@ -116,9 +120,6 @@ def _check_reads(layer: nn.Module, x: Tensor) -> None:
         "the MLP doesn't see what attention added: one after the other"
     )
     assert not torch.allclose(found, attend(think(x))), "the MLP comes before attention"
-    assert torch.allclose(found, think(attend(x))), (
-        "a block is attention, added, then the MLP, added"
-    )
 
 
 @torch.no_grad()
@@ -126,8 +127,8 @@ def check_block(block: Callable[[int, int], nn.Module]) -> None:
     """Two parts that read through a norm and add to the stream, in order and causal.
 
     block: called as block(width, heads) or block(width, heads, dropout). The layer maps
-    (B, T, C) to (B, T, C); its parts `attention` and `mlp` end in a linear layer
-    `projection`.
+    (B, T, C) to (B, T, C) and has the parts of `Block`; `attention` and `mlp` end in a
+    linear layer `projection`.
 
     Book: 09_block.html#the-check-of-the-block
     """
@@ -146,7 +147,11 @@ def check_block(block: Callable[[int, int], nn.Module]) -> None:
         layer(x).sum().backward()
     idle = [name for name, value in layer.named_parameters() if value.grad is None]
     assert not idle, f"never used: {', '.join(idle)}"
-    _check_dropout(block(8, 2, 1 - 1e-9), x)
+    y = x + layer.attention(layer.attention_norm(x))
+    assert torch.allclose(layer(x), y + layer.mlp(layer.mlp_norm(y))), (
+        "a block is attention, added, then the MLP, added: each once, through its norm"
+    )
+    _check_dropout(layer, block(8, 2, 1 - 1e-9), x)
 
 
 def check_additions(additions: Callable[..., list[Tensor]]) -> None:
@@ -205,15 +210,21 @@ def check_post_norm(post_norm: Callable[..., Tensor]) -> None:
     x = torch.tensor([3.0, 5.0])
     double, cube = (lambda x: 2 * x), (lambda x: x**3)
     square, halve = (lambda x: x * x), (lambda x: x / 2 - 1)
+    before = x.clone()
     found = post_norm(x, double, cube, square, halve)
+    assert torch.equal(x, before), "the caller's x was changed: x = x + y, not x += y"
     once, branch = x + double(square(x)), x + square(double(x))
-    stream = square(x + double(x))
+    bare, stream, other = x + double(x), square(x + double(x)), halve(x + double(x))
     mistakes = [
         (once + cube(halve(once)), "this is pre-norm: the norm goes outside"),
         (halve(cube(square(double(x)))), "nothing is added: x + attention(x)"),
         (branch + halve(cube(branch)), "only what a part returns is normalized, not x"),
         (stream, "the MLP is missing"),
         (stream + cube(stream), "norm_2 is missing"),
+        (halve(bare + cube(bare)), "norm_1 is missing"),
+        (square(stream + cube(stream)), "norm_1 stands in both lines"),
+        (square(other + cube(other)), "norm_1 and norm_2 are exchanged"),
+        (halve(stream + cube(x)), "the MLP read x: let it read what norm_1 returned"),
     ]
     for wrong, mistake in mistakes:
         assert not torch.equal(found, wrong), mistake
@@ -234,7 +245,7 @@ def check_layer_norm_gradient(gradient: Callable[[Tensor, Tensor], Tensor]) -> N
     (wanted,) = torch.autograd.grad(normal, x, u)
     x, normal = x.detach(), normal.detach()
     spread = x.std(-1, correction=0, keepdim=True)
-    found = gradient(x, u)
+    found = gradient(x.clone(), u.clone())  # it may write into them
     assert found.shape == x.shape, f"the shape is {tuple(found.shape)}, not (3, 4)"
     mean, product = u.mean(-1, keepdim=True), u * normal
     along = product.mean(-1, keepdim=True) * normal
