@@ -217,6 +217,17 @@ class Alike(MLP):
             nn.init.constant_(parameter, 0.1)
 
 
+class OneRow(MLP):
+    """All neurons start with the same random weights, and stay alike."""
+
+    def __init__(self, width):
+        super().__init__(width)
+        with torch.no_grad():
+            self.expand.weight.copy_(self.expand.weight[:1].expand(4 * width, width))
+            self.expand.bias.zero_()
+            self.projection.weight.fill_(0.1)
+
+
 class Mixing(MLP):
     """Right for the large case of the check, wrong for small widths."""
 
@@ -249,6 +260,33 @@ def through_relu(x, w, b):
     return d_u * h * w, d_w + d_u * (h - 1) * x, d_u * h
 
 
+def in_place_gelu(x):
+    x *= 0.5 * (1 + torch.tanh(gelu_inner(x)))
+    return x
+
+
+def tidying_backward(x, W_1, *others):
+    gradients = backward(x, W_1, *others)
+    W_1.zero_()
+    return gradients
+
+
+def exchanged_factor(x, w, b):
+    """w multiplies the gradient of the other score."""
+    h = max(w * x + b, 0.0)
+    p = 1 / (1 + math.exp(h - w * h))
+    d_u = (p - 1) + (1 - p) * w if h > 0 else 0.0
+    return d_u * w, (p - 1) * h + d_u * x, d_u
+
+
+def multiplied(x, w, b):
+    """The paths through both scores, multiplied."""
+    h = max(w * x + b, 0.0)
+    p = 1 / (1 + math.exp(h - w * h))
+    d_u = (p - 1) * w * (1 - p)
+    return d_u * w, (p - 1) * h + d_u * x, d_u
+
+
 def changed(place, change):
     def wrong(*args):
         gradients = list(backward(*args))
@@ -269,6 +307,7 @@ WRONG = [
     ("check_gelu", F.silu, "SiLU"),
     ("check_gelu", F.relu, "ReLU: it has a corner"),
     ("check_gelu", lambda x: x, "there is no activation"),
+    ("check_gelu", in_place_gelu, "the caller's x was changed"),
     ("check_gelu", lambda x: 2 * gelu(x), "multiply by one half"),
     ("check_gelu", lambda x: gelu(x) + 1e-6, "look at sqrt(2 / pi)"),
     ("check_gelu", lambda x: gelu(x)[:3], "the shape changed to (3,)"),
@@ -284,6 +323,7 @@ WRONG = [
     ("check_mlp", module_of(F.silu), "differs from expand, GELU, projection"),
     ("check_mlp", Wasteful, "parameters, not 8 C^2 + 5 C"),
     ("check_mlp", Alike, "all neurons start alike"),
+    ("check_mlp", OneRow, "all neurons start alike"),
     ("check_mlp", Mixing, "positions are mixed"),
     ("check_mlp", Stacked, "the shape changed to (5, 6)"),
     ("check_one_not_both", weights([[1.0], [1.0]], [0.0], [1.0]), "both facts hold"),
@@ -320,6 +360,13 @@ WRONG = [
     ),
     ("check_shared_weight", without(open=1), "but ReLU is flat there"),
     ("check_shared_weight", through_relu, "b: multiply by the derivative of ReLU"),
+    ("check_shared_weight", exchanged_factor, "b: the sign is wrong, or w multiplies"),
+    ("check_shared_weight", multiplied, "b: over two paths, add"),
+    (
+        "check_shared_weight",
+        lambda *at: [shared(*at)[place] for place in (1, 0, 2)],
+        "in the order x, w, b",
+    ),
     ("check_shared_weight", lambda *at: shared(*at)[:2], "2 gradients, not 3"),
     (
         "check_shared_weight",
@@ -341,6 +388,7 @@ WRONG = [
         lambda *args: backward(*args, derivative=F.relu),
         "b_1: multiply by the derivative of ReLU, not by ReLU(z)",
     ),
+    ("check_mlp_backward", tidying_backward, "the caller's tensors were changed"),
     ("check_mlp_backward", backward_past_relu, "W_2: its input is h = ReLU(z), not z"),
     ("check_mlp_backward", changed(2, lambda g: -g), "b_1 differs from autograd"),
     ("check_mlp_backward", changed(4, lambda g: g / 5), "b_2: sum over the positions"),

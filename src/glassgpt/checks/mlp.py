@@ -16,7 +16,9 @@ def check_gelu(gelu: Callable[[Tensor], Tensor]) -> None:
     Book: 08_mlp.html#gelu-relu-without-the-corner
     """
     x = torch.linspace(-6, 6, 25, dtype=torch.float64)
-    found, wanted = gelu(x), F.gelu(x, approximate="tanh")
+    before, wanted = x.clone(), F.gelu(x, approximate="tanh")
+    found = gelu(x)
+    assert torch.equal(x, before), "the caller's x was changed: x = x * y, not x *= y"
     assert found.shape == x.shape, f"the shape changed to {tuple(found.shape)}"
     assert found.dtype == x.dtype, f"the dtype changed to {found.dtype}"
     mistakes = [
@@ -73,7 +75,7 @@ def check_mlp(module_class: Callable[[int], nn.Module]) -> None:
     x = 3 * torch.randn(2, 5, 6, generator=random, dtype=torch.float64)
     found, hidden = module(x), module.expand(x)
     assert found.shape == x.shape, f"the shape changed to {tuple(found.shape)}"
-    assert module.expand.weight.std() > 0, (
+    assert module.expand.weight.std(0).min() > 0, (
         "all neurons start alike and stay so: draw their weights at random"
     )
     mistakes = [
@@ -144,6 +146,11 @@ def check_shared_weight(gradients: Callable[..., tuple]) -> None:
                     "multiply by the derivative of ReLU, not by ReLU(w x + b)",
                 ),
                 (p[0] * w + second, "the target's score gets p minus 1"),
+                (first * w * second, "over two paths, add"),
+                (
+                    first + second * w,
+                    "the sign is wrong, or w multiplies the other score's gradient",
+                ),
             ],
             "w": [
                 (first * h, "only its use in the score w h was counted"),
@@ -154,6 +161,11 @@ def check_shared_weight(gradients: Callable[..., tuple]) -> None:
         found = gradients(*start)
         assert len(found) == 3, f"{len(found)} gradients, not 3: of x, w and b"
         found = dict(zip("xwb", map(float, found), strict=True))
+        ours, due = torch.tensor([*found.values()]), torch.tensor(right)
+        mixed = torch.allclose(ours.sort().values, due.sort().values, atol=1e-5)
+        assert not mixed or torch.allclose(ours, due, atol=1e-5), (
+            "return the gradients in the order x, w, b"
+        )
         # From the end to the beginning, for a mistake spreads that way.
         for name, wanted in zip("bwx", reversed(right), strict=True):
             ours = found[name]
@@ -184,7 +196,12 @@ def check_mlp_backward(backward: Callable[..., tuple[Tensor, ...]]) -> None:
     d_outputs = torch.randn(5, 3, generator=random, dtype=torch.float64)
     wanted = torch.autograd.grad(outputs, tensors, d_outputs)
     with torch.no_grad():
-        found = backward(x, W_1, b_1, W_2, d_outputs)
+        given = [x, W_1, b_1, W_2, d_outputs]
+        before = [one.clone() for one in given]
+        found = backward(*given)
+        assert all(map(torch.equal, given, before)), (
+            "the caller's tensors were changed: x = x * y, not x *= y"
+        )
         z, past = x @ W_1 + b_1, d_outputs @ W_2.T  # past ReLU, without its derivative
     not_h = (z.T @ d_outputs, "its input is h = ReLU(z), not z")
     mistakes = {"b_2": [], "W_2": [not_h]}
