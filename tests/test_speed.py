@@ -101,6 +101,30 @@ def test_the_check_of_rounding_names_the_mistake(wrong, message):
         checks.check_round_rows(wrong)
 
 
+def in_groups(x, size):
+    scale = x.reshape(-1, size).abs().amax(1, True) / 7 + 1e-30
+    whole = (x.reshape(-1, size) / scale).round().to(torch.int8)
+    return whole.view(x.shape), scale.view(len(x), -1)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda x, size: in_groups(x, x.shape[1] // size), "groups of 2: scales"),
+        (lambda x, size: in_groups(x, 2), "groups of 3: scales"),
+        (
+            lambda x, size: (in_groups(x, 6)[0], in_groups(x, size)[1]),
+            "a row has one scale",
+        ),
+        (lambda x, size: (in_groups(x, size)[0], in_groups(x, size)[1] * 2), "half"),
+    ],
+)
+def test_the_check_of_groups_names_the_mistake(wrong, message):
+    checks.check_groups(in_groups)
+    with pytest.raises(AssertionError, match=message):
+        checks.check_groups(wrong)
+
+
 def changed_layers(change):
     """`lighten` with something done to its int8 layers."""
 
@@ -141,7 +165,7 @@ def head_left_out(name, light, weight):
     [
         (changed_layers(five_bits), "half its row's scale"),
         (changed_layers(truncated), "half its row's scale"),
-        (changed_layers(head_left_out), "int8 was not stored"),
+        (changed_layers(head_left_out), "nothing was rounded to int8"),
         (changed_layers(one_scale), "half its row's scale"),
         (lambda model, weights: lighten(model, "int8"), "nearest numbers in bfloat16"),
     ],

@@ -25,7 +25,7 @@ def check_round_rows(round_rows: Callable[[Tensor], tuple[Tensor, Tensor]]) -> N
     assert scale.numel() == 3, f"{scale.numel()} scales for 3 rows: one for each"
     scale = scale.reshape(3, 1)
     fine = (scale > 0) & scale.isfinite()
-    assert fine.all(), "a row of zeros divides by zero"
+    assert fine.all(), "every scale must be above 0, that of a row of zeros too"
     back = whole.float() * scale
     assert whole[:2].abs().amax(1).tolist() == [127, 127], (
         f"the largest of each row becomes {whole[:2].abs().amax(1).tolist()}, not 127: "
@@ -49,7 +49,7 @@ def _check_layer(light: Any, linear: torch.nn.Linear, weights: str) -> None:
         return
     off = (found - weight).abs()
     scale = weight.abs().amax(dim=1, keepdim=True) / 127
-    assert off.max() > 0.01 * scale.max(), "int8 was not stored: nothing was rounded"
+    assert off.max() > 0.01 * scale.max(), "nothing was rounded to int8"
     assert (off <= 0.51 * scale).all(), (
         "a weight is off by more than half its row's scale: has each row its own, "
         "does it reach 127, is it rounded to the nearest?"
@@ -108,19 +108,24 @@ def check_groups(groups: Callable[[Tensor, int], tuple[Tensor, Tensor]]) -> None
 
     Book: 21_speed.html#exercise-2-scales-for-groups
     """
-    x = torch.tensor([[0.7, -0.2, 70.0, 10.0], [0.0, 0.0, -3.5, 1.4]])
-    whole, scale = groups(x.clone(), 2)
-    fine = (scale > 0) & scale.isfinite()
-    assert fine.all(), "a group of zeros divides by zero"
-    assert whole.shape == x.shape, f"the numbers have shape {tuple(whole.shape)}"
-    assert scale.shape == (2, 2), f"the scales have shape {tuple(scale.shape)}"
-    assert whole.dtype == torch.int8, f"the numbers are stored as {whole.dtype}"
-    assert whole.abs().max() <= 7, "four bits go to 7"
-    wanted = [[7, -2, 7, 1], [0, 0, -7, 3]]
-    assert whole.tolist() != [[0, 0, 7, 1], [0, 0, -7, 3]], "a row has one scale"
-    assert whole.tolist() == wanted, f"{whole.tolist()} were stored, not {wanted}"
-    back = whole.float() * scale.repeat_interleave(2, dim=1)
-    off = (back - x).abs() <= 0.501 * scale.repeat_interleave(2, dim=1)
-    assert off.all(), (
-        "a number is off by more than half its scale: are the scales right?"
-    )
+    x = torch.tensor([[0.7, -0.2, 70.0, 10.0, 6.0, 1.0], [0.0] * 3 + [-3.5, 1.4, 0.6]])
+    for size in (2, 3):
+        whole, scale = groups(x.clone(), size)
+        fine = (scale > 0) & scale.isfinite()
+        assert fine.all(), "every scale must be above 0, that of a group of zeros too"
+        assert whole.shape == x.shape, f"the numbers have shape {tuple(whole.shape)}"
+        found, due = tuple(scale.shape), (2, 6 // size)
+        assert found == due, f"groups of {size}: scales of shape {found}, not {due}"
+        assert whole.dtype == torch.int8, f"the numbers are stored as {whole.dtype}"
+        assert whole.abs().max() <= 7, "four bits go to 7"
+        largest = x.view(2, -1, size).abs().amax(2) + 1e-9
+        wanted = (x / largest.repeat_interleave(size, 1) * 7).round().to(torch.int8)
+        of_row = (x / x.abs().amax(1, True) * 7).round().to(torch.int8)
+        assert not torch.equal(whole, of_row), "a row has one scale"
+        assert torch.equal(whole, wanted), (
+            f"groups of {size}: {whole.tolist()} were stored, not {wanted.tolist()}"
+        )
+        each = scale.repeat_interleave(size, dim=1)
+        assert ((whole * each - x).abs() <= 0.501 * each).all(), (
+            "a number is off by more than half its scale: are the scales right?"
+        )
