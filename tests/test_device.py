@@ -167,6 +167,17 @@ def minding(name):
     return fit
 
 
+def always_doubling(plan, memory, given):
+    found = fit_memory(plan, memory, given)
+    parts = 1 << (found.training.accumulate - 1).bit_length()
+    return replace(found, training=replace(found.training, accumulate=parts))
+
+
+def coarse_from_4_to_64(x):
+    step = spacing(x) * (4 if 4 <= x < 64 else 1)
+    return round(x / step) * step
+
+
 def another_rate(plan, memory, given):
     found = fit_memory(plan, memory, given)
     if found is plan:
@@ -202,6 +213,7 @@ def padded(value, multiple):
         (check_fit_memory, minding("accumulate"), "must be refused"),
         (check_fit_memory, minding("recompute"), "only the rest may change"),
         (check_fit_memory, another_rate, "only accumulate may change"),
+        (check_fit_memory, always_doubling, "split into too many parts"),
         (check_days, lambda N, t, p, u: 2 * N * t / (u * p) / 86_400, "forward"),
         (check_days, lambda N, t, p, u: 6 * N * t / p / 86_400, "missing"),
         (check_days, lambda N, t, p, u: 6 * N * t / (u * p), "seconds"),
@@ -228,6 +240,7 @@ def padded(value, multiple):
         (check_rounding, lambda x: float(round(x)), "1.7 became 2.0"),
         (check_rounding, lambda x: float(int(x)), "257.5"),
         (check_rounding, lambda x: x, "spacing"),
+        (check_rounding, coarse_from_4_to_64, r"between 2\^2 and 2\^3 the spacing is"),
         (check_rounding, lambda x: torch.tensor(x).bfloat16().item(), "only once"),
     ],
 )

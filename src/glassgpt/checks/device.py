@@ -60,6 +60,13 @@ def check_fit_memory(fit: Callable[[Plan, int, set[str]], Plan]) -> None:
     due = replace(plan, training=replace(plan.training, accumulate=8))
     assert found == due, "only accumulate may change, and 8 parts suffice"
     crop = replace(plan, training=replace(plan.training, accumulate=64))
+    odd = replace(plan, training=replace(plan.training, batch_size=48))
+    least = replace(odd, training=replace(odd.training, accumulate=48)).memory
+    try:
+        parts = fit(odd, least, set()).training.accumulate
+    except ValueError:
+        parts = "too many"
+    assert parts == 48, f"a batch of 48 was split into {parts} parts, not 48"
     tight = replace(crop, machine=Machine(recompute=True))
     found = fit(plan, tight.memory, set())
     assert found == tight, "one crop would fit if its blocks were computed again"
@@ -152,6 +159,10 @@ def check_rounding(to_bfloat16: Callable[[float], float]) -> None:
         (3.999, 4.0, "rounding may reach the next power of two"),
         (1_000_000.0, 999_424.0, "below 2^20 the spacing is 4,096"),
     ]
+    for k in range(20):  # between powers of two
+        x, spacing = 1.37 * 2**k, 2.0 ** (k - 7)
+        why = f"between 2^{k} and 2^{k + 1} the spacing is {spacing}"
+        cases.append((x, round(x / spacing) * spacing, why))
     for x, wanted, why in cases:
         found = to_bfloat16(x)
         assert found == wanted, f"{x} became {found}, not {wanted}: {why}"
