@@ -122,11 +122,11 @@ def _check_chance(starts: Tensor) -> None:
         ((gaps == gaps[:, :1]).all(), "lie at equal distances"),
         ((starts.diff(dim=1) >= 0).all(), "come in the order of the text"),
         ((starts[:, ::2] == starts[:, 1::2]).all(), "come in pairs"),
-        (_tied(starts, -1) or _tied(starts, 1), "follow from one another"),
         (
             all(row[:8].unique().numel() == 8 for row in starts),
             "come once each before one comes again",
         ),
+        (_tied(starts, -1) or _tied(starts, 1), "follow from one another"),
     ]
     for found, fault in faults:
         assert not found, f"the crops of a batch {fault}: draw each start by itself"
