@@ -762,6 +762,16 @@ def shuffled_in_batches(count, seed, epoch, size):
     return places
 
 
+def batches_permuted(count, seed, epoch, size):
+    batches = order(count // size, seed, epoch)[:, None] * size
+    return (batches + np.arange(size)).flatten()
+
+
+def mirrored(random, crops, size):
+    half = random.integers(crops, size=-(-size // 2))
+    return np.concatenate([half, crops - 1 - half])[:size]
+
+
 def leftovers_carried_over(ids, size, context, seed, step):
     count = (len(ids) - 1) // context
     places = [divmod(place, count) for place in range(step * size, (step + 1) * size)]
@@ -797,6 +807,10 @@ WRONG = {
         (shortened, "play 0 is not whole"),
         (in_tens, "play 20 is on neither side"),
         (lambda ds: [("train", d) for d in ds], "none for validation"),
+        (
+            lambda ds: [("validation" if i else "train", d) for i, d in enumerate(ds)],
+            "19 of 20 are held out",
+        ),
         (lambda ds: [("test", d) for d in ds], "'test' is neither"),
         (lambda ds: random.sample(split_documents(ds), len(ds)), "splits differently"),
     ],
@@ -823,6 +837,11 @@ WRONG = {
         (started(lambda r, n, b: np.sort(r.integers(n, size=b))), "order of the text"),
         (started(lambda r, n, b: np.repeat(r.integers(n, size=b), 2)[:b]), "in pairs"),
         (
+            started(lambda r, n, b: np.tile(r.integers(n, size=b // 2 + 1), 2)[:b]),
+            "follow from one another",
+        ),
+        (started(mirrored), "follow from one another"),
+        (
             started(lambda r, n, b: (r.integers(n) + np.arange(b)) % n),
             "equal distances",
         ),
@@ -843,7 +862,8 @@ WRONG = {
         (epochs(shuffled_in_batches), "put all crops into a new order"),
         (leftovers_carried_over, "drop the crops that are left over"),
         (kin(np.roll), "moved on or reversed"),
-        (kin(lambda o, e: o[:: 1 - 2 * (e % 2)]), "repeats an earlier"),
+        (kin(lambda o, e: o[:: 1 - 2 * (e % 2)]), "a batch has the same crops"),
+        (epochs(batches_permuted), "a batch has the same crops"),
         (lambda *a: [part.float() for part in package_epoch(*a)], "not torch.int64"),
     ],
     "check_nats_per_character": [

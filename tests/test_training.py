@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from glassgpt import training
 from glassgpt.checks import training as checks
-from glassgpt.data import TokenData
+from glassgpt.data import TokenData, Tokens
 from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.modern import MuonConfig
 from glassgpt.training import (
@@ -186,6 +186,38 @@ def test_parts_change_neither_the_data_nor_the_gradient(batch, parts):
     assert len(seen) > 1
     assert torch.equal(*rows)
     assert torch.allclose(*gradients, atol=1e-6)
+
+
+class HalfAsked(Tokens):
+    """Rows that begin with a low id have no targets, as where only answers count."""
+
+    def _crops(self, starts, context):
+        ids, targets = super()._crops(starts, context)
+        return ids, targets.masked_fill(ids[:, :1] < 4, -100)
+
+
+def test_a_part_without_targets_changes_nothing():
+    data = TokenData(HalfAsked(DATA.train.ids), HalfAsked(DATA.validation.ids), 11)
+    losses, gradients, judged = [], [], []
+    for parts in (1, 2, 4):
+        model = gpt(PLAIN)
+        config = replace(CONFIG, accumulate=parts, clip=1e9)
+        made = trainer(model, config, data)
+        judged.append(made.evaluate()["validation_loss"])
+        made.take_step()
+        losses.append(made.read_losses())
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    _, targets = data.train.random_batch(4, SHAPE.context, (0, 0))
+    empty = (targets == -100).all(dim=1)
+    assert empty.any()
+    assert not empty.all()
+    logits = gpt(PLAIN)(DATA.train.random_batch(4, SHAPE.context, (0, 0))[0])
+    due = F.cross_entropy(logits.flatten(0, 1), targets.flatten()).item()
+    assert losses == pytest.approx([due] * 3)
+    assert judged == pytest.approx([judged[0]] * 3)
+    assert all(torch.allclose(gradients[0], other, atol=1e-6) for other in gradients)
+    nothing = torch.full((2, SHAPE.context), -100)
+    assert token_loss(gpt())(batch_of(0)[0][:2], nothing) == 0
 
 
 def test_a_gradient_left_by_the_caller_counts_for_nothing():
@@ -590,6 +622,11 @@ def clip(gradients, longest):
     return [gradient * (longest / norm).clamp(max=1) for gradient in gradients]
 
 
+def clip_by_division(gradients, longest):
+    norm = math.sqrt(sum((gradient**2).sum().item() for gradient in gradients))
+    return [gradient * min(1, longest / norm) for gradient in gradients]
+
+
 def judge(model, tokens, crops, size, dropout=False, weigh=True, most=None, mode=None):
     """An evaluation with mistakes to choose from."""
     mode, losses = model.training if mode is None else mode, []
@@ -733,6 +770,7 @@ WRONG = {
         (lambda g, longest: [x.flatten() for x in clip(g, longest)], "in its shape"),
         (lambda g, longest: clip(g, 1.0), "with a limit of 2 its norm is 1.0"),
         (lambda g, longest: g, "its norm is 5.025"),
+        (clip_by_division, "divided by 0"),
         (lambda g, longest: [old.mul_(0.2) for old in g], "were changed"),
     ],
     checks.check_evaluate: [
@@ -742,6 +780,8 @@ WRONG = {
         (partial(judge, mode=False), "was in training mode before"),
         (partial(judge, mode=True), "was switched on"),
         (judge_unless_it_fails, "after an error"),
+        (lambda *a: judge(*a) * min(a[2], 21) / a[2], "divide by those that came"),
+        (lambda *a: judge(*a[:3], 500), "21 crops came at once"),
         (lambda *arguments: 2 * judge(*arguments), "the mean surprise"),
         (
             lambda *a: judge(*a) * a[2] / a[3],

@@ -180,9 +180,10 @@ class FileDocument(Document):
         for text in codecs.iterdecode(self._blocks(), "utf-8-sig"):
             if "\0" in text:
                 raise ValueError("it has a null byte")
+            last = max(len(rest) - 1, 0)  # a cut lies behind it, or in the new text
             rest += text
-            if cut := _UP_TO_A_CUT.match(rest):
-                yield cut[0]
+            if cut := _UP_TO_A_CUT.match(rest, last):
+                yield rest[: cut.end()]
                 rest = rest[cut.end() :]
         yield rest
 

@@ -26,7 +26,8 @@ class TrainConfig:
 
     learning_rate is the highest one: it rises for `warmup` steps and falls to
     `final_rate` of itself along a "cosine", "linear", or "stable" (constant, then
-    linear over the last fifth) schedule. Raises ValueError for impossible values.
+    linear over the last fifth of the rest) schedule. Raises ValueError for impossible
+    values.
 
     Book: 12_training.html#the-schedule
     """
@@ -95,26 +96,28 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
 Loss = Callable[[Tensor, Tensor], Tensor]  # of ids and targets (B, T)
 
 
-def token_loss(model: GPT) -> Loss:
-    """The mean cross-entropy of ids and targets (B, T), in nats a token.
-
-    Book: 12_training.html#a-fair-evaluation
-    """
-    device = next(model.parameters()).device
-
-    def loss(ids: Tensor, targets: Tensor) -> Tensor:
-        logits = model(ids.to(device))  # (B, T, V)
-        return F.cross_entropy(logits.flatten(0, 1), targets.to(device).flatten())
-
-    return loss
-
-
 def count_targets(targets: Tensor) -> int:
     """How many targets count: all but those of -100, which no loss looks at.
 
     Book: 12_training.html#a-fair-evaluation
     """
     return int((targets != -100).sum())
+
+
+def token_loss(model: GPT) -> Loss:
+    """The mean cross-entropy of ids and targets (B, T), in nats; 0 without targets.
+
+    Book: 12_training.html#a-fair-evaluation
+    """
+    device = next(model.parameters()).device
+
+    def loss(ids: Tensor, targets: Tensor) -> Tensor:
+        logits = model(ids.to(device)).flatten(0, 1)  # (B T, V)
+        places = targets.to(device).flatten()
+        total = F.cross_entropy(logits, places, reduction="sum")
+        return total / max(count_targets(targets), 1)
+
+    return loss
 
 
 @torch.no_grad()

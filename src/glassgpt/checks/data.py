@@ -47,6 +47,8 @@ def _check_parts(split: Callable, plays: Sequence[Document]) -> None:
         assert texts == [play.text], f"{play.name} is not whole, or occurs twice"
     for side, names in sides.items():
         assert names, f"of {len(plays)} documents there is none for {side}"
+    held_out = len(sides["validation"])
+    assert held_out < len(plays) / 2, f"{held_out} of {len(plays)} are held out"
 
 
 def _text(length: int) -> np.ndarray:
@@ -107,6 +109,12 @@ def _starts(ids: np.ndarray, inputs: Tensor, targets: Tensor) -> Tensor:
     return starts
 
 
+def _tied(starts: Tensor, sign: int) -> bool:
+    """Whether two rows have one difference (-1) or sum (1) in all batches."""
+    both = (starts[:, :, None] + sign * starts[:, None]) % 8  # (batches, B, B)
+    return bool((both == both[0]).all(dim=0).fill_diagonal_(False).any())
+
+
 def _check_chance(starts: Tensor) -> None:
     """Whether the starts of each batch (batches, B), of 8, look drawn one by one."""
     gaps = starts.diff(dim=1) % 8
@@ -118,6 +126,7 @@ def _check_chance(starts: Tensor) -> None:
             all(row[:8].unique().numel() == 8 for row in starts),
             "come once each before one comes again",
         ),
+        (_tied(starts, -1) or _tied(starts, 1), "follow from one another"),
     ]
     for found, fault in faults:
         assert not found, f"the crops of a batch {fault}: draw each start by itself"
@@ -251,12 +260,13 @@ def check_epochs(
         assert len(set(order)) == 12, "in an epoch of 4 batches some crop came twice"
     assert orders[0] != sorted(orders[0]), "the crops come in the order of the text"
     assert orders[0] != orders[1], "every epoch has the same order: seed it by epoch"
+    batches = {frozenset(order[i : i + 3]) for order in orders for i in (0, 3, 6, 9)}
+    assert len(batches) > 4, (
+        "a batch has the same crops in every epoch: put all crops into a new order"
+    )
     for epoch, order in enumerate(orders):
         assert order not in orders[:epoch], f"epoch {epoch} repeats an earlier order"
     _check_no_kin(orders)
-    assert len({frozenset(order[:3]) for order in orders}) > 1, (
-        "a batch has the same crops in every epoch: put all crops into a new order"
-    )
     assert late == orders[1][3:6], "step 5 differs when it is asked for first"
     _check_left_out(epoch_batch)
     other = _epoch(epoch_batch, 50, 3, 1, range(4))

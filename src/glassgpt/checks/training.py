@@ -194,6 +194,24 @@ def check_accumulation(accumulate: Callable[[nn.Module, list], None]) -> None:
         )
 
 
+def _surprise(model: GPT, tokens: Tokens, crops: int) -> float:
+    """The mean over the fixed crops, all of them in one batch."""
+    (batch,) = tokens.fixed_batches(crops, 4, 50)
+    return F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten()).item()
+
+
+def _check_all_crops(evaluate: Callable, model: GPT, tokens: Tokens) -> None:
+    """Of 50 crops asked for there are 21, and they come in batches of 8."""
+    rows: list[int] = []
+    model.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
+    found = evaluate(model, tokens, 50, 8)
+    most = max(rows, default=0)
+    assert most <= 8, f"batch_size is 8, and {most} crops came at once"
+    assert abs(found - _surprise(model, tokens, 50)) < 1e-4, (
+        "of 50 crops asked for there are only 21: divide by those that came"
+    )
+
+
 def check_evaluate(evaluate: Callable[[GPT, Tokens, int, int], float]) -> None:
     """A model is judged on the same crops each time, whatever the batch size.
 
@@ -217,9 +235,7 @@ def check_evaluate(evaluate: Callable[[GPT, Tokens, int, int], float]) -> None:
         assert model.training, "the model was in training mode before and is not now"
         evaluate(model.eval(), tokens, 7, 8)
         assert not model.training, "training mode was switched on"
-        (batch,) = tokens.fixed_batches(7, 4, 8)
-        logits = model(batch[0]).flatten(0, 1)
-        wanted = F.cross_entropy(logits, batch[1].flatten()).item()
+        wanted = _surprise(model, tokens, 7)
     assert abs(found[0] - wanted) < 1e-4, (
         f"the mean surprise at the fixed crops is {wanted:.3f}, not {found[0]:.3f}"
     )
@@ -229,6 +245,7 @@ def check_evaluate(evaluate: Callable[[GPT, Tokens, int, int], float]) -> None:
     assert abs(found[3] - wanted) < 1e-4, (
         "the smaller last batch weighs as much as a full one: weigh by crops"
     )
+    _check_all_crops(evaluate, model, tokens)
     model.train().norm.forward = None  # an error on the way
     try:
         evaluate(model, tokens, 7, 8)
@@ -332,5 +349,8 @@ def check_clipping(clip: Callable[[list[Tensor], float], list[Tensor]]) -> None:
     )
     found = flat(clip(long, 2.0)).norm()
     assert abs(found - 2) < 1e-4, f"with a limit of 2 its norm is {found:.3f}"
-    zero = flat(clip([torch.zeros(2)], 1.0))
+    try:
+        zero = flat(clip([torch.zeros(2)], 1.0))
+    except ZeroDivisionError:
+        raise AssertionError("divided by 0: a gradient may be zeros") from None
     assert not zero.any(), "a gradient of zeros did not stay zero"
