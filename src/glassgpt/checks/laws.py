@@ -37,6 +37,14 @@ def check_law(fit: Callable[..., Any]) -> None:
         assert abs(told - true) < 0.02, (
             f"exponents {a} and {b}: {told:.2f} where it was not fitted, not {true:.2f}"
         )
+    law = Law(1.5, 1e5**0.34, 0.34, 1e6**0.28, 0.28)
+    noisy = law(N, D) + 0.02 * np.resize([1, 1, -1, 1, -1], len(N))
+    found, true = (
+        ((each(N, D) - noisy) ** 2).sum() for each in (fit(N, D, noisy), law)
+    )
+    assert found <= true, (
+        "with noise, the law that the runs came from fits them better: use all of them"
+    )
 
 
 def check_tokens_needed(needed: Callable[[Law, float, float], float]) -> None:
@@ -47,7 +55,7 @@ def check_tokens_needed(needed: Callable[[Law, float, float], float]) -> None:
     Book: 24_scaling_laws.html#exercise-1-tokens-in-place-of-parameters
     """
     law = Law(1.7, 400.0, 0.34, 410.0, 0.28)
-    for N, D in ((1e8, 1e9), (1e9, 1e12), (1e11, 1e12)):
+    for N, D in ((1e8, 1e9), (1e9, 1e12), (1e11, 1e12), (1e8, 1e16)):
         loss = law(N, D)
         found = needed(law, N, loss)
         any_size = (law.B / (loss - law.E)) ** (1 / law.beta)
