@@ -360,6 +360,7 @@ def test_buttons_lead_to_the_chapter_and_its_source(pages):
         assert f"{colab}/{owner}/blob/colab/{place}" in seen["links"]
         source = f"{repository}/blob/main/{place}"
         assert any(link.startswith(source) for link in seen["links"]), notebook.name
+    assert not [x for x in pages["book/intro.html"]["links"] if "intro.ipynb" in x]
 
 
 def test_a_chapter_says_what_it_takes_to_run(pages):
@@ -387,7 +388,22 @@ def test_the_cover_writes_by_itself_and_not_where_motion_is_unwanted(server, bro
         after = page.evaluate(count)
         page.wait_for_timeout(2000)
         assert page.evaluate(count) == (after if moves else before)
+        prompt = page.get_by_role("textbox", name="Prompt")
+        prompt.press("/")  # and not the search's
+        assert "/" in prompt.input_value()
         page.close()
+
+
+def test_what_scrolls_after_a_resize_can_be_focused(server, browser):
+    page = browser.new_page(viewport={"width": 1280, "height": 800})
+    page.goto(server + "book/02_tokens.html")
+    page.wait_for_function(ASKED)
+    page.set_viewport_size({"width": 390, "height": 800})
+    unreachable = """[...document.querySelectorAll("pre")].filter(
+      box => box.scrollWidth > box.clientWidth && box.tabIndex < 0).length"""
+    assert page.evaluate(unreachable) > 0  # for a moment
+    page.wait_for_function(f"{unreachable} === 0")
+    page.close()
 
 
 def test_without_javascript_the_cover_shows_a_still(server, browser):

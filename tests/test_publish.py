@@ -232,12 +232,20 @@ def test_a_reader_writes_and_looks(chromium, shakespeare, tmp_path):
     page.wait_for_function("document.querySelector('glass-gpt').ids.length > 60")
     page.get_by_role("button", name="Stop").click()
     page.get_by_role("button", name="Write").wait_for()
+    count = page.evaluate("document.querySelector('glass-gpt').ids.length")
+    page.get_by_text(f"{count} tokens.", exact=True).wait_for()
     page.evaluate("document.querySelector('glass-gpt').write(20)")  # to its end
     count = page.evaluate("document.querySelector('glass-gpt').ids.length")
     last = tokens.last.inner_text().replace("\n", "\u21b5")
     assert tokens.count() == count
     titles = page.locator(".title", has_text=f"after \u201c{last}\u201d")
     assert titles.count() == 2  # the bars' and the lens', which waited
+    tokens.last.hover()
+    page.evaluate("document.querySelector('glass-gpt').begin('A')")  # under the mouse
+    page.wait_for_function("document.querySelector('glass-gpt').text.ids.length < 3")
+    page.emulate_media(media="print")
+    assert page.get_by_role("listbox").is_visible()
+    assert page.get_by_role("button", name="Write").is_hidden()
     assert page.trouble == []
 
 
@@ -330,9 +338,26 @@ def test_a_model_of_characters_and_one_that_chats(chromium, tmp_path):
     wanted, _ = glassgpt.render(said, tokenizer, reply=True)
     assert page.evaluate(ASK, ["render", said]) == wanted
     page.get_by_label("Your message").fill("Hi")
-    page.get_by_role("button", name="Send").click()
+    page.evaluate(
+        "const form = document.querySelector('glass-gpt').shadowRoot"
+        ".querySelector('form'); form.requestSubmit(); form.requestSubmit()"
+    )
     page.get_by_text("Assistant", exact=True).wait_for()
+    assert page.get_by_text("User", exact=True).count() == 1  # sent once
     page.wait_for_function("!document.querySelector('glass-gpt').writing")
+    page.get_by_label("Your message").fill("Hi again, " * 20)
+    page.keyboard.press("Enter")
+    page.get_by_text("sees only the end of this message").wait_for()
+    page.wait_for_function("!document.querySelector('glass-gpt').writing")
+    page.get_by_role("button", name="Start over").click()
+    assert page.get_by_role("log").inner_text() == ""
+    assert page.trouble == []
+    small = glassgpt.GPT(glassgpt.GPTConfig(len(letters), 64, 1, 2, 8))
+    publish(*glassgpt.add_roles(small, letters), tmp_path / "few.html")
+    page = opened(chromium, tmp_path / "few.html")
+    page.get_by_label("Your message").fill("az")
+    page.keyboard.press("Enter")
+    page.get_by_text("does not know the character").wait_for()
     assert page.trouble == []
 
 

@@ -17,7 +17,7 @@ addEventListener("beforeprint", () => {
 // the browser keeps the text in view while what is above it takes its true height.
 const anchored = CSS.supports("overflow-anchor", "auto");
 const boxes = "pre, .cell_output > .output, .pst-scrollable-table-container";
-const waiting = [...document.querySelectorAll(boxes)];
+let waiting = [];
 const ask = () => {
   const box = waiting.shift();
   if (!box) return;
@@ -27,7 +27,16 @@ const ask = () => {
   if (cell) cell.style.contentVisibility = "visible";
   setTimeout(ask);
 };
-addEventListener("load", ask);
+const askAll = () => {
+  waiting = [...document.querySelectorAll(boxes)];
+  ask();
+};
+addEventListener("load", askAll);
+let pause;
+addEventListener("resize", () => {
+  clearTimeout(pause);
+  pause = setTimeout(askAll, 300);
+});
 
 // "On this page" as a drawer closes when it has led somewhere.
 addEventListener("click", ({ target }) => {

@@ -146,11 +146,13 @@ body {{ max-width: 42rem; margin: 1rem auto; padding: 0 1rem; font-family: syste
 </style>
 <main>
 <h1>{title}</h1>
-<p>A GPT of {parameters:,} parameters runs in this page; nothing you write leaves it.
-It continues a text, one token at a time. Click on a bar to choose the next token
-yourself (what came after it is cut off), or on a token of the text to look there.</p>
-<glass-gpt><p>It needs JavaScript.</p></glass-gpt>
-<p>Made with <a href="https://glassgpt.github.io/glassgpt/">Glass GPT</a>.</p>
+<p>A GPT of {parameters:,} parameters, a small language model, runs in this page;
+nothing you write leaves it. {does} one token (a piece of text) at a time, and makes up
+what it says. {click} on a token of the text to look there.</p>
+<glass-gpt></glass-gpt>
+<noscript><p>It needs JavaScript.</p></noscript>
+<p>Made with <a href="https://glassgpt.github.io/glassgpt/">Glass GPT</a>, a book that
+explains every part of it.</p>
 </main>
 <script>{model}</script>
 <script>{page}</script>
@@ -179,8 +181,12 @@ def publish(
     if path.is_dir():
         raise ValueError(f"{path} is a folder: name a file in it")
     script = model_script(model, tokenizer, weights=weights, prompt=prompt)
+    chats = chat_data(tokenizer) is not None
+    choose = "Click on a bar to choose the next token (what followed is cut off), or"
     text = PAGE.format(
         title=html.escape(title),
+        does="It answers you," if chats else "It continues a text,",
+        click="Click" if chats else choose,
         parameters=model.parameter_count(),
         model=script,
         page=page_script(),

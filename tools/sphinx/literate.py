@@ -146,6 +146,8 @@ def index_names(app, doctree):
 
 def point_to_kernel(app, doctree):
     """Say under the heading of the exercises where their checks can run."""
+    if not str(app.env.doc2path(app.env.docname)).endswith(".ipynb"):
+        return
     address = app.config.html_theme_options["repository_url"]
     owner = address.removeprefix("https://github.com/")
     notebook = f"{owner}/blob/colab/{app.env.docname}.ipynb"

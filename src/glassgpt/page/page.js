@@ -20,9 +20,9 @@ function startEngine(stored) {
 // What the reader sees, and hears, of a token.
 const escapes = { "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;" };
 const escaped = (text) => text.replace(/[&<>"]/g, (sign) => escapes[sign]);
-const visible = (piece) => escaped(piece).replaceAll("\n", "↵");
+const visible = (piece) => escaped(piece).replaceAll("\n", "<small>↵</small>");
 const spoken = (piece) =>
-  piece.replaceAll("\n", "new line").replace(/^ +$/, "space");
+  piece.replaceAll("\n", "new line").replace(/^ +$/, "space").replace(/^ /, "space, ");
 const percent = (share) => `${(100 * share).toFixed(1)}%`;
 
 // A panel: its HTML, what connects its buttons, what draws it when the text changes.
@@ -32,7 +32,7 @@ const GUESS = `<button><span role="img"></span><i></i><b></b></button>`;
 
 PANELS.next = {
   html: () => `<p class="title"></p>
-    <div class="guesses">${GUESS.repeat(10)}</div><p class="count"></p>`,
+    <div class="guesses" role="group" aria-label="Choose one">${GUESS.repeat(10)}</div><p class="count"></p>`,
   start(figure, find) {
     find("div").onclick = ({ target }) => {
       const { ids, position } = figure.text, row = target.closest("button");
@@ -45,7 +45,10 @@ PANELS.next = {
   async update({ ask, settings, text: { ids, position, piece } }, find) {
     const { kept, choices } = await ask("next", ids, position, settings, 10);
     find(".title").innerHTML = `The next token, after “${visible(piece)}”`;
-    find.all("button").forEach((row, i) => {
+    const rows = find.all("button");
+    const focused = rows.findIndex((row) => row.matches(":focus"));
+    if (focused >= choices.length) rows[choices.length - 1].focus();
+    rows.forEach((row, i) => {
       row.hidden = i >= choices.length;
       if (row.hidden) return;
       const { id, piece, probability } = choices[i];
@@ -106,7 +109,8 @@ PANELS.tokens = {
 
 PANELS.write = {
   html: () => `<p class="title" id="prompt">Prompt</p>
-    <textarea rows="2" spellcheck="false" aria-labelledby="prompt"></textarea>
+    <textarea rows="2" spellcheck="false" aria-labelledby="prompt"
+      placeholder="The beginning of a text"></textarea>
     <div class="buttons"><button class="main"></button>
     <button>One token</button><button>Start over</button></div>`,
   start(figure, find) {
@@ -161,7 +165,7 @@ PANELS.attention = {
   },
   async update(figure, find) {
     const { ids, pieces, position, first } = figure.text;
-    const from = figure.hovered < first ? position : figure.hovered;
+    const from = pieces[figure.hovered] && figure.hovered >= first ? figure.hovered : position;
     const [layer, head] = find.all("input").map((input) => input.value - 1);
     const weights = [...await figure.ask("weights", ids, from, layer, head)];
     const order = [...weights.keys()].sort((a, b) => weights[b] - weights[a]);
@@ -217,33 +221,60 @@ PANELS.pass = {
 
 PANELS.chat = {
   html: () => `<label>System <input name="system"></label>
-    <div role="log" aria-label="Conversation"></div>
+    <div role="log" aria-label="Conversation" tabindex="0"></div>
+    <p role="status"></p>
     <form><input name="message" aria-label="Your message" autocomplete="off">
-    <button class="main">Send</button></form>`,
+    <button class="main">Send</button><button type="button">Start over</button></form>`,
   start(figure, find) {
-    const turns = [], log = find("[role=log]");
+    const log = find("[role=log]"), status = find("[role=status]");
+    const message = find("[name=message]"), system = find("[name=system]");
+    let turns = [], busy = false;
     const say = (role, words) => {
       log.insertAdjacentHTML("beforeend",
         `<p class="said"><b>${role}</b> <span></span></p>`);
-      log.lastChild.lastChild.textContent = words;
-      return log.lastChild.lastChild;
+      const said = log.lastChild.lastChild;
+      said.write = (text) => {
+        said.textContent = text;
+        log.scrollTop = log.scrollHeight;
+      };
+      said.write(words);
+      return said;
     };
-    find("form").onsubmit = async (event) => {
-      event.preventDefault();
-      const message = find("[name=message]"), content = message.value.trim();
-      if (figure.writing || !content) return;
-      const asked = { role: "user", content };
-      const ids = await figure.conversation(find("[name=system]").value, turns, asked);
+    const talk = async (content) => {
+      const mine = turns, asked = { role: "user", content };
+      const [ids, news] = await figure.conversation(system.value, mine, asked);
       message.value = "";
-      turns.push(asked);
+      mine.push(asked);
       say("User", content);
       const answer = say("Assistant", "");
       await figure.become(ids);
+      status.textContent = news;
       await figure.write(figure.sizes.context, async () => {
-        answer.textContent = await figure.ask("decode", figure.ids.slice(ids.length));
+        answer.write(await figure.ask("decode", figure.ids.slice(ids.length)));
       });
-      turns.push({ role: "assistant", content: answer.textContent });
+      mine.push({ role: "assistant", content: answer.textContent });
     };
+    find("form").onsubmit = async (event) => {
+      event.preventDefault();
+      const content = message.value.trim();
+      if (figure.writing) figure.stop();
+      else if (!busy && content) {
+        busy = true;
+        status.textContent = "The model reads.";
+        await talk(content).catch((error) => { status.textContent = error.message; });
+        busy = false;
+      }
+    };
+    find("[type=button]").onclick = () => {
+      turns = [];
+      log.replaceChildren();
+      status.textContent = "";
+      figure.begin("");
+    };
+  },
+  update({ writing }, find) {
+    find(".main").textContent = writing ? "Stop" : "Send";
+    find("[role=log]").setAttribute("aria-busy", writing); // heard when it is whole
   },
 };
 
@@ -251,8 +282,9 @@ const STYLE = `
 :host{display:block;margin:1rem 0;font:1rem/1.45 system-ui,sans-serif}
 .live{display:grid;gap:.9rem;max-width:42rem;margin:auto}
 .live[hidden],.live:not([hidden])~slot{display:none}
-@media print{:host{min-height:0!important}.live{display:none!important}
-.live~slot{display:block!important}}
+@media print{:host{min-height:0!important}.buttons,label,form{display:none!important}
+.tokens{height:auto!important;max-height:none!important}
+:host([show]) .live{display:none!important}:host([show]) .live~slot{display:block!important}}
 .title{margin:0 0 .3rem;font-weight:600}
 p{margin:.2rem 0}
 [role=status]{min-height:1.45em}
@@ -278,6 +310,7 @@ box-shadow:inset 0 0 0 1px #8f8f8f66}
 .tokens span[aria-selected=true]{outline:2px solid #d2142d}
 .tokens span[aria-disabled=true]{text-decoration:line-through;cursor:default}
 [hidden]{display:none!important}
+.guesses [hidden]{display:grid!important;visibility:hidden}
 .guesses{display:grid;gap:2px}
 .guesses button{display:grid;grid-template-columns:7.5em 1fr 4.2em;gap:.5rem;
 align-items:center;min-height:1.75rem;padding:0;border:0;text-align:left}
@@ -298,6 +331,11 @@ code{font:.95rem ui-monospace,Menlo,Consolas,monospace;white-space:pre}
 @media(pointer:coarse){.tokens{line-height:2.5}.tokens span{padding:.4em .45em}
 .guesses{gap:6px}}
 .said{white-space:pre-wrap}
+[role=log]{max-height:24rem;overflow:auto}
+label:not(:has(output)){grid-template-columns:7em 1fr}
+small{font:inherit;user-select:none}
+.writing :is(.told,table){opacity:.4}
+@media(forced-colors:active){.tokens span{border:1px solid}}
 `;
 
 // The model stands in the page already, or in a script beside this one.
@@ -332,6 +370,9 @@ class GlassGPT extends HTMLElement {
 
   connectedCallback() {
     if (this.shadowRoot) return;
+    this.onkeydown = (event) => { // or a / that is typed would open the search
+      if (!event.ctrlKey && !event.metaKey) event.stopPropagation();
+    };
     this.attachShadow({ mode: "open" }).innerHTML =
       `<style>${STYLE}</style><div class="live" hidden></div><slot></slot>
       <p class="loading" role="status"></p>`;
@@ -414,7 +455,7 @@ class GlassGPT extends HTMLElement {
 
   async become(ids, news = "") {
     this.stop();
-    Object.assign(this, { ids, news, chosen: undefined });
+    Object.assign(this, { ids, news, chosen: undefined, hovered: -1 });
     await this.show();
   }
 
@@ -426,12 +467,13 @@ class GlassGPT extends HTMLElement {
     const last = ids.length - 1;
     const position = Math.max(Math.min(this.chosen ?? last, last), first);
     this.text = { ids, first, pieces, position, piece: pieces[position] };
+    this.shadowRoot.querySelector(".live").classList.toggle("writing", this.writing);
     await Promise.all(this.panels.map((update) => update()));
   }
 
   select(position) {
     if (position < this.text.first) return; // the model no longer sees it
-    this.chosen = position;
+    Object.assign(this, { chosen: position, hovered: -1 });
     this.show();
   }
 
@@ -462,6 +504,7 @@ class GlassGPT extends HTMLElement {
 
   stop() {
     this.runs += 1;
+    if (this.writing && !this.playing) this.news = `${this.ids.length} tokens.`;
     this.writing = this.playing = false;
     if (this.text) this.show();
   }
@@ -477,13 +520,16 @@ class GlassGPT extends HTMLElement {
     await this.show();
   }
 
-  // The ids of a conversation; the oldest turns go when it fills the context.
+  // The ids of a conversation, and what is left out: the oldest turns, where it fills
+  // the context.
   async conversation(system, turns, asked) {
     const first = system.trim() ? [{ role: "system", content: system.trim() }] : [];
-    for (;;) {
+    const { context } = this.sizes;
+    for (let news = ""; ; turns.splice(0, 2)) {
       const ids = await this.ask("render", [...first, ...turns, asked]);
-      if (ids.length < 0.8 * this.sizes.context || !turns.length) return ids;
-      turns.splice(0, 2);
+      if (ids.length > context) news = "The model sees only the end of this message.";
+      if (ids.length < 0.8 * context || !turns.length) return [ids, news];
+      news = "The model no longer sees the oldest turns.";
     }
   }
 }
