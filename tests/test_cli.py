@@ -151,7 +151,7 @@ WRITE = ["generate", "run", "--prompt", "the", "--tokens", "3"]
 MISTAKES = {
     "empty text": (["train", "--data", "empty.txt", *NEW], "empty.txt has no text"),
     "missing text": (["train", "--data", "missing.txt", *NEW], "missing.txt"),
-    "no text": (["train", "--data", "--out", "new"], "no text"),
+    "no text": (["train", "--data", "--out", "new"], "--data names nothing"),
     "short text": (["train", "--data", "short.txt", *NEW], "allow no crops of 16"),
     "picture": (
         ["train", "--data", "picture.png", *NEW],
@@ -264,7 +264,8 @@ MISTAKES = {
 
 # What was typed wrong, and words of the sentence that answers.
 WRONG_WORDS = {
-    "misspelled command": (["trian"], "Unrecognized options: trian"),
+    "misspelled command": (["trian"], "Do you mean train? See"),
+    "unknown choice": ([*MY, "--optimizer", "adam"], "Expected one of ("),
     "no command": (["xyz"], "Available subcommands: train, resume, generate, chat"),
     "unknown option": ([*MY, "--learning-pace", "1"], "Do you mean --learning-rate"),
     "unknown option of another": ([*WRITE, "--topk", "5"], "Do you mean --top-k"),
@@ -313,6 +314,7 @@ def test_wrong_words_get_a_sentence(stage, monkeypatch, capsys, mistake):
     shown = capsys.readouterr()
     assert expected in sentence_in(shown.err)
     assert "--help" in shown.err
+    assert "'None'" not in shown.err  # what isn't given can't be typed
     assert shown.out == ""
     assert hashes(stage) == before
 
@@ -329,13 +331,43 @@ def test_what_a_mistake_leaves_is_caught(place):
         check_mistakes(leaving)
 
 
-def test_a_command_that_refuses_everything_is_caught():
-    def refusing(words):
-        print("glassgpt: not today, try again", file=sys.stderr)
+def refuses_everything(words):
+    print("glassgpt: not today, try again", file=sys.stderr)
+    return 2
+
+
+def does_nothing(words):
+    try:
+        code = main(words)
+    finally:
+        shutil.rmtree("new", ignore_errors=True)
+    return code
+
+
+def refuses_what_is_right(words):
+    return main(words) or refuses_everything(words)
+
+
+def hides_faults(words):
+    try:
+        return main(words)
+    except Exception as error:
+        print(f"glassgpt: something went wrong: {error}", file=sys.stderr)
         return 2
 
-    with pytest.raises(AssertionError, match="without a mistake was refused"):
-        check_mistakes(refusing)
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (refuses_everything, "names no missing.txt"),
+        (refuses_what_is_right, "without a mistake was refused"),
+        (does_nothing, "wrote no tokens"),
+        (hides_faults, "was hidden"),
+    ],
+)
+def test_a_wrong_command_is_caught(wrong, said):
+    with pytest.raises(AssertionError, match=said):
+        check_mistakes(wrong)
 
 
 @pytest.mark.parametrize("option", ["--keep", "--checkpoint-every"])

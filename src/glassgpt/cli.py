@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import redirect_stderr, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
+from difflib import get_close_matches
 from functools import cache, partial
 from importlib.util import find_spec
 from inspect import getdoc, getsource
@@ -144,6 +145,8 @@ class Text:
     @property
     def tokens(self) -> Path | None:
         """The folder that `tokenize` made, where --data is one."""
+        if not self.data:
+            raise ValueError("--data names nothing: give it a file or a folder")
         found = [p for p in map(Path, self.data) if (p / "tokens.json").exists()]
         if found and len(self.data) > 1:
             raise ValueError(f"{found[0]} is tokenized: give it alone as --data")
@@ -664,13 +667,16 @@ def parse(words: Sequence[str]) -> Any:
             raise
     # Rows in a frame: what is wrong, what may be meant, where to look.
     rows = [row.strip("│╭╮╰╯|+ ") for row in box.getvalue().splitlines()]
-    rows = [re.sub("[─-]{3,}", "", row).strip() for row in rows]
+    rows = [re.sub("[─-]{3,}|, 'None'|'None', ", "", row).strip() for row in rows]
     wrong, *more = [" ".join(p.split()) for p in "\n".join(rows[1:]).split("\n\n")]
     near = {*re.findall(r"--[\w-]+", " ".join(more))} - {"--help"}
     near -= {word.partition("=")[0] for word in words}
-    meant = f"Do you mean {' or '.join(sorted(near))}?" if near else " ".join(more[:-1])
-    said = [wrong.rstrip(".") + ".", meant, "See glassgpt --help"]
-    raise ValueError(" ".join(filter(None, said)))
+    commands = [kind.__name__.lower() for kind in COMMANDS]
+    if words[0] not in commands:
+        near.update(get_close_matches(words[0], commands))
+    said = [part.rstrip(".") + "." for part in (wrong, *more[:-1])]
+    said[1:] = [f"Do you mean {' or '.join(sorted(near))}?"] if near else said[1:]
+    raise ValueError(" ".join([*said, "See glassgpt --help"]))
 
 
 def is_mistake(error: BaseException) -> bool:

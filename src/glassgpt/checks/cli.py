@@ -6,6 +6,9 @@ import io
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
+
+from glassgpt.tokens import CharTokenizer
 
 
 def call(main: Callable[[list[str]], int], words: list[str]) -> tuple[int, str]:
@@ -28,7 +31,7 @@ def call(main: Callable[[list[str]], int], words: list[str]) -> tuple[int, str]:
 
 
 def check_mistakes(main: Callable[[list[str]], int]) -> None:
-    """Mistakes end in exit code 2 and a sentence, and write nothing.
+    """Mistakes end in exit code 2 and a sentence, write nothing; faults come out.
 
     Book: 23_command_line.html#the-check
     """
@@ -37,27 +40,35 @@ def check_mistakes(main: Callable[[list[str]], int]) -> None:
         (folder / "empty.txt").write_text("")
         (folder / "short.txt").write_text("To be, or not to be\n")
         (folder / "picture.png").write_bytes(b"\x89PNG\r\n\xff\xfe\x00")
-        out = ["--out", str(folder / "new")]
-        mistakes = [
-            ["train", "--data", str(folder / "missing.txt"), *out],
-            ["train", "--data", str(folder / "empty.txt"), *out],
-            ["train", "--data", str(folder / "short.txt"), "--tokenizer", "char", *out],
-            ["train", "--data", str(folder / "picture.png"), *out],
-            ["train", "--data", str(folder / "short.txt"), "--heads", "7", *out],
-            ["train", "--size", "huge", *out],
-            ["resume", str(folder / "missing")],
-            ["generate", str(folder / "missing")],
-            ["tokenize", "--data", str(folder / "empty.txt"), *out],
-        ]
+        mistakes = {  # and what its sentence has to name
+            "train --data missing.txt --out new": "missing.txt",
+            "train --data empty.txt --out new": "empty.txt",
+            "train --data short.txt --tokenizer char --out new": "text",
+            "train --data picture.png --out new": "picture.png",
+            "train --data short.txt --heads 7 --out new": "heads",
+            "train --size huge --out new": "huge",
+            "resume missing": "missing",
+            "generate missing": "missing",
+            "tokenize --data empty.txt --out new": "empty.txt",
+        }
         before = sorted(folder.rglob("*"))
-        for words in mistakes:
-            number, errors = call(main, words)
-            said = "`glassgpt " + " ".join(words).replace(name, "...") + "`"
+        for line, named in mistakes.items():
+            number, errors = call(main, line.split())
+            said = f"`glassgpt {line}`"
             assert number == 2, f"{said} left with exit code {number}, not 2"
             assert "Traceback" not in errors, f"{said} printed a traceback"
             assert len(errors.strip()) > 20, f"{said} did not say what was wrong"
+            assert named in errors.lower(), f"{said}: its sentence names no {named}"
             left = sorted({*folder.rglob("*")} - {*before})
             assert not left, f"{said} left {left[0].name} behind"
         (folder / "long.txt").write_text("To be, or not to be\n" * 100)
-        right = ["tokenize", "--data", "long.txt", "--tokenizer", "char", *out]
+        right = ["tokenize", "--data", "long.txt", "--tokenizer", "char"]
+        right, came = [*right, "--out", "new"], None
+        with patch.object(CharTokenizer, "train", side_effect=KeyError("ours")):
+            try:
+                call(main, right)
+            except AssertionError as error:
+                came = error.__cause__
+        assert isinstance(came, KeyError), "a fault, a KeyError inside, was hidden"
         assert call(main, right)[0] == 0, "a line without a mistake was refused"
+        assert (folder / "new" / "tokens.json").exists(), "tokenize wrote no tokens"
