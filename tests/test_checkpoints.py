@@ -9,6 +9,8 @@ import struct
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from unittest.mock import patch
 
 import pytest
@@ -600,6 +602,44 @@ def write_flushing(*moments):
 def test_what_is_not_flushed_is_caught(moments, message):
     with pytest.raises(AssertionError, match=message):
         checks.check_whole_file(write_flushing(*moments))
+
+
+def in_another_folder(path, content):
+    with TemporaryDirectory() as place:
+        partial = Path(place, path.name)
+        partial.write_bytes(content)
+        flush(partial)
+        os.replace(partial, path)
+    flush(path.parent)
+
+
+def over_old_files_only(path, content):
+    path.stat()
+    write_file(path, content)
+
+
+def under_one_name(path, content):
+    partial = path.with_name("partial")
+    try:
+        partial.write_bytes(content)
+        flush(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    flush(path.parent)
+
+
+@pytest.mark.parametrize(
+    ("write", "error", "message"),
+    [
+        (in_another_folder, AssertionError, "in another folder"),
+        (over_old_files_only, FileNotFoundError, "note.txt"),
+        (under_one_name, AssertionError, "share one other name"),
+    ],
+)
+def test_a_write_at_a_wrong_place_is_caught(write, error, message):
+    with pytest.raises(error, match=message):
+        checks.check_whole_file(write)
 
 
 def test_a_file_system_that_flushes_no_folder_is_no_error(tmp_path):

@@ -154,7 +154,24 @@ def test_a_resume_from_the_oldest_checkpoint_is_caught():
         checks.check_resume((start_run, resume_from_the_oldest))
 
 
-def noting(second_acts, cleans_up):
+def resume_without_checkpoints(*arguments, **options):
+    with patch.object(runs, "write_checkpoint", lambda run: None):
+        return resume_run(*arguments, **options)
+
+
+def resume_with_any_tokens(*arguments, **options):
+    with patch.object(runs, "_find_tokens", lambda place, _: TokenData.open(place)):
+        return resume_run(*arguments, **options)
+
+
+def test_resumes_that_hold_for_one_kill_or_any_data_are_caught():
+    with pytest.raises(AssertionError, match="wrote no checkpoint at step 6"):
+        checks.check_resume((start_run, resume_without_checkpoints))
+    with pytest.raises(AssertionError, match="other token was not noticed"):
+        checks.check_resume((start_run, resume_with_any_tokens))
+
+
+def noting(second_acts, cleans_up, spares=lambda _, handler: handler == signal.SIG_IGN):
     """A `stop_signals` that may be wrong about the second signal, or about errors."""
 
     @contextmanager
@@ -172,7 +189,7 @@ def noting(second_acts, cleans_up):
                 signal.signal(number, handler)
 
         for number, handler in before.items():
-            signal.signal(number, signal.SIG_IGN if handler is signal.SIG_IGN else note)
+            signal.signal(number, handler if spares(number, handler) else note)
         try:
             yield caught
         except Exception:
@@ -193,6 +210,12 @@ def test_stopping_wrongly_is_caught():
     with pytest.raises(AssertionError, match="are not back after an error"):
         checks.check_stop(noting(any_acts, cleans_up=False))
 
+    def only_hangup(number, handler):
+        return number == signal.SIGHUP and handler == signal.SIG_IGN
+
+    with pytest.raises(AssertionError, match="an ignored signal"):
+        checks.check_stop(noting(any_acts, cleans_up=True, spares=only_hangup))
+
 
 def only_strings_before(content):
     """What a pickle looks up, as if names were never taken from its memory."""
@@ -210,6 +233,33 @@ def only_strings_before(content):
 def test_names_taken_from_memory_are_asked_for():
     with pytest.raises(AssertionError, match="in place of"):
         checks.check_names(only_strings_before)
+
+
+def only_what_is_inside(content):
+    """What a pickle looks up, where it refers to nothing outside."""
+    names = set()
+
+    class Anything:
+        def __init__(self, *arguments):
+            pass
+
+        def __call__(self, *arguments):
+            return self
+
+        __setitem__ = __setstate__ = append = extend = __call__
+
+    class Reader(pickle.Unpickler):
+        def find_class(self, module, name):
+            names.add(f"{module} {name}")
+            return Anything
+
+    Reader(io.BytesIO(content)).load()
+    return names
+
+
+def test_tensors_outside_of_a_pickle_are_no_end():
+    with pytest.raises(AssertionError, match="refers to tensors outside"):
+        checks.check_names(only_what_is_inside)
 
 
 def test_a_state_that_is_taken_out_without_a_copy_is_caught():
