@@ -193,7 +193,7 @@ def _steps(
     dice = torch.Generator(device)
     dice.manual_seed(dice.seed() if sampling.seed is None else int(sampling.seed))
     running = [True] * len(rows)
-    caches, starts = [], None
+    caches, starts, parts = [], None, list(model.modules())
     for _ in range(count):
         if caches and caches[0].length < context:
             ids = torch.tensor([row[-1:] for row in rows], device=device)
@@ -204,7 +204,7 @@ def _steps(
         positions = mask = None
         if starts is not None:
             positions, mask = _past_padding(starts, caches[0].length, ids.shape[1])
-        awake = any(part.training for part in model.modules())
+        awake = any(part.training for part in parts)
         with in_mode(model, training=False) if awake else nullcontext():
             last = model.hidden_states(ids, positions, mask, caches)[:, -1]
             new = sample(model.head(last), sampling, dice).tolist()
