@@ -347,10 +347,19 @@ def test_a_model_of_characters_and_one_that_chats(chromium, tmp_path):
     page.wait_for_function("!document.querySelector('glass-gpt').writing")
     page.get_by_label("Your message").fill("Hi again, " * 20)
     page.keyboard.press("Enter")
-    page.get_by_text("sees only the end of this message").wait_for()
+    page.get_by_text("Too long: the model sees only the end").wait_for()
     page.wait_for_function("!document.querySelector('glass-gpt').writing")
     page.get_by_role("button", name="Start over").click()
     assert page.get_by_role("log").inner_text() == ""
+    page.get_by_label("Your message").fill("Hi once more")
+    page.evaluate(
+        "const page = document.querySelector('glass-gpt').shadowRoot;"
+        "page.querySelector('form').requestSubmit();"
+        "page.querySelector('[type=button]').click()"
+    )  # started over while the model reads
+    page.wait_for_timeout(1000)
+    assert page.get_by_role("log").inner_text() == ""
+    assert page.evaluate("!document.querySelector('glass-gpt').writing")
     assert page.trouble == []
     small = glassgpt.GPT(glassgpt.GPTConfig(len(letters), 64, 1, 2, 8))
     publish(*glassgpt.add_roles(small, letters), tmp_path / "few.html")

@@ -220,15 +220,16 @@ PANELS.pass = {
 };
 
 PANELS.chat = {
-  html: () => `<label>System <input name="system"></label>
+  html: () => `<label>System <input name="system" placeholder="how it should answer"></label>
     <div role="log" aria-label="Conversation" tabindex="0"></div>
     <p role="status"></p>
-    <form><input name="message" aria-label="Your message" autocomplete="off">
+    <form><input name="message" aria-label="Your message" placeholder="Your message"
+      autocomplete="off">
     <button class="main">Send</button><button type="button">Start over</button></form>`,
   start(figure, find) {
     const log = find("[role=log]"), status = find("[role=status]");
     const message = find("[name=message]"), system = find("[name=system]");
-    let turns = [], busy = false;
+    let turns = [], busy = false, forgotten = "";
     const say = (role, words) => {
       log.insertAdjacentHTML("beforeend",
         `<p class="said"><b>${role}</b> <span></span></p>`);
@@ -243,12 +244,15 @@ PANELS.chat = {
     const talk = async (content) => {
       const mine = turns, asked = { role: "user", content };
       const [ids, news] = await figure.conversation(system.value, mine, asked);
+      if (mine !== turns) return; // somebody started over
+      forgotten = news || forgotten;
       message.value = "";
       mine.push(asked);
       say("User", content);
       const answer = say("Assistant", "");
       await figure.become(ids);
-      status.textContent = news;
+      status.textContent = forgotten;
+      if (figure.ids !== ids) return; // or chose another text
       await figure.write(figure.sizes.context, async () => {
         answer.write(await figure.ask("decode", figure.ids.slice(ids.length)));
       });
@@ -265,10 +269,14 @@ PANELS.chat = {
         busy = false;
       }
     };
+    find(".main").onclick = (event) => {
+      if (event.detail > 1) event.preventDefault(); // the second click of two
+    };
     find("[type=button]").onclick = () => {
       turns = [];
       log.replaceChildren();
-      status.textContent = "";
+      status.textContent = "The conversation is empty.";
+      forgotten = "";
       figure.begin("");
     };
   },
@@ -283,7 +291,7 @@ const STYLE = `
 .live{display:grid;gap:.9rem;max-width:42rem;margin:auto}
 .live[hidden],.live:not([hidden])~slot{display:none}
 @media print{:host{min-height:0!important}.buttons,label,form{display:none!important}
-.tokens{height:auto!important;max-height:none!important}
+.tokens,[role=log]{height:auto!important;max-height:none!important}
 :host([show]) .live{display:none!important}:host([show]) .live~slot{display:block!important}}
 .title{margin:0 0 .3rem;font-weight:600}
 p{margin:.2rem 0}
@@ -292,7 +300,8 @@ textarea,input:not([type=range]){font:inherit;width:100%;box-sizing:border-box;
 padding:.4rem .6rem;color:inherit;background:none;border:1px solid #8f8f8f;
 border-radius:4px}
 form,.buttons{display:flex;flex-wrap:wrap;gap:.5rem;margin-top:.4rem}
-form input{flex:1}
+form input{flex:1 1 14rem}
+::placeholder{color:inherit;opacity:.7}
 button{font:inherit;min-height:2.5rem;padding:.2rem .9rem;cursor:pointer;color:inherit;
 background:none;border:1px solid #8f8f8f;border-radius:4px}
 button.main{background:#a6101f;border-color:#a6101f;color:#fff}
@@ -331,7 +340,7 @@ code{font:.95rem ui-monospace,Menlo,Consolas,monospace;white-space:pre}
 @media(pointer:coarse){.tokens{line-height:2.5}.tokens span{padding:.4em .45em}
 .guesses{gap:6px}}
 .said{white-space:pre-wrap}
-[role=log]{max-height:24rem;overflow:auto}
+[role=log]{max-height:24rem;overflow:auto;margin-top:.5rem}
 label:not(:has(output)){grid-template-columns:7em 1fr}
 small{font:inherit;user-select:none}
 .writing :is(.told,table){opacity:.4}
@@ -495,16 +504,19 @@ class GlassGPT extends HTMLElement {
       count -= 1;
     }
     this.writing = false;
+    if (!this.playing) this.news = this.count() + (ended ? " The text ends here." : "");
+    await this.show();
+  }
+
+  count() {
     const { ids, sizes: { context } } = this;
     const past = ids.length > context ? " The model no longer sees those struck out." : "";
-    const news = `${ids.length} tokens.${ended ? " The text ends here." : past}`;
-    if (!this.playing) this.news = news;
-    await this.show();
+    return `${ids.length} tokens.${past}`;
   }
 
   stop() {
     this.runs += 1;
-    if (this.writing && !this.playing) this.news = `${this.ids.length} tokens.`;
+    if (this.writing && !this.playing) this.news = this.count();
     this.writing = this.playing = false;
     if (this.text) this.show();
   }
@@ -527,7 +539,7 @@ class GlassGPT extends HTMLElement {
     const { context } = this.sizes;
     for (let news = ""; ; turns.splice(0, 2)) {
       const ids = await this.ask("render", [...first, ...turns, asked]);
-      if (ids.length > context) news = "The model sees only the end of this message.";
+      if (ids.length > context) news = "Too long: the model sees only the end.";
       if (ids.length < 0.8 * context || !turns.length) return [ids, news];
       news = "The model no longer sees the oldest turns.";
     }
