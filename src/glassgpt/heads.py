@@ -48,7 +48,7 @@ def fused_attention(
     Book: 07_multi_head_attention.html#two-ways-one-result
     """
     T, S = queries.shape[-2], keys.shape[-2]
-    # if, not `causal = T == S`: chapter 15 compiles this.
+    # `causal = T == S` would be a symbol when this is compiled (chapter 15).
     causal = False  # a single query, the last one, sees everything
     if mask is None and T == S:
         causal = True

@@ -32,7 +32,8 @@ const GUESS = `<button><span role="img"></span><i></i><b></b></button>`;
 
 PANELS.next = {
   html: () => `<p class="title"></p>
-    <div class="guesses" role="group" aria-label="Choose one">${GUESS.repeat(10)}</div><p class="count"></p>`,
+    <div class="guesses" role="group" aria-label="Choose one">${GUESS.repeat(10)}</div>
+    <p class="count"></p>`,
   start(figure, find) {
     find("div").onclick = ({ target }) => {
       const { ids, position } = figure.text, row = target.closest("button");
@@ -165,7 +166,8 @@ PANELS.attention = {
   },
   async update(figure, find) {
     const { ids, pieces, position, first } = figure.text;
-    const from = pieces[figure.hovered] && figure.hovered >= first ? figure.hovered : position;
+    const { hovered } = figure, there = first <= hovered && hovered < ids.length;
+    const from = there ? hovered : position;
     const [layer, head] = find.all("input").map((input) => input.value - 1);
     const weights = [...await figure.ask("weights", ids, from, layer, head)];
     const order = [...weights.keys()].sort((a, b) => weights[b] - weights[a]);
@@ -220,7 +222,8 @@ PANELS.pass = {
 };
 
 PANELS.chat = {
-  html: () => `<label>System <input name="system" placeholder="how it should answer"></label>
+  html: () => `<label>System
+    <input name="system" placeholder="how it should answer"></label>
     <div role="log" aria-label="Conversation" tabindex="0"></div>
     <p role="status"></p>
     <form><input name="message" aria-label="Your message" placeholder="Your message"
@@ -230,16 +233,15 @@ PANELS.chat = {
     const log = find("[role=log]"), status = find("[role=status]");
     const message = find("[name=message]"), system = find("[name=system]");
     let turns = [], busy = false, forgotten = "";
+    const tell = (said, words) => {
+      said.textContent = words;
+      log.scrollTop = log.scrollHeight;
+      return said;
+    };
     const say = (role, words) => {
       log.insertAdjacentHTML("beforeend",
         `<p class="said"><b>${role}</b> <span></span></p>`);
-      const said = log.lastChild.lastChild;
-      said.write = (text) => {
-        said.textContent = text;
-        log.scrollTop = log.scrollHeight;
-      };
-      said.write(words);
-      return said;
+      return tell(log.lastChild.lastChild, words);
     };
     const talk = async (content) => {
       const mine = turns, asked = { role: "user", content };
@@ -252,10 +254,10 @@ PANELS.chat = {
       const answer = say("Assistant", "");
       await figure.become(ids);
       status.textContent = forgotten;
-      if (figure.ids !== ids) return; // or chose another text
-      await figure.write(figure.sizes.context, async () => {
-        answer.write(await figure.ask("decode", figure.ids.slice(ids.length)));
-      });
+      const each = async () =>
+        tell(answer, await figure.ask("decode", figure.ids.slice(ids.length)));
+      // Unless somebody chose another text meanwhile.
+      if (figure.ids === ids) await figure.write(figure.sizes.context, each);
       mine.push({ role: "assistant", content: answer.textContent });
     };
     find("form").onsubmit = async (event) => {
@@ -464,7 +466,7 @@ class GlassGPT extends HTMLElement {
 
   async become(ids, news = "") {
     this.stop();
-    Object.assign(this, { ids, news, chosen: undefined, hovered: -1 });
+    Object.assign(this, { ids, news, chosen: undefined });
     await this.show();
   }
 
