@@ -1,5 +1,6 @@
 """Masks and attention: parity, properties, and checks that name mistakes."""
 
+import gc
 import math
 
 import pytest
@@ -467,3 +468,21 @@ def test_check_names_the_mistake(check, wrong, message):
     with pytest.raises(AssertionError) as caught:
         getattr(checks, check)(wrong)
     assert message in str(caught.value)
+
+
+def test_what_is_kept_is_counted_whatever_garbage_there_is():
+    def with_garbage(queries, pairs):
+        kept = []
+        for i, pair in enumerate(pairs):
+            kept.append(pair)
+            if i == 4:
+                loop = [torch.zeros(1000)]
+                loop.append(loop)
+                del loop
+            many = [[] for _ in range(10**4 * (i > 4))]  # starts a collection
+            assert many or i < 5
+        return kept_for_later(queries, kept)
+
+    with pytest.raises(AssertionError, match="numbers more are kept"):
+        checks.check_streaming_attention(with_garbage)
+    assert gc.isenabled()

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glassgpt.checks.softmax import _numbers_alive
+from glassgpt.checks.softmax import _numbers_alive, _without_collection
 
 
 def check_causal_mask(causal_mask: Callable[[int], Tensor]) -> None:
@@ -223,6 +223,7 @@ def _vanish(*pairs: tuple[Tensor, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
             part.fill_(math.nan)
 
 
+@_without_collection()
 def check_streaming_attention(
     streaming: Callable[[Tensor, Iterator[tuple[Tensor, Tensor]]], Tensor],
 ) -> None:

@@ -6,6 +6,7 @@
 import gc
 import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -244,11 +245,22 @@ def check_cross_entropy_gradient(gradient: Callable[[Tensor, Tensor], Tensor]) -
     assert gap < 1e-5, f"differs from autograd by {gap:.1e}"
 
 
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Nothing old leaves the memory meanwhile, so that what is new can be counted."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 def _numbers_alive() -> int:
     """How many numbers are in tensors that somebody still holds."""
     return sum(t.numel() for t in gc.get_objects() if type(t) is Tensor)
 
 
+@_without_collection()
 def check_one_pass(one_pass: Callable[[Iterable[Tensor]], Tensor]) -> None:
     """The log-sum-exp of scores that come in chunks, each seen once.
 
