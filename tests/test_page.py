@@ -121,7 +121,9 @@ def browser(site):
 
 def visit(browser, server, address):
     """Open one page and return what was seen and what went wrong."""
-    page = browser.new_page(viewport={"width": 390, "height": 844}, color_scheme="dark")
+    page = browser.new_page(
+        viewport={"width": 390, "height": 844}, color_scheme="light"
+    )
     trouble = []
     page.on(
         "request",

@@ -49,7 +49,9 @@ def run_processes(number: int, function: Callable[..., Any], *arguments: Any) ->
     """
     with TemporaryDirectory() as place:
         how = (number, place, function, arguments)
-        torch.multiprocessing.spawn(_enter, how, nprocs=number)
+        method = "forkserver" if sys.platform == "linux" else "spawn"
+        torch.multiprocessing.set_forkserver_preload([__name__])
+        torch.multiprocessing.start_processes(_enter, how, number, start_method=method)
         return [torch.load(Path(place, f"{rank}.pt")) for rank in range(number)]
 
 
