@@ -53,7 +53,8 @@ ONE_OF_EACH = """() => {
 CUT = """() => [...document.querySelectorAll("article pre, article .math")]
   .filter(box => box.checkVisibility() && box.scrollWidth > box.clientWidth + 1)
   .map(box => box.outerHTML.slice(0, 160))"""
-DARK = "['dark', undefined].includes(document.documentElement.dataset.theme)"
+DARK = """['dark', undefined].includes(document.documentElement.dataset.theme)
+  && !document.getAnimations().some(one => one instanceof CSSTransition)"""
 PRINTED = """() => document.documentElement.dataset.theme !== "dark"
   && !document.querySelector("article details:not(.hide, [open])")"""
 MARKERS = re.compile(r"^#\| ?(export|default_exp)|^# ?@title", re.MULTILINE)
