@@ -94,9 +94,12 @@ def test_a_saved_directory_is_read_by_transformers(tmp_path):
     text = "a miniature Eiffel tower, a tower in miniature. " * 20
     tokenizer = BPETokenizer.train(text, 270)
     ours = random_gpt(replace(CONFIG, vocab_size=270))
-    save(tmp_path, ours, tokenizer)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    their_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    place = tmp_path / "new" / "folder"
+    save(place, ours, tokenizer)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(place).eval()
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(place)
+    about = json.loads((place / "tokenizer_config.json").read_text())
+    assert about["clean_up_tokenization_spaces"] is False  # older ones default to True
     ids = tokenizer.encode("the tower, a miniature\n Eiffel ☕")
     assert their_tokenizer.encode("the tower, a miniature\n Eiffel ☕") == ids
     assert their_tokenizer.decode(ids) == tokenizer.decode(ids)

@@ -314,6 +314,11 @@ def test_a_single_file_is_cut_between_characters(text):
         assert parts[1]
 
 
+def test_a_document_is_cut_at_nine_tenths():
+    first, rest = Document("one", "0123456789" * 2).cut()
+    assert (first.text, rest.text) == ("01234567890123456789"[:18], "89")
+
+
 def test_a_late_line_end_leaves_enough_to_hold_out(tmp_path):
     (tmp_path / "text").write_text("x" * 10_000 + "\ny\n")
     _, (_, validation) = split_documents(read_documents("text"))
