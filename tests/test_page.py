@@ -53,8 +53,7 @@ ONE_OF_EACH = """() => {
 CUT = """() => [...document.querySelectorAll("article pre, article .math")]
   .filter(box => box.checkVisibility() && box.scrollWidth > box.clientWidth + 1)
   .map(box => box.outerHTML.slice(0, 160))"""
-DARK = """['dark', undefined].includes(document.documentElement.dataset.theme)
-  && !document.getAnimations().some(one => one instanceof CSSTransition)"""
+DARK = "['dark', undefined].includes(document.documentElement.dataset.theme)"
 PRINTED = """() => document.documentElement.dataset.theme !== "dark"
   && !document.querySelector("article details:not(.hide, [open])")"""
 MARKERS = re.compile(r"^#\| ?(export|default_exp)|^# ?@title", re.MULTILINE)
@@ -152,6 +151,7 @@ def visit(browser, server, address):
     page.wait_for_function(ASKED)
     page.evaluate(AXE)
     page.evaluate(ONE_OF_EACH)
+    page.add_style_tag(content="* { transition: none !important }")
     seen["barred"] = page.evaluate(AXE_RUN)
     page.set_viewport_size({"width": 360, "height": 800})
     seen["wide"] += page.evaluate(WIDE)
