@@ -160,6 +160,22 @@ def long_words_differ(ids, merges):
     return list(ids) if len(ids) > 100 else merge_word(ids, merges)
 
 
+def merges_first_place_only(ids, merges):
+    """One place for each merge: no harm where a pair occurs once."""
+    for pair, new in merges.items():
+        place = next((n for n, p in enumerate(pairwise(ids)) if p == pair), None)
+        if place is not None:
+            ids = [*ids[:place], new, *ids[place + 2 :]]
+    return list(ids)
+
+
+def numeric_letters(text):
+    """Takes for a digit what `isnumeric` does: letters such as 一, too."""
+    words = in_threes()(text)
+    cut = ([" ", w[1:]] if w[0] == " " and w[1:].isnumeric() else [w] for w in words)
+    return [part for parts in cut for part in parts]
+
+
 def from_the_left(text):
     return regex.findall(r"\p{N}{1,3}|'s| ?\p{L}+|\s|[^\p{N}\p{L}\s]+", text)
 
@@ -202,6 +218,8 @@ WRONG = [
         lambda ids, merges: merge_pair(ids, (2, 3), 256),
         "no merge is left",
     ),
+    (checks.check_merge_word, merges_first_place_only, "all occurrences"),
+    (checks.check_split_numbers, numeric_letters, "without digits"),
     (checks.check_split_numbers, from_the_left, "from the right"),
     (checks.check_split_numbers, split_words, "18890"),
     (checks.check_split_numbers, in_threes(blank=r"|\s+(?=\p{N})"), "one space alone"),
@@ -302,6 +320,11 @@ def test_grade_tells_an_error_of_the_attempt_from_one_of_the_check(capsys):
     grade(check_sum, lambda number: None)
     printed = capsys.readouterr().out
     assert printed.startswith("Not yet: what came back is of no use (TypeError: ")
+    assert printed.endswith(" Does it return?\n")
+    grade(check_sum, lambda number: "1")  # it does, though nothing of use
+    printed = capsys.readouterr().out
+    assert printed.startswith("Not yet: what came back is of no use (TypeError: ")
+    assert "Does it return?" not in printed
 
     def refused(number):
         raise AssertionError

@@ -60,23 +60,8 @@ def split_words(text: str) -> list[str]:
     return _WORD.findall(text)
 
 
-_PIECE = re.compile(r"[^\S\x1c-\x1f]*[\S\x1c-\x1f]+|\s+")  # as `regex` sees spaces
-
-
-def count_words(texts: Iterable[str]) -> Counter[str]:
-    """How often each of GPT-2's words occurs in some texts.
-
-    Book: 02_tokens.html#count-each-word-once
-    """
-    pieces = Counter(chain.from_iterable(map(_PIECE.findall, texts)))
-    words = Counter()
-    for piece, times in pieces.items():
-        for word in split_words(piece):
-            words[word] += times
-    return words
-
-
 _VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+# The byte of each id, the id of each byte, and the character that stands for a byte.
 _BYTES = bytes(_VISIBLE + [byte for byte in range(256) if byte not in _VISIBLE])
 _ID_OF_BYTE = bytes(_BYTES.index(byte) for byte in range(256))
 _SYMBOLS = dict(zip(_BYTES, [*_VISIBLE, *range(256, 324)], strict=True))
@@ -90,8 +75,22 @@ def byte_ids(text: str) -> list[int]:
     return list(text.encode().translate(_ID_OF_BYTE))
 
 
+def merge_word(ids: Sequence[int], merges: Mapping[Pair, int]) -> list[int]:
+    """Apply merges to the bytes of one word, the earliest learned first.
+
+    `merges` maps a pair of ids to the id it becomes; later merges have larger ids.
+
+    Book: 02_tokens.html#the-function
+    """
+    ids = list(ids)
+    while known := {merges[pair]: pair for pair in pairwise(ids) if pair in merges}:
+        new = min(known)
+        ids = merge_pair(ids, known[new], new)
+    return ids
+
+
 def _merge_in(word: list, pair: tuple, new: Any) -> Iterator[tuple]:
-    """Merge a pair in a word; yields each pair that is lost with the one won for it."""
+    """Merge a pair in a word; yields each removed pair with its replacement."""
     left, right = pair
     at = 0
     while at < len(word) - 1:
@@ -111,7 +110,7 @@ def learn_merges(counts: Mapping[str, int], number: int) -> list[Pair]:
     equals the one with the smallest ids. Fewer merges come back if no pairs are left.
     Source: Sennrich, Haddow and Birch (2016); ties as in `tokenizers`.
 
-    Book: 02_tokens.html#the-fast-version
+    Book: 02_tokens.html#learning-fast
     """
     words, times = [byte_ids(word) for word in counts], list(counts.values())
     places, pairs = defaultdict(list), defaultdict(int)
@@ -129,29 +128,15 @@ def learn_merges(counts: Mapping[str, int], number: int) -> list[Pair]:
         elif pairs[pair] > 0:
             new, born = 256 + len(merges), set()
             for place in set(places.pop(pair)):
-                for lost, won in _merge_in(words[place], pair, new):
-                    pairs[lost] -= times[place]
-                    pairs[won] += times[place]
-                    places[won].append(place)
-                    born.add(won)
+                for removed, added in _merge_in(words[place], pair, new):
+                    pairs[removed] -= times[place]
+                    pairs[added] += times[place]
+                    places[added].append(place)
+                    born.add(added)
             merges.append(pair)
-            for won in born:
-                heapq.heappush(queue, (-pairs[won], won))
+            for added in born:
+                heapq.heappush(queue, (-pairs[added], added))
     return merges
-
-
-def merge_word(ids: Sequence[int], merges: Mapping[Pair, int]) -> list[int]:
-    """Apply merges to the bytes of one word, the earliest learned first.
-
-    `merges` maps a pair of ids to the id it becomes; later merges have larger ids.
-
-    Book: 02_tokens.html#the-function
-    """
-    ids = list(ids)
-    while known := {merges[pair]: pair for pair in pairwise(ids) if pair in merges}:
-        new = min(known)
-        ids = merge_pair(ids, known[new], new)
-    return ids
 
 
 def _texts(text: Texts) -> Iterable[str]:
@@ -296,6 +281,22 @@ class CharTokenizer(Tokenizer):
             place = text.index(error.args[0])
             message = f"character {error} at position {place} is not in the vocabulary"
             raise ValueError(message) from None
+
+
+_PIECE = re.compile(r"[^\S\x1c-\x1f]*[\S\x1c-\x1f]+|\s+")  # as `regex` sees spaces
+
+
+def count_words(texts: Iterable[str]) -> Counter[str]:
+    """How often each of GPT-2's words occurs in some texts.
+
+    Book: 02_tokens.html#the-tokenizers-of-the-package
+    """
+    pieces = Counter(chain.from_iterable(map(_PIECE.findall, texts)))
+    words = Counter()
+    for piece, times in pieces.items():
+        for word in split_words(piece):
+            words[word] += times
+    return words
 
 
 END = ("<|endoftext|>",)

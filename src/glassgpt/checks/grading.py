@@ -33,7 +33,8 @@ def grade(check: Callable[[Any], None], attempt: Any) -> None:
             raise
         else:
             reason = f"{type(error).__name__}: {error}"
-            print(f"Not yet: what came back is of no use ({reason}). Does it return?")
+            hint = " Does it return?" if "NoneType" in reason else ""
+            print(f"Not yet: what came back is of no use ({reason}).{hint}")
     else:
         print(f"Correct: {goal}")
 

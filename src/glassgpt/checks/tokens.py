@@ -43,33 +43,6 @@ def check_split_words(split_words: Callable[[str], Sequence[str]]) -> None:
         assert got == words, f"{text!r} was cut into {got}: {why}"
 
 
-def check_learn_merges(learn_merges: Callable) -> None:
-    """Merges come by falling count, recounted each time, ties by the smallest ids.
-
-    Book: 02_tokens.html#the-fast-version
-    """
-    a, b, c = (ord(letter) - 33 for letter in "abc")
-    got = list(learn_merges({"a": 9, "b": 9}, 3))
-    assert got == [], f"merged {got} across the border of two words"
-    got = list(learn_merges({"ab": 1, "aab": 1, "bca": 5}, 1))
-    assert got == [(b, c)], f"merged {got}: a word counts as often as it occurs"
-    got = list(learn_merges({"ba": 2, "ab": 2, "ca": 2}, 1))
-    assert got == [(a, b)], f"merged {got}: of equal counts the smallest ids win"
-    got = list(learn_merges({"abab": 2, "ca": 3}, 1))
-    assert got == [(a, b)], f"merged {got}: a pair that is twice in a word counts twice"
-    got = list(learn_merges({"aaa": 2, "bc": 3}, 1))
-    assert got == [(a, a)], f"merged {got}: aaa has the pair a a twice"
-    got = list(learn_merges({"abc": 3, "bc": 1, "ca": 2}, 2))
-    assert got[:1] == [(b, c)], f"merged {got[:1]}: bc occurs most often"
-    assert got[1:] == [(a, 256)], (
-        f"after bc came {got[1:]}: count again, the a now stands before the new token"
-    )
-    got = list(learn_merges({"ab": 1}, 3))
-    assert got == [(a, b)], f"merged {got}: one pair is all there is"
-    got = list(learn_merges({"aaaa": 1}, 3))
-    assert got == [(a, a), (256, 256)], f"aaaa: merged {got}: one a a ends in the other"
-
-
 def check_merge_word(merge_word: Callable) -> None:
     """Merges are applied in the order of learning, until none is left.
 
@@ -81,6 +54,8 @@ def check_merge_word(merge_word: Callable) -> None:
     assert got == [1, 256], f"1 2 3 gave {got}, not [1, 256]"
     got = list(merge_word([1, 2, 3, 4], merges))
     assert got == [260], f"1 2 3 4 gave {got}: go on until no merge is left"
+    got = list(merge_word([1, 2, 3, 1, 2, 3], merges))
+    assert got == [1, 256] * 2, f"1 2 3 1 2 3 gave {got}: merge all occurrences"
     got = list(merge_word([1, 2, 3] * 60, merges))
     assert got == [1, 256] * 60, "a long word is merged in another way than a short one"
     got = list(merge_word([1, 1, 1], {(1, 1): 256}))
@@ -128,6 +103,33 @@ def _check_asked(tokenizer: Any, name: str, special: int) -> None:
     assert tokenizer.decode([special]) == name, f"id {special} is not spelled {name!r}"
 
 
+def check_learn_merges(learn_merges: Callable) -> None:
+    """Merges come by falling count, recounted each time, ties by the smallest ids.
+
+    Book: 02_tokens.html#learning-fast
+    """
+    a, b, c = (ord(letter) - 33 for letter in "abc")
+    got = list(learn_merges({"a": 9, "b": 9}, 3))
+    assert got == [], f"merged {got} across the border of two words"
+    got = list(learn_merges({"ab": 1, "aab": 1, "bca": 5}, 1))
+    assert got == [(b, c)], f"merged {got}: a word counts as often as it occurs"
+    got = list(learn_merges({"ba": 2, "ab": 2, "ca": 2}, 1))
+    assert got == [(a, b)], f"merged {got}: of equal counts the smallest ids win"
+    got = list(learn_merges({"abab": 2, "ca": 3}, 1))
+    assert got == [(a, b)], f"merged {got}: a pair that is twice in a word counts twice"
+    got = list(learn_merges({"aaa": 2, "bc": 3}, 1))
+    assert got == [(a, a)], f"merged {got}: aaa has the pair a a twice"
+    got = list(learn_merges({"abc": 3, "bc": 1, "ca": 2}, 2))
+    assert got[:1] == [(b, c)], f"merged {got[:1]}: bc occurs most often"
+    assert got[1:] == [(a, 256)], (
+        f"after bc came {got[1:]}: count again, the a now stands before the new token"
+    )
+    got = list(learn_merges({"ab": 1}, 3))
+    assert got == [(a, b)], f"merged {got}: one pair is all there is"
+    got = list(learn_merges({"aaaa": 1}, 3))
+    assert got == [(a, a), (256, 256)], f"aaaa: merged {got}: one a a ends in the other"
+
+
 def check_split_numbers(split_numbers: Callable[[str], Sequence[str]]) -> None:
     """split_numbers cuts digits in threes from the right, and loses nothing.
 
@@ -154,6 +156,7 @@ def check_split_numbers(split_numbers: Callable[[str], Sequence[str]]) -> None:
     without = {
         "we'll  go -- now!": ["we", "'ll", " ", " go", " --", " now", "!"],
         "a \u2014 b\n\n c": ["a", " \u2014", " b", "\n\n", " c"],
+        "a 一": ["a", " 一"],  # a letter, though isnumeric() takes it
     }
     for text, words in without.items():
         got = list(split_numbers(text))
