@@ -240,6 +240,13 @@ def measured(measure, rank=None):
     return analogy
 
 
+def inputs_made_zero(a, b, c, table):
+    """Not left out: a cosine of 0 is the largest where all others are negative."""
+    likeness = by_cosine(table, a, b, c)
+    likeness[[a, b, c]] = 0
+    return likeness.argmax()
+
+
 def by_cosine(table, a, b, c):
     return cosine_similarity(table, table[b] - table[a] + table[c])
 
@@ -260,6 +267,14 @@ def summed(ids, upstream, rows):
     """Each row receives the sum over its columns, in all of them."""
     grad = torch.zeros(rows, upstream.shape[1]).index_add(0, ids, upstream)
     return grad.sum(-1, keepdim=True).expand_as(grad)
+
+
+def at_most_twice(ids, upstream, rows):
+    """Adds the last two occurrences of each id."""
+    grad = upstream.new_zeros(rows, upstream.shape[1])
+    for id in ids.unique():
+        grad[id] = upstream[ids == id][-2:].sum(0)
+    return grad
 
 
 def by_loop(ids, upstream, rows):
@@ -341,6 +356,7 @@ def test_right_answers_pass(check, right):
          "opposite way"),
         (checks.check_analogy, lambda a, b, c, table: 3 + by_cosine(
             table, a, b, c)[3:].argmax(), "reverse order"),
+        (checks.check_analogy, inputs_made_zero, "inputs"),
         (checks.check_analogy, nearest_to(1, -1, -1), "sign of c"),
         (checks.check_analogy, nearest_to(1, 1, 1), "wrong or missing"),
         (checks.check_analogy, nearest_to(-1, 1, 1), "wrong or missing"),
@@ -353,6 +369,7 @@ def test_right_answers_pass(check, right):
          lambda ids, g, rows: torch.zeros(rows, 2).index_add(0, ids, g), "6 rows"),
         (checks.check_embedding_gradient, lambda ids, g, rows: torch.zeros(
             rows, g.shape[1]).index_add(0, ids, g).abs(), "negative"),
+        (checks.check_embedding_gradient, at_most_twice, "three times"),
         (checks.check_embedding_gradient, summed, "got [[5.0, 5.0]"),
         (checks.check_embedding_gradient,
          lambda ids, g, rows: torch.ones(rows, 2), "not looked up"),

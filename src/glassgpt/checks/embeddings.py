@@ -207,6 +207,8 @@ def check_analogy(analogy: Callable[[int, int, int, Tensor], int]) -> None:
             6: "it points the opposite way: a cosine of -1 is the least alike",
         },
     )
+    rows = [[1.0, 0.0], [1.0, 1.0], [0.0, 1.0], [-1.0, -0.2], [-1.0, -5.0]]
+    _check_analogy(analogy, torch.tensor(rows), {})
 
 
 def _check_analogy(
@@ -247,12 +249,13 @@ def check_embedding_gradient(
         "assigning with grad[ids] += keeps one of them"
     )
     assert got.tolist() == [[5, 0], [0, 0], [11, 5], [0, 0]], f"got {got.tolist()}"
-    ids, upstream = torch.tensor([5, 1, 5]), torch.tensor([[-0.5], [1.5], [-2.0]])
-    what = "6 rows of width 1, with fractions and negative numbers"
+    ids = torch.tensor([5, 1, 5, 5])
+    upstream = torch.tensor([[-0.5], [1.5], [-2.0], [-3.0]])
+    what = "6 rows of width 1, one looked up three times, with negative numbers"
     try:
         got = gradient(ids, upstream, 6)
     except RuntimeError as error:
         raise AssertionError(f"wrong for {what}: {error}") from None
-    wanted = torch.tensor([[0], [1.5], [0], [0], [0], [-2.5]])
+    wanted = torch.tensor([[0], [1.5], [0], [0], [0], [-5.5]])
     right = got.shape == (6, 1) and torch.allclose(got, wanted)
     assert right, f"wrong for {what}"
