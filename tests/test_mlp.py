@@ -279,6 +279,24 @@ def exchanged_factor(x, w, b):
     return d_u * w, (p - 1) * h + d_u * x, d_u
 
 
+def own_factor(place):
+    """In w x, one of the two gets its own value in place of the other's."""
+
+    def wrong(x, w, b):
+        d_x, d_w, d_u = shared(x, w, b)
+        return (d_u * x, d_w, d_u) if place == "x" else (d_x, d_w + d_u * (w - x), d_u)
+
+    return wrong
+
+
+def first_probability(x, w, b):
+    """Both scores get the probability of the first."""
+    h = max(w * x + b, 0.0)
+    p = 1 / (1 + math.exp(h - w * h))
+    d_u = (p - 1) * w + p if h > 0 else 0.0
+    return d_u * w, (p - 1) * h + d_u * x, d_u
+
+
 def multiplied(x, w, b):
     """The paths through both scores, multiplied."""
     h = max(w * x + b, 0.0)
@@ -362,6 +380,9 @@ WRONG = [
     ("check_shared_weight", through_relu, "b: multiply by the derivative of ReLU"),
     ("check_shared_weight", exchanged_factor, "b: the sign is wrong, or w multiplies"),
     ("check_shared_weight", multiplied, "b: over two paths, add"),
+    ("check_shared_weight", own_factor("x"), "x: w x gives to x times w, not times x"),
+    ("check_shared_weight", own_factor("w"), "w: w x gives to w times x, not times w"),
+    ("check_shared_weight", first_probability, "each score gets its own probability"),
     (
         "check_shared_weight",
         lambda *at: [shared(*at)[place] for place in (1, 0, 2)],
@@ -395,6 +416,11 @@ WRONG = [
     ("check_mlp_backward", changed(3, lambda g: g.T), "(3, 12), but W_2 has (12, 3)"),
     ("check_mlp_backward", changed(0, lambda g: -g), "the gradient of x differs"),
     ("check_mlp_backward", lambda *args: backward(*args)[:4], "4 gradients, not 5"),
+    (
+        "check_mlp_backward",
+        lambda *args: (*backward(*args)[1:], backward(*args)[0]),
+        "return the gradients in the order x, W_1, b_1, W_2, b_2",
+    ),
 ]
 
 

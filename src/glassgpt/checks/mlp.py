@@ -146,6 +146,7 @@ def check_shared_weight(gradients: Callable[..., tuple]) -> None:
                     "multiply by the derivative of ReLU, not by ReLU(w x + b)",
                 ),
                 (p[0] * w + second, "the target's score gets p minus 1"),
+                (first * w + p[0], "each score gets its own probability"),
                 (first * w * second, "over two paths, add"),
                 (
                     first + second * w,
@@ -155,8 +156,9 @@ def check_shared_weight(gradients: Callable[..., tuple]) -> None:
             "w": [
                 (first * h, "only its use in the score w h was counted"),
                 (right[1] - first * h, "only its use in w x + b was counted"),
+                (first * h + right[2] * w, "w x gives to w times x, not times w"),
             ],
-            "x": [],
+            "x": [(right[2] * start[0], "w x gives to x times w, not times x")],
         }
         found = gradients(*start)
         assert len(found) == 3, f"{len(found)} gradients, not 3: of x, w and b"
@@ -172,9 +174,9 @@ def check_shared_weight(gradients: Callable[..., tuple]) -> None:
             if abs(ours - wanted) < 1e-5:
                 continue
             where = "at x = {:g}, w = {:g}, b = {:g} the gradient of".format(*start)
+            assert h > 0, f"{where} {name} is {ours:g}, but ReLU is flat there"
             for value, mistake in [*mistakes[name], (-wanted, "the sign is wrong")]:
                 assert abs(ours - value) > 1e-9, f"{where} {name}: {mistake}"
-            assert h > 0, f"{where} {name} is {ours:g}, but ReLU is flat there"
             raise AssertionError(f"{where} {name} is {wanted:.4f}, not {ours:.4f}")
 
 
@@ -213,6 +215,14 @@ def check_mlp_backward(backward: Callable[..., tuple[Tensor, ...]]) -> None:
         for name, gradient in gradients.items():
             mistakes.setdefault(name, []).append((gradient, mistake))
     assert len(found) == 5, f"{len(found)} gradients, not 5: x, W_1, b_1, W_2, b_2"
+
+    def same(ours: Tensor, right: Tensor) -> bool:
+        return ours.shape == right.shape and torch.allclose(ours, right)
+
+    mixed = all(any(same(ours, right) for right in wanted) for ours in found)
+    assert not mixed or all(map(same, found, wanted)), (
+        "return the gradients in the order x, W_1, b_1, W_2, b_2"
+    )
     # From the end to the beginning, for a mistake spreads that way.
     for i in (4, 3, 2, 1, 0):
         name, ours, right = [*shapes][i], found[i], wanted[i]
