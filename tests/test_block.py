@@ -328,6 +328,16 @@ def nothing(x):
     return 0
 
 
+def share(x):
+    """The sum over k, forgotten."""
+    return x / x.shape[-1]
+
+
+def with_epsilon(x, u):
+    x = x.requires_grad_()
+    return torch.autograd.grad(F.layer_norm(x, x.shape[-1:]), x, u)[0]
+
+
 WRONG = [
     ("check_layer_norm", divided_by(lambda x: spread(x, correction=1)), "by C - 1"),
     (
@@ -516,6 +526,32 @@ WRONG = [
         lambda x, u: layer_norm_gradient(x, u, product=torch.mean),
         "one mean of u times n",
     ),
+    (
+        "check_layer_norm_gradient",
+        lambda x, u: layer_norm_gradient(x, u, mean=share),
+        "m moves every n_k",
+    ),
+    (
+        "check_layer_norm_gradient",
+        lambda x, u: layer_norm_gradient(x, u, product=share),
+        "v moves every n_k",
+    ),
+    (
+        "check_layer_norm_gradient",
+        lambda x, u: layer_norm_gradient(x, u, mean=share, product=share),
+        "m and v move every n_k",
+    ),
+    (
+        "check_layer_norm_gradient",
+        lambda x, u: layer_norm_gradient(x, u, product=lambda a: average(a) / 2),
+        "a mean of squares: the 2 is missing",
+    ),
+    (
+        "check_layer_norm_gradient",
+        lambda x, u: layer_norm_gradient(x, u, product=lambda a: 2 * average(a)),
+        "n_k / (2 v): the 2 is missing",
+    ),
+    ("check_layer_norm_gradient", with_epsilon, "eps is 0 in this exercise"),
 ]
 
 

@@ -243,6 +243,7 @@ def check_layer_norm_gradient(gradient: Callable[[Tensor, Tensor], Tensor]) -> N
     x.requires_grad_()
     normal = F.layer_norm(x, (4,), eps=0.0)
     (wanted,) = torch.autograd.grad(normal, x, u)
+    (with_eps,) = torch.autograd.grad(F.layer_norm(x, (4,), eps=1e-5), x, u)
     x, normal = x.detach(), normal.detach()
     spread = x.std(-1, correction=0, keepdim=True)
     found = gradient(x.clone(), u.clone())  # it may write into them
@@ -258,7 +259,16 @@ def check_layer_norm_gradient(gradient: Callable[[Tensor, Tensor], Tensor]) -> N
             (u - mean + along) / spread,
             "the path through v is subtracted, not added",
         ),
+        (with_eps, "eps is 0 in this exercise"),
         (wanted * spread, "divide by the spread"),
+        ((u - u / 4 - along) / spread, "m moves every n_k: sum over k"),
+        ((u - mean - product * normal / 4) / spread, "v moves every n_k: sum over k"),
+        (
+            (u - u / 4 - product * normal / 4) / spread,
+            "m and v move every n_k: sum over k",
+        ),
+        ((u - mean - along / 2) / spread, "v is a mean of squares: the 2 is missing"),
+        ((u - mean - 2 * along) / spread, "n_k / (2 v): the 2 is missing"),
         (
             (u - mean - spread**2 * along) / spread,
             "n, not x - m: divide by the spread once more",
