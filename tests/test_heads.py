@@ -459,7 +459,12 @@ WRONG = [
     ("check_grouped_attention", all_at_once, "6 queries, 2 keys"),
     ("check_grouped_attention", by_count_of_keys, "6 queries, 2 keys"),
     ("check_grouped_attention", always_three, "6 queries, 1 keys"),
-    ("check_grouped_attention", fused_attention, "bring them to H heads yourself"),
+    ("check_grouped_attention", fused_attention, "shared 2 keys: bring them to 6"),
+    (
+        "check_grouped_attention",
+        lambda q, *kv: fused_attention(q, *(t.repeat_interleave(3, 1) for t in kv)),
+        "shared 3 keys: bring them to 6",
+    ),
     ("check_grouped_attention", repeated, "heads 0 and 2 share a key"),
     (
         "check_grouped_attention",

@@ -48,8 +48,7 @@ def fused_attention(
     Book: 07_multi_head_attention.html#two-ways-one-result
     """
     T, S = queries.shape[-2], keys.shape[-2]
-    # `causal = T == S` would be a symbol when this is compiled (chapter 15).
-    causal = False  # a single query, the last one, sees everything
+    causal = False  # right for one query, the last: nothing to hide from it
     if mask is None and T == S:
         causal = True
     elif mask is None and T > 1:

@@ -206,9 +206,12 @@ def check_multi_head(module_class: Callable[[int, int], nn.Module]) -> None:
 _kernel = F.scaled_dot_product_attention
 
 
-def _sharing_refused(*args: Any, enable_gqa: bool = False, **options: Any) -> Tensor:
-    contexts = _kernel(*args, enable_gqa=enable_gqa, **options)
-    assert not enable_gqa, "PyTorch shared the keys: bring them to H heads yourself"
+def _sharing_refused(
+    query: Tensor, key: Tensor, *args: Any, enable_gqa: bool = False, **options: Any
+) -> Tensor:
+    contexts = _kernel(query, key, *args, enable_gqa=enable_gqa, **options)
+    H, G = query.shape[1], key.shape[1]
+    assert not enable_gqa, f"PyTorch shared {G} keys: bring them to {H} heads yourself"
     return contexts
 
 
