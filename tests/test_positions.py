@@ -128,6 +128,34 @@ def stopping(context, width):
     return P
 
 
+def gap(context, width):
+    P = sinusoidal_positions(context, width)
+    P[50:100] = 0
+    return P
+
+
+def spoiling(which):
+    """Right, but adds to a row of a table that was given."""
+
+    def attempt(ids, tokens, positions, start):
+        right = embed(ids, tokens, positions, start)
+        (tokens, positions)[which][ids[0, 0]] += 1
+        return right
+
+    return attempt
+
+
+def row_by_row(ids, tokens, positions, start):
+    """A loop whose += writes into the table of tokens."""
+    result = torch.empty(*ids.shape, tokens.shape[1])
+    for b, text in enumerate(ids):
+        for t, i in enumerate(text):
+            row = tokens[i]
+            row += positions[start + t]
+            result[b, t] = row
+    return result
+
+
 def shift(sign=1.0, unit=1.0, dtype=torch.float32):
     def matrix(distance, width):
         blocks = []
@@ -172,6 +200,7 @@ def test_right_steps_pass(right):
         (checks.check_sinusoidal_positions, frozen(1), "hand 1 turns by 0.0000"),
         (checks.check_sinusoidal_positions, frozen(2), "hand 2 turns by 0.0000"),
         (checks.check_sinusoidal_positions, stopping, "position 3999"),
+        (checks.check_sinusoidal_positions, gap, "position 99 is wrong"),
         (checks.check_sinusoidal_positions,
          lambda t, c: sinusoidal_positions(4000, 6), "positions(2, 4) has shape"),
         (checks.check_sinusoidal_positions,
@@ -185,6 +214,9 @@ def test_right_steps_pass(right):
          lambda i, x, p, start: x[i] + p[start], "position 0"),
         (checks.check_add_positions,
          lambda i, x, p, start: embed(i, x, p, start)[0], "give (3, 2)"),
+        (checks.check_add_positions, row_by_row, "a table that was given has changed"),
+        (checks.check_add_positions, spoiling(0), "has changed"),
+        (checks.check_add_positions, spoiling(1), "has changed"),
         (checks.check_add_positions, refuse, "not in RuntimeError: shapes"),
         (checks.check_add_positions, ending(lambda start, end, rows: end >= rows,
          ValueError), "positions 2 to 4, but they are refused (ValueError: 5"),

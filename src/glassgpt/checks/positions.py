@@ -34,10 +34,12 @@ def check_sinusoidal_positions(positions: Callable[[int, int], Tensor]) -> None:
             f"hand {i} turns by {turn:.4f} a position, not {speed:.4f}: "
             "its speed is 10000 ** (-2 * i / width)"
         )
-    angles = 3999 * speeds
-    far = torch.stack((angles.sin(), angles.cos()), dim=-1).flatten()
-    assert torch.allclose(got[-1], far, atol=1e-3), (
-        "position 3999 is imprecise: calculate the angles in 32 bits or more"
+    angles = torch.arange(4000)[:, None] * speeds
+    wanted = torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)
+    off = ~torch.isclose(got, wanted, atol=1e-3).all(-1)
+    assert not off.any(), (
+        f"position {off.nonzero()[-1].item()} is wrong, or imprecise: calculate the"
+        " angles in 32 bits or more"
     )
     small = positions(2, 4)
     assert small.shape == (2, 4), f"positions(2, 4) has shape {tuple(small.shape)}"
@@ -58,6 +60,8 @@ def check_add_positions(embed: Callable[[Tensor, Tensor, Tensor, int], Tensor]) 
     every = torch.tensor([[2, 0, 2], [1, 1, 0]])
     for start, T in ((0, 3), (2, 3), (3, 2)):
         ids, end = every[:, :T], start + T
+        given = tokens.clone(), positions.clone()
+        wanted = tokens[ids] + positions[start:end]
         try:
             got = embed(ids, tokens, positions, start)
         except (ValueError, IndexError, AssertionError) as error:
@@ -66,7 +70,9 @@ def check_add_positions(embed: Callable[[Tensor, Tensor, Tensor, int], Tensor]) 
                 f"({type(error).__name__}: {error})"
             ) from None
         expect_tensor(got)
-        wanted = tokens[ids] + positions[start:end]
+        assert all(map(torch.equal, (tokens, positions), given)), (
+            "a table that was given has changed: add to a copy of its rows"
+        )
         assert got.shape == (2, T, 2), f"ids (2, {T}) give {tuple(got.shape)}"
         assert start == 0 or not torch.equal(got, tokens[ids] + positions[:T]), (
             "start is ignored: the first token stands at position start"
