@@ -391,6 +391,11 @@ WRONG = [
         "its gradient is nan",
     ),
     ("check_attention", mask_after, "mask before the softmax"),
+    (
+        "check_attention",
+        variant(repair=lambda w: w.nan_to_num(0).detach()),
+        "no gradient reaches the queries",
+    ),
     ("check_attention", keys_mixed, "mix the values, not the keys"),
     ("check_attention", other_context, "context is weights @ values"),
     ("check_attention", mixed_types, "it makes torch.float32"),
@@ -400,6 +405,7 @@ WRONG = [
     ("check_causal_mask", lambda size: square(size).tril(-1), "a word sees itself"),
     ("check_causal_mask", square, "for 3 words: [[1, 1, 1]"),
     ("check_causal_mask", lambda size: square(size).float(), "must be bool"),
+    ("check_causal_mask", lambda size: square(size).tril().triu(-2), "wrong for 5"),
     ("check_causal", masked(None), "row 0 looks at position 1"),
     (
         "check_causal",

@@ -31,6 +31,10 @@ def check_causal_mask(causal_mask: Callable[[int], Tensor]) -> None:
         assert not torch.equal(mask, table), mistake
     assert torch.equal(mask, wanted), f"for 3 words: {mask.int().tolist()}"
     assert causal_mask(1).tolist() == [[True]], "a single word must see itself"
+    five, wanted = causal_mask(5), torch.ones(5, 5).tril().bool()
+    assert torch.equal(five, wanted), (
+        f"right for 3 words, wrong for 5: {five.int().tolist()}"
+    )
 
 
 def _check_scale(weights: Tensor, scores: Tensor, width: int) -> None:
@@ -99,6 +103,7 @@ def check_attention(attention: Callable[..., tuple[Tensor, Tensor]]) -> None:
     assert not torch.allclose(hidden, weights), "the mask was ignored"
     _check_hidden(hidden.detach(), mask)
     assert torch.allclose(masked, hidden @ v), "other weights than those of the mixture"
+    assert masked.requires_grad, "no gradient reaches the queries: don't detach them"
     (gradient,) = torch.autograd.grad(masked.sum(), q)
     assert gradient.isfinite().all(), "the context is fine, but its gradient is nan"
     assert all(map(torch.equal, (q, k, v, mask), given)), changed
