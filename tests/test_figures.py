@@ -361,6 +361,17 @@ def test_a_live_figure_offers_its_still_and_its_widget():
 def test_a_live_figure_without_ipywidgets_is_its_still(monkeypatch):
     monkeypatch.setitem(sys.modules, "ipywidgets", None)
     assert isinstance(live(drawn, told_live), Markup)
+    still = moving()
+    assert live(drawn, told_live, still) is still
+
+
+def test_a_moving_figure_may_stand_in_for_a_live_one():
+    pytest.importorskip("ipywidgets")
+    still = moving()
+    found = live(drawn, told_live, still)
+    assert found.still is still
+    plain = live(drawn, told_live)
+    assert found.panel.children[-1].value == plain.panel.children[-1].value
 
 
 def test_the_module_needs_neither_ipython_nor_pyplot():

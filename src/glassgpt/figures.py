@@ -592,14 +592,19 @@ class Live:
         }
 
 
-def live(draw: Callable[..., Any], alt: Callable[..., str], **controls: Any) -> Any:
+def live(
+    draw: Callable[..., Any],
+    alt: Callable[..., str],
+    still: Any = None,
+    **controls: Any,
+) -> Any:
     """Draw a figure that has controls where a kernel runs, and stands still elsewhere.
 
     `draw` returns a figure or HTML, and `alt`, with the same arguments, says in words
     what it shows. Each argument has a default, which the still shows, and gets a
     control: a bool a box to tick, a text a line to type, and a number the slider that
     `controls` describes for it, (low, high) or (low, high, step). Without ipywidgets
-    the still is all.
+    the still is all. Another `still` may be given, such as a moving figure.
 
     Book: a1_figures.html#where-a-kernel-runs
     """
@@ -608,12 +613,13 @@ def live(draw: Callable[..., Any], alt: Callable[..., str], **controls: Any) -> 
         return _shown_as(draw(**values), alt(**values), salt="live")
 
     start = {name: p.default for name, p in inspect.signature(draw).parameters.items()}
-    still = shown(**start)
+    drawn = shown(**start)
+    still = still or drawn
     if importlib.util.find_spec("ipywidgets") is None:
         return still
     import ipywidgets
 
-    picture = ipywidgets.HTML(still._repr_html_())
+    picture = ipywidgets.HTML(drawn._repr_html_())
     inputs = {}
 
     def redraw(_change: Any) -> None:
