@@ -537,6 +537,21 @@ WRONG = [
     ),
     ("check_one_pass", growing, "numbers more are kept"),
     (
+        "check_masked_softmax",
+        lambda x, m: x.masked_fill(~m, -200.0).softmax(-1),
+        "the forbidden one gets 1.000: set it to -inf",
+    ),
+    (
+        "check_cross_entropy_gradient",
+        lambda x, y: (normalized(x.exp()) - torch.eye(4)[y]) / 3,
+        "logits near 1000 give nan",
+    ),
+    (
+        "check_softmax",
+        lambda x, dim=-1: normalized(shifted(x, dim).clamp(min=-20).exp(), dim),
+        "must get 0, not 2.1e-09",
+    ),
+    (
         "check_one_pass",
         lambda chunks: torch.cat(list(chunks)).exp().sum().log(),
         "subtract the peak",

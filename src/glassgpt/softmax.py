@@ -30,7 +30,7 @@ def softmax(x: Tensor, dim: int = -1, temperature: float = 1.0) -> Tensor:
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be positive and finite, not {temperature}")
     below = _below_peak(x, dim)
-    # Out of these limits it could be rounded to 0 or infinity, and 0 / 0 is nan.
+    # A temperature beyond these would be rounded to 0 or infinity, and 0 / 0 is nan.
     limits = torch.finfo(below.dtype)
     powers = (below / min(max(temperature, limits.tiny), limits.max)).exp()
     # The peak adds 1 to the sum, so the clamp only acts where every score is -inf.

@@ -72,7 +72,7 @@ def _check_shifts(softmax: Callable[..., Tensor]) -> None:
             "adding a constant to all scores changed the probabilities"
         )
     never = softmax(torch.tensor([0.0, -math.inf]))
-    assert never[1] == 0, f"a score of -inf must get 0, not {never[1]:.3f}"
+    assert never[1] == 0, f"a score of -inf must get 0, not {never[1]:.1e}"
     rows = softmax(torch.tensor([[2000.0, 2001.0], [0.0, 1.0]]))
     assert _close(rows[0], rows[1], 1e-3), (
         "a low row beside a high one is wrong: subtract each row's own maximum"
@@ -215,6 +215,12 @@ def check_masked_softmax(masked_softmax: Callable[[Tensor, Tensor], Tensor]) -> 
     assert masked_softmax(x, x > 0).isfinite().all(), (
         "an allowed score of 1000 gives nan: subtract the maximum, as softmax does"
     )
+    low = torch.tensor([[-1000.0, -1001.0, 0.0]])
+    result = masked_softmax(low, low < 0)[0]
+    assert _close(result[:2], low[0, :2].softmax(-1)), (
+        f"beside scores near -1000 the forbidden one gets {result[2]:.3f}: set it to"
+        " -inf, not to a number that others may be below"
+    )
 
 
 def check_cross_entropy_gradient(gradient: Callable[[Tensor, Tensor], Tensor]) -> None:
@@ -243,6 +249,9 @@ def check_cross_entropy_gradient(gradient: Callable[[Tensor, Tensor], Tensor]) -
         assert not _close(result, value), mistake
     gap = (result - wanted).abs().max().item()
     assert gap < 1e-5, f"differs from autograd by {gap:.1e}"
+    assert gradient(1000 * logits, targets).isfinite().all(), (
+        "logits near 1000 give nan: subtract the maximum, as softmax does"
+    )
 
 
 @contextmanager
