@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import json
 import math
 import os
 import re
@@ -845,6 +846,23 @@ def test_the_chapter_says_how_the_estimates_fit():
     told = f"the {len(ratios)} steps from which the constant comes lie between"
     chapter = (root / "book" / "15_full_gpt.ipynb").read_text("utf-8")
     assert f"{told} {min(ratios)} and {max(ratios)}" in chapter
+
+
+def test_the_chapter_shows_the_recorded_speeds():
+    book = Path(__file__).parents[1] / "book"
+    record = json.loads((book / "runs" / "speed.json").read_text("utf-8"))
+    sizes = [record["tokens per second"][size] for size in ("small", "larger")]
+    chapter = json.loads((book / "15_full_gpt.ipynb").read_text("utf-8"))
+    sources = {cell["id"]: "".join(cell["source"]) for cell in chapter["cells"]}
+    shown: dict = {}
+    exec(sources["faster-ladder"], shown)
+    for how, told in shown["SPEEDS"].items():
+        memory = "kept" if how == "and memory kept" else "given back"
+        dtype, *more = ("bfloat16, compiled" if memory == "kept" else how).split(", ")
+        name = f"glassgpt GPT-2, {' '.join(more) or 'eager'} {dtype}"
+        assert told == tuple(round(rows[name][memory]) for rows in sizes)
+    assert record["machine"]["threads"] == 2
+    assert "avx512_bf16" in record["machine"]["16-bit units"]
 
 
 def test_a_description():
