@@ -342,7 +342,9 @@ def test_log_probabilities(modern):
     assert int(torch.stack(others).argmax()) == likeliest[2]
 
 
-@pytest.mark.parametrize("ids", [[], [1], [1, 11], [-1, 1], [1] * 10, [1.5, 2.0]])
+@pytest.mark.parametrize(
+    "ids", [[], [1], [1, 11], [-1, 1], [1] * 10, [1.5, 2.0], "ab", [[1, 2]]]
+)
 def test_impossible_texts(model, ids):
     with pytest.raises(ValueError, match=r"id|context"):
         log_probabilities(model, ids)

@@ -316,7 +316,7 @@ def log_probabilities(model: GPT, ids: Sequence[int] | Tensor) -> Tensor:
     Book: 13_generation.html#how-likely-is-a-given-text
     """
     device = next(model.parameters()).device
-    ids = torch.as_tensor(ids, device=device)[None]  # (1, T)
+    ids = torch.tensor([_whole_numbers(ids, "a text")], device=device).long()  # (1, T)
     check_ids(ids, model.config.vocab_size, model.config.context + 1)
     with in_mode(model, training=False):
         logits = model(ids[:, :-1])[0]  # (T - 1, V)
