@@ -47,12 +47,12 @@ CHANGES: dict[str, dict[str, Any]] = {  # each rung keeps those above it
 }
 BRANCHES: dict[str, tuple[str, dict[str, Any]]] = {  # from a rung, changed
     "SwiGLU": ("squared ReLU", {"activation": "swiglu"}),
-    "one key-value head for two": ("squared ReLU", {"key_value_heads": 2}),
+    "2 key-value heads of 4": ("squared ReLU", {"key_value_heads": 2}),
     "Llama, AdamW": ("GPT-2, AdamW", {**LLAMA_CHOICES, **{
         "positions": "rotary", "norm": "rms", "bias": False, "tied": False}}),
     "GPT-2, Muon": ("GPT-2, AdamW", {"optimizer": "muon"}),
     "Muon, tied head": ("Muon", {"tied": True}),
-    "one key-value head for four": ("squared ReLU", {"key_value_heads": 1}),
+    "1 key-value head of 4": ("squared ReLU", {"key_value_heads": 1}),
     "untied head, random start": ("zero projections", {
         "tied": False, "random_head": True}),
 }  # fmt: skip

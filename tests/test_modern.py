@@ -489,6 +489,10 @@ def one_sign(x, cos, sin):
     return torch.cat((first * cos + second * sin, second * cos + first * sin), dim=-1)
 
 
+def reordered(x):
+    return torch.cat((x[..., 0::2], x[..., 1::2]), dim=-1)
+
+
 def pool(choose, dealt=False):
     def pooled(weight, heads, groups):
         queries, *shared = weight.chunk(3)
@@ -585,6 +589,10 @@ def test_pooled_heads_that_were_equal_already_change_nothing():
          lambda x: torch.cat((x[:, 0::2], x[:, 1::2]), 1), "nothing moved"),
         (checks.check_reorder,
          lambda x: x.unflatten(-1, (4, -1)).mT.flatten(-2), "pair 0 is made of"),
+        (checks.check_reorder,
+         lambda x: torch.cat((reordered(x[:1]), x[1:])), "another row is not"),
+        (checks.check_reorder,
+         lambda x: reordered(x[:1]).expand(x.shape), "another row is not"),
     ],
 )  # fmt: skip
 def test_checks_name_the_mistake(check, wrong, message, capsys):

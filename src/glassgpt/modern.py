@@ -55,10 +55,12 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def squared_relu(x: Tensor) -> Tensor:
     """max(x, 0) squared, on every number of x. Source: So et al. (2021).
 
+    By a product, since autocast takes `square` to 32 bits.
+
     Book: 14_after_gpt2.html#squared-relu-and-swiglu
     """
     positive = F.relu(x)
-    return positive * positive  # autocast (chapter 15) takes `square` to 32 bits
+    return positive * positive
 
 
 def swiglu(x: Tensor) -> Tensor:
