@@ -674,6 +674,24 @@ class LargeEpsilon(GPT):
                 module.eps = 1e-2
 
 
+class DetachedStream(GPT):
+    def hidden_states(self, ids, positions=None, mask=None, caches=None):
+        x = self.embed(ids, torch.arange(ids.shape[1]))
+        for block in self.blocks:
+            x = block(x.detach())
+        return self.norm(x)
+
+
+class DetachedHead(GPT):
+    def forward(self, ids):
+        check_ids(ids, self.config.vocab_size, self.config.context)
+        return F.linear(self.hidden_states(ids), self.head.weight.detach())
+
+
+class WithoutGradients(GPT):
+    forward = torch.no_grad()(GPT.forward)
+
+
 class OtherNames(GPT):
     def __init__(self, config):
         super().__init__(config)
@@ -738,6 +756,13 @@ def early(model, ids, layers, norm=True, positions=True):
     return model.head(model.norm(x) if norm else x)
 
 
+def early_of_four(model, ids, layers):
+    x = model.embed(ids, torch.arange(4))
+    for block in model.blocks[:layers]:
+        x = block(x)
+    return model.head(model.norm(x))
+
+
 def config_of(**values):
     values = {"vocab_size": 500, "context": 128, "heads": 2, "width": 64, **values}
     return lambda budget: GPTConfig(**values)
@@ -781,6 +806,9 @@ WRONG = [
     ("check_gpt", OneHead, "look at the heads, the GELU, the norms"),
     ("check_gpt", ExactGELU, "look at the heads, the GELU, the norms"),
     ("check_gpt", LargeEpsilon, "look at the heads, the GELU, the norms"),
+    ("check_gpt", DetachedStream, "tokens.weight gets another gradient"),
+    ("check_gpt", DetachedHead, "tokens.weight gets another gradient"),
+    ("check_gpt", WithoutGradients, "no gradient flows through the model"),
     ("check_gpt", OtherNames, "nothing in the model is called blocks.0.mlp.expand"),
     ("check_gpt", Forgiving, "id 11 is not in a vocabulary of 11"),
     ("check_gpt", Brusque, "raise a ValueError, not IndexError"),
@@ -826,6 +854,8 @@ WRONG = [
     ("check_early_logits", lambda *a: early(*a[:2], a[2] + 1), "one block too many"),
     ("check_early_logits", lambda *a: early(*a)[0], "logits have shape"),
     ("check_early_logits", lambda *a: early(*a).softmax(-1), "return the logits"),
+    ("check_early_logits", early_of_four, "(2, 4, 11), not (2, 1, 11)"),
+    ("check_early_logits", lambda m, *a: early(m.train(), *a), "or its mode"),
     ("check_budget", lambda budget: None, "return a GPTConfig"),
     ("check_budget", config_of(vocab_size=65), "vocab_size is 65"),
     ("check_budget", config_of(context=64), "context is 64"),

@@ -153,6 +153,23 @@ def _check_start(model: nn.Module, config: GPTConfig) -> None:
         )
 
 
+@torch.enable_grad()
+def _check_gradients(model: nn.Module, ours: GPT, ids: Tensor) -> None:
+    """Every parameter learns what it learns in GPT."""
+    cut = "is something detached, or under no_grad?"
+    for part in (model, ours):
+        logits = part(ids)
+        assert logits.requires_grad, f"no gradient flows through the model: {cut}"
+        logits.square().mean().backward()
+    found = dict(model.named_parameters())
+    for name, parameter in ours.named_parameters():
+        wanted, grad = parameter.grad, found[name].grad
+        grad = torch.zeros_like(wanted) if grad is None else grad
+        assert (grad - wanted).abs().max() < 1e-3 * wanted.abs().max(), (
+            f"{name} gets another gradient than in GPT: {cut}"
+        )
+
+
 def _check_dropout(model: nn.Module, dropping: nn.Module, ids: Tensor) -> None:
     """dropping: a model of the same sizes that drops nearly everything in training."""
     dropping.load_state_dict(model.state_dict())
@@ -218,6 +235,7 @@ def check_gpt(gpt: Callable[[GPTConfig], nn.Module]) -> None:
         "the same weights give other logits in GPT: look at the heads, the GELU, the"
         " norms"
     )
+    _check_gradients(model, ours, ids)
     _check_dropout(model, dropping, ids)
 
 
@@ -264,32 +282,37 @@ def check_early_logits(early: Callable[[GPT, Tensor, int], Tensor]) -> None:
     model = GPT(GPTConfig(11, 6, 3, 2, 8)).double().eval()
     for parameter in model.parameters():
         parameter.normal_(0.0, 0.3, generator=random)
-    ids = torch.randint(11, (2, 4), generator=random)
-    stream = model.tokens(ids) + model.positions(torch.arange(4))
-    full, unmoved = model(ids), model.head(model.norm(stream))
-    for layers in range(4):
-        found, wanted = early(model, ids, layers), model.head(model.norm(stream))
-        assert len(model.blocks) == 3, "the model lost blocks: leave it as it is"
-        assert found.shape == wanted.shape, f"logits have shape {tuple(found.shape)}"
-        assert not torch.allclose(found, wanted.softmax(-1)), (
-            "these are probabilities: return the logits"
-        )
-        assert not torch.allclose(found, model.head(stream)), "the last norm is missing"
-        assert layers == 3 or not torch.allclose(found, full), (
-            f"with {layers} layers all three blocks still took part"
-        )
-        assert layers == 0 or not torch.allclose(found, unmoved), (
-            "what the blocks return was thrown away: x = block(x)"
-        )
-        stream = model.blocks[layers](stream) if layers < 3 else stream
-        more = model.head(model.norm(stream))
-        assert layers == 3 or not torch.allclose(found, more), (
-            f"one block too many: the first {layers} are blocks[:{layers}]"
-        )
-        assert torch.allclose(found, wanted), (
-            f"after {layers} blocks the logits are head(norm(stream)): were the"
-            " positions added, and the blocks taken in order?"
-        )
+    for length in (4, 1):
+        ids = torch.randint(11, (2, length), generator=random)
+        stream = model.tokens(ids) + model.positions(torch.arange(length))
+        full, unmoved = model(ids), model.head(model.norm(stream))
+        for layers in range(4):
+            found, wanted = early(model, ids, layers), model.head(model.norm(stream))
+            same = len(model.blocks) == 3 and not model.training
+            assert same, "the model lost blocks or its mode: leave it as it is"
+            shapes = f"{tuple(found.shape)}, not {tuple(wanted.shape)}"
+            assert found.shape == wanted.shape, f"logits have shape {shapes}"
+            assert not torch.allclose(found, wanted.softmax(-1)), (
+                "these are probabilities: return the logits"
+            )
+            assert not torch.allclose(found, model.head(stream)), (
+                "the last norm is missing"
+            )
+            assert layers == 3 or not torch.allclose(found, full), (
+                f"with {layers} layers all three blocks still took part"
+            )
+            assert layers == 0 or not torch.allclose(found, unmoved), (
+                "what the blocks return was thrown away: x = block(x)"
+            )
+            stream = model.blocks[layers](stream) if layers < 3 else stream
+            more = model.head(model.norm(stream))
+            assert layers == 3 or not torch.allclose(found, more), (
+                f"one block too many: the first {layers} are blocks[:{layers}]"
+            )
+            assert torch.allclose(found, wanted), (
+                f"after {layers} blocks the logits are head(norm(stream)): were the"
+                " positions added, and the blocks taken in order?"
+            )
 
 
 def check_budget(choose: Callable[[float], GPTConfig]) -> None:
