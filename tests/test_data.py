@@ -269,6 +269,13 @@ def test_the_plays_are_held_out_by_name(plays):
     assert [each for _, each in parts] == plays
 
 
+def test_of_texts_beside_the_plays_every_tenth_is_held_out(plays):
+    own = [Document(f"own {number}", "a tower") for number in range(25)]
+    parts = split_documents([*plays, *own])
+    held_out = {each.name for side, each in parts if side == "validation"}
+    assert held_out == {*HELD_OUT_PLAYS, "own 9", "own 19"}
+
+
 def test_the_ids_of_the_plays_are_those_of_the_first_edition(plays):
     tokenizer = CharTokenizer.train(play.text for play in plays)
     tokenize("shakespeare", tokenizer, "out", progress=False)
@@ -772,6 +779,16 @@ def batches_permuted(count, seed, epoch, size):
     return (batches + np.arange(size)).flatten()
 
 
+def first_crop_first(count, seed, epoch, size):
+    return [0, *(1 + order(count - 1, seed, epoch))]
+
+
+def half_by_half(count, seed, epoch, size):
+    """As from a buffer that holds half of the text."""
+    half = count // 2
+    return [*order(half, seed, epoch, 0), *(half + order(count - half, seed, epoch, 1))]
+
+
 def mirrored(random, crops, size):
     half = random.integers(crops, size=-(-size // 2))
     return np.concatenate([half, crops - 1 - half])[:size]
@@ -862,6 +879,10 @@ WRONG = {
         (epochs(lambda n, s, e, b: order(n, s + e)), "epoch 1 of seed 0"),
         (epochs(lambda n, s, e, b: order(n, 10 * s + e)), "epoch 10 of seed 0"),
         (epochs(lambda n, s, e, b: order(n, 0, e)), "the seed is ignored"),
+        (epochs(lambda n, s, e, b: order(n, s * (e == 0), e)), "epoch 3 the seed is"),
+        (epochs(lambda n, s, e, b: order(n, 100 * s + e)), "epoch 100 of seed 0"),
+        (epochs(first_crop_first), "in the same half each time"),
+        (epochs(half_by_half), "in the same half each time"),
         (epochs(lambda n, s, e, b: order(n, s, e % 2)), "epoch 2 repeats"),
         (epochs(lambda n, s, e, b: order(n // b * b, s, e)), "left out in every epoch"),
         (epochs(shuffled_in_batches), "put all crops into a new order"),

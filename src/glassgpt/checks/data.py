@@ -231,7 +231,7 @@ def _check_no_kin(orders: Sequence[list[int]]) -> None:
         for place in range(len(way))
     ]
     for order in orders[1:]:
-        assert order not in turned, (
+        assert order == orders[0] or order not in turned, (
             "an epoch is the first one, moved on or reversed: draw a new order"
         )
 
@@ -252,9 +252,10 @@ def check_epochs(
             f"{length} ids make {crops} crops of 4 with their targets, and in {crops} "
             f"steps came only {len(set(found))}: permute, don't draw"
         )
+    numbers = [*range(24), 100, 1000]
     orders = [
         _epoch(epoch_batch, 50, 3, 0, range(4 * epoch, 4 * epoch + 4))
-        for epoch in range(12)
+        for epoch in numbers
     ]
     for order in orders:
         assert len(set(order)) == 12, "in an epoch of 4 batches some crop came twice"
@@ -264,13 +265,23 @@ def check_epochs(
     assert len(batches) > 4, (
         "a batch has the same crops in every epoch: put all crops into a new order"
     )
-    for epoch, order in enumerate(orders):
-        assert order not in orders[:epoch], f"epoch {epoch} repeats an earlier order"
     _check_no_kin(orders)
+    for epoch, order in enumerate(orders):
+        assert order not in orders[:epoch], (
+            f"epoch {numbers[epoch]} repeats an earlier order"
+        )
+    for half in (slice(6), slice(6, 12)):
+        met = {start for order in orders for start in order[half]}
+        assert len(met) == 12, (
+            "in 26 epochs some crops came in the same half each time: put all crops"
+            " into a new order"
+        )
     assert late == orders[1][3:6], "step 5 differs when it is asked for first"
     _check_left_out(epoch_batch)
-    other = _epoch(epoch_batch, 50, 3, 1, range(4))
-    assert other != orders[0], "the seed is ignored"
-    assert other not in orders, (
-        f"seed 1 begins with epoch {orders.index(other)} of seed 0: use (seed, epoch)"
-    )
+    for epoch in (0, 3):
+        other = _epoch(epoch_batch, 50, 3, 1, range(4 * epoch, 4 * epoch + 4))
+        assert other != orders[epoch], f"in epoch {epoch} the seed is ignored"
+        assert other not in orders, (
+            f"epoch {epoch} of seed 1 is epoch {numbers[orders.index(other)]} of"
+            " seed 0: use (seed, epoch)"
+        )
