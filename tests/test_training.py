@@ -622,6 +622,13 @@ def clip(gradients, longest):
     return [gradient * (longest / norm).clamp(max=1) for gradient in gradients]
 
 
+def clip_where(too_long, gradients, longest):
+    """Clip, with a condition of its own."""
+    norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
+    factor = longest / norm if too_long(norm, longest) else 1.0
+    return [gradient * factor for gradient in gradients]
+
+
 def clip_by_division(gradients, longest):
     norm = math.sqrt(sum((gradient**2).sum().item() for gradient in gradients))
     return [gradient * min(1, longest / norm) for gradient in gradients]
@@ -770,6 +777,12 @@ WRONG = {
         (lambda g, longest: [x.flatten() for x in clip(g, longest)], "in its shape"),
         (lambda g, longest: clip(g, 1.0), "with a limit of 2 its norm is 1.0"),
         (lambda g, longest: g, "its norm is 5.025"),
+        (partial(clip_where, lambda norm, longest: norm > 1), "norm 1.5, limit 2.0"),
+        (partial(clip_where, lambda norm, longest: norm**2 > longest), "norm 1.5, lim"),
+        (
+            partial(clip_where, lambda norm, longest: norm > max(longest, 1)),
+            "becomes 0.750",
+        ),
         (clip_by_division, "divided by 0"),
         (lambda g, longest: [old.mul_(0.2) for old in g], "were changed"),
     ],

@@ -343,12 +343,19 @@ def check_clipping(clip: Callable[[list[Tensor], float], list[Tensor]]) -> None:
     assert [part.shape for part in parts] == [part.shape for part in long], (
         "return as many tensors as were given, each in its shape"
     )
-    short = [torch.tensor([0.1]), torch.tensor([0.2])]
-    assert torch.allclose(flat(clip(short, 1.0)), flat(short)), (
-        "a short gradient was made longer"
-    )
     found = flat(clip(long, 2.0)).norm()
     assert abs(found - 2) < 1e-4, f"with a limit of 2 its norm is {found:.3f}"
+    short = [torch.tensor([1.2]), torch.tensor([0.9])]  # of norm 1.5
+    for share, limit in ((0.2, 1.0), (1.0, 2.0)):
+        given = [share * part for part in short]
+        assert torch.allclose(flat(clip(given, limit)), flat(given)), (
+            f"a short gradient was made longer: norm {1.5 * share:.1f}, limit {limit}"
+        )
+    found = flat(clip([part / 2 for part in short], 0.7)).norm()
+    assert abs(found - 0.7) < 1e-4, (
+        f"with a limit of 0.7 a norm of 0.75 becomes {found:.3f}: compare the norm"
+        " itself with the limit"
+    )
     try:
         zero = flat(clip([torch.zeros(2)], 1.0))
     except ZeroDivisionError:
