@@ -1,5 +1,7 @@
 """The command line: a user's mistakes get a sentence, and the rest works end to end."""
 
+import argparse
+import contextlib
 import filecmp
 import hashlib
 import inspect
@@ -16,10 +18,13 @@ import signal
 import subprocess
 import sys
 import textwrap
+import traceback
 from dataclasses import fields
 from pathlib import Path
+from unittest.mock import patch
 
 import address
+import nbformat
 import pytest
 import torch
 
@@ -163,7 +168,8 @@ MISTAKES = {
     "no layers": ([*MY, "--layers", "0"], "layers"),
     "far too many layers": ([*MY, "--layers", "100000000"], "lower width, layers"),
     "far too wide": ([*MY, "--width", "100000000"], "lower width, layers"),
-    "no steps": ([*MY, "--steps", "0"], "steps"),
+    "no steps": ([*MY, "--steps", "0"], "glassgpt: --steps must be"),
+    "no batch": ([*MY, "--batch-size", "0"], "glassgpt: --batch-size must be"),
     "twenty digits": ([*MY, "--steps", "9" * 20], "steps"),
     "no part of it": ([*MY, "--clip", "nan"], "clip"),
     "unknown device": ([*MY, "--device", "abacus"], "abacus"),
@@ -197,9 +203,9 @@ MISTAKES = {
     ),
     "no checkpoints": (
         [*MY, "--checkpoint-every", "0"],
-        "checkpoint_every must be at least 1",
+        "--checkpoint-every must be at least 1",
     ),
-    "none that stay": ([*MY, "--keep", "0"], "keep must be at least 1"),
+    "none that stay": ([*MY, "--keep", "0"], "glassgpt: --keep must be at least 1"),
     "below a file": ([*MY, "--out", "my.txt/new"], "Not a directory"),
     "into a file": ([*MY, "--out", "my.txt"], "my.txt is no folder"),
     "into tokens": ([*MY, "--out", "tokens"], "tokens is not empty"),
@@ -239,13 +245,10 @@ MISTAKES = {
     "resume with other tokens": (["resume", "edited"], "other tokens"),
     "temperature 0": ([*WRITE, "--temperature", "0"], "temperature"),
     "temperature NaN": ([*WRITE, "--temperature", "nan"], "temperature"),
-    "top-k 0": ([*WRITE, "--top-k", "0"], "top_k"),
+    "top-k 0": ([*WRITE, "--top-k", "0"], "--top-k"),
     "top-p 0": ([*WRITE, "--top-p", "0"], "top_p"),
-    "negative length": (
-        [*WRITE, "--tokens", "-5"],
-        "a number from 0 up, not -5",
-    ),
-    "no samples": ([*WRITE, "--samples", "0"], "--samples must be at least 1, not 0"),
+    "negative length": ([*WRITE, "--tokens", "-5"], "--tokens at least 0"),
+    "no samples": ([*WRITE, "--samples", "0"], "--samples must be at least 1"),
     "answers of nothing": (["chat", "run", "--tokens", "0"], "--tokens must be at"),
     "negative seed": ([*WRITE, "--seed", "-1"], "seed"),
     "empty prompt": ([*WRITE, "--prompt", ""], "at least one token"),
@@ -264,7 +267,7 @@ MISTAKES = {
 
 # What was typed wrong, and words of the sentence that answers.
 WRONG_WORDS = {
-    "misspelled command": (["trian"], "Do you mean train? See"),
+    "misspelled command": (["trian"], "Do you mean train? See glassgpt --help"),
     "unknown choice": ([*MY, "--optimizer", "adam"], "Expected one of ("),
     "no command": (["xyz"], "Available subcommands: train, resume, generate, chat"),
     "unknown option": ([*MY, "--learning-pace", "1"], "Do you mean --learning-rate"),
@@ -272,13 +275,24 @@ WRONG_WORDS = {
     "unknown option of none": (["--versoin"], "Unrecognized options: --versoin"),
     "unknown size": ([*MY, "--size", "huge"], "'huge' for argument '--size'"),
     "unknown weights": ([*WRITE, "--weights", "int3"], "int3"),
-    "number in letters": ([*MY, "--steps", "many"], "Error parsing --steps"),
+    "a text without --data": (
+        ["train", "my.txt", "--steps", "3"],
+        "my.txt. Do you mean --data my.txt? See glassgpt train --help",
+    ),
+    "texts without --data": (
+        ["tokenize", "my.txt", "two words"],
+        "Do you mean --data my.txt 'two words'? See glassgpt tokenize --help",
+    ),
+    "number in letters": ([*MY, "--steps", "many"], "See glassgpt train --help"),
     "number after an equals sign": ([*MY, "--steps=many"], "'many'"),
     "no number": ([*MY, "--steps"], "Missing value for argument '--steps'"),
     "five thousand digits": ([*MY, "--steps", "9" * 5000], "--steps"),
     "no model": (["generate"], "MODEL"),
     "evaluate nothing": (["evaluate", "run"], "TEXT"),
-    "resume with a width": (["resume", "run", "--width", "9"], "--width"),
+    "resume with a width": (
+        ["resume", "run", "--width", "9"],
+        "options: --width, 9. See glassgpt resume --help",
+    ),
     "resume with no tied": (["resume", "run", "--no-tied"], "--no-tied"),
 }
 
@@ -356,9 +370,26 @@ def hides_faults(words):
         return 2
 
 
+def chatters(words):
+    code = main(words)
+    if code == 2:
+        print("\n".join(map(str, range(40))), file=sys.stderr)
+    return code
+
+
+def echoes(words):
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+        code = main(words)
+    if code == 2:
+        print("glassgpt:", *words, file=sys.stderr)
+    return code
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
+        (chatters, "more than a sentence"),
+        (echoes, "did not say what was wrong"),
         (refuses_everything, "names no missing.txt"),
         (refuses_what_is_right, "without a mistake was refused"),
         (does_nothing, "wrote no tokens"),
@@ -842,7 +873,9 @@ def test_without_words_the_help_is_shown(capsys):
     assert glass() == 0
     shown = capsys.readouterr().out
     assert all(command in shown for command in COMMANDS)
-    assert "Book:" not in shown
+    assert address.current(ROOT)[1] in shown
+    for example in re.findall(r"(?m)^  glassgpt (.+)$", shown):
+        assert cli.parse(example.split())
 
 
 def test_the_help_of_chat_names_what_can_be_typed_in_it(capsys):
@@ -921,6 +954,88 @@ def test_the_programs_of_the_readme_run(made, tmp_path, monkeypatch, capsys):
     ids, _ = render([{"role": "user", "content": "Who are you?"}], tokenizer, True)
     answer = generate(model, ids, 9, [tokenizer.special_tokens["<|end|>"]], top_k=1)
     assert tokenizer.decode(answer[len(ids) :]) == "A small GPT."
+
+
+def count(words):
+    """The solution of exercise 2; the wrong ones below break one rule each."""
+    if len(words) != 1:
+        print("count: give it one FILE", file=sys.stderr)
+        return 2
+    print(len(Path(words[0]).read_text("utf-8")))
+    return 0
+
+
+def count_well(words):
+    try:
+        return count(words)
+    except (OSError, ValueError) as error:
+        print(f"count: {error}", file=sys.stderr)
+        return 2
+
+
+def count_with_a_traceback(words):
+    try:
+        return count(words)
+    except (OSError, ValueError):
+        traceback.print_exc()
+        return 2
+
+
+def count_and_hide(words):
+    try:
+        return count(words)
+    except BaseException:
+        print("something went wrong", file=sys.stderr)
+        return 2
+
+
+def count_and_hide_well(words):
+    try:
+        return count(words)
+    except BaseException:
+        print(f"count: {words[0]} is wrong", file=sys.stderr)
+        return 2
+
+
+def count_nothing(words):
+    if words == ["four.txt"]:
+        print(4)
+        return 0
+    print(f"count: what is {words}", file=sys.stderr)
+    return 2
+
+
+def count_by_argparse(words):
+    parser = argparse.ArgumentParser(prog="count")
+    parser.add_argument("file")
+    try:
+        with open(parser.parse_args(words).file, encoding="utf-8") as text:
+            print(len(text.read()))
+    except (OSError, UnicodeDecodeError) as error:
+        parser.error(str(error))
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (count_with_a_traceback, "no sentence, but"),
+        (count_and_hide, "names no missing.txt"),
+        (count_and_hide_well, "was hidden"),
+        (count_nothing, "seven.txt` left with exit code 2"),
+        (count_well, None),
+        (lambda words: count_by_argparse(words) or 0, None),
+    ],
+)
+def test_the_check_of_exercise_2(tmp_path, answer, said):
+    cells = nbformat.read(ROOT / "book/23_command_line.ipynb", 4).cells
+    (source,) = (c.source for c in cells if c.id == "exercise-main-check")
+    space = {"folder": tmp_path, "io": io, "contextlib": contextlib, "patch": patch}
+    exec(source.partition("grade(")[0], space)
+    with contextlib.chdir(tmp_path):
+        if said is None:
+            return space["check_count_main"](answer)
+        with pytest.raises(AssertionError, match=said):
+            space["check_count_main"](answer)
 
 
 def test_what_agents_are_told_is_true(capsys):

@@ -25,7 +25,7 @@ from typing import Annotated, Any, Literal, TypedDict, TypeVar, Union
 
 import tyro
 from tqdm.auto import tqdm
-from tyro.conf import OmitArgPrefixes, Positional
+from tyro.conf import OmitArgPrefixes, Positional, subcommand
 
 import glassgpt
 from glassgpt.chat import render, stream_answer, template_of
@@ -158,8 +158,7 @@ class Text:
             raise ValueError(f"--vocab-size must be at least 1, not {self.vocab_size}")
         place, kind = self.tokens, self.tokenizer or "bpe"
         if place and (self.tokenizer or self.vocab_size):
-            wrong = "leave out --tokenizer and --vocab-size"
-            raise ValueError(f"{place} is tokenized: {wrong}")
+            raise ValueError(f"leave out --tokenizer and --vocab-size for {place}")
         if self.vocab_size and kind != "bpe":
             raise ValueError("--vocab-size is for --tokenizer bpe: leave it out")
         if kind == "gpt2":
@@ -267,8 +266,7 @@ class Resume:
     def run(self) -> int:
         """Go on to the end; --steps may put it further away."""
         glassgpt.keep_freed_memory()
-        how = telling(Path(self.directory), self.tensorboard, self.shard)
-        how |= self.changes
+        how = telling(Path(self.directory), self.tensorboard, self.shard) | self.changes
         return ended(glassgpt.resume_run(self.directory, self.data, **how))
 
 
@@ -378,8 +376,7 @@ class Train(Text):
         both = (tokenizer or theirs, theirs)
         one, two = ([t.decode_bytes([n]) for n in range(t.vocab_size)] for t in both)
         if one != two:
-            made = f"{self.tokens} was made by another tokenizer"
-            raise ValueError(f"{made} than that of {self.init_from}")
+            raise ValueError(f"{self.tokens}: another tokenizer than {self.init_from}")
         config = asdict(model.config)
         del config["vocab_size"]
         recipe = "modern" if isinstance(model.config, ModernConfig) else "gpt2"
@@ -443,14 +440,13 @@ class Generate(Model):
 
     def run(self) -> None:
         """Write on from the prompt, piece by piece."""
-        if self.samples < 1:
-            raise ValueError(f"--samples must be at least 1, not {self.samples}")
+        if self.samples < 1 or self.tokens < 0:
+            raise ValueError("--samples must be at least 1, and --tokens at least 0")
         model, tokenizer = self.load()
         prompt = self.read_prompt(tokenizer)
         settings = {"stop": tokenizer.special_tokens.values(), **self.sampling}
         for number in range(self.samples):
-            if number:
-                print("---")
+            print("---\n" if number else "", end="")
             pieces = stream_text(model, tokenizer, prompt, self.tokens, **settings)
             print(prompt, end="", flush=True)  # what is wrong was refused before
             for piece in pieces:
@@ -589,12 +585,10 @@ class Evaluate(Model):
         for start in range(0, len(ids) - 1, model.config.context):
             window = ids[start : start + model.config.context + 1]
             total -= glassgpt.log_probabilities(model, window).sum().item()
-        loss = total / (len(ids) - 1)
-        print(
-            f"loss {loss:.4f} nats a token, {total / characters:.4f} nats a "
-            f"character, perplexity {math.exp(loss):.2f}: {len(ids):,} tokens, "
-            f"{characters:,} characters"
-        )
+        loss, each = total / (len(ids) - 1), total / characters
+        said = f"loss {loss:.4f} nats a token, {each:.4f} nats a character, perplexity"
+        size = f"{len(ids):,} tokens, {characters:,} characters"
+        print(f"{said} {math.exp(loss):.2f}: {size}")
 
 
 @dataclass(kw_only=True)
@@ -641,6 +635,12 @@ class Publish:
 
 
 COMMANDS = (Train, Resume, Generate, Chat, Evaluate, Tokenize, Serve, Publish)
+# What `glassgpt --help` begins with.
+ABOUT = """Train a GPT on a text, then write with it:
+  glassgpt train --data my.txt
+  glassgpt generate runs/my
+
+glassgpt train --help lists its options. Book: https://glassgpt.github.io/glassgpt/"""
 
 
 def parse(words: Sequence[str]) -> Any:
@@ -651,17 +651,18 @@ def parse(words: Sequence[str]) -> Any:
 
     Book: 23_command_line.html#mistakes-get-a-sentence
     """
-    kinds = []
-    for kind in COMMANDS:
-        about = str(getdoc(kind)).partition("\n\nBook:")[0]
-        kinds.append(Annotated[kind, tyro.conf.subcommand(description=about)])
-    every: Any = Union[tuple(kinds)]  # noqa: UP007
+    about = {kind: str(getdoc(kind)).partition("\n\nBook:")[0] for kind in COMMANDS}
+    commands = {kind.__name__.lower(): kind for kind in COMMANDS}
+    every = [Annotated[k, subcommand(description=text)] for k, text in about.items()]
+    name, args, kind = "glassgpt", words or ["--help"], Union[tuple(every)]  # noqa: UP007
+    if known := args[0] in commands:
+        name, args, kind = f"glassgpt {args[0]}", args[1:], commands[args[0]]
     config = (tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName)
-    how = {"prog": "glassgpt", "args": words or ["--help"], "config": config}
+    how = {"prog": name, "description": about.get(kind, ABOUT), "config": config}
     box = io.StringIO()
     try:
         with redirect_stderr(box):
-            return tyro.cli(every, **how)
+            return tyro.cli(kind, args=args, **how)
     except SystemExit as leaving:
         if leaving.code != 2:
             raise
@@ -669,14 +670,15 @@ def parse(words: Sequence[str]) -> Any:
     rows = [row.strip("│╭╮╰╯|+ ") for row in box.getvalue().splitlines()]
     rows = [re.sub("[─-]{3,}|, 'None'|'None', ", "", row).strip() for row in rows]
     wrong, *more = [" ".join(p.split()) for p in "\n".join(rows[1:]).split("\n\n")]
-    near = {*re.findall(r"--[\w-]+", " ".join(more))} - {"--help"}
+    near = {*re.findall(r"--[\w-]+", " ".join(more[:-1]))}
     near -= {word.partition("=")[0] for word in words}
-    commands = [kind.__name__.lower() for kind in COMMANDS]
-    if words[0] not in commands:
-        near.update(get_close_matches(words[0], commands))
-    said = [part.rstrip(".") + "." for part in (wrong, *more[:-1])]
-    said[1:] = [f"Do you mean {' or '.join(sorted(near))}?"] if near else said[1:]
-    raise ValueError(" ".join([*said, "See glassgpt --help"]))
+    bare = " ".join(map(quote, args)).partition(" -")[0]
+    if kind in (Train, Tokenize) and bare[:1] not in ("", "-"):
+        near = {f"--data {bare}"}
+    near.update(get_close_matches(words[0], () if known else commands))
+    hints = [part.rstrip(".") + "." for part in (wrong, *more[:-1])]
+    hints[1:] = [f"Do you mean {' or '.join(sorted(near))}?"] if near else hints[1:]
+    raise ValueError(" ".join([*hints, f"See {name} --help"]))
 
 
 def is_mistake(error: BaseException) -> bool:
@@ -734,5 +736,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not is_mistake(error):
             raise
-        tell(str(error) or type(error).__name__)
+        # An option's name as it is typed: --batch-size, not batch_size.
+        said = re.sub(r"^\w+(?= must be )", lambda name: _flags([name[0]]), str(error))
+        tell(said or type(error).__name__)
         return 2

@@ -54,10 +54,11 @@ def check_mistakes(main: Callable[[list[str]], int]) -> None:
         before = sorted(folder.rglob("*"))
         for line, named in mistakes.items():
             number, errors = call(main, line.split())
-            said = f"`glassgpt {line}`"
+            said, own = f"`glassgpt {line}`", {*errors.split()} - {*line.split()}
             assert number == 2, f"{said} left with exit code {number}, not 2"
             assert "Traceback" not in errors, f"{said} printed a traceback"
-            assert len(errors.strip()) > 20, f"{said} did not say what was wrong"
+            assert len(own) > 2, f"{said} did not say what was wrong"
+            assert "\n" not in errors.strip(), f"{said} said more than a sentence"
             assert named in errors.lower(), f"{said}: its sentence names no {named}"
             left = sorted({*folder.rglob("*")} - {*before})
             assert not left, f"{said} left {left[0].name} behind"
