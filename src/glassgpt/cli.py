@@ -446,9 +446,9 @@ class Generate(Model):
         prompt = self.read_prompt(tokenizer)
         settings = {"stop": tokenizer.special_tokens.values(), **self.sampling}
         for number in range(self.samples):
-            print("---\n" if number else "", end="")
             pieces = stream_text(model, tokenizer, prompt, self.tokens, **settings)
-            print(prompt, end="", flush=True)  # what is wrong was refused before
+            # What is wrong was refused before.
+            print("---\n" if number else "", prompt, sep="", end="", flush=True)
             for piece in pieces:
                 print(piece, end="", flush=True)
             print()
@@ -654,14 +654,14 @@ def parse(words: Sequence[str]) -> Any:
     about = {kind: str(getdoc(kind)).partition("\n\nBook:")[0] for kind in COMMANDS}
     commands = {kind.__name__.lower(): kind for kind in COMMANDS}
     every = [Annotated[k, subcommand(description=text)] for k, text in about.items()]
-    name, args, kind = "glassgpt", words or ["--help"], Union[tuple(every)]  # noqa: UP007
+    kind: Any = Union[tuple(every)]  # noqa: UP007
+    name, args = "glassgpt", words or ["--help"]
     if known := args[0] in commands:
         name, args, kind = f"glassgpt {args[0]}", args[1:], commands[args[0]]
     config = (tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName)
     how = {"prog": name, "description": about.get(kind, ABOUT), "config": config}
-    box = io.StringIO()
     try:
-        with redirect_stderr(box):
+        with redirect_stderr(box := io.StringIO()):
             return tyro.cli(kind, args=args, **how)
     except SystemExit as leaving:
         if leaving.code != 2:
