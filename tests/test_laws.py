@@ -71,6 +71,11 @@ def gives_up_early(law, N, loss):
     return (law.B / left) ** (1 / law.beta) if left > 0.1 else math.inf
 
 
+def gives_up_near_the_end(law, N, loss):
+    left = loss - law.E - law.A / N**law.alpha
+    return (law.B / left) ** (1 / law.beta) if left > 0.01 else math.inf
+
+
 WRONG = [
     (check_optimum, two_percent_off, "a smaller model"),
     (check_optimum, lambda law, C: ((C / 6) ** 0.5, (C / 6) ** 0.5), "a smaller model"),
@@ -80,6 +85,7 @@ WRONG = [
     (check_tokens_needed, never_gives_up, "never come to"),
     (check_tokens_needed, refuses_only_below, "never come to 2.0"),
     (check_tokens_needed, gives_up_early, "inf tokens"),
+    (check_tokens_needed, gives_up_near_the_end, "inf tokens"),
     (check_law, lambda N, D, losses: fit_law(N[::2], D[::2], losses[::2]), "use all"),
     (check_law, keeps_one_floor, "exponents 0.8 and 0.4: off by"),
     (check_law, nearest_it_can, "exponents 2.0 and 0.5: off by"),
