@@ -647,7 +647,7 @@ def parse(words: Sequence[str]) -> Any:
     """The command that words ask for, as an object of its class.
 
     Raises ValueError for words that make no sense. Leaves with SystemExit after --help,
-    which no words at all mean too.
+    and where there are no words.
 
     Book: 23_command_line.html#mistakes-get-a-sentence
     """
