@@ -61,7 +61,8 @@ def split_words(text: str) -> list[str]:
 
 
 _VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-# The byte of each id, the id of each byte, and the character that stands for a byte.
+# The byte of each id, the id of each byte, and the character that stands for a byte:
+# itself where it is visible, else one of 256 to 323 (the space is Ġ, 288).
 _BYTES = bytes(_VISIBLE + [byte for byte in range(256) if byte not in _VISIBLE])
 _ID_OF_BYTE = bytes(_BYTES.index(byte) for byte in range(256))
 _SYMBOLS = dict(zip(_BYTES, [*_VISIBLE, *range(256, 324)], strict=True))

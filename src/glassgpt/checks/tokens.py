@@ -49,7 +49,8 @@ def check_merge_word(merge_word: Callable) -> None:
     Book: 02_tokens.html#the-function
     """
     merges = {(2, 3): 256, (1, 2): 257, (257, 3): 258, (256, 4): 259, (1, 259): 260}
-    got = list(merge_word([1, 2, 3], merges))
+    got = list(merge_word(word := [1, 2, 3], merges))
+    assert word == [1, 2, 3], "the list that was given has changed: work on a copy"
     assert got != [258], "1 2 merged before 2 3: the merge learned first goes first"
     assert got == [1, 256], f"1 2 3 gave {got}, not [1, 256]"
     got = list(merge_word([1, 2, 3, 4], merges))
