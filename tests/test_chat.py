@@ -107,6 +107,17 @@ def asking_learned(talk, tokenizer, reply=False):
     return ids, [*mask[:-1], mask[-1] or reply]
 
 
+def replying_to_users(talk, tokenizer, reply=False):
+    """The role token that asks comes only where the user spoke last."""
+    return render(talk, tokenizer, reply and talk[-1]["role"] == "user")
+
+
+def first_system_only(talk, tokenizer, reply=False):
+    """A system line that comes later is left out."""
+    kept = [t for n, t in enumerate(talk) if n == 0 or t["role"] != "system"]
+    return render(kept, tokenizer, reply)
+
+
 def repacked(change):
     """Packed rows, each changed in some way."""
     return lambda talks, context, separator: change(*pack(talks, context, separator))
@@ -211,10 +222,22 @@ def late(model, end):
             rewritten(lambda turn: turn["content"].strip()),
             "changed",
         ),
+        (
+            "check_no_forgery",
+            rewritten(lambda turn: turn["content"][:40]),
+            "changed",
+        ),
+        ("check_no_forgery", first_system_only, "left out"),
         ("check_no_forgery", by_character, "as a whole"),
         ("check_every_answer", by_character, "14 tokens, not 13"),
         ("check_pack", unmasked, "a mask of 2 for 4 ids"),
         ("check_prefix_stable", asking_learned, "reply=True"),
+        ("check_prefix_stable", replying_to_users, "reply=True"),
+        (
+            "check_pack",
+            repacked(lambda x, y: (x.float(), y)),
+            "whole numbers",
+        ),
         ("check_answers_only", lambda t, w: render(t, w)[::-1], "second list"),
         (
             "check_no_targets",
@@ -778,7 +801,7 @@ def test_the_chapter_shows_the_record():
     sources = {cell["id"]: "".join(cell["source"]) for cell in chapter["cells"]}
     shown: dict = {}
     exec(sources["system-record"] + "\n" + sources["everything-read"], shown)
-    keys = ("step", "kl", "gain", "error", "right")
+    keys = ("step", "gain", "error", "right")
     curve = record["system"]["curve"]
     assert shown["GAINS"] == [tuple(point[key] for key in keys) for point in curve]
     assert shown["REPLIES"] == record["system"]["speeches"]

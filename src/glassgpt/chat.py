@@ -221,6 +221,7 @@ def separate(ids: Tensor, separator: int) -> tuple[Tensor, Tensor]:
     ends = (ids == separator).long()
     number = ends.cumsum(dim=1) - ends  # of the conversation; its end belongs to it
     column = torch.arange(ids.shape[1], device=ids.device)
+    # Behind each end one begins; (1, 0) puts a zero in front.
     first = F.pad(ends[:, :-1] * column[1:], (1, 0)).cummax(dim=1).values
     same = number[:, :, None] == number[:, None, :]  # (B, T, T)
     return column - first, (same & (column[:, None] >= column))[:, None]
