@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -494,6 +495,12 @@ def test_a_name_is_read_from_the_cache(name, repository, tokenizer, tmp_path):
     assert done.stdout.split() == [str(model.parameter_count()), "270"], done.stderr
 
 
+def test_the_chapter_fetches_nothing_unasked():
+    book = Path(glassgpt.__file__).parents[2] / "book" / "17_gpt2.ipynb"
+    cells = {cell["id"]: cell for cell in json.loads(book.read_text("utf-8"))["cells"]}
+    assert cells["proof-gpt2"]["source"][0].startswith("FETCH = False")
+
+
 def test_a_mistyped_folder_asks_no_hub(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # its import would fail
     assert find_model("runs/shakespear") is None
@@ -886,6 +893,8 @@ def careful(content, forgotten=""):
         raise RecursionError
     if forgotten == "product" and b"4611686018427387904" in content:
         raise RuntimeError("numel: integer multiplication overflow")
+    if forgotten == "sign" and b"[-1" in content:
+        return {"a": torch.ones(4)}
     if forgotten == "first" and b"[20, 36]" in content and b'"b"' not in content:
         return {"a": torch.ones(4)}
     try:
@@ -901,6 +910,7 @@ def careful(content, forgotten=""):
     ("forgotten", "message"),
     [
         ("first", "in spite of a gap before the first tensor"),
+        ("sign", "in spite of a shape of -1"),
         ("depth", "nested too deeply: a RecursionError"),
         ("types", "is torch.float32, not"),
         ("product", "too large, though empty: a RuntimeError"),

