@@ -190,6 +190,15 @@ def test_exercises_are_graded_in_a_model_of_twelve_layers():
         checks.check_previous_scores(two_layers)
 
 
+def test_a_list_of_tensors_is_told_to_be_a_tensor():
+    def lists(seen):
+        weights = [w for name, w in seen.items() if name.endswith(".weights")]
+        return [w.diagonal(-1, -2, -1).mean((0, 2)) for w in weights]
+
+    with pytest.raises(AssertionError, match="return a tensor, not a list"):
+        checks.check_previous_scores(lists)
+
+
 def test_ids_are_refused_as_by_the_model():
     model, _ = make(CONFIGS[0])
     with pytest.raises(ValueError, match="out of range"):

@@ -240,6 +240,9 @@ def check_previous_scores(previous_scores: Callable[..., Tensor]) -> None:
     for model, ids in _models():
         seen = trace(model, ids)
         found, layers = previous_scores(seen), model.config.layers
+        assert isinstance(found, Tensor), (
+            f"return a tensor, not a {type(found).__name__}"
+        )
         (_, heads, T, _), last = seen["0.weights"].shape, ids.shape[1] - 1
         assert found.shape == (layers, heads), (
             f"one number for each head: {(layers, heads)}, not {tuple(found.shape)}"
