@@ -616,6 +616,12 @@ def in_another_folder(path, content):
     flush(path.parent)
 
 
+def after_the_old_one_is_gone(path, content):
+    if path.exists():
+        path.rename(path.with_suffix(".old"))
+    write_file(path, content)
+
+
 def over_old_files_only(path, content):
     path.stat()
     write_file(path, content)
@@ -636,6 +642,7 @@ def under_one_name(path, content):
     ("write", "error", "message"),
     [
         (in_another_folder, AssertionError, "in another folder"),
+        (after_the_old_one_is_gone, AssertionError, "the name belongs to no file"),
         (over_old_files_only, FileNotFoundError, "note.txt"),
         (under_one_name, AssertionError, "share one other name"),
     ],

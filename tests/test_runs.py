@@ -235,18 +235,19 @@ def test_names_taken_from_memory_are_asked_for():
         checks.check_names(only_strings_before)
 
 
+class Anything:
+    def __init__(self, *arguments):
+        pass
+
+    def __call__(self, *arguments):
+        return self
+
+    __setitem__ = __setstate__ = append = extend = __call__
+
+
 def only_what_is_inside(content):
     """What a pickle looks up, where it refers to nothing outside."""
     names = set()
-
-    class Anything:
-        def __init__(self, *arguments):
-            pass
-
-        def __call__(self, *arguments):
-            return self
-
-        __setitem__ = __setstate__ = append = extend = __call__
 
     class Reader(pickle.Unpickler):
         def find_class(self, module, name):
@@ -260,6 +261,27 @@ def only_what_is_inside(content):
 def test_tensors_outside_of_a_pickle_are_no_end():
     with pytest.raises(AssertionError, match="refers to tensors outside"):
         checks.check_names(only_what_is_inside)
+
+
+def looked_up_and_thrown_away(content):
+    names = set()
+
+    class Reader(pickle.Unpickler):
+        def find_class(self, module, name):
+            super().find_class(module, name)
+            names.add(f"{module} {name}")
+            return Anything
+
+        def persistent_load(self, pid):
+            return Anything()
+
+    Reader(io.BytesIO(content)).load()
+    return names
+
+
+def test_a_module_that_is_imported_is_caught():
+    with pytest.raises(AssertionError, match="imported, which runs its code"):
+        checks.check_names(looked_up_and_thrown_away)
 
 
 def test_a_state_that_is_taken_out_without_a_copy_is_caught():

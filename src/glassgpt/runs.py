@@ -211,22 +211,6 @@ def locked(directory: Path) -> Iterator[None]:
         raise FileExistsError(f"another process is training in {directory}") from None
 
 
-@contextmanager
-def memory_advice() -> Iterator[None]:
-    """Turn an allocator's failure into a MemoryError that says what to lower.
-
-    Book: 20_runs_that_survive.html#one-run-in-a-folder
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        signs = "allocate memory|out of memory|ALLOC_FAILED|Invalid buffer"
-        if not re.search(signs, str(error)):
-            raise
-        advice = "raise accumulate, or lower the model's context, width or layers"
-        raise MemoryError(f"training does not fit into memory: {advice}") from error
-
-
 # What may be another than before when a run goes on.
 CHANGEABLE = {"steps", "learning_rate", "matrix_learning_rate", "accumulate"}
 CHANGEABLE |= {"evaluate_every", "checkpoint_every", "keep", *vars(Machine())}
@@ -320,6 +304,22 @@ def _go_on(run: Run, on_record: OnRecord | None, progress: bool) -> Run:
     if not (directory / "model.safetensors").exists():  # stopped early
         write_model(directory, run.trainer.model, run.tokenizer)
     return run
+
+
+@contextmanager
+def memory_advice() -> Iterator[None]:
+    """Turn an allocator's failure into a MemoryError that says what to lower.
+
+    Book: 20_runs_that_survive.html#one-run-in-a-folder
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        signs = "allocate memory|out of memory|ALLOC_FAILED|Invalid buffer"
+        if not re.search(signs, str(error)):
+            raise
+        advice = "raise accumulate, or lower the model's context, width or layers"
+        raise MemoryError(f"training does not fit into memory: {advice}") from error
 
 
 def refuse_occupied(directory: Path) -> None:

@@ -10,6 +10,7 @@ import math
 import os
 import pickle
 import signal
+import sys
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,7 +18,7 @@ from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import torch
 from torch import nn
@@ -48,6 +49,9 @@ def _watched_write(write: Callable[[Path, bytes], Any], path: Path) -> list[Any]
 
     def renaming(function: Callable) -> Callable:
         def call(source: Any, *arguments: Any, **options: Any) -> None:
+            assert Path(source) != path, (
+                "for a moment the name belongs to no file: rename over the old one"
+            )
             assert seen(source) in calls, (
                 "renamed before all of it was flushed by os.fsync: after a power cut "
                 "the file can be empty"
@@ -393,3 +397,10 @@ def check_names(names_in: Callable[[bytes], set[str]]) -> None:
             ) from error
         wanted = {f"collections {kind.__name__}" for kind in map(type, several)}
         assert found == wanted, f"protocol {protocol}: {found} in place of {wanted}"
+    finder = Mock(**{"find_spec.return_value": None})  # asked at every import
+    finders = patch.object(sys, "meta_path", [finder, *sys.meta_path])
+    with finders, suppress(ImportError):
+        names_in(b"cbomb\nfuse\n.")
+    assert all(call.args[0] != "bomb" for call in finder.find_spec.call_args_list), (
+        "a module that is named was imported, which runs its code: only note the name"
+    )
