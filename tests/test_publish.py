@@ -2,6 +2,7 @@
 
 import json
 import random
+from math import ceil
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from conftest import find_browser
 from test_page import FLAGS, REQUIRED
 
 import glassgpt
+from glassgpt.checks.publish import check_size, check_tag
 from glassgpt.publish import LARGEST, page_model, publish
 from glassgpt.tokens import BPETokenizer, CharTokenizer
 
@@ -412,3 +414,29 @@ def test_no_text_can_end_the_script(tmp_path):
     assert "<title>&lt;/title&gt;&amp;</title>" in text
     stored = text.split("globalThis.glassModel = ")[1].split(";\n</script>")[0]
     assert json.loads(stored) == page_model(model, odd, prompt="</script>")
+
+
+def of_three_spellings(value):
+    text = json.dumps(value).replace("<!--", "\\u003c!--")
+    for end in ("</script", "</SCRIPT"):
+        text = text.replace(end, "\\u003c" + end[1:])
+    return f"<script>x = {text};</script>"
+
+
+def padded_once(layers, width, vocabulary, context):
+    matrices = layers * 12 * width**2 + (vocabulary + context) * width
+    rows = layers * 9 * width + vocabulary + context
+    vectors = layers * 13 * width + 2 * width
+    return 4 * ceil((matrices + 4 * rows + 4 * vectors) / 3)
+
+
+@pytest.mark.parametrize(
+    ("check", "wrong", "message"),
+    [
+        (check_tag, of_three_spellings, "'</Script>' ends the script"),
+        (check_size, padded_once, "padded by itself"),
+    ],
+)
+def test_a_wrong_answer_is_named(check, wrong, message):
+    with pytest.raises(AssertionError, match=message):
+        check(wrong)

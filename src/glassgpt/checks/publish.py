@@ -75,6 +75,13 @@ def check_size(size: Callable[[int, int, int, int], int]) -> None:
             several = parts[name] * (1 + (name == "norm.weight"))  # its bias, too
             assert found != wanted - several, f"{name.split('.')[0]}: left out"
         assert found != wanted + parts["tokens.weight"], "a tied head is stored once"
+        stored_bytes = sum(
+            len(base64.b64decode(text))
+            for part in stored.values()
+            for text in part.values()
+        )
+        if wanted != (padded_once := 4 * -(-stored_bytes // 3)):
+            assert found != padded_once, "each parameter's base64 is padded by itself"
         assert found == wanted, f"{wanted:,} characters, not {found:,}"
 
 
@@ -88,6 +95,7 @@ def check_tag(script: Callable[[Any], str]) -> None:
         "1 < 2 & 'so' on",
         "</script><b>",
         "</SCRIPT >",
+        "</Script>",
         "<!-- <script>",
         {"</script>": ["<!--"]},
     ):

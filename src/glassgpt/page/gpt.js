@@ -1,7 +1,7 @@
 // Written by tools/tangle.py from book/19_publishing.ipynb: change it there.
 
 function dot(x, y) {
-  let even = 0, odd = 0, i = 0; // two sums, so that none waits for the last addition
+  let even = 0, odd = 0, i = 0; // two sums: a processor works on both at once
   for (; i + 1 < y.length; i += 2) {
     even += x[i] * y[i];
     odd += x[i + 1] * y[i + 1];
@@ -164,6 +164,12 @@ function decode(ids, { pieces }) {
   return new TextDecoder("utf-8", { ignoreBOM: true }).decode(Uint8Array.from(ids.flatMap((id) => pieces[id])));
 }
 
+function render(turns, { before, stop, after }, tokenizer) {
+  const written = ({ role, content }) =>
+    [...before[role], ...encode(content, tokenizer), ...stop, ...after];
+  return [...turns.flatMap(written), ...before.assistant];
+}
+
 function candidates(scores, { temperature = 1, topK = Infinity, topP = 1 } = {}) {
   const p = softmax(Float64Array.from(scores), temperature);
   const order = [...p.keys()].sort((a, b) => p[b] - p[a]);
@@ -212,12 +218,6 @@ function read(session, ids) {
 function windowStart(length, context) {
   const half = Math.max(Math.floor(context / 2), 1);
   return Math.max(0, Math.ceil((length - context) / half)) * half;
-}
-
-function render(turns, { before, stop, after }, tokenizer) {
-  const written = ({ role, content }) =>
-    [...before[role], ...encode(content, tokenizer), ...stop, ...after];
-  return [...turns.flatMap(written), ...before.assistant];
 }
 
 // The stream after so many blocks, and the logits as if the model ended there.
