@@ -94,6 +94,7 @@ def test_checks_pass():
         (lambda x: (round_rows(x)[0].float(), round_rows(x)[1]), "stored as"),
         (lambda x: (x / (x.abs().amax(1, True) / 127), x.abs().amax(1)), "stored as"),
         (lambda x: (round_rows(x)[0] // 2, 2 * round_rows(x)[1]), "not 127"),
+        (lambda x: ((x / round_rows(x)[1]).char(), round_rows(x)[1]), "to the nearest"),
     ],
 )
 def test_the_check_of_rounding_names_the_mistake(wrong, message):
