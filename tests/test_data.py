@@ -274,6 +274,9 @@ def test_of_texts_beside_the_plays_every_tenth_is_held_out(plays):
     parts = split_documents([*plays, *own])
     held_out = {each.name for side, each in parts if side == "validation"}
     assert held_out == {*HELD_OUT_PLAYS, "own 9", "own 19"}
+    parts = split_documents([*plays, *own[:3]])
+    held_out = {each.name for side, each in parts if side == "validation"}
+    assert held_out == {*HELD_OUT_PLAYS, "own 2"}
 
 
 def test_the_ids_of_the_plays_are_those_of_the_first_edition(plays):
@@ -295,6 +298,22 @@ def test_other_collections_hold_out_every_tenth(tmp_path, bpe, count, held_out):
     assert one.fingerprint == two.fingerprint
     wanted = "".join(texts[i] + "<|endoftext|>" for i in held_out)
     assert bpe.decode(one.validation.ids) == wanted
+
+
+@pytest.mark.skipif(os.name == "nt", reason="makes links")
+def test_a_link_in_a_circle_is_no_file(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(ValueError, match="loop has no text in it"):
+        read_documents("loop")
+    files(tmp_path / "in", "a tower")
+    (tmp_path / "in" / "loop").symlink_to("loop")
+    assert [each.name for each in read_documents("in")] == ["00.txt"]
+
+
+def test_more_held_out_than_learned_from_is_said(tmp_path, bpe):
+    place = files(tmp_path / "in", "short", "long " * 100)
+    with pytest.warns(UserWarning, match="more is held out.*name a short one last"):
+        tokenize(place, bpe, "out", progress=False)
 
 
 def test_equal_documents_never_stand_on_both_sides():

@@ -848,6 +848,15 @@ def test_the_chapter_says_how_the_estimates_fit():
     assert f"{told} {min(ratios)} and {max(ratios)}" in chapter
 
 
+def test_without_targets_the_loss_is_0_and_so_is_its_gradient():
+    model = GPT(SHAPE)
+    ids = torch.zeros(1, 4, dtype=torch.int64)
+    loss = make_loss(model, Machine())(ids, torch.full_like(ids, -100))
+    loss.backward()
+    assert loss == 0
+    assert not model.tokens.weight.grad.any()
+
+
 def test_the_chapter_shows_the_recorded_speeds():
     book = Path(__file__).parents[1] / "book"
     record = json.loads((book / "runs" / "speed.json").read_text("utf-8"))
@@ -861,6 +870,8 @@ def test_the_chapter_shows_the_recorded_speeds():
         dtype, *more = ("bfloat16, compiled" if memory == "kept" else how).split(", ")
         name = f"glassgpt GPT-2, {' '.join(more) or 'eager'} {dtype}"
         assert told == tuple(round(rows[name][memory]) for rows in sizes)
+    for dtype, speed in shown["PRODUCTS"].items():
+        assert speed == 1e9 * record["machine"][f"GFLOP/s {dtype}"]
     assert record["machine"]["threads"] == 2
     assert "avx512_bf16" in record["machine"]["16-bit units"]
 

@@ -95,9 +95,8 @@ HELD_OUT_PLAYS = ("much-ado-about-nothing", "richard-ii", "the-tempest", "macbet
 def split_documents(documents: Sequence[Document]) -> list[tuple[str, Document]]:
     """("train" or "validation", document) for whole documents; they never overlap.
 
-    Of the plays four are held out by name and of what stands beside them every tenth
-    document, of other collections every tenth (the last where there are fewer), of a
-    single file its last tenth.
+    Of the plays four are held out by name, of other documents every tenth (the last
+    where there are fewer), of a single file its last tenth.
 
     Book: 11_data.html#whole-documents-are-held-out
     """
@@ -106,7 +105,8 @@ def split_documents(documents: Sequence[Document]) -> list[tuple[str, Document]]
     chosen = [d for d in documents if d.name in HELD_OUT_PLAYS]
     if chosen:
         plays = {path.stem for path in _play_files()}
-        chosen += [d for d in documents if d.name not in plays][9::10]
+        others = [d for d in documents if d.name not in plays]
+        chosen += others[9::10] or others[-1:]
     held_out = set(chosen or documents[9::10] or documents[-1:])
     return [("validation" if d in held_out else "train", d) for d in documents]
 
@@ -227,7 +227,8 @@ def _text_of(line: bytes) -> bytes:
 def _files(places: Iterable[Path], seen: set[Path]) -> Iterator[Path]:
     """These files and those below folders: in order, each once, none that is hidden."""
     for place in sorted(places):
-        if (real := place.resolve()) in seen:
+        real = Path(os.path.realpath(place))  # a link in a circle is no file
+        if real in seen:
             continue
         seen.add(real)
         if place.is_dir():
@@ -445,7 +446,8 @@ def tokenize(
     """Read, split and encode texts, once, into a folder of ids, and open it.
 
     sources, skip: what `read_documents` takes. A document ends in `<|endoftext|>` where
-    the tokenizer has that token. Errors: those of `read_documents` and `write_tokens`.
+    the tokenizer has that token. Warns if more is held out than
+    learned from. Errors: those of `read_documents` and `write_tokens`.
 
     Book: 11_data.html#tokenizing-once
     """
@@ -463,4 +465,8 @@ def tokenize(
 
     with tqdm(unit=" characters", unit_scale=True, disable=not progress) as bar:
         splits = {split: encoded(split) for split in SPLITS}
-        return write_tokens(directory, splits, tokenizer)
+        data = write_tokens(directory, splits, tokenizer)
+    if len(data.validation) > len(data.train):
+        advice = "of few documents the last is held out, so name a short one last"
+        warnings.warn(f"more is held out than learned from: {advice}", stacklevel=2)
+    return data

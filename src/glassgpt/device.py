@@ -92,7 +92,7 @@ class Machine:
     """What computes, and how; it changes little of what is learned.
 
     That is rounding, the steps that float16 skips, and a GPU's own dropout.
-    Raises ValueError for names that don't exist.
+    Raises ValueError for a precision or a way to compile that doesn't exist.
 
     Book: 15_full_gpt.html#what-the-machine-can-do
     """
@@ -219,7 +219,9 @@ def make_loss(model: GPT, machine: Machine) -> Loss:
             x = run(block, x, more)
         x = model.norm(x)
         logits = padded_logits(x, model.head.weight) if cuda else model.head(x)
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        logits, places = logits.flatten(0, 1).float(), targets.flatten()
+        total = F.cross_entropy(logits, places, reduction="sum")
+        return total / (places != -100).sum().clamp(min=1)  # 0 without targets
 
     whole = compiled(plain) if machine.compile == "all" else plain
 
