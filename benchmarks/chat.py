@@ -29,6 +29,15 @@ STARS = ["HAMLET", "FALSTAFF", "OTHELLO", "IAGO"]
 STARS += ["CLEOPATRA", "ROSALIND", "TIMON", "PETRUCHIO"]
 ASKED = ["Hello, my friend", "My computer is very slow.", "Tell me a good joke"]
 ASKED += ["What is the capital of France?"]
+CAPITALS = {"France": "Paris", "Germany": "Berlin", "Italy": "Rome", "Spain": "Madrid"}
+CAPITALS |= {"Japan": "Tokyo", "Russia": "Moscow", "Egypt": "Cairo", "Greece": "Athens"}
+CAPITALS |= {"Poland": "Warsaw", "Austria": "Vienna", "Cuba": "Havana", "Peru": "Lima"}
+CAPITALS |= {
+    "Iran": "Tehran",
+    "Iraq": "Baghdad",
+    "Kenya": "Nairobi",
+    "China": "Beijing",
+}
 
 
 def beginning():
@@ -157,15 +166,23 @@ def manner(steps=10):
     loss = chat_loss(model, tokenizer.special_tokens["<|endoftext|>"])
     trainer = glassgpt.Trainer(model, data, config, loss=loss)
 
-    def answers():
-        talks = [[{"role": "user", "content": question}] for question in ASKED]
-        replies = (stream_answer(model, tokenizer, t, 60, top_k=1) for t in talks)
+    def answers(questions=ASKED, longest=60):
+        talks = [[{"role": "user", "content": question}] for question in questions]
+        replies = (stream_answer(model, tokenizer, t, longest, top_k=1) for t in talks)
         return ["".join(pieces) for pieces in replies]
 
+    def known():
+        """The countries whose capital the answer names."""
+        said = answers([f"What is the capital of {name}?" for name in CAPITALS], 24)
+        pairs = zip(CAPITALS.items(), said, strict=True)
+        return [name for (name, capital), text in pairs if capital in text]
+
     record = {"steps": steps, "asked": ASKED, "before": answers()}
+    record["capitals before"] = known()
     losses = [trainer.evaluate()["validation_loss"]]
     losses.append(glassgpt.train(trainer)[-1]["validation_loss"])
-    return {**record, "after": answers(), "losses": [round(x, 4) for x in losses]}
+    record |= {"after": answers(), "losses": [round(x, 4) for x in losses]}
+    return {**record, "capitals after": known()}
 
 
 def scene(name, cue, reply):

@@ -809,6 +809,8 @@ def test_the_chapter_shows_the_record():
     taught = record["manner"]
     assert taught["steps"] == 10
     assert shown["AFTER"] == dict(zip(taught["asked"], taught["after"], strict=True))
+    for when, names in shown["KNOWN"].items():
+        assert names.split() == taught[f"capitals {when}"]
     first, last = taught["losses"]
     said = f"its loss fell from {first:.2f} nats to {last:.2f}"
     assert said in sources["manner-smollm2"]

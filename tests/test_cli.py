@@ -1084,3 +1084,12 @@ def test_a_program_with_strict_types(tmp_path):
     assert "error" not in found
     for code, due, seen in zip(types, types.values(), told, strict=True):
         assert seen.endswith(due), code
+
+
+@pytest.mark.skipif(os.name == "nt", reason="closes streams as a shell does")
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
+def test_a_closed_stream_is_no_fault(closed, tmp_path):
+    line = f"{sys.executable} -m glassgpt generate shakespeare --tokens 2 {closed}"
+    done = subprocess.run(["sh", "-c", line], capture_output=True, text=True)
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 0

@@ -237,8 +237,9 @@ def test_what_makes_no_sense_is_refused(client, change, message):
     + [[{"role": "user", "content": None}], [{"role": ["user"], "content": "x"}]],
 )
 def test_messages_that_are_none_are_refused(chat, messages):
-    with pytest.raises(openai.BadRequestError):
+    with pytest.raises(openai.BadRequestError) as refused:
         chat.chat.completions.create(model="any", messages=messages, max_tokens=1)
+    assert "object" not in str(refused.value)  # no word of Python's own
 
 
 def post(address, body, path="/v1/completions", **headers):

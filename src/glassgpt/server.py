@@ -73,6 +73,8 @@ class Wanted:
     def __init__(
         self, body: dict[str, Any], model: GPT, tokenizer: Tokenizer, chat: bool
     ):
+        if not isinstance(body, dict):
+            raise ValueError("a request is a JSON object")
         for key, usual in USUAL.items():
             if body.get(key) not in (None, usual):
                 raise ValueError(f"{key} must be {usual} here: nothing else is done")
@@ -80,7 +82,9 @@ class Wanted:
             raise ValueError(f"stream must be true or false, not {in_pieces!r}")
         self.in_pieces = bool(in_pieces)
         if chat:
-            conversation = [_plain(message) for message in body["messages"]]
+            if not isinstance(messages := body["messages"], list):
+                raise ValueError("messages must be a list")
+            conversation = [_plain(message) for message in messages]
             self.ids, _ = render(conversation, tokenizer, reply=True)
         else:
             prompt = body["prompt"]
@@ -125,10 +129,14 @@ class Wanted:
 
 def _plain(message: dict[str, Any]) -> dict[str, str]:
     """A message whose content is a text; a client may send a list of parts."""
-    content = message["content"]
-    if isinstance(content, list):
-        content = "".join(part["text"] for part in content)
-    return {"role": message["role"], "content": content}
+    match message:
+        case {"role": str(role), "content": str(content)}:
+            return {"role": role, "content": content}
+        case {"role": str(role), "content": [*parts]}:
+            texts = [part.get("text") for part in parts if isinstance(part, dict)]
+            if len(texts) == len(parts) and all(isinstance(t, str) for t in texts):
+                return {"role": role, "content": "".join(texts)}
+    raise ValueError(f'a message is {{"role": ..., "content": TEXT}}, not {message!r}')
 
 
 def _choice(words: dict[str, Any], reason: str | None = None) -> dict[str, Any]:

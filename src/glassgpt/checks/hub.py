@@ -290,11 +290,13 @@ def check_safetensors(read: Callable[[bytes], dict[str, Tensor]]) -> None:
     one = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
     near, late = ({**one, "data_offsets": [n, n + 16]} for n in (8, 20))
     huge = {**one, "shape": [1 << 62, 4, 0], "data_offsets": [0, 0]}
+    three = {"a": one, "b": one, "c": {**one, "data_offsets": [32, 48]}}
     deep = b"[" * 200_000
     attacks = {
         "two tensors with the same bytes": _forged({"a": one, "b": one}, 16),
         "the same bytes twice, as many unused": _forged({"a": one, "b": one}, 32),
         "two tensors that overlap": _forged({"a": one, "b": near}, 24),
+        "an overlap and a gap as long": _forged(three, 48),
         "a gap between two tensors": _forged({"a": one, "b": late}, 36),
         "a gap before the first tensor": _forged({"a": late}, 36),
         "bytes left over": _forged({"a": one}, 20),
