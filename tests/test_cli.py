@@ -267,9 +267,13 @@ MISTAKES = {
 
 # What was typed wrong, and words of the sentence that answers.
 WRONG_WORDS = {
-    "misspelled command": (["trian"], "Do you mean train? See glassgpt --help"),
+    "misspelled command": (["trian"], "trian. Do you mean train? See glassgpt --help"),
+    "misspelled, with options": (
+        ["tain", "--data", "x"],
+        "tain. Do you mean train? See",
+    ),
     "unknown choice": ([*MY, "--optimizer", "adam"], "Expected one of ("),
-    "no command": (["xyz"], "Available subcommands: train, resume, generate, chat"),
+    "no command": (["xyz"], "There are train, resume, generate, chat"),
     "unknown option": ([*MY, "--learning-pace", "1"], "Do you mean --learning-rate"),
     "unknown option of another": ([*WRITE, "--topk", "5"], "Do you mean --top-k"),
     "unknown option of none": (["--versoin"], "Unrecognized options: --versoin"),
@@ -1093,3 +1097,9 @@ def test_a_closed_stream_is_no_fault(closed, tmp_path):
     done = subprocess.run(["sh", "-c", line], capture_output=True, text=True)
     assert "Traceback" not in done.stderr
     assert done.returncode == 0
+
+
+@pytest.mark.parametrize("words", [["help"], ["help", "train"]])
+def test_help_is_a_word_too(words, capsys):
+    assert main(words) == 0
+    assert "--help" in capsys.readouterr().out

@@ -651,13 +651,21 @@ def parse(words: Sequence[str]) -> Any:
 
     Book: 23_command_line.html#mistakes-get-a-sentence
     """
+    if words and words[0] == "help":
+        words = [*words[1:], "--help"]
     about = {kind: str(getdoc(kind)).partition("\n\nBook:")[0] for kind in COMMANDS}
     commands = {kind.__name__.lower(): kind for kind in COMMANDS}
     every = [Annotated[k, subcommand(description=text)] for k, text in about.items()]
     kind: Any = Union[tuple(every)]  # noqa: UP007
     name, args = "glassgpt", words or ["--help"]
-    if known := args[0] in commands:
+    if args[0] in commands:
         name, args, kind = f"glassgpt {args[0]}", args[1:], commands[args[0]]
+    elif not args[0].startswith("-"):
+        near = get_close_matches(args[0], commands, 1)
+        meant = (
+            f"Do you mean {near[0]}?" if near else f"There are {', '.join(commands)}."
+        )
+        raise ValueError(f"There is no command {args[0]}. {meant} See glassgpt --help")
     config = (tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName)
     how = {"prog": name, "description": about.get(kind, ABOUT), "config": config}
     try:
@@ -675,7 +683,6 @@ def parse(words: Sequence[str]) -> Any:
     bare = " ".join(map(quote, args)).partition(" -")[0]
     if kind in (Train, Tokenize) and bare[:1] not in ("", "-"):
         near = {f"--data {bare}"}
-    near.update(get_close_matches(words[0], () if known else commands))
     hints = [part.rstrip(".") + "." for part in (wrong, *more[:-1])]
     hints[1:] = [f"Do you mean {' or '.join(sorted(near))}?"] if near else hints[1:]
     raise ValueError(" ".join([*hints, f"See {name} --help"]))
