@@ -95,8 +95,9 @@ HELD_OUT_PLAYS = ("much-ado-about-nothing", "richard-ii", "the-tempest", "macbet
 def split_documents(documents: Sequence[Document]) -> list[tuple[str, Document]]:
     """("train" or "validation", document) for whole documents; they never overlap.
 
-    Of the plays four are held out by name, of other documents every tenth (the last
-    where there are fewer), of a single file its last tenth.
+    Of the plays four are held out by name and of what stands beside them every tenth
+    document, of other collections every tenth (the last where there are fewer), of a
+    single file its last tenth.
 
     Book: 11_data.html#whole-documents-are-held-out
     """
@@ -105,8 +106,7 @@ def split_documents(documents: Sequence[Document]) -> list[tuple[str, Document]]
     chosen = [d for d in documents if d.name in HELD_OUT_PLAYS]
     if chosen:
         plays = {path.stem for path in _play_files()}
-        others = [d for d in documents if d.name not in plays]
-        chosen += others[9::10] or others[-1:]
+        chosen += [d for d in documents if d.name not in plays][9::10]
     held_out = set(chosen or documents[9::10] or documents[-1:])
     return [("validation" if d in held_out else "train", d) for d in documents]
 
