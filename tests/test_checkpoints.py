@@ -664,3 +664,12 @@ def test_a_file_system_that_flushes_no_folder_is_no_error(tmp_path):
 def test_package_passes_its_checks():
     checks.check_whole_file(write_file)
     checks.check_round_trip((save, load))
+
+
+def test_many_finite_numbers_of_16_bits_are_saved(tmp_path):
+    """Their sum would be no number of 16 bits."""
+    model = random_gpt().half()
+    with torch.no_grad():
+        model.tokens.weight.fill_(10_000)
+    save(tmp_path, model, tokenizer_of())
+    assert (load(tmp_path)[0].tokens.weight == 10_000).all()
