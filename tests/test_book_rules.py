@@ -225,6 +225,19 @@ def test_no_line_of_code_ends_in_a_semicolon(path):
 
 
 @each_chapter
+def test_every_figure_is_shown(path):
+    """What isn't the last expression of its cell draws nothing."""
+    drawing = re.compile(r"^(show|slider|live|live_model)\(", re.MULTILINE)
+    blank = [
+        cell["id"]
+        for cell in load(path)["cells"]
+        if cell["cell_type"] == "code" and drawing.search(source(cell))
+        if not any("data" in output for output in cell["outputs"])
+    ]
+    assert blank == []
+
+
+@each_chapter
 def test_paragraphs_are_short(path):
     cells = [cell for cell in load(path)["cells"] if cell["cell_type"] == "markdown"]
     words = {cell["id"]: len(literate.cite(source(cell)).split()) for cell in cells}

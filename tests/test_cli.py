@@ -1103,3 +1103,17 @@ def test_a_closed_stream_is_no_fault(closed, tmp_path):
 def test_help_is_a_word_too(words, capsys):
     assert main(words) == 0
     assert "--help" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("train --steps many", "--steps takes a whole number, not 'many'"),
+        ("train --seed 1.5", "--seed takes a whole number, not '1.5'"),
+        ("train --learning-rate x", "--learning-rate takes a number, not 'x'"),
+        ("generate shakespeare --top-k 2.5", "--top-k takes a whole number, not '2.5'"),
+    ],
+)
+def test_what_is_no_number_is_said_plainly(words, said, capsys):
+    assert main(words.split()) == 2
+    assert f"glassgpt: {said}. See" in capsys.readouterr().err

@@ -685,7 +685,11 @@ def parse(words: Sequence[str]) -> Any:
         near = {f"--data {bare}"}
     hints = [part.rstrip(".") + "." for part in (wrong, *more[:-1])]
     hints[1:] = [f"Do you mean {' or '.join(sorted(near))}?"] if near else hints[1:]
-    raise ValueError(" ".join([*hints, f"See {name} --help"]))
+    said = " ".join(hints)
+    for wanted, python in (("a whole number", r"int\(\)"), ("a number", "to float")):
+        number = rf"Error parsing (--[\w-]+): .*{python}.*?('[^']*')\..*"
+        said = re.sub(number, rf"\1 takes {wanted}, not \2.", said)
+    raise ValueError(f"{said} See {name} --help")
 
 
 def is_mistake(error: BaseException) -> bool:
