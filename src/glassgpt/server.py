@@ -65,7 +65,7 @@ class Wanted:
     """What a request asks for: a prompt, and how to go on from it.
 
     body: as OpenAI describes it. chat: whether it holds messages or a prompt. Raises
-    ValueError, TypeError, KeyError or AttributeError for what makes no sense.
+    ValueError, TypeError or KeyError for what makes no sense.
 
     Book: 17_gpt2.html#a-server
     """
@@ -166,7 +166,7 @@ def make_app(model: GPT, tokenizer: Tokenizer, name: str) -> Starlette:
             return Wanted(json.loads(content), model, tokenizer, chat)
         except KeyError as error:
             raise HTTPException(400, f"{error} is missing") from None
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise HTTPException(400, str(error)) from None
 
     async def pieces(request: Request, wanted: Wanted) -> AsyncIterator[str]:
