@@ -219,7 +219,7 @@ def test_dropout_acts_in_training_only():
 def test_compiles_whole_for_any_length():
     module = make()
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    for T in (5, 300, 310, 257, 256, 1):
+    for T in (5, 300, 1):
         x = random_tensor(2, T, 8)
         torch.testing.assert_close(compiled(x), module(x))
 

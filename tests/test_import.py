@@ -17,31 +17,31 @@ HEAVY = [
 ]
 
 
-def modules_after(statement):
-    """The names in sys.modules after a statement in a fresh interpreter."""
-    code = f"import sys\n{statement}\nprint(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return set(done.stdout.split())
+PARTS = ("import glassgpt", "glassgpt.checks.check_softmax", "import matplotlib")
 
 
 @pytest.fixture(scope="module")
 def loaded():
-    return modules_after("import glassgpt")
+    """The names in sys.modules of a fresh interpreter, after each of PARTS."""
+    lines = ["import sys", *(f"{part}\nprint(*sys.modules)" for part in PARTS)]
+    command = [sys.executable, "-c", "\n".join(lines)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    names = map(str.split, done.stdout.splitlines())
+    return dict(zip(PARTS, names, strict=True))
 
 
 @pytest.mark.parametrize("heavy", HEAVY)
 def test_import_leaves_out(loaded, heavy):
-    assert heavy not in loaded
+    assert heavy not in loaded["import glassgpt"]
 
 
-def test_the_measurement_sees_a_heavy_import():
-    assert "matplotlib" in modules_after("import matplotlib")
+def test_the_measurement_sees_a_heavy_import(loaded):
+    assert "matplotlib" in loaded["import matplotlib"]
 
 
-def test_checks_come_when_they_are_asked_for():
-    statement = "import glassgpt\nglassgpt.checks.check_softmax"
-    assert "glassgpt.checks.softmax" in modules_after(statement)
+def test_checks_come_when_they_are_asked_for(loaded):
+    assert "glassgpt.checks.softmax" in loaded["glassgpt.checks.check_softmax"]
 
 
 def test_a_name_that_does_not_exist_is_named():
