@@ -457,6 +457,8 @@ def test_roles_for_any_model():
         assert torch.equal(old, new[..., :258])
         assert new.shape[-1] == larger.config.vocab_size == max(config.vocab_size, 262)
         assert (larger.head.weight is larger.tokens.weight) == config.tied
+        rows = larger.tokens.weight
+        assert torch.allclose(rows[258:], rows[:258].mean(dim=0))
         share = new[..., :262].softmax(-1)[..., 258:].sum(-1)
         assert share.max() <= 4 / 258
         assert tokenizer.special_tokens["<|pad|>"] == 257
