@@ -2,14 +2,12 @@
 
 import io
 import json
-import subprocess
 import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -33,7 +31,7 @@ from glassgpt.chat import (
 from glassgpt.checks import chat as checks
 from glassgpt.modern import LLAMA_CHOICES, ModernConfig, ModernGPT
 from glassgpt.tokens import BPETokenizer, CharTokenizer, load_tokenizer
-from glassgpt.training import TrainConfig, count_targets, evaluate, token_loss
+from glassgpt.training import TrainConfig, count_targets, evaluate
 
 MARKS = ["<|endoftext|>", *GLASS.before.values(), GLASS.stop]
 TALK = [
@@ -186,7 +184,6 @@ def late(model, end):
         ),
         ("check_answers_only", swapped("<|assistant|>"), "<|assistant|> is learned"),
         ("check_answers_only", swapped("<|user|>"), "user's role token"),
-        ("check_pack", lambda t, c, s: pack(t[:-1], c, s), "dropped"),
         ("check_pack", lambda t, c, s: [x.T for x in pack(t, c, s)], "shape"),
         ("check_pack", lambda t, c, s: pack(t, c - 1, s), "not (12,)"),
         (
@@ -194,18 +191,12 @@ def late(model, end):
             lambda t, c, s: [torch.cat(2 * [x]) for x in pack(t, c, s)],
             "learned that the mask leaves out",
         ),
-        (
-            "check_pack",
-            repacked(lambda x, y: (x.where(x != checks._SEPARATOR, 0), y)),
-            "separator",
-        ),
         ("check_pack", repacked(lambda x, y: (x.flip(1), y.flip(1))), "separator"),
         ("check_pack", repacked(without_questions), "separator"),
         ("check_pack", chopped, "parts, where"),
         ("check_apart", head_only, "the gradient of tokens.weight is another"),
         ("check_no_targets", constant, "keep it a sum over nothing"),
         ("check_apart", scaled(0), "the loss is 0.0000"),
-        ("check_apart", scaled(3), "the loss is"),
         ("check_apart", late, "the loss is"),
         (
             "check_no_forgery",
@@ -222,11 +213,6 @@ def late(model, end):
             rewritten(lambda turn: turn["content"].strip()),
             "changed",
         ),
-        (
-            "check_no_forgery",
-            rewritten(lambda turn: turn["content"][:40]),
-            "changed",
-        ),
         ("check_no_forgery", first_system_only, "left out"),
         ("check_no_forgery", by_character, "as a whole"),
         ("check_every_answer", by_character, "14 tokens, not 13"),
@@ -239,12 +225,6 @@ def late(model, end):
             "whole numbers",
         ),
         ("check_answers_only", lambda t, w: render(t, w)[::-1], "second list"),
-        (
-            "check_no_targets",
-            lambda m, s: lambda ids, targets: F.cross_entropy(m(ids).mT, targets),
-            "0 / 0",
-        ),
-        ("check_apart", lambda m, s: token_loss(m), "the one before it"),
     ],
 )
 def test_checks_name_the_mistake(check, wrong, named):
@@ -263,10 +243,9 @@ def test_what_render_refuses(tokenizer):
         [{"role": "user", "content": [{"type": "text", "text": "x"}]}],
         ["hello"],
         [None],
-        None,
         "hello",
     ):
-        with pytest.raises(ValueError, match="role|turn|text"):
+        with pytest.raises(ValueError, match="a turn|one turn"):
             render(bad, tokenizer)
     with pytest.raises(ValueError, match="add_roles"):
         render(TALK, BPETokenizer([], []))
@@ -326,7 +305,7 @@ def theirs(tokenizer, model, tmp_path_factory):
     return transformers.AutoTokenizer.from_pretrained(folder)
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(talk=conversations(ROLE), reply=st.booleans())
 def test_transformers_gives_the_same_ids_and_mask(theirs, tokenizer, talk, reply):
     ids, mask = render(talk, tokenizer, reply)
@@ -337,7 +316,7 @@ def test_transformers_gives_the_same_ids_and_mask(theirs, tokenizer, talk, reply
     assert [bool(flag) for flag in found["assistant_masks"]] == mask
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(talk=conversations(ANY_ROLE))
 def test_what_one_refuses_the_other_refuses(theirs, tokenizer, talk):
     from jinja2 import TemplateError
@@ -351,7 +330,7 @@ def test_what_one_refuses_the_other_refuses(theirs, tokenizer, talk):
         assert theirs.apply_chat_template(talk)["input_ids"] == ids
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(talk=conversations(ROLE))
 def test_no_content_becomes_a_special_token(tokenizer, talk):
     ids, mask = render(talk, tokenizer)
@@ -373,7 +352,7 @@ def test_contents_that_are_no_text_are_refused_by_both(theirs, tokenizer):
 
     for content in (7, None, ["x"], {"a": "b"}):
         talk = [{"role": "user", "content": content}]
-        with pytest.raises(ValueError, match="text"):
+        with pytest.raises(ValueError, match="a turn"):
             render(talk, tokenizer)
         with pytest.raises(TemplateError):
             theirs.apply_chat_template(talk)
@@ -459,14 +438,6 @@ def test_a_saved_chat_model_loads_again(tmp_path, tokenizer, model):
     assert list(tokenizer_files(BPETokenizer([], []))) == ["tokenizer.json"]
 
 
-def test_a_file_with_the_escapes_of_a_template_loads(tmp_path):
-    _, tokenizer = add_roles(*glassgpt.load("shakespeare"))
-    path = tmp_path / "tokenizer.json"
-    path.write_text(tokenizer_files(tokenizer)["tokenizer.json"], "utf-8")
-    assert '"Replace"' in path.read_text("utf-8")
-    assert BPETokenizer.load(path).to_json() == tokenizer.to_json()
-
-
 def test_roles_for_any_model():
     configs = [
         (GPT, GPTConfig(260, 16, 1, 2, 8)),
@@ -486,6 +457,8 @@ def test_roles_for_any_model():
         assert torch.equal(old, new[..., :258])
         assert new.shape[-1] == larger.config.vocab_size == max(config.vocab_size, 262)
         assert (larger.head.weight is larger.tokens.weight) == config.tied
+        rows = larger.tokens.weight
+        assert torch.allclose(rows[258:], rows[:258].mean(dim=0))
         share = new[..., :262].softmax(-1)[..., 258:].sum(-1)
         assert share.max() <= 4 / 258
         assert tokenizer.special_tokens["<|pad|>"] == 257
@@ -517,7 +490,7 @@ def rendered(draw):
     return ids, draw(st.lists(st.booleans(), min_size=size, max_size=size))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(rendered(), min_size=1, max_size=12), st.integers(2, 40))
 def test_packing_keeps_every_target_once(talks, context):
     talks.append(([1, 2], [True, True]))
@@ -537,7 +510,7 @@ def test_packing_keeps_every_target_once(talks, context):
     assert all(used), "an empty row"
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=30))
 def test_positions_and_mask_agree_with_a_loop(row):
     positions, mask = separate(torch.tensor([row]), 0)
@@ -578,9 +551,9 @@ def test_packed_logits_are_those_alone():
 def test_every_row_is_seen_once_an_epoch():
     inputs = torch.arange(10)[:, None].repeat(1, 4)
     rows = Packed(inputs, inputs)
-    seen = [rows.random_batch(3, 4, (7, step))[0][:, 0].tolist() for step in range(20)]
+    seen = [rows.random_batch(3, 4, (7, step))[0][:, 0].tolist() for step in range(10)]
     seen = sum(seen, [])
-    for epoch in range(6):
+    for epoch in range(3):
         assert sorted(seen[10 * epoch : 10 * epoch + 10]) == list(range(10))
     assert seen[:10] != seen[10:20]
     again = rows.random_batch(3, 4, (7, 5))[0][:, 0].tolist()
@@ -637,7 +610,7 @@ def test_dropout_of_the_trainer_is_still_decided_by_the_seed(tokenizer):
 
 def test_history_is_cut_where_a_user_begins(tokenizer):
     talk = [*TALK, {"role": "user", "content": "And?"}]
-    for room in range(10, 80):
+    for room in range(10, 80, 3):
         least = [talk[0], talk[-1]]
         if len(render(least, tokenizer, reply=True)[0]) > room:
             with pytest.raises(ValueError, match=f"more than the {room}"):
@@ -659,7 +632,7 @@ def test_history_is_cut_where_a_user_begins(tokenizer):
 def test_an_answer_ends_with_a_special_token_or_the_context(model, tokenizer):
     ids, _ = render(TALK[:2], tokenizer, reply=True)
     special = list(tokenizer.special_tokens.values())
-    for seed in range(5):
+    for seed in range(2):
         rows = generate(model, ids, 64 - len(ids), special, seed=seed)
         text = "".join(stream_answer(model, tokenizer, TALK[:2], 500, seed=seed))
         assert text == tokenizer.decode(rows[len(ids) :])
@@ -698,11 +671,23 @@ def test_lines_of_a_pipe_are_answered_one_by_one(folder, monkeypatch, capsys):
     assert asked[1][:2] == ["Be brief.", "a tower?"]
     assert asked[1][-1] == "of iron?"
     assert asked[2] == ["Be brief.", "a tower?"]
-    assert capsys.readouterr().out.count("\n") >= 3
+    said = capsys.readouterr()
+    assert said.out.count("\n") >= 3
+    assert said.err == ""
+
+
+def test_with_a_seed_it_says_the_same_again(folder, monkeypatch, capsys):
+    said = []
+    for _ in range(2):
+        piped(monkeypatch, "a tower?\n")
+        words = ["--tokens", "4", "--device", "cpu", "--seed", "1"]
+        assert cli.main(["chat", str(folder), *words]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
 
 
 def test_a_long_talk_is_cut_with_a_word(folder, monkeypatch, capsys):
-    piped(monkeypatch, "a miniature Eiffel tower\n" * 8)
+    piped(monkeypatch, "a miniature Eiffel tower\n" * 4)
     assert cli.main(["chat", str(folder), "--tokens", "8", "--device", "cpu"]) == 0
     assert "oldest turns are forgotten" in capsys.readouterr().err
 
@@ -782,16 +767,6 @@ def test_a_pipe_is_stopped_as_a_whole(folder, monkeypatch):
     piped(monkeypatch, "one\ntwo\n")
     monkeypatch.setattr(cli, "stream_answer", interrupted)
     assert cli.main(["chat", str(folder), "--device", "cpu"]) == 130
-
-
-def test_the_program_itself_in_a_pipe(folder):
-    run = [sys.executable, "-m", "glassgpt", "chat", str(folder), "--tokens", "4"]
-    run += ["--device", "cpu", "--seed", "1"]
-    first = subprocess.run(run, input=b"a tower?\n", capture_output=True, timeout=120)
-    again = subprocess.run(run, input=b"a tower?\n", capture_output=True, timeout=120)
-    assert first.returncode == 0, first.stderr
-    assert first.stdout == again.stdout
-    assert first.stderr == b""
 
 
 def test_the_chapter_shows_the_record():

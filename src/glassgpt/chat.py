@@ -101,17 +101,16 @@ def render(conversation: Conversation, tokenizer: Any, reply: bool = False) -> R
 
 def _turns(conversation: Conversation, template: Template) -> list[tuple[str, str]]:
     """The (role, content) of each turn, the template's own system line included."""
-    try:
-        turns = [(turn["role"], turn["content"]) for turn in conversation]
-    except (TypeError, KeyError):
-        raise ValueError('a turn is {"role": ..., "content": ...}') from None
+    turns = []
+    for turn in conversation:
+        match turn:
+            case {"role": str(role), "content": str(content)} if role in ROLES:
+                turns.append((role, content))
+            case _:
+                due = f'{{"role": {" or ".join(ROLES)}, "content": text}}'
+                raise ValueError(f"a turn is {due}, not {turn!r:.80}")
     if not turns:
         raise ValueError("a conversation needs at least one turn")
-    for role, content in turns:
-        if role not in ROLES:
-            raise ValueError(f"a role is {', '.join(ROLES)}, not {role!r}")
-        if not isinstance(content, str):
-            raise ValueError(f"what the {role} says must be text, not {content!r:.60}")
     if template.default_system is not None and turns[0][0] != "system":
         turns.insert(0, ("system", template.default_system))
     return turns
@@ -238,10 +237,10 @@ def chat_loss(model: GPT, separator: int) -> Loss:
     device = next(model.parameters()).device
 
     def loss(ids: Tensor, targets: Tensor) -> Tensor:
-        ids, targets = ids.to(device), targets.to(device)
-        logits = model.head(model.hidden_states(ids, *separate(ids, separator)))
-        total = F.cross_entropy(logits.mT, targets, reduction="sum")  # over (B, V, T)
-        return total / (targets != IGNORED).sum().clamp(min=1)
+        ids = ids.to(device)
+        scores = model.head(model.hidden_states(ids, *separate(ids, separator))).mT
+        total = F.cross_entropy(scores, targets.to(device), reduction="sum")
+        return total / max(count_targets(targets), 1)
 
     return loss
 

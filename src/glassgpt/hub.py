@@ -3,7 +3,7 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
@@ -32,7 +32,8 @@ class Format:
     layers: our layers and theirs; where they have several, ours has their rows one
     after the other. keys: our fields and their keys. options: what other keys of theirs
     must be, where no shape shows it. transposed: a block's matrices are (in, out).
-    neighbors: rotary positions pair neighboring rows, not the two halves of a head.
+    neighbors: their layers in which rotary positions pair neighboring rows, not the two
+    halves of a head.
 
     Book: 17_gpt2.html#agreements-1-and-2-names-and-layouts
     """
@@ -43,7 +44,7 @@ class Format:
     keys: Mapping[str, str] = field(default_factory=dict)
     options: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     transposed: bool = False
-    neighbors: bool = False
+    neighbors: tuple[str, ...] = ()
 
     def names(self, name: str) -> list[str]:
         """Their names of one of our parameters."""
@@ -60,25 +61,23 @@ class Format:
             parts = value.split([config.width, shared, shared])
         else:
             parts = value.chunk(len(names))
-        parts = self._laid_out(name, parts, config)
-        return dict(zip(names, parts, strict=True))
+        pairs = zip(names, parts, strict=True)
+        return {n: self._turn(n, part, config) for n, part in pairs}
 
     def take(self, name: str, read: Read, config: GPTConfig) -> Tensor:
         """The inverse: one of our parameters, copied from theirs."""
-        parts = [read(part) for part in self.names(name)]
-        return torch.cat(self._laid_out(name, parts, config, back=True))
+        names = self.names(name)
+        return torch.cat([self._turn(n, read(n), config, back=True) for n in names])
 
-    def _laid_out(
-        self, name: str, parts: Sequence[Tensor], config: GPTConfig, back: bool = False
-    ) -> list[Tensor]:
-        """Parts with rows reordered and matrices turned, where the format wants it."""
-        parts = list(parts)
-        if self.neighbors and len(parts) == 3:
-            head_width = config.width // config.heads
+    def _turn(
+        self, name: str, value: Tensor, config: GPTConfig, back: bool = False
+    ) -> Tensor:
+        """A tensor with rows reordered or turned, where the format wants it."""
+        if name.split(".")[-2] in self.neighbors:
             reorder = pair_halves if back else pair_neighbors
-            parts[:2] = [reorder(part, head_width) for part in parts[:2]]
-        turned = self.transposed and name.startswith("blocks.")
-        return [part.T if turned and part.dim() == 2 else part for part in parts]
+            value = reorder(value, config.width // config.heads)
+        turned = self.transposed and name.startswith(self.block) and value.dim() == 2
+        return value.T if turned else value
 
 
 GPT2 = Format(
@@ -190,24 +189,21 @@ def config_to_json(config: GPTConfig, end: int | None = None) -> dict[str, Any]:
 
     Book: 17_gpt2.html#agreement-3-config-json-the-same-function
     """
-    theirs, own = format_of(config), asdict(config)
-    if theirs is OURS:
-        return {"model_type": "glassgpt", "glassgpt": own}
-    values = values_of(config)
-    content = {key: values[name] for name, key in theirs.keys.items()}
+    theirs, values = format_of(config), values_of(config)
+    content: dict[str, Any] = {"model_type": theirs.kind, "glassgpt": asdict(config)}
+    content |= {key: values[name] for name, key in theirs.keys.items()}
     content |= {key: allowed[0] for key, allowed in theirs.options.items()}
     content |= dict.fromkeys(("bos_token_id", "eos_token_id"), end)
+    if theirs is GPT2:
+        drops = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
+        content |= dict.fromkeys(drops, config.dropout)
+        content["architectures"] = ["GPT2LMHeadModel"]
     if theirs is LLAMA:
         rope = {key: content[key] for key in ("rope_theta", "rope_type")}
         del content["rope_type"]  # the base stays here, too: for readers before 5.0
         content |= {"rope_parameters": rope, "attention_dropout": config.dropout}
-        kind = "LlamaForCausalLM"
-    else:
-        drops = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
-        content |= dict.fromkeys(drops, config.dropout)
-        kind = "GPT2LMHeadModel"
-    head = {"model_type": theirs.kind, "architectures": [kind]}
-    return {**head, **content, "glassgpt": own}
+        content["architectures"] = ["LlamaForCausalLM"]
+    return content
 
 
 def config_from_json(content: dict[str, Any]) -> GPTConfig:
@@ -223,8 +219,8 @@ def config_from_json(content: dict[str, Any]) -> GPTConfig:
         usual = {"tie_word_embeddings": False, "rope_theta": 10_000.0}
         usual["num_key_value_heads"] = content.get("num_attention_heads")
         rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
-        rope = {**rope, "rope_type": rope.get("rope_type", rope.get("type", "default"))}
-        return read_config(LLAMA, {**usual, **content, **rope})
+        stretch = rope.get("rope_type", rope.get("type"))  # its older name
+        return read_config(LLAMA, {**usual, **content, **rope, "rope_type": stretch})
     if kind == "gpt2":
         return read_config(GPT2, {"tie_word_embeddings": True, **content})
     raise ValueError(f"its model_type is {kind!r}, not gpt2 or llama")
@@ -237,16 +233,12 @@ def read_config(theirs: Format, content: dict[str, Any]) -> GPTConfig:
     """
     own = dict(content.get("glassgpt", {}))
     for name, key in theirs.keys.items():
-        if key not in content:
-            raise ValueError(f"{key} is missing")
         if own.get(name, key) is not None:  # a None of ours follows from other fields
             own[name] = content[key]
     llama = theirs.kind == "llama"
     config = ModernConfig(**{**LLAMA_CHOICES, **own}) if llama else GPTConfig(**own)
-    head = (config.width // config.heads,)
-    follow = {"head_dim": head, "rope.dimension_count": head}
-    follow["n_inner"] = (4 * config.width,)
-    for key, allowed in {**theirs.options, **follow}.items():
+    turning = {"rope.dimension_count": (config.width // config.heads,)}  # all columns
+    for key, allowed in {**theirs.options, **turning}.items():
         if (value := content.get(key)) not in (None, *allowed):
             raise ValueError(f"its {key} is {value!r}, not {allowed[0]!r}")
     return config
@@ -261,9 +253,10 @@ def fit(
 
     Book: 17_gpt2.html#loading-every-name-and-shape-is-checked
     """
-    blocks = {re.match(rf"{re.escape(theirs.block)}\.(\d+)\.", name) for name in shapes}
-    if (count := len({b[1] for b in blocks if b})) != config.layers:
-        raise ValueError(f"it has {count} layers where {config.layers} are due")
+    start = rf"^{re.escape(theirs.block)}\.(\d+)\."
+    blocks = set(re.findall(start, "\n".join(shapes), re.MULTILINE))
+    if len(blocks) != config.layers:
+        raise ValueError(f"it has {len(blocks)} layers where {config.layers} are due")
     model = on_paper(config)
     due = {n: tuple(t.shape) for n, t in to_theirs(model, theirs).items()}
     for name, shape in due.items():
@@ -281,8 +274,8 @@ def fill(model: GPT, read: Read, theirs: Format) -> GPT:
 
     Book: 17_gpt2.html#loading-every-name-and-shape-is-checked
     """
-    names, config = [name for name, _ in model.named_parameters()], model.config
-    state = {name: theirs.take(name, read, config).float() for name in names}
+    names = [name for name, _ in model.named_parameters()]
+    state = {name: theirs.take(name, read, model.config).float() for name in names}
     model.load_state_dict(state, strict=False, assign=True)
     if model.config.tied:
         model.head.weight = model.tokens.weight
@@ -327,21 +320,20 @@ class ForeignTokenizer(Tokenizer):
                 token["special"] = True  # whatever the file says of it
             if facts["normalizer"] == UNESCAPE:  # for others: we escape nothing
                 facts["normalizer"] = None
-            vocab = facts["model"]["vocab"]
-            if isinstance(vocab, dict) and max(vocab.values()) > 2 * len(vocab) + 1000:
-                raise ValueError("its ids have holes")
             self._inner = library.from_str(json.dumps(facts))
         except Exception as error:  # it raises nothing finer
             raise ValueError(f"it is damaged or no tokenizer: {error}") from None
         self._inner.no_truncation()
         self._inner.no_padding()
         self._inner.encode_special_tokens = True  # as the text that they are
-        level = "ByteLevel" in json.dumps(json.loads(self._inner.to_str())["decoder"])
+        level = "ByteLevel" in json.dumps(facts.get("decoder"))
         added = self._inner.get_added_tokens_decoder()
         vocab = self._inner.get_vocab(with_added_tokens=False)
         self.special_tokens = {t.content: n for n, t in added.items()}
         known = {n: _bytes_of(symbol, level) for symbol, n in vocab.items()}
         known |= {n: token.content.encode() for n, token in added.items()}
+        if max(known) > 2 * len(known) + 1000:  # each would take memory
+            raise ValueError("its ids have holes")
         self._tokens = {n: known.get(n, b"") for n in range(max(known) + 1)}
 
     def _encode(self, text: str) -> list[int]:
@@ -420,8 +412,7 @@ def unpack(kind: str, data: np.ndarray) -> np.ndarray:
         numbers = scale * blocks[:, 2:].view(np.int8)
     else:
         gguf = _library("gguf")
-        kinds = gguf.GGMLQuantizationType
-        return gguf.dequantize(data, kinds[kind]).astype(np.float32)
+        return gguf.dequantize(data, gguf.GGMLQuantizationType[kind]).astype(np.float32)
     return numbers.reshape(len(data), -1)
 
 
@@ -488,27 +479,24 @@ GGUF_LLAMA = Format(
     options={
         "rope.scaling.type": ("none",),
         "rope.scaling.factor": (1.0, 0.0),
-        "rope.scale_linear": (1.0, 0.0),
     },
-    neighbors=True,
+    neighbors=("attn_q", "attn_k"),
 )
 _GGUF = {form.kind: form for form in (GGUF_GPT2, GGUF_LLAMA)}
-
-
-_DIGITS = {"gpt-2": False, "smollm": True}  # whether each digit is cut apart
 
 
 def _gguf_tokenizer(facts: dict[str, Any]) -> ForeignTokenizer:
     """The tokenizer in the fields of a GGUF file. Raises ValueError."""
     t, own = _library("tokenizers"), {k[15:]: v for k, v in facts.items()}
-    if own["model"] != "gpt2" or (pre := own.get("pre", "gpt-2")) not in _DIGITS:
-        kind = f"{own['model']}, {own.get('pre')}"
-        raise ValueError(f"its tokenizer is {kind!r}, not byte pairs as GPT-2's")
+    kind = own["model"], own.get("pre", "gpt-2")
+    if kind not in (("gpt2", "gpt-2"), ("gpt2", "smollm")):
+        raise ValueError(f"its tokenizer is {kind}, not byte pairs as GPT-2's")
     ids = {token: n for n, token in enumerate(own["tokens"])}
     merges = [tuple(merge.split(" ")) for merge in own["merges"]]
     inner = t.Tokenizer(t.models.BPE(ids, merges))
-    parts = [t.pre_tokenizers.Digits(individual_digits=True)] if _DIGITS[pre] else []
-    parts.append(t.pre_tokenizers.ByteLevel(add_prefix_space=False))
+    parts = [t.pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    if kind[1] == "smollm":  # each digit is set apart
+        parts.insert(0, t.pre_tokenizers.Digits(individual_digits=True))
     inner.pre_tokenizer = t.pre_tokenizers.Sequence(parts)
     inner.decoder = t.decoders.ByteLevel()
     kinds = zip(own["tokens"], own["token_type"], strict=True)
@@ -669,13 +657,12 @@ def write_card(directory: str | Path) -> Path:
     lines = (directory / "metrics.jsonl").read_text("utf-8").splitlines()
     records = [json.loads(line) for line in lines]
     best = min(records, key=lambda record: record["validation_loss"])
-    modern = "positions" in run["model"]
-    config = (ModernConfig if modern else GPTConfig)(**run["model"])
-    theirs = format_of(config)
+    content = json.loads((directory / "config.json").read_text("utf-8"))
+    config, kind = config_from_json(content), content["model_type"]
     facts = {**run, **run["model"], **run["training"], **run["machine"], **best}
     facts["name"] = directory.resolve().name
-    facts["kind"] = {"gpt2": "GPT-2", "llama": "Llama"}.get(theirs.kind, "modern GPT")
-    facts["library"] = "glassgpt" if theirs is OURS else "transformers"
+    facts["kind"] = {"gpt2": "GPT-2", "llama": "Llama"}.get(kind, "modern GPT")
+    facts["library"] = "glassgpt" if kind == OURS.kind else "transformers"
     facts["parameters"] = on_paper(config).parameter_count()
     facts["seen"] = records[-1]["step"] * facts["batch_size"] * config.context
     path = directory / "README.md"
