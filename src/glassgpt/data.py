@@ -304,8 +304,6 @@ def _fingerprint(facts: dict[str, Any]) -> str:
 def _read_facts(folder: Path, hashes: bool = False) -> dict[str, Any]:
     """What tokens.json says of a folder, after comparing sizes, or hashes, too."""
     path = folder / "tokens.json"
-    if not path.exists():
-        raise FileNotFoundError(f"no {path}: is this a folder that tokenize made?")
     facts = {}
     with suppress(ValueError, TypeError):
         facts = dict(json.loads(path.read_bytes()))
