@@ -641,6 +641,9 @@ def test_interrupted_writing_keeps_the_old_file(tmp_path, trained, monkeypatch):
             CharTokenizer.train("tower").save(path)
     assert path.read_bytes() == old
     assert list(tmp_path.iterdir()) == [path]
+    file = path.stat().st_ino
+    trained.save(path)
+    assert path.stat().st_ino != file  # put in its place, not written over it
 
 
 # What goes wrong says so.
