@@ -345,7 +345,7 @@ def test_grade_tells_an_error_of_the_attempt_from_one_of_the_check(capsys):
 
 
 @given(texts)
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 def test_any_text_survives(trained, gpt2, text):
     for tokenizer in (trained, gpt2):
         ids = tokenizer.encode(text)
@@ -355,12 +355,13 @@ def test_any_text_survives(trained, gpt2, text):
 
 
 @given(st.lists(st.integers(0, 50256), max_size=30))
-@settings(deadline=None)
+@settings(deadline=None, max_examples=20)
 def test_any_ids_decode(gpt2, ids):
     assert gpt2.decode(ids) == gpt2.decode_bytes(ids).decode(errors="replace")
 
 
 @given(st.text(max_size=50))
+@settings(deadline=None, max_examples=20)
 def test_characters_survive(text):
     if text:
         tokenizer = CharTokenizer.train(text)
@@ -372,7 +373,7 @@ def test_characters_survive(text):
 
 
 @given(texts)
-@settings(deadline=None, max_examples=500)
+@settings(deadline=None, max_examples=150)
 def test_gpt2_equals_tiktoken(gpt2, original, text):
     assert gpt2.encode(text) == original.encode_ordinary(text)
 
@@ -386,11 +387,13 @@ def test_gpt2_equals_tiktoken_on_nasty_texts(gpt2, original, text):
 
 
 def test_gpt2_equals_tiktoken_on_every_character(gpt2, original):
-    # Newer letters are letters for one Unicode version and unassigned for another.
-    for start in [*range(0, 0x34000, 0x1000), 0xE0000, 0xF0000, 0x10F000]:
-        block = [chr(n) for n in range(start, start + 0x1000) if n >> 11 != 0x1B]
-        for text in ("a".join(block), " ".join(block), "1!".join(block)):
-            assert gpt2.encode(text) == original.encode_ordinary(text), hex(start)
+    # After ! and before 1, letters, digits, signs and spaces are cut each in its way.
+    # (Newer letters are letters for one Unicode version and unassigned for another.)
+    more = [0xA, 0xD, 0xF, 0x10, 0x11, 0x16, 0x1D, 0x1E, 0x1F, 0x20, 0x2F, 0x31, 0xE0]
+    for start in [0, 1, 2, 3, *more]:  # the others are all alike
+        block = [chr(n) for n in range(start << 12, start + 1 << 12) if n >> 11 != 0x1B]
+        text = "1!".join(block)
+        assert gpt2.encode(text) == original.encode_ordinary(text), hex(start)
 
 
 def test_gpt2_has_the_vocabulary_of_the_original(gpt2, original):
@@ -400,19 +403,9 @@ def test_gpt2_has_the_vocabulary_of_the_original(gpt2, original):
         assert gpt2.decode_bytes([n]) == original.decode_single_token_bytes(n)
 
 
-@pytest.mark.parametrize("vocab_size", [257, 300, 1000])
-def test_training_equals_tokenizers(vocab_size):
+def test_training_equals_tokenizers():
     text = training_text()
-    peer = train_peer(text, vocab_size)
-    assert learned(BPETokenizer.train(text, vocab_size)) == learned_by(peer)
-
-
-@given(st.one_of(alphabet, short), st.integers(257, 300))
-@settings(deadline=None)
-@pytest.mark.filterwarnings("ignore:the text has too few pairs")
-def test_training_breaks_ties_as_tokenizers_does(text, vocab_size):
-    peer = train_peer(text, vocab_size)
-    assert learned(BPETokenizer.train(text, vocab_size)) == learned_by(peer)
+    assert learned(BPETokenizer.train(text, 1000)) == learned_by(train_peer(text, 1000))
 
 
 def learned(ours):
@@ -424,16 +417,16 @@ def learned_by(peer):
     return theirs["merges"], len(theirs["vocab"])
 
 
-@given(st.lists(alphabet, max_size=4))
-@settings(deadline=None)
+@given(st.lists(st.one_of(alphabet, short), max_size=4), st.integers(257, 300))
+@settings(deadline=None, max_examples=60)
 @pytest.mark.filterwarnings("ignore:the text has too few pairs")
-def test_training_on_several_texts_equals_tokenizers(several):
-    ours = BPETokenizer.train(iter(several), 290)
-    assert learned(ours) == learned_by(train_peer(several, 290))
+def test_training_breaks_ties_as_tokenizers_does(several, vocab_size):
+    ours = BPETokenizer.train(iter(several), vocab_size)
+    assert learned(ours) == learned_by(train_peer(several, vocab_size))
 
 
 @given(st.dictionaries(st.text("abc", max_size=12), st.integers(1, 5), max_size=8))
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 def test_learning_equals_recounting_everything(counts):
     words = [(byte_ids(word), times) for word, times in counts.items()]
     merges = []
@@ -459,7 +452,7 @@ def one_at_a_time(ids, merges):
 
 
 @given(st.text("abc", max_size=400), st.integers(0, 40))
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @pytest.mark.filterwarnings("ignore:the text has too few pairs")
 def test_merging_everywhere_equals_one_at_a_time(word, number):
     pairs = learn_merges({"abcabcaabbcc": 1, "bcbcacab": 2, word[:30]: 1}, number)
@@ -472,14 +465,9 @@ def test_merging_everywhere_equals_one_at_a_time(word, number):
     assert one_at_a_time(byte_ids(word), merges) == ids
 
 
-@pytest.mark.parametrize("make", ["trained", "gpt2", "characters"])
-def test_tokenizers_reads_the_file(make, request, tmp_path):
-    make_characters = make == "characters"
-    ours = (
-        CharTokenizer.train(NASTY, [END])
-        if make_characters
-        else request.getfixturevalue(make)
-    )
+@pytest.mark.parametrize("kind", [BPETokenizer, CharTokenizer])
+def test_tokenizers_reads_the_file(kind, trained, tmp_path):
+    ours = trained if kind is BPETokenizer else CharTokenizer.train(NASTY, [END])
     ours.save(tmp_path / "tokenizer.json")
     peer = Peer.from_file(str(tmp_path / "tokenizer.json"))
     assert peer.get_vocab_size() == ours.vocab_size
@@ -506,7 +494,7 @@ def test_coarse_and_fine_cut_agree_about_white_space():
 
 
 @given(st.lists(texts, max_size=4))
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 def test_words_are_counted_as_they_are_cut(several):
     counts = {}
     for text in several:
@@ -515,9 +503,9 @@ def test_words_are_counted_as_they_are_cut(several):
     assert count_words(several) == counts
 
 
-def test_a_million_letters_take_no_quadratic_time(gpt2, original):
-    # A million would need hours if each merge scanned them all.
-    text = "a" * 1_000_000 + "é" * 1000
+def test_a_long_run_of_letters_takes_no_quadratic_time(gpt2, original):
+    # They would need hours if each merge scanned them all.
+    text = "a" * 300_000 + "é" * 1000
     assert gpt2.encode(text) == original.encode_ordinary(text)
 
 
@@ -539,8 +527,8 @@ def test_the_caller_may_change_what_it_got(trained):
     assert 999 not in trained.encode(" tower")
 
 
-def test_pickle_sends_the_merges_only(gpt2):
-    fresh = BPETokenizer(gpt2.merges, [END, "<|user|>"])
+def test_pickle_sends_the_merges_only(trained):
+    fresh = BPETokenizer(trained.merges, [END, "<|user|>"])
     before = len(pickle.dumps(fresh))
     ids = fresh.encode("a miniature Eiffel tower " * 3)
     assert len(pickle.dumps(fresh)) == before
@@ -602,13 +590,9 @@ def test_missing_file_and_folder(tmp_path, trained):
 
 def damaged(saved):
     """Versions of a good file that must be refused, by name."""
-    yield "empty", ""
-    yield "not JSON", "tower"
     yield "cut", json.dumps(saved)[:-30]
     yield "a list", "[]"
-    yield "a number", "7"
     yield "deep", "[" * 100_000
-    yield "no model", json.dumps({**saved, "model": None})
     for part in saved["model"].keys() & {"vocab", "merges"}:
         model = {k: v for k, v in saved["model"].items() if k != part}
         yield f"without {part}", json.dumps({**saved, "model": model})
@@ -619,9 +603,14 @@ def damaged(saved):
     vocab[first], vocab[last] = vocab[last], vocab[first]
     model = {**saved["model"], "vocab": vocab}
     yield "ids exchanged", json.dumps({**saved, "model": model})
+    if merges := saved["model"]["merges"]:
+        model = {**saved["model"], "merges": merges[::-1]}
+        yield "merges reversed", json.dumps({**saved, "model": model})
     yield "normalizer", json.dumps({**saved, "normalizer": {"type": "NFC"}})
     yield "decoder", json.dumps({**saved, "decoder": {"type": "WordPiece"}})
     yield "no added tokens", json.dumps({**saved, "added_tokens": []})
+    level = {**json.loads(tokens._BYTE_LEVEL), "add_prefix_space": True}
+    yield "a space put before", json.dumps({**saved, "pre_tokenizer": level})
 
 
 @pytest.mark.parametrize("kind", ["bpe", "characters"])
@@ -631,29 +620,10 @@ def test_damaged_files_are_refused(kind, tmp_path, trained):
     ours.save(path)
     for name, text in damaged(json.loads(path.read_text("utf-8"))):
         path.write_text(text, "utf-8")
-        refusal = None
-        try:
-            load_tokenizer(path)
-        except ValueError as error:
-            refusal = error
-        assert type(refusal) is ValueError, f"{name}: {refusal!r}"
-        assert str(path) in str(refusal), name
+        with pytest.raises(ValueError, match="tokenizer.json is damaged or foreign"):
+            pytest.fail(f"{name}: {load_tokenizer(path)} was loaded")
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="tokenizer.json"):
-        load_tokenizer(path)
-
-
-def test_merges_out_of_order_and_foreign_pre_tokenizers_are_refused(tmp_path, trained):
-    path = tmp_path / "tokenizer.json"
-    saved = tokens._as_json(trained)
-    saved["model"]["merges"] = saved["model"]["merges"][::-1]
-    path.write_text(json.dumps(saved), "utf-8")
-    with pytest.raises(ValueError, match="damaged or foreign"):
-        load_tokenizer(path)
-    saved = tokens._as_json(trained)
-    saved["pre_tokenizer"] = {**saved["pre_tokenizer"], "add_prefix_space": True}
-    path.write_text(json.dumps(saved), "utf-8")
-    with pytest.raises(ValueError, match="glassgpt writes .*pre_tokenizer"):
         load_tokenizer(path)
 
 
@@ -671,23 +641,25 @@ def test_interrupted_writing_keeps_the_old_file(tmp_path, trained, monkeypatch):
             CharTokenizer.train("tower").save(path)
     assert path.read_bytes() == old
     assert list(tmp_path.iterdir()) == [path]
+    file = path.stat().st_ino
+    trained.save(path)
+    assert path.stat().st_ino != file  # put in its place, not written over it
 
 
 # What goes wrong says so.
 
 
-@pytest.mark.parametrize("text", ["tower \ud800", "\udc80", "a\udfff"])
-def test_lone_surrogates_are_refused(text, trained):
+def test_lone_surrogates_are_refused(trained):
     uses = [trained.encode, lambda t: BPETokenizer.train(t, 300), CharTokenizer.train]
     for use in uses:
         with pytest.raises(ValueError, match="surrogates not allowed"):
-            use(text)
+            use("tower \ud800")
 
 
-@pytest.mark.parametrize("text", [None, 7, b"tower", ["tower"]])
-def test_what_is_no_text_is_refused(text, trained):
-    with pytest.raises(TypeError):
-        trained.encode(text)
+def test_what_is_no_text_is_refused(trained):
+    for text in (None, b"tower", ["tower"]):
+        with pytest.raises(TypeError):
+            trained.encode(text)
 
 
 @pytest.mark.parametrize("ids", [[0, 290], [-1], [0, 10**20]])
@@ -710,11 +682,11 @@ def test_ids_may_come_from_torch_and_numpy(trained):
 
 
 def test_unknown_characters_are_named():
-    with pytest.raises(ValueError, match="'é' at position 3"):
+    with pytest.raises(ValueError, match="character 'é' is not in the vocab"):
         CharTokenizer.train("a tower").encode("a té")
 
 
-@pytest.mark.parametrize("given_", [["a", "a"], ["ab"], [""]])
+@pytest.mark.parametrize("given_", [["a", "a"], ["ab"]])
 def test_characters_must_be_single_and_distinct(given_):
     with pytest.raises(ValueError, match="single characters|'a' is empty, or there"):
         CharTokenizer(given_)
@@ -733,20 +705,6 @@ def test_the_name_of_a_file_is_refused(kind, tmp_path, monkeypatch):
         kind.train("my.txt", *size)
     kind.train("a tower" * 100_000, *size)  # longer than any name may be
     kind.train("a\0b", *size)
-
-
-def test_several_texts_are_learned_from_one_after_the_other():
-    alive = []
-
-    def texts():
-        for n in range(50):
-            alive.append(n)
-            yield f"{n} towers " * 10
-
-    one = CharTokenizer.train(texts())
-    assert one.decode(one.encode("0123456789 towers")) == "0123456789 towers"
-    assert len(alive) == 50
-    assert len(one) == one.vocab_size == 10 + len(set(" towers"))
 
 
 def test_tokenizers_say_what_they_are(trained):

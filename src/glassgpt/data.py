@@ -9,12 +9,11 @@ import json
 import os
 import re
 import shutil
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from glob import escape, glob
+from glob import glob
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Self
@@ -136,9 +135,6 @@ class Tokens:
         return len(self) - context
 
     def _crops(self, starts: np.ndarray, context: int) -> Batch:
-        file = getattr(self.ids, "filename", None)  # to read past its end would kill us
-        if file and os.path.getsize(file) < self.ids.nbytes:
-            raise ValueError(f"{file} became shorter after it was opened")
         rows = [self.ids[start : start + context + 1] for start in starts]
         ids = torch.from_numpy(np.stack(rows).astype(np.int64))  # (B, T + 1)
         return ids[:, :-1], ids[:, 1:]
@@ -224,10 +220,10 @@ def _text_of(line: bytes) -> bytes:
     raise ValueError('the line is no {"text": "..."}')
 
 
-def _files(places: Iterable[Path], seen: set[Path]) -> Iterator[Path]:
+def _files(places: Iterable[Path], seen: set[str]) -> Iterator[Path]:
     """These files and those below folders: in order, each once, none that is hidden."""
     for place in sorted(places):
-        real = Path(os.path.realpath(place))  # a link in a circle is no file
+        real = os.path.realpath(place)
         if real in seen:
             continue
         seen.add(real)
@@ -237,7 +233,7 @@ def _files(places: Iterable[Path], seen: set[Path]) -> Iterator[Path]:
             yield place
 
 
-def _documents(source: str | Path, seen: set[Path]) -> Iterator[Document]:
+def _documents(source: str | Path, seen: set[str]) -> Iterator[Document]:
     """The documents behind a path (first, where it exists), a pattern, or a name."""
     places = [source] if os.path.exists(source) else glob(str(source), recursive=True)
     if not places and str(source) == "shakespeare":
@@ -267,7 +263,7 @@ def read_documents(*sources: str | Path, skip: bool = False) -> list[Document]:
         try:
             if sum(map(len, document.pieces())):
                 documents.append(document)
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             place = f"{document.path}, from byte {document.start} on,"
             bad.setdefault(document.path, f"{place} can't be read as text: {error}")
     what = "; ".join(bad.values())
@@ -287,13 +283,13 @@ Ids = Sequence[int] | np.ndarray
 def _packed(ids: Ids, vocab_size: int) -> np.ndarray:
     """Ids as the integers of a file. Raises ValueError for other ids."""
     array = np.asarray(ids)
-    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-        what = f"{array.dtype} of shape {array.shape}"
-        raise ValueError(f"ids must be a row of whole numbers, not {what}")
-    if array.size and not 0 <= array.min() <= array.max() < vocab_size:
-        wrong = f"ids from {array.min()} to {array.max()}"
-        raise ValueError(f"{wrong} don't fit a vocabulary of {vocab_size}")
-    return array.astype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+    packed = array.astype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+    same = np.array_equal(packed, array)  # whole numbers, and none is negative
+    if array.ndim != 1 or not same or packed.max(initial=0) >= vocab_size:
+        found = f"{array.dtype} {array.shape} from {array.min()} to {array.max()}"
+        what = f"whole numbers (N,) from 0 to {vocab_size - 1}"
+        raise ValueError(f"ids must be {what}, not {found}")
+    return packed
 
 
 def _hash_of(path: Path) -> str:
@@ -308,10 +304,8 @@ def _fingerprint(facts: dict[str, Any]) -> str:
 def _read_facts(folder: Path, hashes: bool = False) -> dict[str, Any]:
     """What tokens.json says of a folder, after comparing sizes, or hashes, too."""
     path = folder / "tokens.json"
-    if not path.exists():
-        raise FileNotFoundError(f"no {path}: is this a folder that tokenize made?")
     facts = {}
-    with suppress(ValueError, KeyError, TypeError, RecursionError):
+    with suppress(ValueError, TypeError):
         facts = dict(json.loads(path.read_bytes()))
     if facts.pop("fingerprint", None) != _fingerprint(facts):
         raise ValueError(f"{path} is damaged: tokenize again")
@@ -379,22 +373,21 @@ def _new_folder(directory: Path) -> Iterator[Path]:
     """A folder to fill: it gets its name when it is full, and goes when that fails."""
     if os.path.lexists(directory):
         raise FileExistsError(f"{directory} exists already: choose another folder")
-    parent, name = directory.parent, f".{directory.name}."
-    parent.mkdir(parents=True, exist_ok=True)
-    for leftover in parent.glob(f"{escape(name)}*.partial"):
-        with suppress(OSError), FileLock(leftover / "lock", timeout=0):
-            shutil.rmtree(leftover)  # nobody holds its lock: its writer was killed
-    with (
-        tempfile.TemporaryDirectory(".partial", name, parent) as beside,
-        FileLock(Path(beside, "lock")),
-    ):
-        folder = Path(beside, "full")
+    beside = directory.with_name(f".{directory.name}.partial")
+    beside.mkdir(parents=True, exist_ok=True)
+    lock, folder = FileLock(beside / "lock"), beside / "full"
+    lock.acquire(timeout=0)  # OSError while somebody else writes
+    try:
+        shutil.rmtree(folder, ignore_errors=True)  # its writer was killed
         folder.mkdir()
         yield folder
         for path in folder.iterdir():  # the disk has every byte before the name counts
             with open(path, "rb+") as file:
                 os.fsync(file)
         folder.rename(directory)
+    finally:
+        lock.release()
+        shutil.rmtree(beside)
 
 
 # Ids, in parts, each with the number of its characters, None if nobody knows.

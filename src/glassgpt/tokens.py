@@ -298,9 +298,7 @@ class CharTokenizer(Tokenizer):
         try:
             return [self._ids[character] for character in text]
         except KeyError as error:
-            place = text.index(error.args[0])
-            message = f"character {error} at position {place} is not in the vocabulary"
-            raise ValueError(message) from None
+            raise ValueError(f"character {error} is not in the vocabulary") from None
 
 
 _PIECE = re.compile(r"[^\S\x1c-\x1f]*[\S\x1c-\x1f]+|\s+")  # as `regex` sees spaces
