@@ -25,11 +25,10 @@ SCALE = 0.5  # pixels a point
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory):
+def site(chromium, tmp_path_factory):
     """Two chapters, built."""
     target = tmp_path_factory.mktemp("pdf")
     (target / "toc.yml").write_text(TOC, "utf-8")
-    subprocess.run([sys.executable, ROOT / "tools" / "vendor.py"], cwd=ROOT, check=True)
     book = [Path(sys.executable).with_name("jupyter-book"), "build", ".", "-q"]
     small = ["--toc", str(target / "toc.yml"), "--path-output", str(target)]
     subprocess.run(book + small, cwd=ROOT, check=True, capture_output=True)
