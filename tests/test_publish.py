@@ -55,6 +55,14 @@ def page(browser, shakespeare, tmp_path_factory):
     page.close()
 
 
+@pytest.fixture(scope="module")
+def romeo(shakespeare, tmp_path_factory):
+    """The file of a page that begins with a name."""
+    path = tmp_path_factory.mktemp("romeo") / "page.html"
+    publish(*shakespeare, path, prompt="ROMEO:")
+    return path
+
+
 def lightened(model):
     """The model with the weights that the page has, rounded to int8."""
     import copy
@@ -77,8 +85,8 @@ def prompts(tokenizer, count):
 
 def test_greedy_ids_are_the_packages(page, shakespeare):
     model, tokenizer = lightened(shakespeare[0]), shakespeare[1]
-    texts = prompts(tokenizer, 300)[:200]
-    assert len(texts) == 200
+    texts = prompts(tokenizer, 90)[:60]
+    assert len(texts) == 60
     ids = [tokenizer.encode(text) for text in texts]
     wanted = [glassgpt.generate(model, row, 6, top_k=1) for row in ids]
     assert page.evaluate(GREEDY, [texts, 6]) == wanted
@@ -86,13 +94,13 @@ def test_greedy_ids_are_the_packages(page, shakespeare):
 
 def test_past_the_context_too(page, shakespeare):
     model, tokenizer = lightened(shakespeare[0]), shakespeare[1]
-    (found,) = page.evaluate(GREEDY, [["ROMEO:"], 300])
-    assert found == glassgpt.generate(model, tokenizer.encode("ROMEO:"), 300, top_k=1)
+    (found,) = page.evaluate(GREEDY, [["ROMEO:"], 265])
+    assert found == glassgpt.generate(model, tokenizer.encode("ROMEO:"), 265, top_k=1)
 
 
 @pytest.mark.parametrize("kind", ["float32", "int8"])
 def test_probabilities_are_the_models(browser, shakespeare, tmp_path, kind):
-    """All of them, after each token: what the bars and the dice are made of."""
+    """All of them: what the bars and the dice are made of."""
     model, tokenizer = shakespeare
     publish(model, tokenizer, tmp_path / "page.html", weights=kind)
     page = opened(browser, tmp_path / "page.html")
@@ -102,7 +110,8 @@ def test_probabilities_are_the_models(browser, shakespeare, tmp_path, kind):
         logits = (model if kind == "float32" else lightened(model))(
             torch.tensor([ids])
         )[0]
-    for place, row in enumerate(logits.double().softmax(-1)):
+    for place in (0, 1, len(ids) - 1):
+        row = logits[place].double().softmax(-1)
         choices = page.evaluate(ASK, ["next", ids, place, {}, 5000])["choices"]
         found = torch.zeros_like(row)
         for choice in choices:
@@ -176,11 +185,8 @@ def test_weights_and_lens_are_the_models(page, shakespeare):
     assert [row[0]["id"] for row in rows] == best
 
 
-def test_a_reader_writes_and_looks(browser, shakespeare, tmp_path):
-    publish(*shakespeare, tmp_path / "page.html", prompt="ROMEO:")
-    page = opened(
-        browser, tmp_path / "page.html", viewport={"width": 360, "height": 740}
-    )
+def test_a_reader_writes_and_looks(browser, romeo):
+    page = opened(browser, romeo, viewport={"width": 360, "height": 740})
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     tokens = page.locator(".tokens span")
     assert tokens.all_inner_texts() == ["ROMEO", ":"]
@@ -237,11 +243,10 @@ Blob = class extends Blob {
 """
 
 
-def test_a_browser_of_2022_runs_it(browser, shakespeare, tmp_path):
-    publish(*shakespeare, tmp_path / "page.html", prompt="ROMEO:")
+def test_a_browser_of_2022_runs_it(browser, romeo):
     context = browser.new_context()
     context.add_init_script(OLD)
-    page = opened(context, tmp_path / "page.html")
+    page = opened(context, romeo)
     page.evaluate("document.querySelector('glass-gpt').write(5)")
     assert page.locator(".tokens span").count() == 7
     assert page.locator(".tokens span[aria-selected=true]").count() == 1
@@ -250,9 +255,8 @@ def test_a_browser_of_2022_runs_it(browser, shakespeare, tmp_path):
     context.close()
 
 
-def test_a_reader_who_interrupts_breaks_nothing(browser, shakespeare, tmp_path):
-    publish(*shakespeare, tmp_path / "page.html", prompt="ROMEO:")
-    page = opened(browser, tmp_path / "page.html")
+def test_a_reader_who_interrupts_breaks_nothing(browser, romeo):
+    page = opened(browser, romeo)
     write, one = (page.get_by_role("button", name=n) for n in ("Write", "One token"))
     figure = "document.querySelector('glass-gpt')"
     write.click()
