@@ -8,7 +8,7 @@ from functools import partialmethod
 from pathlib import Path
 
 import pytest
-from browser import find_browser
+from browser import FLAGS, find_browser
 
 if os.name == "nt":  # the texts that tests write have the same bytes everywhere
     Path.write_text = partialmethod(Path.write_text, newline="\n")
@@ -31,7 +31,28 @@ def build_page(target):
 
 
 @pytest.fixture(scope="session")
-def site(tmp_path_factory):
+def chromium():
+    """The path of a Chromium; where there is none, what needs one is left out."""
+    path = find_browser()
+    if path is None and os.environ.get("GLASSGPT_REQUIRE_BROWSER") != "1":
+        pytest.skip("no Chromium or Chrome was found")
+    assert path, "GLASSGPT_REQUIRE_BROWSER=1, but no Chromium or Chrome was found"
+    return path
+
+
+@pytest.fixture(scope="module")
+def browser(chromium):
+    """A headless Chromium."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
+        started = driver.chromium.launch(executable_path=chromium, args=FLAGS)
+        yield started
+        started.close()
+
+
+@pytest.fixture(scope="session")
+def site(chromium, tmp_path_factory):
     """The built page. Only test_page.py asks for it, so one worker builds it."""
     return build_page(tmp_path_factory.mktemp("site"))
 

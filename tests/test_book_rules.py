@@ -333,8 +333,8 @@ def test_the_median_code_cell_has_at_most_eight_lines(path):
 
 
 @each_chapter
-def test_the_notebook_is_smaller_than_a_megabyte(path):
-    assert path.stat().st_size < 1_000_000
+def test_the_notebook_is_smaller_than_half_a_megabyte(path):
+    assert path.stat().st_size < 500_000
 
 
 @each_chapter

@@ -12,12 +12,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from browser import FLAGS, find_browser
 
-REQUIRED = os.environ.get("GLASSGPT_REQUIRE_BROWSER") == "1"
-pytestmark = pytest.mark.skipif(
-    find_browser() is None and not REQUIRED, reason="no Chromium or Chrome was found"
-)
 BOOK = Path(__file__).parent.parent / "book"
 CHAPTER = "05_softmax.ipynb"
 NOTEBOOK = "window.jupyterapp.shell.currentWidget.content"
@@ -64,26 +59,19 @@ def address(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def page(address):
+def page(browser, address):
     """The chapter, opened and not run yet; `page.trouble` collects what goes wrong."""
-    from playwright.sync_api import sync_playwright
-
-    path = find_browser()
-    assert path, "GLASSGPT_REQUIRE_BROWSER=1, but no Chromium or Chrome was found"
-    with sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=path, args=FLAGS)
-        page = chromium.new_page(viewport={"width": 1280, "height": 900})
-        page.set_default_timeout(120_000)
-        page.trouble = []
-        page.on("pageerror", lambda error: page.trouble.append(str(error)))
-        page.on(
-            "console",
-            lambda line: line.type == "error" and page.trouble.append(line.text),
-        )
-        page.goto(address)
-        page.wait_for_function(OPENED)
-        yield page
-        chromium.close()
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.set_default_timeout(120_000)
+    page.trouble = []
+    page.on("pageerror", lambda error: page.trouble.append(str(error)))
+    page.on(
+        "console",
+        lambda line: line.type == "error" and page.trouble.append(line.text),
+    )
+    page.goto(address)
+    page.wait_for_function(OPENED)
+    return page
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ import functools
 import html
 import http.server
 import json
-import os
 import re
 import threading
 import unicodedata
@@ -17,43 +16,81 @@ import literate
 import names
 import pytest
 import yaml
-from browser import FLAGS, find_browser
 from fontTools.ttLib import TTFont
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
-REQUIRED = os.environ.get("GLASSGPT_REQUIRE_BROWSER") == "1"
-pytestmark = pytest.mark.skipif(
-    find_browser() is None and not REQUIRED, reason="no Chromium or Chrome was found"
-)
 CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text("utf-8"))
-REDIRECTS = CONFIG["sphinx"]["config"]["redirects"]
+REDIRECTS = {
+    f"{old}.html": f"book/{new}"
+    for old, new in CONFIG["sphinx"]["config"]["redirects"].items()
+} | {"index.html": "book/intro.html"}
 # The page is served from here, as on the web: the path of its address.
 BASE = urlsplit(CONFIG["html"]["baseurl"]).path
 AXE = Path(axe_playwright_python.__file__).with_name("axe.min.js").read_text("utf-8")
 # What axe finds serious or critical: the rule and the first elements that break it.
-AXE_RUN = """async () => {
-  const rules = {"label-content-name-mismatch": {enabled: true}};
-  const found = await axe.run({rules, preload: false, resultTypes: ["violations"]});
+AXE_RUN = """async (options) => {
+  options = {...options, preload: false, resultTypes: ["violations"]};
+  const found = await axe.run(options);
   return found.violations
     .filter(rule => ["serious", "critical"].includes(rule.impact))
     .map(rule => [rule.id, ...rule.nodes.slice(0, 3).map(node => node.html)]);
 }"""
-# page.js has asked every box whether it scrolls.
-ASKED = "!document.querySelector('pre:not([tabindex])')"
-# Code has a few colors, thousands of times: axe sees the first word of each.
-ONE_OF_EACH = """() => {
+EVERY_RULE = {"rules": {"label-content-name-mismatch": {"enabled": True}}}
+CONTRAST = {"runOnly": ["color-contrast"]}
+BUT_CONTRAST = {"rules": EVERY_RULE["rules"] | {"color-contrast": {"enabled": False}}}
+SMALL = "book/24_scaling_laws.html"
+# Text has a few colors on a few grounds, thousands of times: axe sees three of each. It
+# doesn't judge a single character.
+THREE_OF_EACH = """() => {
+  const grounds = new Map([[undefined, ""]]), seen = {};
+  const ground = element => {
+    if (!grounds.has(element)) {
+      const {backgroundColor, backgroundImage, opacity} = getComputedStyle(element);
+      const own = [backgroundColor, backgroundImage, opacity].join(" ");
+      const below = ground(element.parentElement ?? element.getRootNode().host);
+      grounds.set(element, own === "rgba(0, 0, 0, 0) none 1" ? below : below + own);
+    }
+    return grounds.get(element);
+  };
+  const live = [...document.querySelectorAll("glass-gpt")].map(x => x.shadowRoot);
+  for (const root of [document, ...live.filter(Boolean)])
+    for (const element of root.querySelectorAll("*")) {
+      const words = [...element.childNodes].some(node => node.data?.trim().length > 1);
+      const said = words || element.matches("input, textarea, select");
+      if (!said || !element.checkVisibility()) continue;
+      const {color, fontSize, fontWeight} = getComputedStyle(element);
+      const shade = [color, fontSize, fontWeight, ground(element)].join(" ");
+      seen[shade] = (seen[shade] ?? 0) + 1;
+      if (seen[shade] <= 3) element.dataset.shade = "";
+    }
+}"""
+ONLY_THESE = """() => {
+  const kept = ":is([data-shade], glass-gpt)";
+  document.querySelectorAll(`body :not(${kept}, ${kept} *, :has(${kept}))`)
+    .forEach(element => element.style.setProperty("display", "none", "important"));
+  axe.configure({rules: [{id: "color-contrast", selector: "[data-shade]"}]});
+}"""
+# What axe need not walk through: the inside of drawings, and words of code.
+PRUNE = """() => {
   const seen = new Set();
   document.querySelectorAll("pre span[class]").forEach(word => {
-    if (seen.has(word.className)) word.style.visibility = "hidden";
-    seen.add(word.className);
+    if (seen.has(word.className)) word.replaceWith(...word.childNodes);
+    else if (word.textContent.length > 1) seen.add(word.className);
   });
+  document.querySelectorAll("svg[role=img]").forEach(svg => svg.replaceChildren());
 }"""
+# page.js has asked every box whether it scrolls.
+ASKED = "!document.querySelector('pre:not([tabindex])')"
+UNREACHABLE = """[...document.querySelectorAll("pre")]
+  .filter(box => box.tabIndex < 0)
+  .filter(({ scrollWidth, clientWidth, scrollHeight, clientHeight }) =>
+    scrollWidth > clientWidth || scrollHeight > clientHeight).length"""
 # Boxes that paper would cut.
 CUT = """() => [...document.querySelectorAll("article pre, article .math")]
   .filter(box => box.checkVisibility() && box.scrollWidth > box.clientWidth + 1)
   .map(box => box.outerHTML.slice(0, 160))"""
-DARK = "['dark', undefined].includes(document.documentElement.dataset.theme)"
+THEME = "name => [name, undefined].includes(document.documentElement.dataset.theme)"
 PRINTED = """() => document.documentElement.dataset.theme !== "dark"
   && !document.querySelector("article details:not(.hide, [open])")"""
 MARKERS = re.compile(r"^#\| ?(export|default_exp)|^# ?@title", re.MULTILINE)
@@ -73,12 +110,26 @@ LOOK = """() => {
     mute: [...article.querySelectorAll("img, svg[role=img]")]
       .filter(picture => !picture.closest("[aria-hidden=true]") && !named(picture))
       .map(picture => picture.outerHTML.slice(0, 200)),
-    code: [...article.querySelectorAll("pre")].map(pre => pre.innerText).join("\\n"),
+    code: [...article.querySelectorAll("pre")].map(pre => pre.textContent).join("\\n"),
     prose: text.textContent,
     formulas: article.querySelectorAll("math").length,
     graded: /\\bgrade\\(/.test(article.textContent),
   };
 }"""
+# Focuses a slider, and returns the key that moves it; the live model has its own test.
+FOCUS = """index => {
+  const sliders = document.querySelectorAll("article input[type=range]");
+  const one = [...sliders].filter(x => !x.closest("glass-gpt"))[index];
+  if (!one) return "";
+  let figure = one;
+  while (!figure.querySelector("[role=img]")) figure = figure.parentElement;
+  window.shown = () => [...figure.querySelectorAll("[role=img]")]
+    .filter(part => part.checkVisibility()).map(part => part.outerHTML).join("");
+  window.before = shown();
+  one.focus();
+  return one.value === one.max ? "ArrowLeft" : "ArrowRight";
+}"""
+MOVED = "window.before !== '' && window.before !== shown()"
 # The elements that make the page wider than the screen.
 WIDE = """() => document.documentElement.scrollWidth <= innerWidth ? [] :
   [...document.querySelectorAll("article *")]
@@ -87,10 +138,14 @@ WIDE = """() => document.documentElement.scrollWidth <= innerWidth ? [] :
 
 
 class QuietHandler(http.server.SimpleHTTPRequestHandler):
-    """Serves files without a word."""
+    """Serves files without a word; what two pages share is fetched once."""
 
     def log_message(self, *arguments):
         pass
+
+    def end_headers(self):
+        self.send_header("Cache-Control", "max-age=3600")
+        super().end_headers()
 
     def translate_path(self, path):
         return super().translate_path(path.removeprefix(BASE))
@@ -106,65 +161,65 @@ def server(site):
         served.shutdown()
 
 
-@pytest.fixture(scope="module")
-def browser(site):
-    """A headless Chromium."""
-    from playwright.sync_api import sync_playwright
+def report(page, server, trouble):
+    """Let what goes wrong on a page be told to a function."""
 
-    path = find_browser()
-    assert path, "GLASSGPT_REQUIRE_BROWSER=1, but no Chromium or Chrome was found"
-    with sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=path, args=FLAGS)
-        yield chromium
-        chromium.close()
+    def asked(request):
+        if not request.url.startswith((server, "data:", "blob:")):
+            trouble(f"request to {request.url}")
+
+    def answered(response):
+        if response.status >= 400:
+            trouble(f"{response.status}: {response.url}")
+
+    def said(message):
+        if message.type == "error":
+            trouble(f"console: {message.text}")
+
+    page.on("request", asked)
+    page.on("response", answered)
+    page.on("console", said)
+    page.on("pageerror", lambda error: trouble(f"page error: {error}"))
 
 
-def visit(browser, server, address):
-    """Open one page and return what was seen and what went wrong."""
-    page = browser.new_page(
-        viewport={"width": 390, "height": 844}, color_scheme="light"
-    )
-    trouble = []
-    page.on(
-        "request",
-        lambda request: (
-            request.url.startswith((server, "data:", "blob:"))
-            or trouble.append(f"request to {request.url}")
-        ),
-    )
-    page.on("pageerror", lambda error: trouble.append(f"page error: {error}"))
-    page.on(
-        "console",
-        lambda message: (
-            message.type == "error" and trouble.append(f"console: {message.text}")
-        ),
-    )
-    page.on(
-        "response",
-        lambda answer: (
-            answer.status >= 400 and trouble.append(f"{answer.status}: {answer.url}")
-        ),
-    )
-    page.goto(address)
-    page.wait_for_load_state("networkidle")
-    seen = page.evaluate(LOOK) | {"trouble": trouble, "wide": page.evaluate(WIDE)}
-    page.wait_for_function(ASKED)
-    page.evaluate(AXE)
-    page.evaluate(ONE_OF_EACH)
-    page.add_style_tag(content="* { transition: none !important }")
-    seen["barred"] = page.evaluate(AXE_RUN)
+def move_sliders(page):
+    """For each slider whether a key press changes its picture; no kernel answers."""
+    moved = []
+    while key := page.evaluate(FOCUS, len(moved)):
+        page.keyboard.press(key)
+        moved.append(page.evaluate(MOVED))
+    return moved
+
+
+def visit(page, address):
+    """Open an address on a phone, on paper and in both colors: what was seen."""
     page.set_viewport_size({"width": 360, "height": 800})
-    seen["wide"] += page.evaluate(WIDE)
-    page.set_viewport_size({"width": 1280, "height": 900})
-    page.emulate_media(color_scheme="dark")
-    page.wait_for_function(DARK)
-    seen["barred"] += page.evaluate(AXE_RUN)
+    page.emulate_media(media="screen", color_scheme="light")
+    page.goto(address)
+    page.add_style_tag(
+        content="* { transition: none !important }"
+        "div.cell { content-visibility: visible !important }"
+    )
+    seen = page.evaluate(LOOK) | {"wide": page.evaluate(WIDE)}
+    page.wait_for_function(ASKED)
+    seen["moved"] = move_sliders(page)
+    page.wait_for_function(f"{UNREACHABLE} === 0")
+    page.evaluate(PRUNE)
+    page.evaluate(AXE)
+    seen["barred"] = page.evaluate(AXE_RUN, BUT_CONTRAST)
     # The width of the text on a sheet of A4.
     page.set_viewport_size({"width": 672, "height": 1000})
     page.emulate_media(media="print")
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
     seen |= {"cut": page.evaluate(CUT), "printed": page.evaluate(PRINTED)}
-    page.close()
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    for task in (THREE_OF_EACH, AXE_RUN):
+        for theme in ("light", "dark"):
+            page.emulate_media(media="screen", color_scheme=theme)
+            page.wait_for_function(THEME, arg=theme)
+            seen["barred"] += page.evaluate(task, CONTRAST) or []
+        page.evaluate(ONLY_THESE)
+    page.wait_for_load_state("networkidle")
     return seen
 
 
@@ -173,8 +228,14 @@ def pages(site, server, browser):
     """{path: what was seen} for every page of the site."""
     found = sorted(site.rglob("*.html"))
     paths = [p.relative_to(site).as_posix() for p in found if "_static" not in p.parts]
-    paths = [path for path in paths if path.removesuffix(".html") not in REDIRECTS]
-    return {path: visit(browser, server, server + path) for path in paths}
+    paths = [path for path in paths if path not in REDIRECTS]
+    page, trouble, seen = browser.new_page(), [], {}
+    report(page, server, trouble.append)
+    for path in paths:
+        seen[path] = visit(page, server + path) | {"trouble": trouble[:]}
+        trouble.clear()
+    page.close()
+    return seen
 
 
 def collect(pages, key):
@@ -188,12 +249,12 @@ def test_every_chapter_has_a_page(pages):
 
 
 def test_old_addresses_lead_to_the_new_ones(site, server, browser):
+    page = browser.new_page()
     for old, new in REDIRECTS.items():
-        page = browser.new_page()
-        page.goto(f"{server}{old}.html")
-        page.wait_for_url(f"{server}book/{new}")
-        assert (site / "book" / new).is_file()
-        page.close()
+        page.goto(server + old)
+        page.wait_for_url(server + new)
+        assert (site / new).is_file()
+    page.close()
 
 
 def test_nothing_is_asked_of_the_network_and_nothing_fails(pages):
@@ -201,13 +262,24 @@ def test_nothing_is_asked_of_the_network_and_nothing_fails(pages):
 
 
 def test_nobody_is_barred(pages):
-    """axe has no serious or critical complaint, on a phone (light) or a desk (dark)."""
+    """axe has no serious or critical complaint on a phone, in light or dark."""
     assert collect(pages, "barred") == {}
+
+
+def test_nobody_is_barred_at_a_desk(server, browser):
+    """What it shows beside the text is the same on all pages."""
+    page = browser.new_page(color_scheme="dark")
+    page.goto(server + SMALL)
+    page.wait_for_function(ASKED)
+    page.evaluate(PRUNE)
+    page.evaluate(AXE)
+    assert page.evaluate(AXE_RUN, EVERY_RULE) == []
+    page.close()
 
 
 def test_what_is_out_of_view_can_be_found_by_a_screen_reader(server, browser):
     page = browser.new_page()
-    page.goto(server + "book/06_attention.html")
+    page.goto(server + SMALL)
     page.wait_for_function(ASKED)
     asking = page.context.new_cdp_session(page)
     nodes = asking.send("Accessibility.getFullAXTree")["nodes"]
@@ -240,24 +312,16 @@ def test_the_page_for_lost_readers_works_at_any_depth(pages, site, server, brows
     page.close()
 
 
-@pytest.mark.parametrize(
-    "name", ["softmax", "causal_mask", "stream_text", "TrainConfig"]
-)
-def test_the_search_finds_a_function(name, server, browser):
+@pytest.mark.parametrize("name", ["softmax", "TrainConfig"])
+def test_a_search_finds_a_function_fits_a_phone_and_quotes_no_drawing(
+    name, server, browser
+):
     place = {entry.name: entry.place for entry in names.public_names()}[name]
-    page = browser.new_page()
-    page.goto(f"{server}search.html?q={name}")
-    links = page.locator("#search-results li a")
-    links.first.wait_for()
-    found = [link.get_attribute("href") for link in links.all()[:3]]
-    assert f"book/{place}" in found
-    page.close()
-
-
-def test_a_search_fits_a_phone_and_quotes_no_drawing(server, browser):
     page = browser.new_page(viewport={"width": 390, "height": 844})
-    page.goto(f"{server}search.html?q=softmax")
+    page.goto(f"{server}search.html?q={name}")
     page.locator("#search-results li p").first.wait_for()
+    links = page.locator("#search-results li a").all()[:3]
+    assert f"book/{place}" in [link.get_attribute("href") for link in links]
     assert not page.evaluate(WIDE)
     assert "embeddings+" not in page.locator("#search-results").inner_text()
     page.close()
@@ -374,10 +438,6 @@ def test_a_chapter_says_what_it_takes_to_run(pages):
         assert words in pages[f"book/{name}.html"]["prose"], name
 
 
-SHOWN = """figure => [...figure.querySelectorAll("[role=img]")]
-  .filter(part => part.checkVisibility()).map(part => part.outerHTML).join("")"""
-
-
 def test_the_cover_writes_by_itself_and_not_where_motion_is_unwanted(server, browser):
     for motion, moves in (("no-preference", True), ("reduce", False)):
         page = browser.new_page(reduced_motion=motion)
@@ -389,7 +449,7 @@ def test_the_cover_writes_by_itself_and_not_where_motion_is_unwanted(server, bro
             page.wait_for_function(f"{count} > {before + 1}")
             page.get_by_role("button", name="Stop").click()
         after = page.evaluate(count)
-        page.wait_for_timeout(2000)
+        page.wait_for_timeout(1000)
         assert page.evaluate(count) == (after if moves else before)
         prompt = page.get_by_role("textbox", name="Prompt")
         prompt.press("/")  # and not the search's
@@ -399,13 +459,11 @@ def test_the_cover_writes_by_itself_and_not_where_motion_is_unwanted(server, bro
 
 def test_what_scrolls_after_a_resize_can_be_focused(server, browser):
     page = browser.new_page(viewport={"width": 1280, "height": 800})
-    page.goto(server + "book/02_tokens.html")
+    page.goto(server + SMALL)
     page.wait_for_function(ASKED)
     page.set_viewport_size({"width": 390, "height": 800})
-    unreachable = """[...document.querySelectorAll("pre")].filter(
-      box => box.scrollWidth > box.clientWidth && box.tabIndex < 0).length"""
-    assert page.evaluate(unreachable) > 0  # for a moment
-    page.wait_for_function(f"{unreachable} === 0")
+    assert page.evaluate(UNREACHABLE) > 0  # for a moment
+    page.wait_for_function(f"{UNREACHABLE} === 0")
     page.close()
 
 
@@ -416,28 +474,10 @@ def test_without_javascript_the_cover_shows_a_still(server, browser):
     page.close()
 
 
-def test_sliders_move_their_figure_by_keyboard(pages, server, browser):
-    """A key press must change the picture; no kernel answers here."""
-    moved = 0
-    for path in pages:
-        page = browser.new_page()
-        page.route(
-            "**/glass-gpt.js*", lambda route: route.abort()
-        )  # stills have them, too
-        page.goto(server + path)
-        ranges = page.locator("article input[type=range]")
-        for index in range(ranges.count()):
-            one = ranges.nth(index)
-            figure = one.locator("xpath=ancestor::*[.//*[@role='img']][1]")
-            before = figure.evaluate(SHOWN)
-            at_end = one.evaluate("el => el.value === el.max")
-            one.press("ArrowLeft" if at_end else "ArrowRight")
-            assert before, f"{path}: slider {index} shows no picture"
-            after = figure.evaluate(SHOWN)
-            assert after != before, f"{path}: slider {index} moves nothing"
-            moved += 1
-        page.close()
-    assert moved, "no page has a slider"
+def test_sliders_move_their_figure_by_keyboard(pages):
+    moved = {path: seen["moved"] for path, seen in pages.items() if seen["moved"]}
+    assert len(moved) > 20
+    assert {path: each for path, each in moved.items() if not all(each)} == {}
 
 
 def test_the_font_of_formulas_has_every_sign_that_they_show(site):

@@ -1,6 +1,5 @@
 """The printed book: nothing lost on the way from the page to the paper."""
 
-import os
 import re
 import subprocess
 import sys
@@ -11,13 +10,8 @@ import pdf
 import pikepdf
 import pypdfium2
 import pytest
-from browser import FLAGS, find_browser
 
 ROOT = Path(__file__).parent.parent
-REQUIRED = os.environ.get("GLASSGPT_REQUIRE_BROWSER") == "1"
-pytestmark = pytest.mark.skipif(
-    find_browser() is None and not REQUIRED, reason="no Chromium or Chrome was found"
-)
 # Two chapters are enough: formulas, figures that move, exercises, links to each other.
 CHAPTERS = ["05_softmax", "09_block"]
 TOC = """format: jb-book
@@ -31,26 +25,14 @@ SCALE = 0.5  # pixels a point
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory):
+def site(chromium, tmp_path_factory):
     """Two chapters, built."""
     target = tmp_path_factory.mktemp("pdf")
     (target / "toc.yml").write_text(TOC, "utf-8")
-    subprocess.run([sys.executable, ROOT / "tools" / "vendor.py"], cwd=ROOT, check=True)
     book = [Path(sys.executable).with_name("jupyter-book"), "build", ".", "-q"]
     small = ["--toc", str(target / "toc.yml"), "--path-output", str(target)]
     subprocess.run(book + small, cwd=ROOT, check=True, capture_output=True)
     return target / "_build" / "html"
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """A headless Chromium."""
-    path = find_browser()
-    assert path, "GLASSGPT_REQUIRE_BROWSER=1, but no Chromium or Chrome was found"
-    with pdf.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=path, args=FLAGS)
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ made from it at every build, so it can't drift.
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +32,7 @@ def module_name(path, package=PACKAGE):
     return ".".join(part for part in parts if part != "__init__")
 
 
+@cache
 def public_names(package=PACKAGE):
     """Every public function and class at the top of a module, sorted by name."""
     found = []

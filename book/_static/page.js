@@ -32,11 +32,13 @@ const askAll = () => {
   ask();
 };
 addEventListener("load", askAll);
+// A slider and a fold show boxes that were hidden when they were asked.
 let pause;
-addEventListener("resize", () => {
+const askSoon = () => {
   clearTimeout(pause);
   pause = setTimeout(askAll, 300);
-});
+};
+for (const change of ["resize", "input", "toggle"]) addEventListener(change, askSoon, true);
 
 // "On this page" as a drawer closes when it has led somewhere.
 addEventListener("click", ({ target }) => {

@@ -50,16 +50,10 @@ def figure(
 
     `width` and `height` are in sixths of the text column. Returns the figure and its
     axes: one, or an array of them as from `Figure.subplots`. What is drawn in black
-    takes the color of the page's text. Raises ValueError for sizes that are not
-    positive.
+    takes the color of the page's text.
 
     Book: a1_figures.html#a-figure
     """
-    if min(width, height, rows, columns) <= 0:
-        raise ValueError(
-            f"a figure of size {width} x {height} with {rows} x {columns} axes: "
-            "all four must be positive"
-        )
     with matplotlib.rc_context(_STYLE):
         fig = Figure((width * _INCHES, height * _INCHES), layout="constrained")
         return fig, fig.subplots(rows, columns)
@@ -106,9 +100,8 @@ class Picture:
 
 
 def _font(fonts: re.Match) -> str:
-    generic = re.search(r"(sans-serif|serif|monospace)$", fonts[0])
-    name = generic[1] if generic else "sans-serif"
-    return "system-ui,sans-serif" if name == "sans-serif" else name
+    kind = fonts[0].split(", ")[-1]
+    return kind if kind in ("serif", "monospace") else "system-ui,sans-serif"
 
 
 def _round(number: re.Match) -> str:
@@ -141,27 +134,26 @@ def _tidy(svg: str, salt: str) -> str:
     return svg
 
 
-def show(fig: Figure, alt: str) -> Picture:
-    """Turn a figure into a picture for the last line of a cell.
+def show(drawn: Figure | str, alt: str, salt: str = "") -> Any:
+    """Turn a figure, or HTML, into a picture for the last line of a cell.
 
-    `alt` says in words what the picture shows. Raises ValueError when it is empty, or
-    when `fig` is no figure.
+    `alt` says in words what the picture shows. `salt` makes equal figures differ in the
+    names of their parts. Raises ValueError when `alt` is empty, or for anything else
+    than a figure or HTML.
 
     Book: a1_figures.html#from-figure-to-page
     """
-    return _picture(fig, alt, salt="")
-
-
-def _picture(fig: Figure, alt: str, salt: str) -> Picture:
-    if not isinstance(fig, Figure):
-        raise ValueError(f"a picture is made of a matplotlib figure, not of {fig!r}")
-    if not isinstance(alt, str) or not alt.strip():
+    if not alt.strip():
         raise ValueError("a picture needs alternative text: say in words what it shows")
+    if isinstance(drawn, str):
+        return Markup(drawn, alt)
+    if not isinstance(drawn, Figure):
+        raise ValueError(f"a picture is made of a matplotlib figure, not of {drawn!r}")
     file = io.StringIO()
     # With a fixed salt and no date, the same code gives the same text.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "glassgpt"}):
-        fig.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    width, height = (round(72 * inches, 2) for inches in fig.get_size_inches())
+        drawn.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    width, height = (round(72 * inches, 2) for inches in drawn.get_size_inches())
     return Picture(_tidy(file.getvalue(), salt), width, height, alt)
 
 
@@ -199,7 +191,10 @@ def heatmap(
         ax.imshow(shades, interpolation="none")
         return
     for row, column in np.ndindex(numbers.shape):
-        _draw_cell(ax, row, column, shades[row, column])
+        shade = shades[row, column]
+        edge = (*shade[:3], 0.3)  # so that the place of a zero shows
+        corner = (column - 0.47, row - 0.47)
+        ax.add_patch(Rectangle(corner, 0.94, 0.94, fc=shade, ec=edge, lw=0.6))
     _print_numbers(ax, numbers, digits)
 
 
@@ -213,26 +208,20 @@ def _as_matrix(
     matrix: Any, rows: Sequence | None, columns: Sequence | None
 ) -> np.ndarray:
     numbers = _as_array(matrix)
-    if numbers.ndim != 2 or not numbers.size:
-        raise ValueError(f"a heatmap needs two axes with entries, got {numbers.shape}")
+    if numbers.ndim != 2:
+        raise ValueError(f"a heatmap needs two axes, got {numbers.shape}")
     if np.isnan(numbers).any():
         raise ValueError("the matrix holds NaN, which has no color: look for its cause")
-    for axis, labels in enumerate((rows, columns)):
-        if labels is not None and len(labels) != numbers.shape[axis]:
-            name = ("rows", "columns")[axis]
-            raise ValueError(
-                f"{len(labels)} labels for {numbers.shape[axis]} {name}: give one each"
-            )
+    kinds = {"rows": rows, "columns": columns}
+    for (kind, labels), count in zip(kinds.items(), numbers.shape, strict=True):
+        if labels is not None and len(labels) != count:
+            raise ValueError(f"{len(labels)} labels for {count} {kind}: give one each")
     return numbers
 
 
 def _full(numbers: np.ndarray, limit: float | None) -> float:
     """Return the number that gets the full color or the full bar."""
-    if limit is None:
-        return np.abs(numbers).max() or 1.0
-    if limit <= 0:
-        raise ValueError(f"limit={limit}: the number with the full color is positive")
-    return limit
+    return limit or np.abs(numbers).max() or 1.0
 
 
 def _shades(numbers: np.ndarray, color: str, limit: float | None) -> np.ndarray:
@@ -271,12 +260,6 @@ def _set_up_grid(
             label.set(ha="left", va="bottom", rotation_mode="anchor")
     each = max(1, int(np.ceil(12 / cell)))
     ax.set_yticks(range(0, len(beside), each), beside[::each])
-
-
-def _draw_cell(ax: Any, row: int, column: int, shade: np.ndarray) -> None:
-    edge = (*shade[:3], 0.3)  # so that the place of a zero shows
-    corner = (column - 0.47, row - 0.47)
-    ax.add_patch(Rectangle(corner, 0.94, 0.94, fc=shade, ec=edge, lw=0.6))
 
 
 def _print_numbers(ax: Any, numbers: np.ndarray, digits: int) -> None:
@@ -351,12 +334,6 @@ class Markup:
         label = html.escape(self.alt)
         opened = f'{_UNTRUSTED}<div role="{self.role}" aria-label="{label}">'
         return opened + self.content.replace(_UNTRUSTED, "") + "</div>"
-
-
-def _shown_as(drawn: Any, alt: str, salt: str) -> Any:
-    if isinstance(drawn, str):
-        return Markup(drawn, alt)
-    return _picture(drawn, alt, salt)
 
 
 _TOKEN_STYLE = """<style>
@@ -466,19 +443,17 @@ this.timer = setInterval(next, SECONDS * 1000);"""
 
 
 def _name(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return html.escape(f"{value:g}" if isinstance(value, float) else str(value))
 
 
-def _frame(picture: Picture, value: Any, first: bool) -> str:
-    return (
-        f'<div class="glass-frame{" glass-start" if first else ""}"'
-        f' data-value="{html.escape(_name(value))}"{"" if first else " hidden"}>'
-        f"{picture._repr_html_()}</div>"
-    )
+def _frame(picture: Any, value: Any, first: bool) -> str:
+    start, hidden = (" glass-start", "") if first else ("", " hidden")
+    opened = f'<div class="glass-frame{start}" data-value="{_name(value)}"{hidden}>'
+    return f"{opened}{picture._repr_html_()}</div>"
 
 
 def _control(label: str, value: Any, start: int, last: int, play: float) -> str:
-    label, value = html.escape(label), html.escape(_name(value))
+    label, value = _name(label), _name(value)
     press = html.escape(_PLAY.replace("SECONDS", f"{play:g}"))
     button = f'<button type="button" onclick="{press}">Play</button>' if play else ""
     return (
@@ -513,22 +488,18 @@ class MovingFigure:
         return f"{first} ({count} frames by {self.label})"
 
     def _repr_html_(self) -> str:
-        name, value = html.escape(self.label), self.values[self.start]
+        name, value = _name(self.label), self.values[self.start]
         group = f'<div class="glass-moving" role="group" aria-label="{name}">'
-        frames = [
+        body = "".join(
             _frame(picture, self.values[number], number == self.start)
             for number, picture in enumerate(self.frames)
-        ]
-        last = len(frames) - 1
+        )
+        last = len(self.frames) - 1
         control = _control(self.label, value, self.start, last, self.play)
-        body = "".join(frames)
         for once in (_TOKEN_STYLE, _UNTRUSTED):  # is enough for all frames
             if once in body:
                 body = once + body.replace(once, "")
         return _MOVING_STYLE + group + body + control + "</div>"
-
-
-_LARGEST = 150_000  # characters of one moving figure: a page may hold several
 
 
 def slider(
@@ -543,9 +514,8 @@ def slider(
 
     `draw(value)` returns a figure or HTML that `alt(value)` is to describe, `label`
     names the slider, and `start` is the index of the frame shown first. With `play`, a
-    button moves the slider every so many seconds. Raises ValueError if
-    there are no values, `start` is no index of them, or the frames are too large for a
-    page.
+    button moves the slider every so many seconds. Raises ValueError if there are no
+    values, or `start` is no index of them.
 
     Book: a1_figures.html#a-figure-that-moves
     """
@@ -553,16 +523,10 @@ def slider(
     if start not in range(len(values)):
         raise ValueError(f"start={start} is no index of the {len(values)} values")
     frames = tuple(
-        _shown_as(draw(value), alt(value), salt=f"{label} {number}")
+        show(draw(value), alt(value), salt=f"{label} {number}")
         for number, value in enumerate(values)
     )
-    moving = MovingFigure(values, label, start, frames, play)
-    if (size := len(moving._repr_html_())) > _LARGEST:
-        raise ValueError(
-            f"{len(frames)} frames take {size} characters, more than {_LARGEST}: "
-            "draw fewer frames or less in each"
-        )
-    return moving
+    return MovingFigure(values, label, start, frames, play)
 
 
 @dataclass(frozen=True, repr=False)
@@ -610,7 +574,7 @@ def live(
     """
 
     def shown(**values: Any) -> Any:
-        return _shown_as(draw(**values), alt(**values), salt="live")
+        return show(draw(**values), alt(**values), salt="live")
 
     start = {name: p.default for name, p in inspect.signature(draw).parameters.items()}
     drawn = shown(**start)
@@ -674,35 +638,33 @@ def _next_tokens(prompt: str, temperature: float) -> Markup:
     return Markup(boxes + guess_bars(best, limit=best[0][1]), alt)
 
 
-# Number, page and label of every chapter that the map shows, in the map's order.
-_WAY = [
-    (2, "02_tokens", "tokens"),
-    (3, "03_embeddings", "embeddings"),
-    (4, "04_positions", "positions"),
-    (5, "05_softmax", "softmax"),
-    (6, "06_attention", "attention"),
-    (7, "07_multi_head_attention", "heads"),
-    (8, "08_mlp", "MLP"),
-    (9, "09_block", "block"),
-    (10, "10_gpt", "GPT"),
-    (13, "13_generation", "generation"),
-]
-_AROUND = [
-    (11, "11_data", "data"),
-    (12, "12_training", "training"),
-    (1, "01_introduction", "the whole"),
-    (14, "14_after_gpt2", "after GPT-2"),
-    (15, "15_full_gpt", "on a GPU"),
-    (16, "16_chat", "chat"),
-    (17, "17_gpt2", "hub"),
-    (18, "18_looking_inside", "inside"),
-    (19, "19_publishing", "publishing"),
-    (20, "20_runs_that_survive", "runs"),
-    (21, "21_speed", "speed"),
-    (22, "22_many_machines", "machines"),
-    (23, "23_command_line", "commands"),
-    (24, "24_scaling_laws", "scaling"),
-]
+# The page and the label of every chapter that the map shows.
+_STOPS = {
+    "01_introduction": "the whole",
+    "02_tokens": "tokens",
+    "03_embeddings": "embeddings",
+    "04_positions": "positions",
+    "05_softmax": "softmax",
+    "06_attention": "attention",
+    "07_multi_head_attention": "heads",
+    "08_mlp": "MLP",
+    "09_block": "block",
+    "10_gpt": "GPT",
+    "11_data": "data",
+    "12_training": "training",
+    "13_generation": "generation",
+    "14_after_gpt2": "after GPT-2",
+    "15_full_gpt": "on a GPU",
+    "16_chat": "chat",
+    "17_gpt2": "hub",
+    "18_looking_inside": "inside",
+    "19_publishing": "publishing",
+    "20_runs_that_survive": "runs",
+    "21_speed": "speed",
+    "22_many_machines": "machines",
+    "23_command_line": "commands",
+    "24_scaling_laws": "scaling",
+}
 
 
 _MAP_STYLE = """<style>
@@ -724,9 +686,9 @@ transform:translateX(-50%);line-height:13px}
 </style>"""
 
 
-def _stop(number: int, page: str, label: str, here: int | None) -> str:
-    text = f"<b>{number}</b>{label}"
-    if number == here:
+def _stop(page: str, here: bool) -> str:
+    text = f"<b>{int(page[:2])}</b>{_STOPS[page]}"
+    if here:
         marked = 'class="glass-stop glass-here" aria-current="page"'
         return f"<span {marked}>{text}<small>you are here</small></span>"
     return f'<a class="glass-stop" href="{page}.ipynb">{text}</a>'
@@ -739,10 +701,10 @@ def book_map(here: int | None = None) -> Markup:
 
     Book: a1_figures.html#the-map-of-the-book
     """
-    labels = {number: label for number, _, label in _WAY + _AROUND}
+    labels = {int(page[:2]): label for page, label in _STOPS.items()}
     if here is not None and here not in labels:
-        raise ValueError(f"chapter {here} is not on the map: it shows {sorted(labels)}")
-    stop = {number: _stop(number, *rest, here) for number, *rest in _WAY + _AROUND}
+        raise ValueError(f"chapter {here} is not on the map: it shows {[*labels]}")
+    stop = {int(page[:2]): _stop(page, int(page[:2]) == here) for page in _STOPS}
     arrow = '<span aria-hidden="true">\u2192</span>'
     inside = "".join([stop[5], stop[6], stop[7], arrow, stop[8]])
     way = [

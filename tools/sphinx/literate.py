@@ -20,6 +20,8 @@ from pathlib import Path
 
 from docutils import nodes
 from docutils.parsers.rst import Directive
+from pybtex.backends import plaintext
+from pybtex.plugin import register_plugin
 
 from sphinx import addnodes
 
@@ -237,6 +239,8 @@ def give_back_codecs():
 
 def setup(app):
     give_back_codecs()
+    # Each citation asks for it, which would look through all installed packages.
+    register_plugin("pybtex.backends", "plaintext", plaintext.Backend)
     app.add_directive("names", NamesDirective)
     app.connect("config-inited", share_address)
     app.connect("env-get-outdated", reread_names)
