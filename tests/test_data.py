@@ -160,6 +160,7 @@ BAD = {
     "text.jsonl": b'{"text": "a tower"}\n{"txt": 1}\n',
     "number.jsonl": b'{"text": 3}\n',
     "list.jsonl": b"[1]\n",
+    "deep.jsonl": b"[" * 100_000,
 }
 
 

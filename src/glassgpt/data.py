@@ -263,7 +263,7 @@ def read_documents(*sources: str | Path, skip: bool = False) -> list[Document]:
         try:
             if sum(map(len, document.pieces())):
                 documents.append(document)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             place = f"{document.path}, from byte {document.start} on,"
             bad.setdefault(document.path, f"{place} can't be read as text: {error}")
     what = "; ".join(bad.values())
