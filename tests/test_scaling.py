@@ -1,5 +1,6 @@
 """Many processes: the same weights, runs that go on, and streams."""
 
+import io
 import json
 import math
 import os
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +30,7 @@ from glassgpt.checks.scaling import (
     train_in,
     train_ways,
 )
+from glassgpt.cli import main
 from glassgpt.data import TokenData, Tokens
 from glassgpt.device import Machine, Plan
 from glassgpt.gpt import GPT, GPTConfig
@@ -59,9 +62,8 @@ def everything(cases):
 
 
 CASES = [
-    (WAYS, {"rows": 7, "accumulate": 3}),
+    (WAYS, {"rows": 7, "accumulate": 3, "masked": True}),
     (COPIES, {"rows": 6, "muon": True}),
-    (WAYS, {"rows": 3}),
 ]
 
 
@@ -70,9 +72,10 @@ def in_turn(place, calls):
     rank, world = dist.get_rank(), dist.get_world_size()
     found = []
     for number, (function, *arguments) in enumerate(calls):
-        if not dist.is_initialized():
-            meeting = Path(place, f"meeting-{number}").as_uri()
-            connect(init_method=meeting, rank=rank, world_size=world)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        meeting = Path(place, f"meeting-{world}-{number}").as_uri()
+        connect(init_method=meeting, rank=rank, world_size=world)
         found.append(function(*arguments))
     return found
 
@@ -209,15 +212,17 @@ def test_one_process_is_a_trainer_as_before():
         assert type(make_trainer(plan, data, shard="model")) is Trainer
 
 
-def fails():
-    try:
-        with team() as leads:
-            if leads:
-                raise ValueError("no such thing")
-    except ValueError as error:
-        return str(error)
-    return "let go"
+def commanded(place, words):
+    """The exit code of a command that all processes got, and what each said."""
+    os.chdir(place)
+    with redirect_stderr(io.StringIO()) as said:
+        return main(words.split()), said.getvalue()
 
+
+TEXT = "a miniature Eiffel tower beside a tower of paper, and a tower of sand. " * 60
+TRAIN = "train --data text.txt --tokenizer char --context 16 --width 32 --layers 2"
+TRAIN += " --batch-size 8 --evaluate-every 10 --precision float32 --compile off"
+TRAIN += " --device cpu --checkpoint-every 10"
 
 # What follows runs in few processes, since to start one takes seconds.
 
@@ -240,23 +245,23 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def of_two(folder):
+    (folder / "text.txt").write_text(TEXT)
     calls = [(everything, CASES), (refused,)]
     calls += [(train_in, str(folder / f"two-{shard}"), 10, shard) for shard in SHARDS]
-    calls += [(fails,)]  # rank 0 is still connected after it
+    calls += [(commanded, str(folder), TRAIN + " --out run --width 33")]
     found = run_processes(2, in_turn, str(folder), calls)
-    names = ["ways", "refused", *SHARDS, "fails"]
+    names = ["ways", "refused", *SHARDS, "commanded"]
     return dict(zip(names, zip(*found, strict=True), strict=True))
 
 
 @pytest.fixture(scope="module")
 def of_three(folder):
     calls = [(everything, CASES), (with_dropout,), (started_apart,)]
-    calls += [(everything, [(WAYS, {"masked": True, "accumulate": 2})])]
     calls += [(_each_case, __name__, kind.__name__) for kind, _ in MISTAKES]
     calls += [(_each_case, "glassgpt.scaling", name) for name in WAYS]
     calls += [(train_in, str(folder / shard), 30, shard) for shard in SHARDS]
     found = run_processes(3, in_turn, str(folder), calls)
-    names = ["ways", "dropout", "apart", "masks"]
+    names = ["ways", "dropout", "apart"]
     names += [*(kind.__name__ for kind, _ in MISTAKES), *WAYS, *SHARDS]
     return dict(zip(names, zip(*found, strict=True), strict=True))
 
@@ -292,12 +297,6 @@ def test_processes_drop_different_numbers(of_three):
 def test_all_begin_with_the_weights_of_rank_0(of_three):
     first, *others = of_three["apart"]
     assert all(gap(first, other) == 0 for other in others)
-
-
-def test_processes_with_unequal_numbers_of_targets_agree_with_one(of_three):
-    wanted = alone(masked=True, accumulate=2)["weights"]
-    for name in WAYS:
-        assert gap(wanted, of_three["masks"][0][0][name]["weights"]) < 1e-12
 
 
 @pytest.mark.parametrize(("kind", "why"), MISTAKES)
@@ -355,25 +354,18 @@ def test_what_cannot_work_is_refused_before_it_begins(of_two):
     assert second == []
 
 
-def test_an_error_of_rank_0_lets_the_others_go(of_two):
-    assert of_two["fails"] == ("no such thing", "let go")
+def test_a_mistake_is_said_once_and_all_end(of_two, folder):
+    (code, said), others = of_two["commanded"]
+    assert code == 2
+    assert said.count("glassgpt: width 33 is no multiple of") == 1
+    assert others == (0, "")
+    assert not (folder / "run").exists()
 
 
 # The command line.
 
-TEXT = "a miniature Eiffel tower beside a tower of paper, and a tower of sand. " * 60
-TRAIN = "train --data text.txt --tokenizer char --context 16 --width 32 --layers 2"
 TRAIN += " --batch-size 8 --evaluate-every 10 --precision float32 --compile off"
 TRAIN += " --device cpu --checkpoint-every 10"
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-
-
-def start(place, processes, words):
-    (place / "text.txt").write_text(TEXT)
-    line = [*TORCHRUN, "--nproc-per-node", str(processes), "-m", "glassgpt"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*line, *words.split()], cwd=place, env=env, **pipes)
 
 
 def records(folder):
@@ -382,38 +374,40 @@ def records(folder):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
-def test_torchrun_trains_resumes_and_stops_politely(tmp_path):
-    words = TRAIN + " --out run --optimizer adamw --steps 20 --shard optimizer"
-    ran = start(tmp_path, 2, words)
-    out, errors = ran.communicate(timeout=300)
-    assert ran.returncode == 0, errors
-    assert out.count("write with it") == 1  # rank 0 alone speaks
-    assert len(records(tmp_path / "run")) == 2
-    again = start(tmp_path, 3, "resume run --steps 100000 --shard model")
+def test_torchrun_resumes_and_stops_politely(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text(TEXT)
+    assert main(f"{TRAIN} --out run --optimizer adamw --steps 20".split()) == 0
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    line += [
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "glassgpt",
+        "resume",
+        "run",
+        "--steps",
+        "100000",
+    ]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    ran = subprocess.Popen([*line, "--shard", "model"], env=env, **pipes)
     try:
         until = time.monotonic() + 200
         while len(records(tmp_path / "run")) < 3:
             assert time.monotonic() < until, "it never began"
-            assert again.poll() is None, again.communicate()[1]
+            assert ran.poll() is None, ran.communicate()[1]
             time.sleep(0.05)
-        again.send_signal(signal.SIGTERM)
-        out, _ = again.communicate(timeout=100)
+        ran.send_signal(signal.SIGTERM)
+        out, _ = ran.communicate(timeout=100)
     finally:
-        again.kill()
-    assert "going on from checkpoint-00000020" in out
+        ran.kill()
+    assert out.count("going on from checkpoint-00000020") == 1  # rank 0 alone speaks
     losses = records(tmp_path / "run")[:3]
     assert losses == sorted(losses, reverse=True)
     step = int(out.split("stopped after step ")[1].split(":")[0])
     last = checkpoints_in(tmp_path / "run")[-1]
     assert last.name == f"checkpoint-{step:08d}"
-
-
-def test_a_mistake_under_torchrun_is_said_once(tmp_path):
-    ran = start(tmp_path, 2, TRAIN + " --out run --width 33")
-    _, errors = ran.communicate(timeout=300)
-    assert ran.returncode != 0
-    assert errors.count("glassgpt: width 33 is no multiple of") == 1
-    assert not (tmp_path / "run").exists()
 
 
 # Streams and rings.

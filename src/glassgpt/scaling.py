@@ -50,7 +50,8 @@ def run_processes(number: int, function: Callable[..., Any], *arguments: Any) ->
     with TemporaryDirectory() as place:
         how = (number, place, function, arguments)
         method = "forkserver" if sys.platform == "linux" else "spawn"
-        torch.multiprocessing.set_forkserver_preload([__name__])
+        preload = [__name__, "torch._dynamo"]  # which an optimizer takes a second for
+        torch.multiprocessing.set_forkserver_preload(preload)
         torch.multiprocessing.start_processes(_enter, how, number, start_method=method)
         return [torch.load(Path(place, f"{rank}.pt")) for rank in range(number)]
 
@@ -319,11 +320,7 @@ class Conductor:
         self.ask("load_state_dict", {k: v for k, v in state.items() if k != "model"})
 
 
-SHARDS: dict[str, type[ParallelTrainer]] = {
-    "nothing": DDPTrainer,
-    "optimizer": ShardedOptimizerTrainer,
-    "model": FSDPTrainer,
-}
+SHARDS = {"nothing": DDPTrainer, "optimizer": ShardedOptimizerTrainer}
 
 
 def make_trainer(
@@ -355,19 +352,16 @@ def make_trainer(
 
 def _begin(
     plan: Plan, data: TokenData | Path, shard: str, model: GPT | None = None
-) -> ParallelTrainer:
+) -> Any:
     """This process's trainer; weights come from rank 0."""
     data = TokenData.open(data) if isinstance(data, Path) else data
     device = torch.device(plan.machine.device).type
     if device == "cuda":  # each has a card of its own
         torch.cuda.set_device(card := f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
         plan = replace(plan, machine=replace(plan.machine, device=card))
-    kind: Any = SHARDS[shard]
-    start = None
     if shard == "model":  # made in main memory, where the whole may fit
-        kind, start = partial(kind, slices=device), "cpu"
-    trainer: Any = plan.trainer(data, model, kind, start)
-    return trainer
+        return plan.trainer(data, model, partial(FSDPTrainer, slices=device), "cpu")
+    return plan.trainer(data, model, SHARDS[shard])
 
 
 @contextmanager
