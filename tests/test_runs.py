@@ -19,9 +19,11 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+import safetensors.torch
 import torch
 from filelock import FileLock
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from glassgpt import checkpoints, runs
 from glassgpt.checkpoints import load, save
@@ -812,7 +814,7 @@ ATTACKS = {
     "a trillion numbers": (MOMENTS, lambda: tensor([GIGA, 1024])),
     "a trillion in no bytes": (MOMENTS, lambda: tensor([GIGA, 1024], (0, 0))),
     "a trillion in 4 TB": (MOMENTS, lambda: tensor([GIGA, 1024], (0, GIGA << 12))),
-    "moments of other shapes": (MOMENTS, lambda: tensor([16])),
+    "too few moments": (MOMENTS, lambda: tensor([16])),
     "moments of no parameter": (MOMENTS, lambda: tensor([16], name="99.exp_avg")),
     "a name that is none": (MOMENTS, lambda: tensor([16], name="exp_avg")),
     "a number too many": (MOMENTS, lambda: tensor([16], name="0.0.exp_avg")),
@@ -823,6 +825,14 @@ ATTACKS = {
     "another step": (STATE, lambda: {"step": 7}),
     "a step in words": (STATE, lambda: {"step": "twelve"}),
 }
+
+
+def test_moments_of_other_shapes_are_refused(run):
+    path = checkpoints_in(run)[-1]
+    moments = load_file(path / MOMENTS) | {"0.exp_avg": torch.ones(3)}
+    forge(path, MOMENTS, safetensors.torch.save(moments))
+    with pytest.raises(ValueError, match="exp_avg of parameter 0 is not"):
+        resume(run)
 
 
 def highest_memory():

@@ -5,10 +5,10 @@ import json
 import math
 import os
 import signal
-import subprocess
 import sys
+import threading
 import time
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -72,10 +72,9 @@ def in_turn(place, calls):
     rank, world = dist.get_rank(), dist.get_world_size()
     found = []
     for number, (function, *arguments) in enumerate(calls):
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        meeting = Path(place, f"meeting-{world}-{number}").as_uri()
-        connect(init_method=meeting, rank=rank, world_size=world)
+        if not dist.is_initialized():
+            meeting = Path(place, f"meeting-{world}-{number}").as_uri()
+            connect(init_method=meeting, rank=rank, world_size=world)
         found.append(function(*arguments))
     return found
 
@@ -212,17 +211,37 @@ def test_one_process_is_a_trainer_as_before():
         assert type(make_trainer(plan, data, shard="model")) is Trainer
 
 
-def commanded(place, words):
-    """The exit code of a command that all processes got, and what each said."""
+def records(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["validation_loss"] for line in lines]
+
+
+def commanded(place, words, stopped=False):
+    """The exit code of a command that all processes get, and what each says.
+
+    stopped: all get SIGTERM, as from `torchrun`, after the third evaluation.
+    """
     os.chdir(place)
-    with redirect_stderr(io.StringIO()) as said:
-        return main(words.split()), said.getvalue()
+    pids = [0] * dist.get_world_size()
+    dist.all_gather_object(pids, os.getpid())
+
+    def stop():
+        while len(records(Path("run"))) < 3:
+            time.sleep(0.02)
+        for pid in pids:
+            os.kill(pid, signal.SIGTERM)
+
+    if stopped and dist.get_rank() == 0:
+        threading.Thread(target=stop, daemon=True).start()
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(out):
+        return main(words.split()), out.getvalue()
 
 
 TEXT = "a miniature Eiffel tower beside a tower of paper, and a tower of sand. " * 60
 TRAIN = "train --data text.txt --tokenizer char --context 16 --width 32 --layers 2"
 TRAIN += " --batch-size 8 --evaluate-every 10 --precision float32 --compile off"
-TRAIN += " --device cpu --checkpoint-every 10"
+TRAIN += " --device cpu --checkpoint-every 10 --optimizer adamw"
+RESUME = "resume run --shard model"
 
 # What follows runs in few processes, since to start one takes seconds.
 
@@ -248,21 +267,24 @@ def of_two(folder):
     (folder / "text.txt").write_text(TEXT)
     calls = [(everything, CASES), (refused,)]
     calls += [(train_in, str(folder / f"two-{shard}"), 10, shard) for shard in SHARDS]
-    calls += [(commanded, str(folder), TRAIN + " --out run --width 33")]
+    calls += [(commanded, str(folder), TRAIN + " --out run --steps 20")]
+    calls += [(commanded, str(folder), TRAIN + " --out none --width 33")]
+    # After this rank 0 is still connected.
     found = run_processes(2, in_turn, str(folder), calls)
-    names = ["ways", "refused", *SHARDS, "commanded"]
+    names = ["ways", "refused", *SHARDS, "trained", "mistaken"]
     return dict(zip(names, zip(*found, strict=True), strict=True))
 
 
 @pytest.fixture(scope="module")
-def of_three(folder):
+def of_three(folder, of_two):
     calls = [(everything, CASES), (with_dropout,), (started_apart,)]
     calls += [(_each_case, __name__, kind.__name__) for kind, _ in MISTAKES]
     calls += [(_each_case, "glassgpt.scaling", name) for name in WAYS]
     calls += [(train_in, str(folder / shard), 30, shard) for shard in SHARDS]
+    calls += [(commanded, str(folder), f"{RESUME} --steps 100000", True)]
     found = run_processes(3, in_turn, str(folder), calls)
     names = ["ways", "dropout", "apart"]
-    names += [*(kind.__name__ for kind, _ in MISTAKES), *WAYS, *SHARDS]
+    names += [*(kind.__name__ for kind, _ in MISTAKES), *WAYS, *SHARDS, "stopped"]
     return dict(zip(names, zip(*found, strict=True), strict=True))
 
 
@@ -355,59 +377,24 @@ def test_what_cannot_work_is_refused_before_it_begins(of_two):
 
 
 def test_a_mistake_is_said_once_and_all_end(of_two, folder):
-    (code, said), others = of_two["commanded"]
+    (code, said), others = of_two["mistaken"]
     assert code == 2
     assert said.count("glassgpt: width 33 is no multiple of") == 1
     assert others == (0, "")
-    assert not (folder / "run").exists()
-
-
-# The command line.
-
-TRAIN += " --batch-size 8 --evaluate-every 10 --precision float32 --compile off"
-TRAIN += " --device cpu --checkpoint-every 10"
-
-
-def records(folder):
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["validation_loss"] for line in lines]
+    assert not (folder / "none").exists()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
-def test_torchrun_resumes_and_stops_politely(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("text.txt").write_text(TEXT)
-    assert main(f"{TRAIN} --out run --optimizer adamw --steps 20".split()) == 0
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    line += [
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "glassgpt",
-        "resume",
-        "run",
-        "--steps",
-        "100000",
-    ]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    ran = subprocess.Popen([*line, "--shard", "model"], env=env, **pipes)
-    try:
-        until = time.monotonic() + 200
-        while len(records(tmp_path / "run")) < 3:
-            assert time.monotonic() < until, "it never began"
-            assert ran.poll() is None, ran.communicate()[1]
-            time.sleep(0.05)
-        ran.send_signal(signal.SIGTERM)
-        out, _ = ran.communicate(timeout=100)
-    finally:
-        ran.kill()
-    assert out.count("going on from checkpoint-00000020") == 1  # rank 0 alone speaks
-    losses = records(tmp_path / "run")[:3]
+def test_a_command_trains_goes_on_and_stops_politely(of_two, of_three, folder):
+    (code, said), *others = of_two["trained"]
+    assert (code, said.count("write with it"), *others) == (0, 1, (0, ""))
+    (code, said), *others = of_three["stopped"]
+    assert (code, *others) == (128 + signal.SIGTERM, (0, ""), (0, ""))
+    assert "going on from checkpoint-00000020; steps 100000 (was 20)" in said
+    losses = records(folder / "run")[:3]
     assert losses == sorted(losses, reverse=True)
-    step = int(out.split("stopped after step ")[1].split(":")[0])
-    last = checkpoints_in(tmp_path / "run")[-1]
-    assert last.name == f"checkpoint-{step:08d}"
+    step = int(said.split("stopped after step ")[1].split(":")[0])
+    assert checkpoints_in(folder / "run")[-1].name == f"checkpoint-{step:08d}"
 
 
 # Streams and rings.

@@ -50,7 +50,7 @@ def run_processes(number: int, function: Callable[..., Any], *arguments: Any) ->
     with TemporaryDirectory() as place:
         how = (number, place, function, arguments)
         method = "forkserver" if sys.platform == "linux" else "spawn"
-        preload = [__name__, "torch._dynamo"]  # which an optimizer takes a second for
+        preload = [__name__, "torch._dynamo"]  # an optimizer imports it
         torch.multiprocessing.set_forkserver_preload(preload)
         torch.multiprocessing.start_processes(_enter, how, number, start_method=method)
         return [torch.load(Path(place, f"{rank}.pt")) for rank in range(number)]
@@ -60,6 +60,7 @@ def _enter(rank: int, number: int, place: str, function: Any, arguments: Any) ->
     torch.set_num_threads(1)
     meeting = {"init_method": Path(place, "meeting").as_uri(), "rank": rank}
     connect(world_size=number, timeout=timedelta(minutes=3), **meeting)
+    dist.all_reduce(torch.zeros(1))  # who left now would cut off the others
     torch.save(function(*arguments), Path(place, f"{rank}.pt"))
     if dist.is_initialized():
         dist.destroy_process_group()
