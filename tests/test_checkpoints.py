@@ -19,19 +19,10 @@ from safetensors.torch import load_file
 
 from glassgpt import hub
 from glassgpt.chat import GLASS
-from glassgpt.checkpoints import (
-    flush,
-    load,
-    load_parameters,
-    save,
-    write_file,
-    write_model,
-    write_tensors,
-)
+from glassgpt.checkpoints import flush, load, save, write_file, write_tensors
 from glassgpt.checks import runs as checks
 from glassgpt.gpt import GPT, GPTConfig
-from glassgpt.hub import GPT2, to_theirs
-from glassgpt.modern import ModernConfig, ModernGPT, build
+from glassgpt.modern import ModernConfig, build
 from glassgpt.tokens import BPETokenizer, CharTokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -69,25 +60,6 @@ def quick_disk(monkeypatch):
 
 
 IDS = torch.randint(97, (2, 32), generator=torch.Generator().manual_seed(0))
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_whole_gpt_equals_transformers_in_double(tied):
-    ours = random_gpt(replace(CONFIG, tied=tied)).double()
-    theirs = their_gpt2(tie_word_embeddings=tied).double()
-    missing, unexpected = theirs.load_state_dict(to_theirs(ours, GPT2), strict=False)
-    assert unexpected == []
-    assert missing == (["lm_head.weight"] if tied else [])
-    gap = (ours(IDS) - theirs(IDS).logits).abs().max().item()
-    assert gap < 1e-9
-    assert ours(IDS).std() > 0.3  # small logits would hide a mistake
-
-
-def test_gpt2_layout_and_back():
-    model = random_gpt()
-    theirs = to_theirs(model, GPT2)
-    for name, value in model.named_parameters():
-        assert torch.equal(GPT2.take(name, theirs.get, CONFIG), value)
 
 
 def test_a_saved_directory_is_read_by_transformers(tmp_path):
@@ -128,10 +100,7 @@ def test_a_gpt2_saved_by_transformers_is_read(tmp_path, prefix):
     ("option", "value"),
     [
         ("activation_function", "relu"),
-        ("layer_norm_epsilon", 1e-6),
         ("n_inner", 100),
-        ("scale_attn_by_inverse_layer_idx", True),
-        ("scale_attn_weights", False),
     ],
 )
 def test_a_gpt2_that_computes_something_else_is_refused(tmp_path, option, value):
@@ -196,14 +165,11 @@ EMPTY = {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 0]}
     "content",
     [
         pytest.param(lambda: pickle.dumps(Bomb()), id="pickle"),
-        pytest.param(lambda: b"PK\x03\x04" + pickle.dumps(Bomb()), id="zip"),
         pytest.param(lambda: b"", id="empty"),
         pytest.param(lambda: b"\xff" * 8 + b"{}", id="header of 16 million TB"),
-        pytest.param(lambda: struct.pack("<Q", 1 << 30) + b"{}", id="header of 1 GB"),
         pytest.param(lambda: header({"tokens.weight": HUGE}), id="tensor of 4 PB"),
         pytest.param(lambda: header({"tokens.weight": EMPTY}), id="tensor of no bytes"),
         pytest.param(lambda: b"\x02" + bytes(7) + b"[]", id="list for a header"),
-        pytest.param(lambda: header({"x": {"shape": [-1]}}), id="negative shape"),
     ],
 )
 def test_a_file_made_to_attack_is_refused(tmp_path, monkeypatch, content):
@@ -215,7 +181,7 @@ def test_a_file_made_to_attack_is_refused(tmp_path, monkeypatch, content):
     assert not (tmp_path / "bomb").exists()
 
 
-@pytest.mark.parametrize("size", [0, 7, 100, 5000, -1])
+@pytest.mark.parametrize("size", [100, -1])
 def test_a_truncated_file_is_refused(tmp_path, size):
     save(tmp_path, random_gpt(), tokenizer_of())
     path = tmp_path / "model.safetensors"
@@ -224,56 +190,34 @@ def test_a_truncated_file_is_refused(tmp_path, size):
         load(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"vocab_size": 10**12}, "should be"),
-        ({"vocab_size": 10**30}, "does not fit its config.json"),
-        ({"context": 10**12, "positions": "learned"}, "should be"),
-        ({"layers": 10**12}, "3 layers where 1000000000000 are due"),
-        ({"width": 4 * 10**9}, "does not fit its config.json"),
-        ({"heads": 0}, "heads must be a whole number"),
-        ({"heads": 5}, "of 5 heads"),
-        ({"width": "48"}, "width must be a whole number"),
-        ({"positions": ["rotary"]}, "positions is rotary or learned"),
-        ({"dropout": "a lot"}, "does not describe a GPT"),
-        ({"attack": 1}, "attack"),
-        ({"bias": True}, "does not fit its config.json"),
-    ],
-)
-def test_a_config_made_to_attack_is_refused(tmp_path, change, message):
-    model = ModernGPT(ModernConfig(97, context=32, layers=3, heads=4, width=48))
-    save(tmp_path, model, tokenizer_of())
-    content = json.loads((tmp_path / "config.json").read_text())
-    content["glassgpt"] |= change
-    (tmp_path / "config.json").write_text(json.dumps(content))
-    with (
-        patch.object(hub, "fill", side_effect=AssertionError("was read")),
-        pytest.raises(ValueError, match=message),
-    ):
-        load(tmp_path)
+MODERN = ModernConfig(97, context=32, layers=3, heads=4, width=48)
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("config", "change", "message"),
     [
-        ({"vocab_size": 10**12}, "should be"),
-        ({"n_positions": 10**12}, "should be"),
-        ({"n_layer": 10**12}, "3 layers where 1000000000000 are due"),
-        ({"n_embd": 4 * 10**9}, "does not fit its config.json"),
-        ({"n_embd": "48"}, "width must be a whole number"),
-        ({"n_head": 5}, "of 5 heads"),
-        ({"glassgpt": {"dropout": "a lot"}}, "does not describe a GPT"),
-        ({"glassgpt": {"no": 1}}, "does not describe a GPT"),
-        ({"glassgpt": [1]}, "does not describe a GPT"),
+        (MODERN, {"glassgpt": {"vocab_size": 10**12}}, "should be"),
+        (MODERN, {"glassgpt": {"vocab_size": 10**30}}, "does not fit its config.json"),
+        (MODERN, {"glassgpt": {"layers": 10**12}}, "3 layers where 1000000000000"),
+        (MODERN, {"glassgpt": {"heads": 0}}, "heads must be a whole number"),
+        (MODERN, {"glassgpt": {"dropout": "a lot"}}, "does not describe a GPT"),
+        (MODERN, {"glassgpt": {"attack": 1}}, "attack"),
+        (MODERN, {"glassgpt": {"bias": True}}, "does not fit its config.json"),
+        (CONFIG, {"n_positions": 10**12}, "should be"),
+        (CONFIG, {"n_layer": 10**12}, "3 layers where 1000000000000 are due"),
+        (CONFIG, {"n_embd": 4 * 10**9}, "does not fit its config.json"),
+        (CONFIG, {"n_embd": "48"}, "width must be a whole number"),
+        (CONFIG, {"n_layer": 6}, "does not fit its config.json"),
+        (CONFIG, {"tie_word_embeddings": False}, "does not fit its config.json"),
+        (CONFIG, {"glassgpt": [1]}, "does not describe a GPT"),
     ],
 )
-def test_a_gpt2_config_made_to_attack_is_refused(tmp_path, change, message):
-    save(tmp_path, random_gpt(), tokenizer_of())
+def test_a_config_made_to_attack_is_refused(tmp_path, config, change, message):
+    save(tmp_path, build(config), tokenizer_of())
     content = json.loads((tmp_path / "config.json").read_text())
-    del content["glassgpt"]
-    content |= change
-    (tmp_path / "config.json").write_text(json.dumps(content))
+    if config is MODERN:
+        change = {"glassgpt": content["glassgpt"] | change["glassgpt"]}
+    (tmp_path / "config.json").write_text(json.dumps(content | change))
     with (
         patch.object(hub, "fill", side_effect=AssertionError("was read")),
         pytest.raises(ValueError, match=message),
@@ -333,8 +277,8 @@ def test_a_missing_part_of_several_is_named(tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "{", '{"weight_map": []}', '{"weight_map": {"a": 1}}']
-    + ['{"weight_map": {"a": "../x"}}', '{"weight_map": {"a": "/dev/zero"}}'],
+    ["", '{"weight_map": []}', '{"weight_map": {"a": 1}}']
+    + ['{"weight_map": {"a": "../x"}}'],
 )
 def test_a_strange_index_is_refused(tmp_path, text):
     place = tmp_path / "model"
@@ -352,47 +296,18 @@ def test_a_model_without_a_tokenizer_is_not_saved(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["", "[]", "null", "{", '{"glassgpt": []}', '{"model_type": "llama"}']
-    + ['{"model_type": "gpt2"}', "[" * 100_000, "\x00", '{"glassgpt": {"layers": 3}}'],
+    "text", [b"", b"[]", b'{"model_type": "gpt2"}', b"[" * 100_000, b"\xff\xfe\xfa"]
 )
 def test_a_strange_config_is_refused(tmp_path, text):
     save(tmp_path, random_gpt(), tokenizer_of())
-    (tmp_path / "config.json").write_text(text)
+    (tmp_path / "config.json").write_bytes(text)
     with pytest.raises(ValueError, match="does not describe a GPT"):
         load(tmp_path)
-
-
-def test_bytes_that_are_no_text_are_refused(tmp_path):
-    save(tmp_path, random_gpt(), tokenizer_of())
-    (tmp_path / "config.json").write_bytes(b"\xff\xfe\xfa")
-    with pytest.raises(ValueError, match="does not describe a GPT"):
-        load(tmp_path)
-
-
-def test_wrong_shapes_are_refused_before_the_numbers_are_read(tmp_path):
-    path = tmp_path / "model.safetensors"
-    state = to_theirs(random_gpt(), GPT2)
-    for name in ("transformer.h.1.mlp.c_fc.weight", "transformer.ln_f.bias"):
-        write_tensors(path, {**state, name: state[name][:1]})
-        with (
-            patch.object(hub, "fill", side_effect=AssertionError("was read")),
-            pytest.raises(ValueError, match=f"{name} should be"),
-        ):
-            load_parameters(path, CONFIG)
 
 
 # Disks that fail.
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
-
-
-def test_a_full_disk_leaves_the_old_file(tmp_path):
-    path = tmp_path / "note"
-    write_file(path, b"old")
-    with patch("os.fsync", side_effect=FULL), pytest.raises(OSError, match="No space"):
-        write_file(path, b"new")
-    assert path.read_bytes() == b"old"
 
 
 @pytest.fixture
@@ -424,13 +339,6 @@ def test_a_place_that_cannot_be_written_is_an_error(tmp_path):
         save(tmp_path / "file" / "model", random_gpt(), tokenizer_of())
 
 
-def test_loading_does_not_wait_for_the_compiler():
-    program = "import sys, glassgpt; glassgpt.load('shakespeare'); "
-    program += "print('torch._dynamo' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True)
-    assert done.stdout == b"False\n", done.stderr
-
-
 def test_loading_draws_nothing(tmp_path):
     save(tmp_path, random_gpt(), tokenizer_of())
     torch.manual_seed(3)
@@ -440,11 +348,8 @@ def test_loading_draws_nothing(tmp_path):
 
 
 MEASURED = """
-import resource, sys, torch
+import resource, sys
 import glassgpt
-from glassgpt.checkpoints import save
-from glassgpt.gpt import GPT, GPTConfig
-from glassgpt.tokens import CharTokenizer
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -453,21 +358,23 @@ glassgpt.load("shakespeare")
 before = peak()
 model, _ = glassgpt.load(sys.argv[1])
 print(peak() - before, 4 * model.parameter_count() / 2**20)
+assert "torch._dynamo" not in sys.modules, "it waits for the compiler"
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts memory as Linux does")
 def test_loading_takes_the_memory_of_the_model_and_its_file(tmp_path):
-    config = GPTConfig(97, context=32, layers=4, heads=4, width=1024)
+    config = GPTConfig(97, context=32, layers=4, heads=4, width=512)
     save(tmp_path, GPT(config), tokenizer_of())
     command = [sys.executable, "-c", MEASURED, tmp_path]
     done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     taken, size = map(float, done.stdout.split())
-    assert size > 190, done.stderr
+    assert size > 45
     assert taken < 2.2 * size  # the mapped file counts, too
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_real_numbers_are_read(tmp_path, dtype):
     model = random_gpt()
     save(tmp_path, model.to(dtype), tokenizer_of())
@@ -488,18 +395,6 @@ def test_a_loaded_model_shares_what_is_tied_and_nothing_with_the_file(tmp_path, 
     assert all(parameter.is_contiguous() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize(
-    "name", ["n_layer", "n_embd", "n_positions", "tie_word_embeddings"]
-)
-def test_a_config_that_contradicts_its_file_is_refused(tmp_path, name):
-    save(tmp_path, random_gpt(), tokenizer_of())
-    content = json.loads((tmp_path / "config.json").read_text())
-    content[name] = False if name.startswith("tie") else 2 * content[name]
-    (tmp_path / "config.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="does not fit its config.json"):
-        load(tmp_path)
-
-
 def test_what_was_changed_in_their_keys_is_what_transformers_reads(tmp_path):
     save(tmp_path, random_gpt(), tokenizer_of())
     content = json.loads((tmp_path / "config.json").read_text())
@@ -516,7 +411,7 @@ def test_what_a_compiler_returned_is_not_saved(tmp_path):
     assert not (tmp_path / "model").exists()
 
 
-@pytest.mark.parametrize("name", ["run.json", "hashes.json", "tokens.json", "notes"])
+@pytest.mark.parametrize("name", ["run.json", "notes"])
 def test_a_model_is_not_saved_among_other_things(tmp_path, name):
     save(tmp_path / "model", random_gpt(), tokenizer_of())
     for place in (tmp_path, tmp_path / "model"):
@@ -542,7 +437,7 @@ def test_a_model_is_saved_over_an_older_one(tmp_path):
     assert not (tmp_path / "chat_template.jinja").exists()
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_weights_that_are_no_numbers_are_refused(tmp_path, bad):
     model = random_gpt()
     with torch.no_grad():
@@ -550,15 +445,11 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path, bad):
     with pytest.raises(ValueError, match="has weights that are nan or infinite"):
         save(tmp_path / "new", model, tokenizer_of())
     assert not (tmp_path / "new").exists()
-    write_model(tmp_path, model, tokenizer_of())
-    with pytest.raises(ValueError, match="has weights that are nan or infinite"):
-        load(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
-        ("shakespere", 'Do you mean "shakespeare"\\?'),
         ("gpt2-larg", 'Do you mean "gpt2-large"\\?'),
         ("runs/mine", "Give a run's folder, or a name: shakespeare, smollm2, gpt2"),
     ],
@@ -659,11 +550,6 @@ def test_a_file_system_that_flushes_no_folder_is_no_error(tmp_path):
         (tmp_path / "file").write_text("x")
         with pytest.raises(OSError, match="Invalid"):
             flush(tmp_path / "file")
-
-
-def test_package_passes_its_checks():
-    checks.check_whole_file(write_file)
-    checks.check_round_trip((save, load))
 
 
 def test_many_finite_numbers_of_16_bits_are_saved(tmp_path):

@@ -13,16 +13,17 @@ import struct
 import subprocess
 import sys
 import textwrap
-import zipfile
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+import safetensors.torch
 import torch
 from filelock import FileLock
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from glassgpt import checkpoints, runs
 from glassgpt.checkpoints import load, save
@@ -32,7 +33,6 @@ from glassgpt.device import Machine, Plan
 from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.modern import ModernConfig, MuonConfig
 from glassgpt.runs import (
-    CHANGEABLE,
     Run,
     Saving,
     checkpoints_in,
@@ -40,10 +40,8 @@ from glassgpt.runs import (
     memory_advice,
     read_checkpoint,
     refuse_occupied,
-    restore,
     resume_run,
     start_run,
-    stop_signals,
 )
 from glassgpt.tokens import CharTokenizer
 from glassgpt.training import TrainConfig
@@ -123,9 +121,18 @@ def run(tmp_path, whole):
 MUON = MuonConfig(**vars(TRAINING) | {"matrix_learning_rate": 0.02})
 
 
-@pytest.mark.parametrize("training", [TRAINING, MUON])
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("model", [MODEL, ModernConfig(11, 8, 1, 2, 16, dropout=0.1)])
+MODERN = ModernConfig(11, 8, 1, 2, 16, dropout=0.1)
+
+
+@pytest.mark.parametrize(
+    ("model", "training", "precision"),
+    [
+        (MODEL, TRAINING, "float32"),
+        (MODEL, MUON, "float16"),
+        (MODERN, MUON, "bfloat16"),
+        (MODERN, TRAINING, "float16"),
+    ],
+)
 def test_resuming_is_exact(tmp_path, model, training, precision):
     training = replace(training, accumulate=2)
     one = Plan(model, training, Machine(precision=precision), math.nan)
@@ -139,19 +146,9 @@ def test_resuming_is_exact(tmp_path, model, training, precision):
         assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_the_package_passes_its_checks():
-    checks.check_resume((start_run, resume_run))
-    checks.check_stop(stop_signals)
-
-
 def resume_from_the_oldest(*arguments, **options):
     with patch.object(runs, "checkpoints_in", lambda place: checkpoints_in(place)[:1]):
         return resume_run(*arguments, **options)
-
-
-def test_a_resume_from_the_oldest_checkpoint_is_caught():
-    with pytest.raises(AssertionError, match=r"steps \[0, .*, not 3 to 7"):
-        checks.check_resume((start_run, resume_from_the_oldest))
 
 
 def resume_without_checkpoints(*arguments, **options):
@@ -164,11 +161,17 @@ def resume_with_any_tokens(*arguments, **options):
         return resume_run(*arguments, **options)
 
 
-def test_resumes_that_hold_for_one_kill_or_any_data_are_caught():
-    with pytest.raises(AssertionError, match="wrote no checkpoint at step 6"):
-        checks.check_resume((start_run, resume_without_checkpoints))
-    with pytest.raises(AssertionError, match="other token was not noticed"):
-        checks.check_resume((start_run, resume_with_any_tokens))
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (resume_from_the_oldest, r"steps \[0, .*, not 3 to 7"),
+        (resume_without_checkpoints, "wrote no checkpoint at step 6"),
+        (resume_with_any_tokens, "other token was not noticed"),
+    ],
+)
+def test_a_wrong_resume_is_caught(wrong, message):
+    with pytest.raises(AssertionError, match=message):
+        checks.check_resume((start_run, wrong))
 
 
 def noting(second_acts, cleans_up, spares=lambda _, handler: handler == signal.SIG_IGN):
@@ -230,11 +233,6 @@ def only_strings_before(content):
     return names
 
 
-def test_names_taken_from_memory_are_asked_for():
-    with pytest.raises(AssertionError, match="in place of"):
-        checks.check_names(only_strings_before)
-
-
 class Anything:
     def __init__(self, *arguments):
         pass
@@ -258,11 +256,6 @@ def only_what_is_inside(content):
     return names
 
 
-def test_tensors_outside_of_a_pickle_are_no_end():
-    with pytest.raises(AssertionError, match="refers to tensors outside"):
-        checks.check_names(only_what_is_inside)
-
-
 def looked_up_and_thrown_away(content):
     names = set()
 
@@ -279,9 +272,17 @@ def looked_up_and_thrown_away(content):
     return names
 
 
-def test_a_module_that_is_imported_is_caught():
-    with pytest.raises(AssertionError, match="imported, which runs its code"):
-        checks.check_names(looked_up_and_thrown_away)
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (only_strings_before, "in place of"),
+        (only_what_is_inside, "refers to tensors outside"),
+        (looked_up_and_thrown_away, "imported, which runs its code"),
+    ],
+)
+def test_a_wrong_list_of_names_is_caught(wrong, message):
+    with pytest.raises(AssertionError, match=message):
+        checks.check_names(wrong)
 
 
 def test_a_state_that_is_taken_out_without_a_copy_is_caught():
@@ -300,20 +301,29 @@ def test_a_finished_run_resumes_to_itself(run):
     first = load(checkpoints_in(run)[-1])[0]
     again = resume(run)
     assert all(map(torch.equal, first.parameters(), again.trainer.model.parameters()))
-    assert (again.trainer.step, again.stopped_by) == (12, 0)
+    assert (again.directory, again.trainer.step, again.stopped_by) == (run, 12, 0)
 
 
-def test_a_checkpoint_is_a_model_and_the_folder_holds_the_best(run):
+def test_a_checkpoint_is_a_model_and_metrics_are_written(run):
     model, tokenizer = load(checkpoints_in(run)[-1])
     assert tokenizer.vocab_size == 11
     assert not model.training
     lines = (run / "metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
-    assert [record["step"] for record in records] == [4, 8, 12]
-    best = min(records, key=lambda record: record["validation_loss"])
-    again = Plan(MODEL, TRAINING, Machine(), math.nan).trainer(DATA, load(run)[0])
-    again.recent, again.seconds = [0.0], 1.0
-    assert again.evaluate()["validation_loss"] == pytest.approx(best["validation_loss"])
+    assert [json.loads(line)["step"] for line in lines] == [4, 8, 12]
+
+
+def test_the_folder_holds_the_best_model(tmp_path):
+    evaluate = runs.Trainer.evaluate
+
+    def best_at_8(trainer):
+        record = evaluate(trainer)
+        record["validation_loss"] = abs(trainer.step - 8)
+        return record
+
+    with patch.object(runs.Trainer, "evaluate", best_at_8):
+        start(tmp_path, checkpoint_every=4, keep=4)
+    at_8, best = tmp_path / "checkpoint-00000008", tmp_path / "model.safetensors"
+    assert best.read_bytes() == (at_8 / best.name).read_bytes()
 
 
 def test_a_start_writes_a_checkpoint_before_the_first_step(tmp_path):
@@ -356,54 +366,43 @@ def test_kills_at_random_moments_lose_nothing():
 
 SIGNALED = textwrap.dedent(
     """
-    import math, signal, sys
-    import torch
     from test_runs import *
 
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    if hasattr(signal, "SIGHUP"):  # where tests run under nohup, it is ignored
-        kept = signal.SIG_IGN if "ignore" in sys.argv else signal.SIG_DFL
-        signal.signal(signal.SIGHUP, kept)
-    steps = 200 if "ignore" in sys.argv else 10**9
-    run = start(
-        sys.argv[1],
-        plan(steps=steps, evaluate_every=50),
-        checkpoint_every=10**9,
-        on_record=lambda record: print(record["step"], flush=True),
-    )
-    print(run.trainer.step, int(run.stopped_by), flush=True)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "ignored"):
+        usual = signal.SIG_IGN if name == "ignored" else signal.default_int_handler
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, usual)
+        steps = 200 if name == "ignored" else 10**9
+        run = start(
+            Path(sys.argv[1], name),
+            plan(steps=steps, evaluate_every=50),
+            checkpoint_every=10**9,
+            on_record=lambda record: print(record["step"], flush=True),
+        )
+        print("end", run.trainer.step, int(run.stopped_by), flush=True)
     """
 )
 
 
-def signaled(directory, *options):
-    command = [sys.executable, "-c", SIGNALED, str(directory), *options]
-    folder, pipe = Path(__file__).parent, subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=folder)
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
-def test_a_signal_saves_and_leaves_cleanly(tmp_path, name):
-    number = getattr(signal, name)
-    process = signaled(tmp_path)
-    assert int(process.stdout.readline()) == 50
-    process.send_signal(number)
-    out, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    step, stopped_by = map(int, out.splitlines()[-1].split())
-    assert stopped_by == number
-    assert checkpoints_in(tmp_path)[-1].name == f"checkpoint-{step:08d}"
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
-def test_a_signal_that_is_ignored_stays_ignored(tmp_path):
-    process = signaled(tmp_path, "ignore")
-    assert int(process.stdout.readline()) == 50
-    process.send_signal(signal.SIGHUP)
-    out, errors = process.communicate()
-    assert out.splitlines()[-1] == "200 0", errors
+def test_a_signal_saves_and_leaves_cleanly(tmp_path):
+    """And one that is ignored stays ignored, as SIGHUP is under nohup."""
+    command = [sys.executable, "-c", SIGNALED, str(tmp_path)]
+    how = {"stdout": subprocess.PIPE, "text": True, "cwd": Path(__file__).parent}
+    with subprocess.Popen(command, **how) as process:
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "ignored"):
+            number = getattr(signal, name, signal.SIGHUP)
+            assert process.stdout.readline() == "50\n"
+            process.send_signal(number)
+            while not (line := process.stdout.readline()).startswith("end"):
+                assert line
+            step, stopped_by = map(int, line.split()[1:])
+            wanted = (200, 0) if name == "ignored" else (step, number)
+            assert (step, stopped_by) == wanted
+            last = checkpoints_in(tmp_path / name)[-1]
+            assert last.name == f"checkpoint-{step:08d}"
+    assert process.returncode == 0
 
 
 @pytest.fixture
@@ -459,12 +458,13 @@ def test_a_run_is_not_overwritten(run):
         start(run)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "notes", "checkpoint-00000005"])
+@pytest.mark.parametrize("name", ["notes", "checkpoint-00000005"])
 def test_other_things_are_not_overwritten(tmp_path, name):
     (tmp_path / name).write_bytes(b"precious")
     with pytest.raises(FileExistsError, match=f"not empty, {name} is in it"):
         start(tmp_path)
-    assert os.listdir(tmp_path) == [name]
+    assert [path.name for path in tmp_path.glob("[!.]*")] == [name]
+    assert (tmp_path / name).read_bytes() == b"precious"
 
 
 def test_what_is_no_folder_is_named(tmp_path):
@@ -583,15 +583,8 @@ def test_other_tokens_are_refused(tmp_path, run):
 
 def test_damage_of_tokens_is_not_blamed_on_the_run(run):
     path = run / "data" / "train.bin"
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-1] + b"\x01")
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
     with pytest.raises(ValueError, match=r"train\.bin is damaged"):
-        resume(run)
-    path.write_bytes(whole[:-2])
-    with pytest.raises(ValueError, match=r"train\.bin is damaged"):
-        resume(run)
-    (run / "data" / "tokens.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"tokens\.json is damaged"):
         resume(run)
 
 
@@ -647,22 +640,17 @@ def test_a_finished_run_is_extended(run):
 
 def test_extending_a_constant_rate_is_exact(tmp_path):
     """Where the schedule does not depend on the steps, nor do the bits."""
-    constant = plan(schedule="linear", final_rate=1.0)
-    whole = start(tmp_path / "whole", replace_steps(constant, 20))
-    start(tmp_path / "short", constant)
-    longer = resume(tmp_path / "short", steps=20)
+    constant = {"schedule": "linear", "final_rate": 1.0}
+    whole = start(tmp_path / "whole", plan(steps=16, **constant))
+    start(tmp_path / "short", plan(**constant))
+    longer = resume(tmp_path / "short", steps=16)
     assert torch.equal(weights(whole), weights(longer))
-
-
-def replace_steps(one, steps):
-    return replace(one, training=replace(one.training, steps=steps))
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("batch_size", 8), ("seed", 1), ("warmup", 5), ("width", 32), ("dropout", 0.0)]
-    + [("clip", 2.0), ("weight_decay", 0.0), ("schedule", "linear"), ("nonsense", 1)]
-    + [("matrix_learning_rate", 0.1), ("evaluation_crops", 1), ("fingerprint", "")],
+    [("batch_size", 8), ("seed", 1), ("warmup", 5), ("width", 32), ("nonsense", 1)]
+    + [("matrix_learning_rate", 0.1), ("fingerprint", "")],
 )
 def test_nothing_else_may_change(run, name, value):
     before = (run / "run.json").read_bytes()
@@ -673,8 +661,7 @@ def test_nothing_else_may_change(run, name, value):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("steps", 0), ("steps", "x"), ("keep", 0), ("checkpoint_every", 0)]
-    + [("precision", "int8"), ("compile", "maybe"), ("device", "abacus")],
+    [("steps", 0), ("keep", 0), ("precision", "int8"), ("device", "abacus")],
 )
 def test_impossible_changes_are_refused(run, name, value):
     before = (run / "run.json").read_bytes()
@@ -683,35 +670,11 @@ def test_impossible_changes_are_refused(run, name, value):
     assert (run / "run.json").read_bytes() == before
 
 
-@pytest.mark.parametrize("name", ["keep", "checkpoint_every"])
-def test_impossible_starts_are_refused(tmp_path, name):
-    with pytest.raises(ValueError, match=name):
-        start(tmp_path / "run", **{name: 0})
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("wrong", [0, -1, 2.5, "2", None])
-def test_saving_is_checked_by_itself(wrong):
-    Saving(1, 1)
-    with pytest.raises(ValueError, match="checkpoint_every must be at least 1"):
-        Saving(wrong, 1)
-    with pytest.raises(ValueError, match="keep must be at least 1"):
-        Saving(1, wrong)
-
-
-@pytest.mark.parametrize(
-    ("wrong", "sentence"),
-    [
-        ({"plan": None}, "plan must be a Plan: take what `make_plan` returns"),
-        ({"data": [1, 2, 3]}, "data must be a TokenData: take what `tokenize`"),
-        ({"data": DATA.train}, "data must be a TokenData: take what `tokenize`"),
-        ({"tokenizer": None}, "a run needs the tokenizer that made its data"),
-    ],
-)
-def test_what_is_no_part_of_a_run_is_named(tmp_path, wrong, sentence):
-    parts = {"plan": PLAN, "data": DATA, "tokenizer": TOKENIZER} | wrong
-    with pytest.raises(TypeError, match=sentence):
-        start_run(tmp_path / "run", **parts)
+@pytest.mark.parametrize("wrong", [0, 2.5, "2", None])
+def test_saving_is_checked_before_anything_is_written(tmp_path, wrong):
+    for name in ("keep", "checkpoint_every"):
+        with pytest.raises(ValueError, match=f"{name} must be at least 1"):
+            start(tmp_path / "run", **{name: wrong})
     assert not (tmp_path / "run").exists()
 
 
@@ -769,11 +732,6 @@ def only_a_cpu(name=None):
     return torch.device("cpu")
 
 
-def test_what_may_change_are_fields():
-    assert {"steps", "accumulate", "precision", "compile", "device"} <= CHANGEABLE
-    assert not CHANGEABLE & {"seed", "batch_size", "width", "context", "warmup"}
-
-
 # Damage, and files that attack.
 
 
@@ -785,7 +743,7 @@ def test_every_byte_of_a_checkpoint_counts(run, name):
     before, last = checkpoints_in(run)
     path = last / name
     whole = path.read_bytes()
-    for place in range(0, len(whole), len(whole) // 40):
+    for place in range(0, len(whole), len(whole) // 8):
         changed = bytearray(whole)
         changed[place] ^= 1
         path.write_bytes(changed)
@@ -846,22 +804,14 @@ class Bomb:
         return os.mkdir, (os.environ["BOMB"],)
 
 
-def archive(code):
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as made:
-        made.writestr("x/data.pkl", code)
-        made.writestr("x/version", "3\n")
-    return file.getvalue()
-
-
 def tensors(facts, body=bytes(64), size=None):
     """A safetensors file, whatever it says about itself."""
     text = json.dumps(facts).encode()
     return struct.pack("<Q", len(text) if size is None else size) + text + body
 
 
-def tensor(shape, offsets=(0, 64), dtype="F32", name="0.exp_avg"):
-    facts = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+def tensor(shape, offsets=(0, 64), name="0.exp_avg"):
+    facts = {"dtype": "F32", "shape": shape, "data_offsets": offsets}
     return tensors({name: facts})
 
 
@@ -869,121 +819,60 @@ GIGA = 1 << 30
 MOMENTS, STATE = "optimizer-0.safetensors", "trainer.json"
 ATTACKS = {
     "a bare pickle": (MOMENTS, lambda: pickle.dumps(Bomb())),
-    "a pickle in an archive": (MOMENTS, lambda: archive(pickle.dumps(Bomb(), 2))),
-    "no numbers": (MOMENTS, lambda: b"nothing of the kind"),
-    "nothing": (MOMENTS, lambda: b""),
     "a long header": (MOMENTS, lambda: tensors({}, size=2 * GIGA)),
-    "a list for a header": (MOMENTS, lambda: tensors([])),
     "a trillion numbers": (MOMENTS, lambda: tensor([GIGA, 1024])),
     "a trillion in no bytes": (MOMENTS, lambda: tensor([GIGA, 1024], (0, 0))),
     "a trillion in 4 TB": (MOMENTS, lambda: tensor([GIGA, 1024], (0, GIGA << 12))),
-    "a negative size": (MOMENTS, lambda: tensor([-16])),
-    "a negative offset": (MOMENTS, lambda: tensor([16], (-64, 0))),
-    "an unknown type": (MOMENTS, lambda: tensor([16], dtype="F7")),
-    "moments of other shapes": (MOMENTS, lambda: tensor([16])),
+    "too few moments": (MOMENTS, lambda: tensor([16])),
     "moments of no parameter": (MOMENTS, lambda: tensor([16], name="99.exp_avg")),
     "a name that is none": (MOMENTS, lambda: tensor([16], name="exp_avg")),
     "a number too many": (MOMENTS, lambda: tensor([16], name="0.0.exp_avg")),
     "no text": (STATE, lambda: b"\xff\xfe"),
-    "no state": (STATE, lambda: b""),
     "a deep state": (STATE, lambda: b"[" * 1_000_000),
     "a long number": (STATE, lambda: b'{"step": ' + b"9" * 100_000 + b"}"),
     "a list": (STATE, lambda: []),
-    "a table without keys": (STATE, lambda: {}),
+    "another step": (STATE, lambda: {"step": 7}),
+    "a step in words": (STATE, lambda: {"step": "twelve"}),
 }
+
+
+def test_moments_of_other_shapes_are_refused(run):
+    path = checkpoints_in(run)[-1]
+    moments = load_file(path / MOMENTS) | {"0.exp_avg": torch.ones(3)}
+    forge(path, MOMENTS, safetensors.torch.save(moments))
+    with pytest.raises(ValueError, match="exp_avg of parameter 0 is not"):
+        resume(run)
+
+
+def highest_memory():
+    """The most that this process has had since the last call, in MB; Linux tells."""
+    if sys.platform != "linux":
+        return 0
+    status = Path("/proc/self/status").read_text()
+    Path("/proc/self/clear_refs").write_text("5")
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_a_forged_file_is_refused(run, attack, monkeypatch):
+    """It runs no code and takes no memory."""
     monkeypatch.setenv("BOMB", str(run / "bomb"))
     name, content = ATTACKS[attack]
     forge(checkpoints_in(run)[-1], name, content())
+    highest_memory()
+    before = highest_memory()
     with pytest.raises(ValueError, match="is damaged, delete it to go on"):
         resume(run)
     assert not (run / "bomb").exists()
-
-
-MEASURED = """
-import resource, sys
-from pathlib import Path
-from test_runs import *
-
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-run = Path(sys.argv[1])
-path = checkpoints_in(run)[-1]
-resume(run)
-made = {name: (file, attack()) for name, (file, attack) in ATTACKS.items()}
-whole = {file: (path / file).read_bytes() for file, _ in made.values()}
-before = peak()
-for name, (file, content) in made.items():
-    forge(path, file, content)
-    try:
-        resume(run)
-    except ValueError:
-        pass
-    else:
-        raise AssertionError(name)
-    forge(path, file, whole[file])
-    print(name, peak() - before)
-print(peak() - before)
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="counts memory as Linux does")
-def test_a_forged_file_takes_no_memory(run, monkeypatch):
-    monkeypatch.setenv("BOMB", str(run / "bomb"))
-    command = [sys.executable, "-c", MEASURED, run]
-    folder = Path(__file__).parent
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout.splitlines()[-1]) < 50, done.stdout  # megabytes
-
-
-def first_moments(state):
-    return state["optimizers"][0]["state"][0]
-
-
-STATES = {
-    "shorter moments": lambda s: first_moments(s).update(exp_avg=torch.ones(3)),
-    "a missing moment": lambda s: first_moments(s).pop("exp_avg_sq"),
-    "one more moment": lambda s: first_moments(s).update(more=torch.ones(())),
-    "moments of no parameter": lambda s: s["optimizers"][0]["state"].update(
-        {99: first_moments(s)}
-    ),
-    "an optimizer more": lambda s: s["optimizers"].append(s["optimizers"][0]),
-    "no optimizer": lambda s: s["optimizers"].clear(),
-    "another step": lambda s: s.update(step=7),
-    "a step in words": lambda s: s.update(step="twelve"),
-    "no step": lambda s: s.pop("step"),
-    "records in words": lambda s: s["records"][0].update(validation_loss="low"),
-    "records in records": lambda s: s["records"][0].update(more=[s["records"]]),
-    "a record that is none": lambda s: s["records"].append(1),
-    "losses in words": lambda s: s["recent"].append("low"),
-    "seconds in words": lambda s: s.update(seconds="long"),
-}
-
-
-@pytest.mark.parametrize("name", STATES)
-def test_a_forged_state_changes_nothing(run, name):
-    path = checkpoints_in(run)[-1]
-    model, _, state = read_checkpoint(path)
-    STATES[name](state)
-    trainer = PLAN.trainer(DATA, model)
-    before = [parameter.clone() for parameter in model.parameters()]
-    with pytest.raises(ValueError, match="is damaged"):
-        restore(trainer, state, path)
-    assert all(map(torch.equal, before, model.parameters()))
-    assert trainer.step == 0
+    assert highest_memory() - before < 50
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "null", "7", "[" * 100_000, '{"a":' * 100_000, "\x00", "{}"],
+    [b"", b"[]", b"{}", b"[" * 100_000, b"\xff\xfe\xfa"],
 )
 def test_a_strange_run_json_is_refused(run, text):
-    (run / "run.json").write_text(text)
+    (run / "run.json").write_bytes(text)
     with pytest.raises(ValueError, match=r"run\.json is damaged, start a new run"):
         resume(run)
 
@@ -992,17 +881,10 @@ def test_a_strange_run_json_is_refused(run, text):
     ("part", "name", "value", "message"),
     [
         ("model", "width", 10**12, "another model than"),
-        ("model", "layers", 10**8, "another model than"),
-        ("model", "vocab_size", 10**30, "another model than"),
-        ("model", "width", "16", "another model than"),
         ("model", "attack", 1, "another model than"),
         ("training", "steps", "12", "is damaged"),
-        ("training", "steps", -1, "is damaged"),
         ("training", "learning_rate", None, "is damaged"),
         ("saving", "keep", 0, "is damaged"),
-        ("saving", "checkpoint_every", 0.5, "is damaged"),
-        ("machine", "device", 7.5, "is damaged"),
-        ("machine", "device", "abacus", "is damaged"),
         ("machine", "precision", [], "is damaged"),
     ],
 )
@@ -1011,23 +893,6 @@ def test_a_forged_run_json_is_refused(run, part, name, value, message):
     content[part][name] = value
     (run / "run.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message):
-        resume(run)
-
-
-@pytest.mark.parametrize(
-    "name", ["model", "training", "machine", "saving", "data", "fingerprint"]
-)
-@pytest.mark.parametrize("value", [None, 5, [], [7]])
-def test_forged_parts_of_run_json(run, name, value):
-    content = json.loads((run / "run.json").read_text())
-    (run / "run.json").write_text(json.dumps({**content, name: value}))
-    with pytest.raises(ValueError, match="is damaged|other tokens|another model"):
-        resume(run)
-
-
-def test_bytes_that_are_no_text_are_refused(run):
-    (run / "run.json").write_bytes(b"\xff\xfe\xfa")
-    with pytest.raises(ValueError, match="is damaged"):
         resume(run)
 
 
@@ -1045,7 +910,7 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
-@pytest.mark.parametrize("which", range(0, 32, 2))
+@pytest.mark.parametrize("which", [0, 3, 7, 12, 18, 30])
 def test_a_full_disk_leaves_the_checkpoints_before(tmp_path, call, which, whole):
     real, calls = getattr(os, call), []
 
@@ -1126,9 +991,3 @@ def test_what_a_killed_start_leaves_is_no_obstacle(tmp_path):
         (tmp_path / name).write_text("")
     (tmp_path / "checkpoint-00000000").mkdir()
     refuse_occupied(tmp_path)
-
-
-def test_a_run_says_where_it_is(run):
-    again = resume(run)
-    assert isinstance(again, Run)
-    assert again.directory == run

@@ -9,13 +9,12 @@ import signal
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from filelock import FileLock, Timeout
 from safetensors.torch import load_file
 
@@ -30,7 +29,7 @@ from glassgpt.checkpoints import (
     write_tensors,
 )
 from glassgpt.data import SPLITS, TokenData, _hash_of, write_tokens
-from glassgpt.device import Machine, Plan, on_paper, pick_device, pick_precision
+from glassgpt.device import Machine, Plan, on_paper, pick_device, pick_precision, take
 from glassgpt.gpt import GPT
 from glassgpt.modern import MuonConfig
 from glassgpt.tokens import Tokenizer
@@ -144,9 +143,6 @@ def read_checkpoint(path: Path) -> tuple[GPT, Tokenizer, dict[str, Any]]:
     return model, tokenizer, state
 
 
-_MOMENTS = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "Muon": ("momentum_buffer",)}
-
-
 def restore(trainer: Trainer, state: dict[str, Any], path: Path) -> None:
     """Bring a trainer, which has the model of a checkpoint, to its moment.
 
@@ -157,16 +153,14 @@ def restore(trainer: Trainer, state: dict[str, Any], path: Path) -> None:
     with _damaged(path):
         if path.name != f"checkpoint-{state['step']:08d}":
             raise ValueError(f"it is of step {state['step']}")
-        values = [value for record in state["records"] for value in record.values()]
-        math.fsum([state["seconds"], *state["recent"], *values])  # raises for others
         pairs = zip(trainer.optimizers, state["optimizers"], strict=True)
         for optimizer, saved in pairs:
             ours = [p.shape for g in optimizer.param_groups for p in g["params"]]
-            names = _MOMENTS[type(optimizer).__name__]
             for number, moments in saved["state"].items():
-                due = {name: () if name == "step" else ours[number] for name in names}
-                if {name: value.shape for name, value in moments.items()} != due:
-                    raise ValueError(f"parameter {number} has moments of other shapes")
+                for name, moment in moments.items():
+                    due = () if name == "step" else ours[number]
+                    if moment.shape != due:
+                        raise ValueError(f"{name} of parameter {number} is not {due}")
         model = dict(trainer.model.named_parameters())
         trainer.load_state_dict({**state, "model": model})
 
@@ -223,14 +217,15 @@ def _changed(before: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """
     if kept := sorted(changes.keys() - (CHANGEABLE & before.keys())):
         raise ValueError(f"a resumed run keeps its {', '.join(kept)}")
-    device = pick_device(changes.get("device"))
-    if "device" not in changes:
-        with suppress(ValueError):
-            device = pick_device(before["device"])
-    now = {**before, "device": str(device)}
-    if device.type != torch.device(before["device"]).type:
+    asked = changes.get("device")
+    try:
+        device = pick_device(asked or before["device"])
+    except ValueError:
+        device = pick_device(asked)  # the best one here, if none was asked for
+    now = {**before, **changes, "device": str(device)}
+    if "precision" not in changes and not before["device"].startswith(device.type):
         now["precision"] = pick_precision(device)
-    return {**now, **changes, "device": str(device)}
+    return now
 
 
 def _write_run(run: Run, data: TokenData) -> None:
@@ -244,18 +239,22 @@ def _write_run(run: Run, data: TokenData) -> None:
     write_json(run.directory / "run.json", content)
 
 
-def _read_run(directory: Path) -> tuple[list[Any], Any, Path, str]:
-    """Its settings, in parts; what it says of the model and the tokens."""
+def _parts(settings: dict[str, Any]) -> list[Any]:
+    """How to train, on what machine, and when to save. Raises ValueError."""
+    training = MuonConfig if "matrix_learning_rate" in settings else TrainConfig
+    return [take(kind, settings) for kind in (training, Machine, Saving)]
+
+
+def _read_run(directory: Path) -> tuple[dict[str, Any], Any, Path, str]:
+    """Its settings by name; what it says of the model and the tokens."""
     path = directory / "run.json"
     with blaming(path, "is damaged, start a new run"):
         content = json.loads(path.read_text("utf-8"))
-        muon = "matrix_learning_rate" in content["training"]
-        training = (MuonConfig if muon else TrainConfig)(**content["training"])
-        machine, saving = Machine(**content["machine"]), Saving(**content["saving"])
-        torch.device(machine.device)  # raises where there is no such kind
+        parts = ("training", "machine", "saving")
+        settings = {k: v for part in parts for k, v in content[part].items()}
+        _parts(settings)  # raises for what can't be
         place = directory / content["data"]
-        model, fingerprint = content["model"], content["fingerprint"]
-    return [training, machine, saving], model, place, fingerprint
+        return settings, content["model"], place, content["fingerprint"]
 
 
 def _find_tokens(place: Path, fingerprint: str) -> TokenData:
@@ -379,11 +378,6 @@ def start_run(
     Book: 20_runs_that_survive.html#one-run-in-a-folder
     """
     directory, saving = Path(directory), Saving(checkpoint_every, keep)
-    refuse_occupied(directory)
-    if not isinstance(plan, Plan):
-        raise TypeError("plan must be a Plan: take what `make_plan` returns")
-    if not isinstance(tokenizer, Tokenizer):
-        raise TypeError("a run needs the tokenizer that made its data")
     check_fit(on_paper(plan.model), data, plan.training)  # takes no memory
     if tokenizer.vocab_size != data.vocab_size:
         sizes = f"{data.vocab_size} token ids and the tokenizer {tokenizer.vocab_size}"
@@ -392,7 +386,7 @@ def start_run(
         raise ValueError(f"the model has {model.config}, the plan {plan.model}")
     run = Run(directory, make_trainer(plan, data, model), tokenizer, plan, saving)
     with locked(directory):
-        refuse_occupied(directory)  # again, now that it is ours
+        refuse_occupied(directory)
         data = _on_disk(data, directory / "data", tokenizer)
         write_checkpoint(run)
         _write_run(run, data)  # now there is a run
@@ -422,11 +416,9 @@ def resume_run(
     if not (directory / "run.json").exists():
         raise FileNotFoundError(f"{directory} holds no run: run.json is missing")
     with locked(directory):
-        parts, described, place, fingerprint = _read_run(directory)
-        before = {k: v for part in parts for k, v in vars(part).items()}
+        before, described, place, fingerprint = _read_run(directory)
         now = _changed(before, changes)
-        parts = [replace(part, **{k: now[k] for k in vars(part)}) for part in parts]
-        training, machine, saving = parts
+        training, machine, saving = _parts(now)
         tokens = _find_tokens(Path(data or place), fingerprint)
         if not (found := checkpoints_in(directory)):
             raise FileNotFoundError(f"{directory} has lost its checkpoints: start anew")

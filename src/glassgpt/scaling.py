@@ -50,7 +50,8 @@ def run_processes(number: int, function: Callable[..., Any], *arguments: Any) ->
     with TemporaryDirectory() as place:
         how = (number, place, function, arguments)
         method = "forkserver" if sys.platform == "linux" else "spawn"
-        torch.multiprocessing.set_forkserver_preload([__name__])
+        preload = [__name__, "torch._dynamo"]  # an optimizer imports it
+        torch.multiprocessing.set_forkserver_preload(preload)
         torch.multiprocessing.start_processes(_enter, how, number, start_method=method)
         return [torch.load(Path(place, f"{rank}.pt")) for rank in range(number)]
 
@@ -59,6 +60,7 @@ def _enter(rank: int, number: int, place: str, function: Any, arguments: Any) ->
     torch.set_num_threads(1)
     meeting = {"init_method": Path(place, "meeting").as_uri(), "rank": rank}
     connect(world_size=number, timeout=timedelta(minutes=3), **meeting)
+    dist.all_reduce(torch.zeros(1))  # who left now would cut off the others
     torch.save(function(*arguments), Path(place, f"{rank}.pt"))
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -319,11 +321,7 @@ class Conductor:
         self.ask("load_state_dict", {k: v for k, v in state.items() if k != "model"})
 
 
-SHARDS: dict[str, type[ParallelTrainer]] = {
-    "nothing": DDPTrainer,
-    "optimizer": ShardedOptimizerTrainer,
-    "model": FSDPTrainer,
-}
+SHARDS = {"nothing": DDPTrainer, "optimizer": ShardedOptimizerTrainer}
 
 
 def make_trainer(
@@ -355,19 +353,16 @@ def make_trainer(
 
 def _begin(
     plan: Plan, data: TokenData | Path, shard: str, model: GPT | None = None
-) -> ParallelTrainer:
+) -> Any:
     """This process's trainer; weights come from rank 0."""
     data = TokenData.open(data) if isinstance(data, Path) else data
     device = torch.device(plan.machine.device).type
     if device == "cuda":  # each has a card of its own
         torch.cuda.set_device(card := f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
         plan = replace(plan, machine=replace(plan.machine, device=card))
-    kind: Any = SHARDS[shard]
-    start = None
     if shard == "model":  # made in main memory, where the whole may fit
-        kind, start = partial(kind, slices=device), "cpu"
-    trainer: Any = plan.trainer(data, model, kind, start)
-    return trainer
+        return plan.trainer(data, model, partial(FSDPTrainer, slices=device), "cpu")
+    return plan.trainer(data, model, SHARDS[shard])
 
 
 @contextmanager

@@ -136,7 +136,7 @@ def _small_run(
     ids = [number * number * (not dropout) % 101 for number in range(2000)]
     data = TokenData.of(ids, ids[:300], 101)
     data.train = (_Masked if masked else Tokens)(data.train.ids)
-    values = {"steps": 6, "batch_size": rows, "accumulate": accumulate, "warmup": 2}
+    values = {"steps": 4, "batch_size": rows, "accumulate": accumulate, "warmup": 2}
     values |= {"learning_rate": 1e-2, "clip": 0.5, "evaluation_crops": 4}
     config: Any = (MuonConfig if muon else TrainConfig)(**values)
     if muon:
@@ -154,7 +154,7 @@ def _here(tensors: Iterable[Any]) -> int:
 
 
 def train_ways(kinds: Sequence[str], **how: Any) -> dict[str, dict[str, Any]]:
-    """What six steps make of a small model, on each of the processes that call it.
+    """What four steps make of a small model, on each of the processes that call it.
 
     kinds: names of trainers in `glassgpt.scaling`, or "Trainer". how: rows, accumulate,
     muon. For each, weights, and how many numbers a process held: weights, gradients
@@ -174,7 +174,7 @@ def train_ways(kinds: Sequence[str], **how: Any) -> dict[str, dict[str, Any]]:
                 return super().update()
 
         trainer = _small_run(Counting, **how)
-        for _ in range(6):
+        for _ in range(4):
             trainer.take_step()
         states = [state for o in trainer.optimizers for state in o.state.values()]
         moments = [moment for state in states for moment in state.values()]
@@ -202,14 +202,14 @@ _CASES: dict[str, dict[str, Any]] = {
 Ended = tuple[dict[str, Tensor], list[float]]
 
 
-def _ends(kind: Any, steps: int = 6, loaded: bool = False, **how: Any) -> Ended:
+def _ends(kind: Any, steps: int = 4, loaded: bool = False, **how: Any) -> Ended:
     """Weights and moments after some steps, as they are saved, and the losses.
 
     The last loss is that of the evaluation. loaded: halfway into another trainer.
     """
     trainer, losses = _small_run(kind, **how), []
     for step in range(steps):
-        if loaded and step == 3:
+        if loaded and step == 2:
             states = [trainer.state_dict()]
             if dist.is_initialized():
                 dist.broadcast_object_list(states, 0)  # rank 0 has it whole
