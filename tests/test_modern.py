@@ -96,8 +96,11 @@ def test_each_choice_is_causal_with_caches_and_positions_of_each_text(choices):
     for row in range(2):
         alone = model.hidden_states(ids[row, None, :6], positions[row])
         torch.testing.assert_close(together[row, None], alone)
-    usual = model.hidden_states(ids[:, :6])[1]
-    assert not torch.allclose(together[1], usual, atol=1e-3)
+    usual = model.hidden_states(ids[:, :6])
+    assert not torch.allclose(together[1], usual[1], atol=1e-3)
+    moved = model.hidden_states(ids[:, :6], torch.arange(6) + 3)
+    alike = torch.allclose(moved, usual, atol=1e-4)
+    assert alike == (model.config.positions == "rotary")
 
 
 @torch.no_grad()

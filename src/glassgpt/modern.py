@@ -266,9 +266,8 @@ class ModernGPT(GPT):
         if c.positions != "rotary":
             return None
         if not self.tables or self.tables[0].device != device:
-            with torch.inference_mode(False):  # training may use them later
-                whole = torch.arange(c.context, device=device)
-                self.tables = rotary_tables(whole, c.width // c.heads, c.rotary_base)
+            whole = torch.arange(c.context, device=device)
+            self.tables = rotary_tables(whole, c.width // c.heads, c.rotary_base)
         return tuple(table[positions].unsqueeze(-3) for table in self.tables)
 
     def hidden_states(
