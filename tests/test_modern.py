@@ -413,6 +413,7 @@ def test_two_optimizers_share_the_parameters():
     assert everything == set(map(id, model.parameters()))
     assert (matrices["lr"], rest["lr"]) == (0.1, 0.01)
     assert (matrices["weight_decay"], rest["weight_decay"]) == (0.3, 0.0)
+    assert (matrices["momentum"], matrices["ns_steps"]) == (0.9, 4)
 
 
 def test_an_impossible_rate_of_muon_is_refused():
