@@ -76,7 +76,7 @@ def test_with_the_choices_of_gpt2_it_is_gpt2():
 
 @every_choice
 @torch.no_grad()
-def test_each_choice_is_causal_with_caches_and_positions_of_each_text(choices):
+def test_each_choice_does_what_it_says(choices):
     model, ids = random_model(choices), torch.randint(13, (2, 10))
     logits = model(ids)
     assert logits.shape == (2, 10, 13)
@@ -101,6 +101,9 @@ def test_each_choice_is_causal_with_caches_and_positions_of_each_text(choices):
     moved = model.hidden_states(ids[:, :6], torch.arange(6) + 3)
     alike = torch.allclose(moved, usual, atol=1e-4)
     assert alike == (model.config.positions == "rotary")
+    for parameter in model.blocks[0].attention.qkv.parameters():
+        parameter[:16] *= 10  # the rows of queries
+    assert torch.allclose(model(ids), logits) == model.config.normalize_qk
 
 
 @torch.no_grad()
