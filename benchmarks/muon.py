@@ -23,8 +23,8 @@ SIZES = {
 }
 CANDIDATES = {
     "`torch.optim.Muon`": lambda matrices: torch.optim.Muon(matrices, ns_steps=4),
-    "ours, bfloat16": lambda matrices: Muon(matrices, ns_steps=4),
-    "ours, float32": lambda matrices: Muon(matrices, ns_steps=4, dtype=torch.float32),
+    "ours, bfloat16": lambda matrices: Muon(matrices, 1e-3, 0.1, torch.bfloat16),
+    "ours, float32": lambda matrices: Muon(matrices, 1e-3, 0.1, torch.float32),
 }
 ROUNDS = 9
 

@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 import glassgpt
 from glassgpt.checks import inspection as checks
@@ -40,17 +41,12 @@ def make(config):
     return model, torch.randint(13, (2, 8))
 
 
-def test_the_package_passes_its_checks():
-    checks.check_trace(trace)
-    checks.check_ledger(ledger)
-    checks.check_attribute(attribute)
-    checks.check_without(without)
+def near(found, wanted, error=1e-12):
+    torch.testing.assert_close(found, wanted, atol=error, rtol=0)
 
 
 def test_checks_leave_the_random_state_alone():
-    torch.manual_seed(5)
     before = torch.get_rng_state()
-    checks.check_trace(trace)
     checks.check_ledger(ledger)
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -59,21 +55,14 @@ def test_checks_leave_the_random_state_alone():
 def test_the_ledger_balances_and_shares_add_up(config):
     model, ids = make(config)
     seen = trace(model, ids)
+    with torch.no_grad():
+        near(seen["logits"], model(ids))
+    near(logit_lens(model, seen["2.stream"]), seen["logits"])
     parts = ledger(model, seen)
-    total = sum(parts.values())
-    torch.testing.assert_close(total, seen["2.stream"], atol=1e-12, rtol=0)
+    near(sum(parts.values()), seen["2.stream"])
     direction = torch.randn(24, dtype=torch.float64)
     shares = attribute(model, parts, direction)
-    wanted = seen["final"] @ direction
-    torch.testing.assert_close(sum(shares.values()), wanted, atol=1e-11, rtol=0)
-
-
-@pytest.mark.parametrize("config", CONFIGS)
-def test_logits_are_those_of_the_model(config):
-    model, ids = make(config)
-    with torch.no_grad():
-        wanted = model(ids)
-    torch.testing.assert_close(trace(model, ids)["logits"], wanted, atol=1e-12, rtol=0)
+    near(sum(shares.values()), seen["final"] @ direction, error=1e-11)
 
 
 def test_an_error_leaves_no_hooks():
@@ -99,17 +88,11 @@ def test_an_edit_that_returns_nothing_is_refused():
             )
 
 
-def test_a_head_of_a_layer_that_the_trace_lacks_is_refused():
+@pytest.mark.parametrize(("head", "kind"), [((3, 0), KeyError), ((1, 4), IndexError)])
+def test_a_head_that_the_model_lacks_is_an_error(head, kind):
     model, ids = make(CONFIGS[0])
-    with pytest.raises(ValueError, match="no head 3.0"):
-        without([(3, 0)], trace(model, ids))
-
-
-@pytest.mark.parametrize("head", [-1, 4])
-def test_a_head_that_the_layer_lacks_is_refused(head):
-    model, ids = make(CONFIGS[0])
-    with pytest.raises(ValueError, match=f"no head 1.{head}"):
-        without([(1, head)], trace(model, ids))
+    with pytest.raises(kind):
+        without([head], trace(model, ids))
 
 
 def test_what_the_tools_cannot_answer_is_refused():
@@ -118,8 +101,6 @@ def test_what_the_tools_cannot_answer_is_refused():
     parts = {n: p for n, p in ledger(model, seen).items() if "head" in n}
     with pytest.raises(ValueError, match="the whole ledger"):
         attribute(model, parts, torch.randn(24, dtype=torch.float64))
-    with pytest.raises(ValueError, match="8 tokens are not twice 3"):
-        induction_scores(seen, 3)
     with pytest.raises(ValueError, match="16 positions fit any lens"):
         fit_lens(seen["0.stream"], seen["2.stream"])
 
@@ -158,8 +139,6 @@ def with_gradients(model, ids, edit=None):
     ("check", "wrong", "mistake"),
     [
         (checks.check_trace, edits_all_but("weights"), "1.weights must go on"),
-        (checks.check_trace, edits_all_but("stream"), "1.stream must go on"),
-        (checks.check_trace, edits_all_but("embedding"), "embedding must go on"),
         (checks.check_trace, stays_on_an_error, "hooks are left .* raises an error"),
         (checks.check_trace, with_gradients, "no gradients"),
         (checks.check_ledger, swapped_biases, "0.bias is not layer 0's own"),
@@ -199,12 +178,6 @@ def test_a_list_of_tensors_is_told_to_be_a_tensor():
         checks.check_previous_scores(lists)
 
 
-def test_ids_are_refused_as_by_the_model():
-    model, _ = make(CONFIGS[0])
-    with pytest.raises(ValueError, match="out of range"):
-        trace(model, torch.tensor([[13]]))
-
-
 def test_watch_lets_gradients_through():
     model, ids = make(CONFIGS[2])
     kept = {}
@@ -231,49 +204,40 @@ def test_a_fitted_lens_finds_a_linear_relation():
     stream = torch.randn(4, 30, 8, dtype=torch.float64)
     matrix, bias = torch.randn(8, 8).double(), torch.randn(8).double()
     lens = fit_lens(stream, stream @ matrix.T + bias)
-    torch.testing.assert_close(lens.weight, matrix)
-    torch.testing.assert_close(lens.bias, bias)
-
-
-def test_the_last_logit_lens_is_the_model():
-    model, ids = make(CONFIGS[2])
-    seen = trace(model, ids)
-    assert torch.equal(logit_lens(model, seen["2.stream"]), seen["logits"])
+    other = torch.randn(5, 8, dtype=torch.float64)
+    torch.testing.assert_close(lens(other), other @ matrix.T + bias)
 
 
 def test_induction_scores_of_a_perfect_head():
     weights = torch.zeros(1, 2, 8, 8)
     for t in range(4, 8):
         weights[:, 1, t, t - 3] = 1
-    scores = induction_scores({"0.weights": weights, "logits": weights}, 4)
+    scores = induction_scores({"0.weights": weights, "logits": weights})
     assert scores.tolist() == [[0, 1]]
 
 
-def test_the_shipped_model_recalls_a_bracket():
-    model, tokenizer = glassgpt.load("shakespeare")
-    seen = trace(model, torch.tensor([tokenizer.encode("\n\n[Aside")]))
-    close = tokenizer.encode("]")[0]
-    assert seen["logits"][0, -1].softmax(-1)[close] > 0.5
-    heads = [(1, 1), (1, 4), (2, 1)]
-    places = tokenizer.encode("\n\n[Aside").index(tokenizer.encode("[")[0])
-    assert all(seen[f"{la}.weights"][0, h, -1, places] > 0.2 for la, h in heads)
-
-
+@torch.no_grad()
 def test_the_bracket_makes_the_difference_in_most_directions():
     """The numbers of chapter 18's first section."""
     model, tokenizer = glassgpt.load("shakespeare")
-    close = tokenizer.encode("]")[0]
-
-    @torch.no_grad()
-    def chance(text):
-        logits = model(torch.tensor([tokenizer.encode(f"\n\n{text}")]))[0, -1]
-        return logits.softmax(-1)[close].item()
-
     plays = [play.text for play in shakespeare() if play.name in HELD_OUT_PLAYS]
     directions = sorted(set(re.findall(r"\[([^\]]+)\]", "\n".join(plays))))
-    chances = torch.tensor([(chance(f"[{d}"), chance(d)) for d in directions])
     assert len(directions) == 348
-    medians = [f"{median:.2f}" for median in chances.median(0).values]
-    assert medians == ["0.46", "0.03"]
-    assert 0.47 < (chances[:, 0] > 5 * chances[:, 1]).float().mean() < 0.49
-    assert round(chance("Exeunt"), 2) == 0.45
+
+    def chances(texts):
+        """Of a `]` after each text; the zeros that follow it change nothing."""
+        rows = [torch.tensor(tokenizer.encode(f"\n\n{text}")) for text in texts]
+        found = torch.zeros(len(rows))
+        by_length = sorted(range(len(rows)), key=lambda row: len(rows[row]))
+        for some in torch.tensor(by_length).split(32):
+            batch = [rows[row] for row in some]
+            last = torch.tensor([len(row) - 1 for row in batch])
+            states = model.hidden_states(pad_sequence(batch, batch_first=True))
+            logits = model.head(states[torch.arange(len(batch)), last])
+            found[some] = logits.softmax(-1)[:, tokenizer.encode("]")[0]]
+        return found
+
+    inside, bare = chances([f"[{text}" for text in directions]), chances(directions)
+    assert [f"{c.median():.2f}" for c in (inside, bare)] == ["0.46", "0.03"]
+    assert 0.47 < (inside > 5 * bare).float().mean() < 0.49
+    assert f"{chances(['Exeunt']).item():.2f}" == "0.45"

@@ -231,7 +231,8 @@ def make_loss(model: GPT, machine: Machine) -> Loss:
         ids, targets = (x.to(device, non_blocking=cuda) for x in batch)
         # A compiled program would calculate the rotary tables in every kernel.
         rotary = isinstance(model, modern.ModernGPT)
-        more = {"rotation": model.rotation(0, ids)} if rotary else {}
+        positions = torch.arange(ids.shape[1], device=device)
+        more = {"rotation": model.rotation(positions)} if rotary else {}
         # Outside: a compiled program that switches autocast can't be stored.
         with torch.autocast(device.type, machine.dtype, machine.precision != "float32"):
             return whole(ids, targets, more)

@@ -26,14 +26,11 @@ def _watched(layer: int, see: See) -> Callable[..., Tensor]:
     ) -> Tensor:
         queries = see(f"{layer}.queries", queries)
         keys, values = see(f"{layer}.keys", keys), see(f"{layer}.values", values)
-        T, S, shared = (
-            queries.shape[2],
-            keys.shape[2],
-            queries.shape[1] // keys.shape[1],
-        )
+        T, S = queries.shape[2], keys.shape[2]
         if mask is None:
             mask = causal_mask(S, queries.device)[S - T :]
         # Heads that share keys and values (chapter 14) get a copy each.
+        shared = queries.shape[1] // keys.shape[1]
         keys, values = (part.repeat_interleave(shared, 1) for part in (keys, values))
         weights = see(f"{layer}.weights", attention(queries, keys, values, mask)[1])
         return see(f"{layer}.contexts", weights @ values)
@@ -135,7 +132,8 @@ def attribute(
     if "embedding" not in parts:
         raise ValueError("the whole ledger is needed: it sets the scale of the norm")
     norm: Any = model.norm
-    parts = {name: part - _mean(norm, part) for name, part in parts.items()}
+    if isinstance(norm, nn.LayerNorm):  # it subtracts the mean of each part
+        parts = {name: x - x.mean(-1, keepdim=True) for name, x in parts.items()}
     size = torch.stack(list(parts.values())).sum(0).square().mean(-1) + norm.eps
     toward = direction if norm.weight is None else direction * norm.weight
     shares = {name: part @ toward / size.sqrt() for name, part in parts.items()}
@@ -144,32 +142,26 @@ def attribute(
     return shares
 
 
-def _mean(norm: nn.Module, x: Tensor) -> Tensor:
-    """What a norm subtracts: LayerNorm the mean, RMS norm nothing."""
-    mean = x.mean(dim=-1, keepdim=True)
-    return mean if isinstance(norm, nn.LayerNorm) else torch.zeros_like(mean)
-
-
 def without(heads: Iterable[tuple[int, int]], usual: Mapping[str, Tensor]) -> See:
     """An edit for `trace` that lets heads (layer, head) say only what they usually say.
 
     usual: a trace of other texts; its mean over texts and positions takes the place of
-    a head's contexts. Raises ValueError for a head that it lacks.
+    a head's contexts.
 
     Book: 18_looking_inside.html#proof-by-removal
     """
     removed: dict[str, list[int]] = {}
     for layer, head in heads:
-        name = f"{layer}.contexts"
-        if name not in usual or not 0 <= head < usual[name].shape[1]:
-            raise ValueError(f"the trace has no head {layer}.{head}")
-        removed.setdefault(name, []).append(head)
-    means = {name: usual[name].mean((0, 2), keepdim=True) for name in removed}
+        removed.setdefault(f"{layer}.contexts", []).append(head)
+    means = {
+        name: usual[name][:, own].mean((0, 2), keepdim=True)
+        for name, own in removed.items()
+    }
 
     def edit(name: str, value: Tensor) -> Tensor:
         if name in removed:
-            heads, value = removed[name], value.clone()
-            value[:, heads] = means[name][:, heads].expand_as(value[:, heads])
+            value = value.clone()
+            value[:, removed[name]] = means[name]
         return value
 
     return edit
@@ -187,8 +179,8 @@ def logit_lens(model: GPT, stream: Tensor) -> Tensor:
     return logits
 
 
-def fit_lens(stream: Tensor, final: Tensor) -> nn.Linear:
-    """The linear layer that brings a stream (B, T, C) nearest to the final one.
+def fit_lens(stream: Tensor, final: Tensor) -> Callable[[Tensor], Tensor]:
+    """The function x A + b that brings a stream (B, T, C) nearest to the final one.
 
     By least squares; try it on texts that it did not see. Raises ValueError unless
     there are more than C + 1 positions. Source: Belrose et al. (2023), who fit the
@@ -199,24 +191,20 @@ def fit_lens(stream: Tensor, final: Tensor) -> nn.Linear:
     inputs = F.pad(stream.flatten(0, -2), (0, 1), value=1.0)  # (B T, C + 1)
     if len(inputs) <= inputs.shape[1]:
         raise ValueError(f"{len(inputs)} positions fit any lens: take more")
-    solution = torch.linalg.lstsq(inputs, final.flatten(0, -2)).solution
-    C = final.shape[-1]
-    lens = nn.Linear(C, C, device=stream.device, dtype=stream.dtype)
-    lens.weight.data, lens.bias.data = solution[:-1].T.contiguous(), solution[-1]
-    return lens.requires_grad_(False)
+    solution = torch.linalg.lstsq(inputs, final.flatten(0, -2)).solution  # (C + 1, C)
+    return lambda x: x @ solution[:-1] + solution[-1]
 
 
-def induction_scores(seen: Mapping[str, Tensor], period: int) -> Tensor:
+def induction_scores(seen: Mapping[str, Tensor]) -> Tensor:
     """How much each head looks at what followed before: (L, H), between 0 and 1.
 
-    seen: a trace of ids (B, 2 period) whose second half repeats the first. The score is
-    the mean weight, over the second half, on the token after the earlier occurrence.
-    Raises ValueError for another length. Source: Olsson et al. (2022).
+    seen: a trace of ids (B, 2 P) whose second half repeats the first. The score is the
+    mean weight, over the second half, on the token after the earlier occurrence.
+    Source: Olsson et al. (2022).
 
     Book: 18_looking_inside.html#watch-an-ability-appear
     """
     weights = [value for name, value in seen.items() if name.endswith(".weights")]
-    if weights[0].shape[-1] != 2 * period:
-        raise ValueError(f"{weights[0].shape[-1]} tokens are not twice {period}")
-    ahead = torch.stack(weights).diagonal(1 - period, -2, -1)  # (L, B, H, period + 1)
+    P = weights[0].shape[-1] // 2
+    ahead = torch.stack(weights).diagonal(1 - P, -2, -1)  # (L, B, H, P + 1)
     return ahead[..., 1:].mean(dim=(1, 3))

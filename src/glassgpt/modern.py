@@ -77,12 +77,10 @@ def swiglu(x: Tensor) -> Tensor:
 _ACTIVATIONS = {"squared_relu": squared_relu, "swiglu": swiglu, "gelu": pytorch_gelu}
 
 
-_YES_NO = ("norm_weight", "normalize_qk", "bias", "zero_projections")
-_CHOICES: dict[str, tuple[Any, ...]] = {
+_CHOICES = {
     "positions": ("rotary", "learned"),
     "norm": ("rms", "layer"),
     "activation": tuple(_ACTIVATIONS),
-    **dict.fromkeys(_YES_NO, (True, False)),
 }
 
 
@@ -119,15 +117,11 @@ class ModernConfig(GPTConfig):
         super().__post_init__()
         for name, allowed in _CHOICES.items():
             if (value := getattr(self, name)) not in allowed:
-                wanted = " or ".join(map(str, allowed))
-                raise ValueError(f"{name} is {wanted}, not {value!r}")
-        for name in ("rotary_base", "norm_eps"):
-            if not 0 < (value := getattr(self, name)) < math.inf:
-                raise ValueError(f"{name} must be positive and finite, not {value}")
-        for name in ("hidden", "key_value_heads"):
+                raise ValueError(f"{name} is {' or '.join(allowed)}, not {value!r}")
+        for name in ("rotary_base", "norm_eps", "hidden", "key_value_heads"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} must be a positive whole number, not {value}")
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be positive and finite, not {value}")
         if self.heads % (self.key_value_heads or self.heads):
             shared = f"{self.key_value_heads} key-value heads"
             raise ValueError(f"{self.heads} heads can't share {shared} evenly")
@@ -159,24 +153,10 @@ LLAMA_CHOICES: dict[str, Any] = {
 _Mask = Tensor | None
 
 
-def _positions_after(x: Tensor, cache: Any) -> Tensor:
-    """The positions (T,) of x (B, T, ...), which follow those that a cache holds."""
-    first = cache.length if cache is not None else 0
-    return torch.arange(first, first + x.shape[1], device=x.device)
-
-
-def _rotation(config: ModernConfig, positions: Tensor) -> tuple[Tensor, ...] | None:
-    """The rotary tables for (B, H, T, D), or None where nothing is rotated."""
-    if config.positions != "rotary":
-        return None
-    tables = rotary_tables(positions, config.width // config.heads, config.rotary_base)
-    return tuple(table.unsqueeze(-3) for table in tables)  # one for all heads
-
-
 class ModernAttention(nn.Module):
     """`MultiHeadAttention` with the choices of a ModernConfig: (B, T, C) in and out.
 
-    rotation: of queries and keys; by default that of positions which follow the cache.
+    rotation: cosines and sines for `apply_rotary`; without, nothing is rotated.
 
     Book: 14_after_gpt2.html#the-parts
     """
@@ -198,8 +178,7 @@ class ModernAttention(nn.Module):
         queries, keys, values = map(split_heads, parts, self.parts)
         if self.config.normalize_qk:
             queries, keys = (F.rms_norm(p, p.shape[-1:]) for p in (queries, keys))
-        if self.config.positions == "rotary":
-            rotation = rotation or _rotation(self.config, _positions_after(x, cache))
+        if rotation is not None:
             queries, keys = (apply_rotary(part, *rotation) for part in (queries, keys))
         if cache is not None:
             keys, values = cache.append(keys, values)
@@ -272,7 +251,7 @@ class ModernGPT(GPT):
         self.head = nn.Linear(c.width, c.vocab_size, bias=False)
         if c.tied:
             self.head.weight = self.tokens.weight
-        self.tables: tuple[Tensor, ...] = (torch.empty(0, 0),)
+        self.tables: tuple[Tensor, ...] = ()  # no buffers, which 16 bits would round
         self.initialize()
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
@@ -281,20 +260,15 @@ class ModernGPT(GPT):
             return super().embed(ids, positions)
         return self.dropout(self.tokens(ids))
 
-    def rotation(self, first: int, ids: Tensor) -> tuple[Tensor, ...] | None:
-        """The rotary tables of ids (B, T) that follow `first` others.
-
-        They are kept, and calculated anew only for positions beyond those.
-        """
-        if self.config.positions != "rotary":
+    def rotation(self, positions: Tensor) -> tuple[Tensor, ...] | None:
+        """The rotary tables of positions (..., T) for (B, H, T, D), or None."""
+        c, device = self.config, positions.device
+        if c.positions != "rotary":
             return None
-        end, device = first + ids.shape[1], ids.device
-        if self.tables[0].shape[-2] < end or self.tables[0].device != device:
-            longer = max(end, min(2 * end, self.config.context))
-            with torch.inference_mode(False):  # training may use them later
-                positions = torch.arange(longer, device=device)
-                self.tables = _rotation(self.config, positions)
-        return tuple(table[..., first:end, :] for table in self.tables)
+        if not self.tables or self.tables[0].device != device:
+            whole = torch.arange(c.context, device=device)
+            self.tables = rotary_tables(whole, c.width // c.heads, c.rotary_base)
+        return tuple(table[positions].unsqueeze(-3) for table in self.tables)
 
     def hidden_states(
         self,
@@ -305,11 +279,9 @@ class ModernGPT(GPT):
     ) -> Tensor:
         """As in `GPT`. All blocks share the rotary tables."""
         if positions is None:
-            positions = _positions_after(ids, caches[0] if caches else None)
-            rotation = self.rotation(caches[0].length if caches else 0, ids)
-        else:
-            rotation = _rotation(self.config, positions)
-        x = self.embed(ids, positions)
+            first = caches[0].length if caches else 0
+            positions = torch.arange(first, first + ids.shape[1], device=ids.device)
+        x, rotation = self.embed(ids, positions), self.rotation(positions)
         for layer, block in enumerate(self.blocks):
             x = block(x, mask, caches[layer] if caches else None, rotation)
         return self.norm(x)
@@ -366,23 +338,16 @@ def orthogonalize(
 class Muon(torch.optim.Muon):
     """PyTorch's Muon, which multiplies the matrices of one shape together.
 
-    dtype: in which to multiply; PyTorch's is always bfloat16. Otherwise as there.
-    Raises ValueError for a rate below 0 or a parameter that isn't a matrix.
-    Source: Jordan et al. (2024).
+    dtype: in which to multiply; PyTorch's is always bfloat16. Raises ValueError for a
+    rate below 0 or a parameter that isn't a matrix. Source: Jordan et al. (2024).
 
     Book: 14_after_gpt2.html#the-step-of-muon
     """
 
     def __init__(
-        self,
-        params: Iterable[nn.Parameter],
-        lr: float = 1e-3,
-        weight_decay: float = 0.1,
-        momentum: float = 0.95,
-        ns_steps: int = 5,
-        dtype: torch.dtype = torch.bfloat16,
+        self, params: Iterable[Tensor], lr: float, decay: float, dtype: torch.dtype
     ):
-        super().__init__(params, lr, weight_decay, momentum, ns_steps=ns_steps)
+        super().__init__(params, lr, decay, momentum=0.9, ns_steps=4)
         self.dtype = dtype
 
     @torch.no_grad()
@@ -429,7 +394,7 @@ class MuonConfig(TrainConfig):
 
 
 def muon_optimizers(
-    model: nn.Module, config: MuonConfig, dtype: torch.dtype = torch.float32
+    model: GPT, config: MuonConfig, dtype: torch.dtype = torch.float32
 ) -> list[torch.optim.Optimizer]:
     """Muon for the blocks' matrices and AdamW for the rest, which doesn't decay.
 
@@ -437,11 +402,9 @@ def muon_optimizers(
 
     Book: 14_after_gpt2.html#the-step-of-muon
     """
-    matrices, rest = [], []
-    for name, parameter in model.named_parameters():
-        inside = name.startswith("blocks.") and parameter.dim() > 1
-        (matrices if inside else rest).append(parameter)
-    rate, decay = config.matrix_learning_rate, config.weight_decay
-    muon = Muon(matrices, rate, decay, momentum=0.9, ns_steps=4, dtype=dtype)
+    matrices = [p for p in model.blocks.parameters() if p.dim() > 1]
+    inside = set(matrices)
+    rest = [p for p in model.parameters() if p not in inside]
+    muon = Muon(matrices, config.matrix_learning_rate, config.weight_decay, dtype)
     options = {"betas": (0.9, 0.99), "weight_decay": 0.0, "fused": True}
     return [muon, torch.optim.AdamW(rest, config.learning_rate, **options)]

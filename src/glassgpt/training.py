@@ -258,9 +258,7 @@ class Trainer:
 
     def _require_finite(self, loss: float, what: str) -> None:
         if not math.isfinite(loss):
-            names = (field.name for field in fields(self.config))
-            rates = " or ".join(name for name in names if "learning_rate" in name)
-            raise FloatingPointError(f"{what} is not finite: lower {rates}")
+            raise FloatingPointError(f"{what} is not finite: lower the learning rate")
 
     def evaluate(self) -> dict[str, float]:
         """Measure the model on held-out text, and add a record of all steps since."""
