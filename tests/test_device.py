@@ -13,7 +13,10 @@ from unittest.mock import Mock, patch
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
+from torch._functorch.aot_autograd import make_boxed_compiler
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -368,7 +371,7 @@ def test_a_split_batch_learns_the_same():
     ],
 )
 def test_compiled_trains_like_plain(scope, recompute, kind):
-    model = kind(11, context=8, layers=2, heads=2, width=16)
+    model = kind(11, context=8, layers=1, heads=2, width=16)
     real, used = torch.compile, []
 
     def counting(function, **options):
@@ -376,9 +379,9 @@ def test_compiled_trains_like_plain(scope, recompute, kind):
         return real(function, backend="aot_eager")
 
     with patch("torch.compile", counting):
-        fast = trained(model=model, compile=scope, recompute=recompute)
+        fast = trained(2, model=model, compile=scope, recompute=recompute)
     assert len(used) == 1
-    plain = trained(model=model)
+    plain = trained(2, model=model)
     torch.testing.assert_close(weights(plain), weights(fast), atol=1e-5, rtol=1e-4)
 
 
@@ -393,6 +396,30 @@ def test_a_compiled_program_can_be_stored_for_the_next_run():
     assert since["autograd_cache_bypass"] == 0
     plain = trained(1, model=model, precision="bfloat16")
     torch.testing.assert_close(weights(plain), weights(fast), atol=1e-2, rtol=0)
+
+
+def test_compiled_runs_compute_again_what_is_cheap():
+    config = GPTConfig(11, context=64, layers=1, heads=2, width=32)
+    model, ids = GPT(config), torch.zeros(16, 64, dtype=torch.int64)
+    nothing = make_boxed_compiler(lambda graph, inputs: graph)
+    backend = aot_autograd(
+        fw_compiler=nothing,
+        bw_compiler=nothing,
+        partition_fn=min_cut_rematerialization_partition,
+    )
+    kept, real = [], torch.compile
+
+    def keep(tensor):
+        kept[-1][tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with patch("torch.compile", lambda function, **_: real(function, backend=backend)):
+        for scope in ("off", "all"):
+            kept.append({})
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                make_loss(model, Machine(compile=scope))(ids, ids)
+    plain, ours = (sum(s.nbytes() for s in found.values()) for found in kept)
+    assert ours < 0.8 * plain
 
 
 @pytest.mark.parametrize("early", [True, False])
@@ -435,7 +462,7 @@ def test_a_ninth_model_is_compiled_too():
 
     with patch("torch.compile", lambda function, **_: real(function, backend=backend)):
         for width in range(1, 10):
-            compiled(use(torch.nn.Linear(2, width)), "float32")(torch.ones(1, 2))
+            compiled(use(torch.nn.Linear(2, width)), Machine())(torch.ones(1, 2))
     assert len(graphs) == 9
 
 

@@ -141,7 +141,7 @@ def short_attention(
     return F.dropout((scores + penalty).softmax(dim=-1), dropout) @ values
 
 
-def compiled(function: Callable[..., Tensor], precision: str) -> Callable[..., Tensor]:
+def compiled(function: Callable[..., Tensor], on: Machine) -> Callable[..., Tensor]:
     """`torch.compile`, or the plain function where no compiler works.
 
     Without gradients the plain function is called.
@@ -159,10 +159,13 @@ def compiled(function: Callable[..., Tensor], precision: str) -> Callable[..., T
         try:
             # Another formula of tanh: GELU is faster on a CPU.
             fast = torch.compile(function, options={"cpp.use_decompose_tanh": True})
+            # A GELU or a norm is calculated again: its result is not kept.
+            budget = 1.0 if on.device.startswith("cuda") else 0.9
             with (
                 # PyTorch before 2.13 stores a program without its precision.
-                torch.compiler.config.patch(cache_key_tag=precision),
+                torch.compiler.config.patch(cache_key_tag=on.precision),
                 torch._dynamo.config.patch(recompile_limit=256),  # over eight models
+                torch._functorch.config.patch(activation_memory_budget=budget),
             ):
                 return fast(*inputs)
         except Exception as error:  # whatever a missing compiler raises
@@ -198,7 +201,7 @@ def make_loss(model: GPT, machine: Machine) -> Loss:
     def call(block: nn.Module, x: Tensor, more: dict[str, Any]) -> Tensor:
         return block(x, **more)
 
-    run = compiled(call, machine.precision) if machine.compile == "blocks" else call
+    run = compiled(call, machine) if machine.compile == "blocks" else call
     if machine.recompute:
         run = partial(checkpoint, run, use_reentrant=False)
 
@@ -212,7 +215,7 @@ def make_loss(model: GPT, machine: Machine) -> Loss:
         total = F.cross_entropy(logits, places, reduction="sum")
         return total / (places != -100).sum().clamp(min=1)  # 0 without targets
 
-    whole = compiled(plain, machine.precision) if machine.compile == "all" else plain
+    whole = compiled(plain, machine) if machine.compile == "all" else plain
 
     def loss(ids: Tensor, targets: Tensor) -> Tensor:
         # From pinned memory a GPU fetches the batch while it computes.
