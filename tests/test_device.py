@@ -498,8 +498,8 @@ def test_float16_skips_a_step_whose_gradient_overflows(training):
 
 
 def test_float16_that_never_steps_is_told():
-    training = replace(TRAINING, steps=60, evaluate_every=60)
-    trainer = spoiled(trained(0, training, precision="float16"), math.inf, at=60)
+    training = replace(TRAINING, steps=30, evaluate_every=30)
+    trainer = spoiled(trained(0, training, precision="float16"), math.inf, at=30)
     with pytest.raises(FloatingPointError, match="not finite"):
         train(trainer, progress=False)
 
