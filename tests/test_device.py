@@ -364,8 +364,7 @@ def test_a_split_batch_learns_the_same():
 @pytest.mark.parametrize(
     ("scope", "recompute", "kind"),
     [
-        ("blocks", False, ModernConfig),
-        ("blocks", True, GPTConfig),
+        ("blocks", True, ModernConfig),
         ("all", False, GPTConfig),
         ("all", True, ModernConfig),
     ],
