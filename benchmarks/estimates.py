@@ -59,8 +59,7 @@ def measured(
     machine = Machine("cpu", precision, scope)
     ids = np.random.default_rng(0).integers(512, size=50_000)
     data = TokenData.of(ids[:40_000], ids[40_000:], 512)
-    shape = (min(batch * context, 2048), width)
-    peak = measure_flops.__wrapped__(torch.device("cpu"), machine.dtype, *shape)
+    peak = measure_flops.__wrapped__(torch.device("cpu"), machine.dtype)
     plan = Plan(model, training, machine, peak)
     trainer, steps = plan.trainer(data), []
     for _ in range(8 if size == "micro" else 5):

@@ -5,7 +5,7 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from functools import cache, partial
 from textwrap import shorten
@@ -34,7 +34,7 @@ def pick_device(name: str | None = None) -> torch.device:
     Book: 15_full_gpt.html#what-the-machine-can-do
     """
     best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    name = str(best) if name is None else name
+    name = name or str(best)
     try:
         one = torch.ones(1, device=name) + 1
         one.item()  # it must compute
@@ -45,19 +45,18 @@ def pick_device(name: str | None = None) -> torch.device:
 
 
 @cache
-def measure_flops(
-    device: torch.device, dtype: torch.dtype, rows: int = 2048, width: int = 512
-) -> float:
-    """FLOP a second of products (rows, width) x (width, 4 width): the best of several.
+def measure_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP a second of products like those of an MLP: the best of several.
 
     It begins with few rows, and stops where four larger products would take over 0.4
     seconds. What was measured once is not measured again.
 
     Book: 15_full_gpt.html#what-the-machine-can-do
     """
+    rows, width = (8192, 4096) if device.type == "cuda" else (2048, 512)
     weights = torch.ones(width, 4 * width, dtype=dtype, device=device)
     best = 0.0
-    for part in sorted({min(32, rows), min(256, rows), rows}):
+    for part in (32, 256, rows):
         flops = 8 * part * width * width
         if best and 4 * flops / best > 0.4:
             break
@@ -69,11 +68,11 @@ def measure_flops(
     return best
 
 
-def pick_precision(device: torch.device, *shape: int) -> str:
+def pick_precision(device: torch.device) -> str:
     """The precision in which a device multiplies matrices best.
 
     A GPU says it by its compute capability: 16 bits where it has tensor cores. A CPU
-    is measured, by products of a shape, rows and width.
+    is measured.
 
     Book: 15_full_gpt.html#what-the-machine-can-do
     """
@@ -82,8 +81,8 @@ def pick_precision(device: torch.device, *shape: int) -> str:
         return "float32" if major < 7 else "float16" if major < 8 else "bfloat16"
     if device.type != "cpu":
         return "float32"
-    wide = measure_flops(device, torch.float32, *shape)
-    narrow = measure_flops(device, torch.bfloat16, *shape)
+    wide = measure_flops(device, torch.float32)
+    narrow = measure_flops(device, torch.bfloat16)
     return "bfloat16" if narrow > 1.3 * wide else "float32"
 
 
@@ -115,8 +114,8 @@ class Machine:
 
     def suits_short_attention(self, context: int) -> bool:
         """Whether `short_attention` is faster than the fused kernel."""
-        limit = 256 if self.precision != "float32" else 64 * (self.compile != "off")
-        return self.device.startswith("cpu") and context <= limit
+        narrow = self.precision != "float32"
+        return narrow and self.device.startswith("cpu") and context <= 256
 
 
 def short_attention(
@@ -142,7 +141,7 @@ def short_attention(
     return F.dropout((scores + penalty).softmax(dim=-1), dropout) @ values
 
 
-def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def compiled(function: Callable[..., Tensor], on: Machine) -> Callable[..., Tensor]:
     """`torch.compile`, or the plain function where no compiler works.
 
     Without gradients the plain function is called.
@@ -158,22 +157,15 @@ def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if fast is not None:
             return fast(*inputs)
         try:
-            from torch._functorch import config as functorch  # private: it may change
-            from torch._inductor import config as inductor
-
-            fast = torch.compile(function)
-            # PyTorch before 2.13 stores a program without its precision.
-            kinds = [str(torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]
+            # Another formula of tanh: GELU is faster on a CPU.
+            fast = torch.compile(function, options={"cpp.use_decompose_tanh": True})
+            # A GELU or a norm is calculated again: its result is not kept.
+            budget = 1.0 if on.device.startswith("cuda") else 0.9
             with (
-                torch.compiler.config.patch(cache_key_tag=" ".join(kinds)),
+                # PyTorch before 2.13 stores a program without its precision.
+                torch.compiler.config.patch(cache_key_tag=on.precision),
                 torch._dynamo.config.patch(recompile_limit=256),  # over eight models
-                functorch.patch(
-                    # A GELU or a norm is calculated again: its result is not kept.
-                    activation_memory_budget=1.0 if torch.cuda.is_available() else 0.9,
-                    # What would fail in the backward pass fails here.
-                    force_non_lazy_backward_lowering=True,
-                ),
-                inductor.patch({"cpp.use_decompose_tanh": True}),  # faster for GELU
+                torch._functorch.config.patch(activation_memory_budget=budget),
             ):
                 return fast(*inputs)
         except Exception as error:  # whatever a missing compiler raises
@@ -209,7 +201,7 @@ def make_loss(model: GPT, machine: Machine) -> Loss:
     def call(block: nn.Module, x: Tensor, more: dict[str, Any]) -> Tensor:
         return block(x, **more)
 
-    run = compiled(call) if machine.compile == "blocks" else call
+    run = compiled(call, machine) if machine.compile == "blocks" else call
     if machine.recompute:
         run = partial(checkpoint, run, use_reentrant=False)
 
@@ -223,7 +215,7 @@ def make_loss(model: GPT, machine: Machine) -> Loss:
         total = F.cross_entropy(logits, places, reduction="sum")
         return total / (places != -100).sum().clamp(min=1)  # 0 without targets
 
-    whole = compiled(plain) if machine.compile == "all" else plain
+    whole = compiled(plain, machine) if machine.compile == "all" else plain
 
     def loss(ids: Tensor, targets: Tensor) -> Tensor:
         # From pinned memory a GPU fetches the batch while it computes.
@@ -298,56 +290,31 @@ def on_paper(config: GPTConfig) -> GPT:
 
 @cache
 def count(config: GPTConfig) -> tuple[int, int]:
-    """Parameters and FLOPs a token of a model, from those of one layer and of two.
+    """Parameters and FLOPs a token of a model.
 
     Raises ValueError for shapes that are too large to count.
 
     Book: 15_full_gpt.html#the-plan
     """
-    one, two = (on_paper(replace(config, layers=layers)) for layers in (1, 2))
-    N, flops, more = one.parameter_count(), one.flops_per_token(), config.layers - 1
-    N += more * (two.parameter_count() - N)
-    return N, flops + more * (two.flops_per_token() - flops)
+    model = on_paper(config)
+    return model.parameter_count(), model.flops_per_token()
 
 
-def kept_by_token(model: GPTConfig, machine: Machine) -> int:
-    """Bytes kept of one token for the backward pass, by the blocks and the logits.
+def kept_by_block(model: GPTConfig, machine: Machine) -> int:
+    """Bytes that a block keeps of one token for the backward pass, about.
 
-    Counted for these blocks; Korthikanti et al. (2022) have the same terms.
+    What its matrices take and give; Korthikanti et al. (2022) have the same terms.
 
     Book: 15_full_gpt.html#the-plan
     """
     C, block = model.width, on_paper(replace(model, layers=1)).blocks[0]
-    choices = {**modern.GPT2_CHOICES, **asdict(model)}
-    # What the matrices multiply, queries, keys and values, and both sides of GELU.
-    kept = 3 * C + block.attention.qkv.out_features + 2 * block.mlp.expand.out_features
-    # Rotated queries and keys are new tensors; two products keep a table for each head,
-    # where no heads share keys.
-    kept += 3 * C * (choices["positions"] == "rotary")
-    short = machine.suits_short_attention(model.context)
-    if short and block.attention.qkv.out_features == 3 * C:
-        kept += model.heads * model.context
-    # And in 32 bits 8 C bytes, as often as a norm keeps its input or its result.
-    wide = 1 + choices["normalize_qk"]
-    wide += choices["norm"] == "rms" and choices["norm_weight"]
-    block_bytes = machine.dtype.itemsize * kept + 8 * C * wide
-    return model.layers * block_bytes + 12 * model.vocab_size
-
-
-def memory_needed(model: GPTConfig, training: TrainConfig, machine: Machine) -> int:
-    """Bytes that training takes at its peak, about: parameters and activations.
-
-    16 for every parameter (weight, gradient, AdamW's two means), 18 in 16 bits. For
-    every token what the blocks keep, and 12 a logit. With recomputation one block's,
-    and the 4 C that flow into each. Compiled programs take less.
-
-    Book: 15_full_gpt.html#the-plan
-    """
-    again, each = machine.recompute, 16 if machine.precision == "float32" else 18
-    part = replace(model, layers=1) if again else model
-    kept = kept_by_token(part, machine) + again * 4 * model.layers * model.width
-    tokens = -(-training.batch_size // training.accumulate) * model.context
-    return each * count(model)[0] + tokens * kept
+    matrices = [part for part in block.modules() if isinstance(part, nn.Linear)]
+    numbers = sum(part.in_features + part.out_features for part in matrices) - 2 * C
+    if machine.suits_short_attention(model.context):  # it keeps each head's table
+        numbers += model.heads * model.context
+    # In 32 bits: the norms' inputs, and queries and keys turned or normalized.
+    wide = 3 if isinstance(model, ModernConfig) else 1
+    return machine.dtype.itemsize * numbers + 8 * C * wide
 
 
 @dataclass(frozen=True)
@@ -387,13 +354,22 @@ class Plan:
             work += t.steps * 176 * m.layers * m.width**3
         if on.device.startswith("cuda"):
             return 3 * work / self.peak_flops
-        kept = self.tokens * kept_by_token(m, on)
+        kept = self.tokens * (m.layers * kept_by_block(m, on) + 12 * m.vocab_size)
         return work / self.peak_flops + 1.2e-9 * kept / torch.get_num_threads()
 
     @property
     def memory(self) -> int:
-        """About how many bytes of tensors it will need."""
-        return memory_needed(self.model, self.training, self.machine)
+        """About how many bytes of tensors it will need at its peak.
+
+        16 for every parameter (weight, gradient, AdamW's two means), 18 in 16 bits. For
+        every token what the blocks keep, and 12 a logit. With recomputation one
+        block's, and the 4 C that flow into each. Compiled programs take less.
+        """
+        m, t, on = self.model, self.training, self.machine
+        block, each = kept_by_block(m, on), 16 if on.precision == "float32" else 18
+        kept = block + 4 * m.layers * m.width if on.recompute else m.layers * block
+        tokens = -(-t.batch_size // t.accumulate) * m.context
+        return each * count(m)[0] + tokens * (kept + 12 * m.vocab_size)
 
     def trainer(
         self,
@@ -451,7 +427,7 @@ def memory_of(device: torch.device) -> float:
     """
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):  # Windows
+    if not hasattr(os, "sysconf"):  # Windows
         return math.inf
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
@@ -526,14 +502,13 @@ def make_plan(
     """
     chosen, given = pick_device(device), set(values)
     suited, cuda = preset(chosen), chosen.type == "cuda"
-    size = suited["size"] if size is None else size
-    if optimizer is None:
-        optimizer = "adamw" if cuda and recipe != "modern" else "muon"
+    size = size or suited["size"]
+    optimizer = optimizer or ("adamw" if cuda and recipe != "modern" else "muon")
     for value, known in ((size, SIZES), (recipe, RECIPES), (optimizer, OPTIMIZERS)):
         if value not in known:
             raise ValueError(f"{value!r} is none of {', '.join(known)}")
-    changed = recipe != "gpt2" or given & (names(ModernConfig) - names(GPTConfig))
-    shapes = ModernConfig if changed else GPTConfig
+    choices = names(ModernConfig) - names(GPTConfig)
+    shapes = ModernConfig if recipe != "gpt2" or given & choices else GPTConfig
     settings, rate = OPTIMIZERS[optimizer]
     if unknown := given - names(shapes, settings, Machine):
         raise ValueError(f"a run with {optimizer} has no {', '.join(sorted(unknown))}")
@@ -543,13 +518,10 @@ def make_plan(
     warmup = min(50, values["steps"] // 10)
     usual = {"learning_rate": rate / model.width, "warmup": warmup}
     training = take(settings, {**usual, **values})
-    # Larger products than these are no faster.
-    shape = min(training.batch_size * model.context, 2048), min(model.width, 1024)
     if "precision" not in given:
-        values["precision"] = pick_precision(chosen, *shape)
+        values["precision"] = pick_precision(chosen)
     machine = take(Machine, values)
-    speed = measure_flops(chosen, machine.dtype, *((8192, 4096) if cuda else shape))
-    plan = Plan(model, training, machine, speed)
+    plan = Plan(model, training, machine, measure_flops(chosen, machine.dtype))
     if "compile" not in given and chosen.type != "mps" and plan.seconds > 120:
         # To compile the whole model takes longer.
         scope = "all" if cuda or plan.seconds > 600 else "blocks"
