@@ -41,9 +41,7 @@ def keep_top_p(logits: Tensor, top_p: float, temperature: float = 1.0) -> Tensor
     ordered, order = logits.sort(dim=-1, descending=True)
     weights = softmax(ordered, temperature=temperature)
     before = weights.cumsum(dim=-1) - weights  # what the likelier ones have
-    forbidden = (before >= top_p) & (top_p < 1)  # at p = 1 rounding forbids none
-    forbidden[..., 0] = False  # a p near 0 becomes 0: keep the first all the same
-    ordered = ordered.masked_fill(forbidden, -math.inf)
+    ordered = ordered.masked_fill(before >= top_p, -math.inf)
     return torch.empty_like(logits).scatter(-1, order, ordered)
 
 
@@ -116,8 +114,7 @@ class KeyValueCache:
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store what is new (B, H, T, D) and return all of it so far.
 
-        Raises ValueError for more positions than there is room for, and for keys of
-        another shape than the earlier ones.
+        Raises ValueError for more positions than there is room for.
         """
         B, H, new, D = keys.shape
         end = self.length + new
@@ -126,8 +123,6 @@ class KeyValueCache:
         if self.length == 0:
             self.keys = keys.new_empty(B, H, self.context, D)
             self.values = torch.empty_like(self.keys)
-        elif self.keys.shape != (B, H, self.context, D):
-            raise ValueError(f"keys {[*keys.shape]} for a cache {[*self.keys.shape]}")
         # narrow(axis, start, length) is a view of a part.
         self.keys.narrow(2, self.length, new).copy_(keys)
         self.values.narrow(2, self.length, new).copy_(values)
@@ -240,9 +235,9 @@ def stream(
         raise ValueError("a prompt needs at least one token")
     if wrong := [t for row in rows for t in row if not 0 <= t < size]:
         raise ValueError(f"id {wrong[0]} is out of range: ids are 0 to {size - 1}")
-    if not isinstance(max_new_tokens, Integral) or max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens: a number from 0 up, not {max_new_tokens!r}")
-    return _steps(model, rows, int(max_new_tokens), ends, sampling)
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be at least 0, not {max_new_tokens}")
+    return _steps(model, rows, max_new_tokens, ends, sampling)
 
 
 def generate(
@@ -264,9 +259,8 @@ def generate(
     prompts = list(ids)
     single = not prompts or np.ndim(prompts[0]) == 0
     prompts = [prompts] if single else prompts
-    steps = stream(model, prompts, max_new_tokens, stop, **settings)
-    rows = [[int(token) for token in prompt] for prompt in prompts]
-    for new in steps:
+    rows = [_whole_numbers(prompt, "a prompt") for prompt in prompts]
+    for new in stream(model, rows, max_new_tokens, stop, **settings):
         for row, token in zip(rows, new, strict=True):
             if token is not None:
                 row.append(token)
@@ -291,18 +285,8 @@ def stream_text(
     """
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
     steps = stream(model, [ids], max_new_tokens, stop, **settings)
-    if hasattr(tokenizer, "decode_bytes"):
-        return _pieces(tokenizer.decode_bytes(new) for new in steps)
-    return (tokenizer.decode(new) for new in steps)
-
-
-def _pieces(parts: Iterable[bytes]) -> Iterator[str]:
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for part in parts:
-        if piece := decoder.decode(part):
-            yield piece
-    if rest := decoder.decode(b"", final=True):
-        yield rest
+    parts = (tokenizer.decode_bytes(new) for new in steps)
+    return codecs.iterdecode(parts, "utf-8", errors="replace")
 
 
 @torch.inference_mode()

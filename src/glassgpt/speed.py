@@ -7,7 +7,7 @@ import copy
 import ctypes
 import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from time import perf_counter
 from typing import Any
@@ -35,47 +35,41 @@ def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x / scale).round_().to(torch.int8), scale
 
 
-class Int8Product:
-    """x (..., in) times int8 weights (out, in), plus the bias (out,).
+Product = Callable[[Tensor], Tensor]  # (..., in) to (..., out)
+
+
+def int8_product(weight: Tensor, bias: Tensor) -> Product:
+    """x times the weights (out, in) in int8, plus the bias (out,).
 
     On anything but a CPU the weights go back to 32 bits at each call: it saves memory.
 
     Book: 21_speed.html#a-light-layer
     """
+    # In pieces, so that no large copy is made on the way.
+    pieces = [round_rows(part.float()) for part in weight.split(4096)]
+    whole, scale = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+    whole, scale = whole.t(), scale[:, 0]
 
-    def __init__(self, weight: Tensor, bias: Tensor):
-        # In pieces, so that no large copy is made on the way.
-        pieces = [round_rows(part.float()) for part in weight.split(4096)]
-        whole, scale = (torch.cat(parts) for parts in zip(*pieces, strict=True))
-        self.whole, self.scale, self.bias = whole.t(), scale[:, 0], bias
-
-    def __call__(self, x: Tensor) -> Tensor:
+    def product(x: Tensor) -> Tensor:
         if not x.is_cpu:  # a GPU's product of whole numbers wants many rows
-            return x @ self.whole.float() * self.scale + self.bias
-        whole, scale = round_rows(x.view(-1, x.shape[-1]))
-        sums = torch._int_mm(whole, self.whole)  # (N, out) int32
-        y = torch.addcmul(self.bias, sums, scale * self.scale)
+            return x @ whole.float() * scale + bias
+        x_whole, x_scale = round_rows(x.view(-1, x.shape[-1]))
+        sums = torch._int_mm(x_whole, whole)  # (N, out) int32
+        y = torch.addcmul(bias, sums, x_scale * scale)
         return y.view(*x.shape[:-1], -1)
 
+    return product
 
-class HalfProduct:
-    """x (..., in) times weights (out, in) of 16 bits, plus the bias (out,).
 
-    dtype: to which the weights are rounded, torch.float16 or torch.bfloat16.
+def half_product(weight: Tensor, bias: Tensor) -> Product:
+    """x times weights (out, in) of 16 bits, plus the bias (out,).
 
     Book: 21_speed.html#a-light-layer
     """
-
-    def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype):
-        self.weight, self.bias, self.packed = weight.to(dtype), bias, None
-        if PACKED and weight.is_cpu:
-            pack = torch.ops.quantized.linear_prepack_fp16
-            self.packed, self.weight = pack(self.weight.float(), bias), None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if self.packed is not None:
-            return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
-        return F.linear(x.to(self.weight.dtype), self.weight) + self.bias
+    if PACKED and weight.is_cpu:
+        packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), bias)
+        return lambda x: torch.ops.quantized.linear_dynamic_fp16(x, packed)
+    return lambda x: F.linear(x.to(weight.dtype), weight) + bias
 
 
 class LightLinear(nn.Module):
@@ -93,17 +87,17 @@ class LightLinear(nn.Module):
         super().__init__()
         weight = linear.weight.detach()
         bias = weight.new_zeros(len(weight)) if linear.bias is None else linear.bias
-        half = partial(HalfProduct, dtype=getattr(torch, weights))
-        make = Int8Product if weights == "int8" else half
-        self.product = make(weight, bias.detach().float())
-        self.register_state_dict_pre_hook(_refuse)
+        bias = bias.detach().float()
+        if weights == "int8":
+            self.product = int8_product(weight, bias)
+        else:
+            self.product = half_product(weight.to(getattr(torch, weights)), bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.product(x.float()).to(x.dtype)
 
-
-def _refuse(*_: Any) -> None:
-    raise ValueError("a lightened model can't be saved: save the one it comes from")
+    def state_dict(self, *_: Any, **__: Any) -> Any:
+        raise ValueError("a lightened model can't be saved: save the one it comes from")
 
 
 @torch.inference_mode()
@@ -119,12 +113,10 @@ def fastest_weights(layers: Sequence[nn.Linear]) -> str:
     if not layers[0].weight.is_cpu:
         return "float16"
     timed, others = layers[:4], layers[4:24]
-    inputs = [layer.weight[:1].clone() for layer in timed]  # any vector will do
-    names = ("float16", "int8") if PACKED else FORMATS[1:]
-    ways: dict[str, list[Any]] = {
-        name: [LightLinear(layer, name) for layer in timed] for name in names
-    }
-    ways["float32"] = list(timed)
+    inputs = [layer.weight[:1] for layer in timed]  # any vector will do
+    ways: dict[str, Sequence[nn.Module]] = {"float32": timed}
+    for name in ("float16", "int8") if PACKED else FORMATS[1:]:
+        ways[name] = [LightLinear(layer, name) for layer in timed]
     seconds = dict.fromkeys(ways, math.inf)
     for _ in range(7):  # in turn, so that a slow moment hits all of them
         for name, way in ways.items():
