@@ -212,6 +212,7 @@ def test_nobody_forges_a_turn(chat, talker):
         ({"prompt": "a " * 400}, "too long"),
         ({"prompt": ["a", "b"]}, "a prompt must be a list of ids"),
         ({"prompt": None}, "has no len"),
+        ({"stop": 5}, "stop must be a text"),
         ({"stop": [5]}, "stop must be a text"),
     ],
 )
@@ -384,24 +385,23 @@ def test_a_port_in_use_is_an_error(shakespeare):
 @pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
 def test_the_command_serves_until_ctrl_c(capsys):
     with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    seen = []
+        port = str(free.getsockname()[1])
+    address, seen = f"http://127.0.0.1:{port}/v1", []
 
     def ask():
-        address = f"http://127.0.0.1:{port}/v1"
         with openai.OpenAI(base_url=address, api_key="none", max_retries=9) as client:
-            seen.extend(model.id for model in client.models.list())
-            options = {"model": "any", "prompt": "ROMEO:", "max_tokens": 200}
-            next(iter(client.completions.create(**options, stream=True)))
-            os.kill(os.getpid(), signal.SIGINT)  # an answer is under way
+            try:
+                seen.extend(model.id for model in client.models.list())
+                options = {"model": "any", "prompt": "ROMEO:", "max_tokens": 200}
+                next(iter(client.completions.create(**options, stream=True)))
+            finally:
+                os.kill(os.getpid(), signal.SIGINT)  # an answer is under way
 
     with ThreadPoolExecutor(1) as pool:
         pool.submit(ask)
-        assert main(["serve", "shakespeare", "--port", str(port)]) == 130
+        assert main(["serve", "shakespeare", "--port", port]) == 130
     assert seen == ["shakespeare"]
-    assert (
-        f"shakespeare answers at http://127.0.0.1:{port}/v1" in capsys.readouterr().out
-    )
+    assert f"shakespeare answers at {address} until" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("port", ["-1", "65536"])
