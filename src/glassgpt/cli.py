@@ -111,7 +111,6 @@ T = TypeVar("T")
 Maybe = Annotated[T | None, tyro.conf.arg(help_behavior_hint="")]  # None: not given
 Flag = Annotated[Maybe[bool], tyro.conf.FlagCreatePairsOff]  # there is no --no-skip
 Shard = Maybe[Literal["nothing", "optimizer", "model"]]
-Weights = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 
 
 @dataclass
@@ -357,6 +356,9 @@ class Train(Text):
         return model, theirs, {**usual, "recipe": recipe, **config}
 
 
+Weights = Literal["auto", "float32", "bfloat16", "float16", "int8"]
+
+
 @dataclass(kw_only=True)
 class Model:
     """A model that is here to be used: what four commands share.
@@ -388,25 +390,19 @@ class Generate(Model):
     samples: int = 1  # how many texts
     sampling: OmitArgPrefixes[Sampling] = Sampling()  # how a token is drawn
 
-    def read_prompt(self, tokenizer: Tokenizer) -> str:
-        """The prompt; by default a new line, or what a tokenizer without one has."""
-        if self.prompt == "-":
-            return sys.stdin.read()
-        if self.prompt is not None:
-            return self.prompt
-        return tokenizer.decode([0]) if isinstance(tokenizer, CharTokenizer) else "\n"
-
     def run(self) -> None:
         """Write on from the prompt, piece by piece."""
         if self.samples < 1 or self.tokens < 0:
             raise ValueError("--samples must be at least 1, and --tokens at least 0")
         model, tokenizer = self.load()
-        prompt, stop = self.read_prompt(tokenizer), tokenizer.special_tokens.values()
-        settings = dict(vars(self.sampling))
+        prompt = sys.stdin.read() if self.prompt == "-" else self.prompt
+        if prompt is None:  # a tokenizer of characters may lack the new line
+            characters = isinstance(tokenizer, CharTokenizer)
+            prompt = tokenizer.decode([0]) if characters else "\n"
+        stop = tokenizer.special_tokens.values()
+        settings = {"stop": stop, **vars(self.sampling)}
         for number in range(self.samples):
-            pieces = stream_text(
-                model, tokenizer, prompt, self.tokens, stop, **settings
-            )
+            pieces = stream_text(model, tokenizer, prompt, self.tokens, **settings)
             # What is wrong was refused before.
             print("---\n" if number else "", prompt, sep="", end="", flush=True)
             for piece in pieces:
@@ -694,10 +690,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(glassgpt.__version__)
         return 0
     try:
-        with warnings.catch_warnings(), team() as first:
+        with warnings.catch_warnings():
             warnings.simplefilter("always", UserWarning)
             warnings.showwarning = lambda message, *_: tell(str(message))
-            return (parse(arguments).run() or 0) if first else 0
+            with team() as first:
+                return (parse(arguments).run() or 0) if first else 0
     except BrokenPipeError:  # whoever read the output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
