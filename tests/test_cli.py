@@ -33,7 +33,7 @@ from glassgpt.checkpoints import save
 from glassgpt.checks.cli import check_mistakes
 from glassgpt.cli import comments, main
 from glassgpt.device import SIZES
-from glassgpt.tokens import CharTokenizer
+from glassgpt.tokens import BPETokenizer, CharTokenizer
 
 SCRIPT = Path(sys.executable).with_name("glassgpt")
 PNG = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\xff\xfe\x00"
@@ -402,6 +402,17 @@ def test_the_folder_of_a_run_is_named_after_its_text(tmp_path, monkeypatch, data
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setattr(cli.Train, "start", lambda self, out, asked: out)
     assert cli.parse(["train", "--data", data]).run() == Path("runs", name)
+
+
+def test_what_is_held_out_teaches_byte_pairs_nothing(tmp_path):
+    write_text(tmp_path / "my.txt")
+    with open(tmp_path / "my.txt", "a", encoding="utf-8") as text:
+        text.write("zqxj" * 100)  # in the last tenth
+    words = ["train", "--data", str(tmp_path / "my.txt"), "--vocab-size", "260"]
+    tokenizer = cli.parse(words).learn_tokenizer()
+    assert len(tokenizer.encode("zqxj")) == 4
+    everything = BPETokenizer.train((tmp_path / "my.txt").read_text("utf-8"), 260)
+    assert len(everything.encode("zqxj")) < 4
 
 
 def test_tokenize_then_train_on_the_tokens(made, tmp_path):
