@@ -259,16 +259,21 @@ def test_a_mistake_gets_a_sentence(stage, monkeypatch, capsys, mistake):
     assert not (stage / "new").exists()
 
 
+@pytest.mark.parametrize("terminal", [True, False])
 @pytest.mark.parametrize("mistake", WRONG_WORDS)
-def test_wrong_words_get_a_sentence(stage, monkeypatch, capsys, mistake):
+def test_wrong_words_get_a_sentence(stage, monkeypatch, capsys, mistake, terminal):
     words, expected = WRONG_WORDS[mistake]
     monkeypatch.chdir(stage)
     monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)  # a box with colors
     before = hashes(stage)
     assert glass(*words) == 2
     shown = capsys.readouterr()
     assert expected in sentence_in(shown.err)
     assert "--help" in shown.err
+    assert "Do you mean --help" not in shown.err
+    assert shown.err.strip().isprintable()
     assert "'None'" not in shown.err  # what isn't given can't be typed
     assert shown.out == ""
     assert hashes(stage) == before

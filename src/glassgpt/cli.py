@@ -601,17 +601,17 @@ glassgpt train --help lists its options. Book: https://glassgpt.github.io/glassg
 def in_a_sentence(box: str, words: Sequence[str]) -> str:
     """What tyro's box says of words that it refused, and the options it suggests.
 
-    In a frame, with lines between, it has a title, what is wrong, what is near it, and
-    where the help is.
+    In a frame, in a terminal with colors, and with lines between, it has a title, what
+    is wrong, what is near it, and where the help is.
 
     Book: 23_command_line.html#mistakes-get-a-sentence
     """
-    text = re.sub("[│╭╮╰╯]|'None', |, 'None'", "", box)
+    text = re.sub(r"[│╭╮╰╯]|\x1b\[[\d;]*m", "", box)
     parts = (" ".join(part.split()) for part in re.split("[─-]{3,}", text))
     _, wrong, *more, _ = filter(None, parts)
     number = r"Error parsing (--[\w-]+): .*('.*').*"  # Python's words about int()
     wrong = re.sub(number, r"\1 can't be \2", wrong).rstrip(".")
-    wrong = wrong.removeprefix("Error parsing sampling: ")
+    wrong = re.sub("Error parsing sampling: |'None', |, 'None'", "", wrong)
     typed, near = (re.findall(r"--[\w-]+", " ".join(each)) for each in (words, more))
     meant = " or ".join(sorted({*near} - {*typed}))
     return f"{wrong}. Do you mean {meant}?" if meant else f"{wrong}."
