@@ -78,6 +78,8 @@ def process(monkeypatch):
 
     def start(*words):
         monkeypatch.setattr(sys, "argv", ["glassgpt", *map(str, words)])
+        # As while PyTorch loads: `main` has to put it back.
+        signal.signal(signal.SIGINT, lambda *_: pytest.fail("left at once"))
         try:
             return main()
         except SystemExit as leaving:
@@ -409,15 +411,12 @@ def test_the_folder_of_a_run_is_named_after_its_text(tmp_path, monkeypatch, data
     assert cli.parse(["train", "--data", data]).run() == Path("runs", name)
 
 
-def test_what_is_held_out_teaches_byte_pairs_nothing(tmp_path):
-    write_text(tmp_path / "my.txt")
-    with open(tmp_path / "my.txt", "a", encoding="utf-8") as text:
-        text.write("zqxj" * 100)  # in the last tenth
-    words = ["train", "--data", str(tmp_path / "my.txt"), "--vocab-size", "260"]
-    tokenizer = cli.parse(words).learn_tokenizer()
-    assert len(tokenizer.encode("zqxj")) == 4
-    everything = BPETokenizer.train((tmp_path / "my.txt").read_text("utf-8"), 260)
-    assert len(everything.encode("zqxj")) < 4
+def test_what_is_held_out_teaches_byte_pairs_nothing(tmp_path, monkeypatch):
+    whole = write_text(tmp_path / "my.txt").read_text("utf-8")
+    monkeypatch.setattr(BPETokenizer, "train", lambda pieces, _: "".join(pieces))
+    learned = cli.parse(["train", "--data", str(tmp_path / "my.txt")]).learn_tokenizer()
+    assert whole.startswith(learned)
+    assert 0.85 < len(learned) / len(whole) < 0.95
 
 
 def test_tokenize_then_train_on_the_tokens(made, tmp_path):
