@@ -696,7 +696,7 @@ def test_a_long_talk_is_cut_with_a_word(folder, monkeypatch, capsys):
     ("words", "text", "named"),
     [
         (["--temperature", "0"], "", "temperature"),
-        ([], b"\xff\n", "UTF-8"),
+        ([], b"\xff\n", "utf-8"),
         ([], "tower " * 200, "shorten"),
     ],
 )

@@ -17,7 +17,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import textwrap
 import traceback
 from dataclasses import fields
 from pathlib import Path
@@ -71,10 +70,24 @@ def glass(*words):
         return leaving.code
 
 
-def script(*words, **options):
-    """The installed script in a process of its own."""
-    words = [str(word) for word in (SCRIPT, *words)]
-    return subprocess.run(words, capture_output=True, text=True, **options)
+@pytest.fixture
+def process(monkeypatch):
+    """`main` as a process calls it, with words and handlers of its own."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+
+    def start(*words):
+        monkeypatch.setattr(sys, "argv", ["glassgpt", *map(str, words)])
+        # As while PyTorch loads: `main` has to put it back.
+        signal.signal(signal.SIGINT, lambda *_: pytest.fail("left at once"))
+        try:
+            return main()
+        except SystemExit as leaving:
+            return leaving.code
+
+    yield start
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
 
 
 def weights(folder):
@@ -83,23 +96,6 @@ def weights(folder):
 
 def equal(one, two):
     return all(torch.equal(value, two[name]) for name, value in one.items())
-
-
-def edit(path, change):
-    path.write_bytes(change(path.read_bytes()))
-
-
-def put(*keys, value):
-    """A change of one value in a JSON file."""
-
-    def change(content):
-        data = inner = json.loads(content)
-        for key in keys[:-1]:
-            inner = inner[key]
-        inner[keys[-1]] = value
-        return json.dumps(data).encode()
-
-    return change
 
 
 @pytest.fixture(scope="module")
@@ -130,20 +126,12 @@ def stage(made, tmp_path_factory):
     (folder / "notes").mkdir()
     (folder / "notes" / "mine.txt").write_text("mine\n")
     (folder / "dangling").symlink_to("nowhere")
-    for name in ("run", "cut", "other", "scrambled", "lost"):
-        shutil.copytree(made / "run", folder / name)
-    for name in ("broken-run", "deep-run", "wide-run", "dataless", "edited"):
+    for name in ("run", "damaged"):
         shutil.copytree(made / "run", folder / name)
     shutil.copytree(made / "run" / "data", folder / "tokens")
-    edit(folder / "cut" / "model.safetensors", lambda content: content[:1000])
-    edit(folder / "other" / "config.json", put("n_embd", value=32))
-    edit(folder / "scrambled" / "tokenizer.json", lambda content: content[:100])
-    (folder / "lost" / "model.safetensors").unlink()
-    edit(folder / "broken-run" / "run.json", lambda content: content[:50])
-    edit(folder / "deep-run" / "run.json", lambda content: b"[" * 100_000)
-    edit(folder / "wide-run" / "run.json", put("model", "width", value=10**12))
-    edit(folder / "dataless" / "run.json", put("data", value="nowhere"))
-    edit(folder / "edited" / "run.json", put("fingerprint", value="another"))
+    for name in ("model.safetensors", "run.json"):
+        path = folder / "damaged" / name
+        path.write_bytes(path.read_bytes()[:50])
     return folder
 
 
@@ -156,111 +144,63 @@ WRITE = ["generate", "run", "--prompt", "the", "--tokens", "3"]
 MISTAKES = {
     "empty text": (["train", "--data", "empty.txt", *NEW], "empty.txt has no text"),
     "missing text": (["train", "--data", "missing.txt", *NEW], "missing.txt"),
-    "no text": (["train", "--data", "--out", "new"], "--data names nothing"),
     "short text": (["train", "--data", "short.txt", *NEW], "allow no crops of 16"),
     "picture": (
         ["train", "--data", "picture.png", *NEW],
         "picture.png, from byte 0 on",
     ),
-    "picture, bpe": ([*MY, "--data", "picture.png", "--tokenizer", "bpe"], "as text"),
-    "no name of a text": ([*MY, "--data", ""], "an empty name is neither"),
     "uneven heads": ([*MY, "--width", "15"], "width 15"),
-    "no layers": ([*MY, "--layers", "0"], "layers"),
     "far too many layers": ([*MY, "--layers", "100000000"], "lower width, layers"),
-    "far too wide": ([*MY, "--width", "100000000"], "lower width, layers"),
     "no steps": ([*MY, "--steps", "0"], "glassgpt: --steps must be"),
-    "no batch": ([*MY, "--batch-size", "0"], "glassgpt: --batch-size must be"),
-    "twenty digits": ([*MY, "--steps", "9" * 20], "steps"),
-    "no part of it": ([*MY, "--clip", "nan"], "clip"),
     "unknown device": ([*MY, "--device", "abacus"], "abacus"),
-    "unknown precision": ([*MY, "--precision", "float3"], "float3"),
-    "modern, not GPT-2's": ([*MY, "--norm", "batch"], "norm is rms or layer"),
     "diverging": ([*MY, "--learning-rate", "1e9"], "resume new --learning-rate"),
     "small vocabulary": ([*MY, "--tokenizer", "bpe", "--vocab-size", "5"], "too small"),
-    "no vocabulary": (
-        [*MY, "--tokenizer", "bpe", "--vocab-size", "0"],
-        "--vocab-size must be at least 1, not 0",
-    ),
-    "no characters": ([*MY, "--vocab-size", "0"], "--vocab-size must be at least 1"),
     "a size of characters": ([*MY, "--vocab-size", "300"], "--tokenizer bpe"),
     "missing tokenizer": (
         [*MY, "--tokenizer", "nonsense"],
         "--tokenizer nonsense is neither bpe, char, gpt2 nor a tokenizer.json",
     ),
-    "no tokenizer": ([*MY, "--tokenizer", "my.txt"], "my.txt"),
     "tokens with a tokenizer": ([*MY, "--data", "tokens"], "leave out --tokenizer"),
     "tokens and a text": (
         ["train", "--data", "tokens", "my.txt", "--out", "new", *TINY],
-        "tokens is tokenized: give it alone as --data",
-    ),
-    "a text and tokens": (
-        ["tokenize", "--data", "my.txt", "tokens", "--out", "new"],
-        "tokens is tokenized: give it alone as --data",
-    ),
-    "tokens, a long context": (
-        ["train", "--data", "tokens", "--out", "new", *TINY, "--context", "100000"],
-        "allow no crops of 100000",
+        "tokens/train.bin, from byte 0 on, can't be read as text",
     ),
     "no checkpoints": (
         [*MY, "--checkpoint-every", "0"],
         "--checkpoint-every must be at least 1",
     ),
-    "none that stay": ([*MY, "--keep", "0"], "glassgpt: --keep must be at least 1"),
     "below a file": ([*MY, "--out", "my.txt/new"], "Not a directory"),
-    "into a file": ([*MY, "--out", "my.txt"], "my.txt is no folder"),
-    "into tokens": ([*MY, "--out", "tokens"], "tokens is not empty"),
-    "among other files": ([*MY, "--out", "notes"], "notes is not empty, mine.txt"),
-    "into a link to nothing": ([*MY, "--out", "dangling"], "dangling is no folder"),
+    "into a file": ([*MY, "--out", "my.txt"], "File exists"),
+    "into a link to nothing": ([*MY, "--out", "dangling"], "File exists"),
     "into a run": ([*MY, "--out", "run"], "holds a run"),
     "with another width": (
         [*MY, "--out", "run", "--resume", "--width", "8"],
         "--width",
     ),
-    "with a size": ([*MY, "--out", "run", "--resume", "--size", "xl"], "--size"),
     "with another text": (
         [*MY, "--out", "run", "--resume", "--data", "short.txt"],
         "--data",
     ),
     "from a model with a width": ([*FROM, "--width", "8"], "leave out --width"),
-    "from a model with dropout": ([*FROM, "--dropout", "0.1"], "leave out --dropout"),
-    "from a model with a tokenizer": ([*FROM, "--tokenizer", "bpe"], "--tokenizer"),
     "from no model": ([*FROM, "--init-from", "notes"], "config.json is missing"),
     "from a model, other tokens": (
         ["train", "--data", "tokens", "--init-from", "shakespeare", "--out", "new"],
         "another tokenizer",
     ),
-    "tokens of tokens": (["tokenize", "--data", "tokens", "--out", "new"], "already"),
-    "tokens of nothing": (["tokenize", "--data", "empty.txt", "--out", "new"], "text"),
+    "tokens of tokens": (["tokenize", "--data", "tokens", "--out", "new"], "as text"),
     "tokens over a folder": (["tokenize", "--out", "run"], "exists already"),
-    "tokens below a file": (
-        ["tokenize", "--data", "my.txt", "--tokenizer", "char", "--out", "my.txt/new"],
-        "my.txt",
-    ),
     "resume nothing": (["resume", "new"], "new holds no run"),
-    "resume no run": (["resume", "notes"], "notes holds no run"),
-    "resume a damaged run": (["resume", "broken-run"], "damaged"),
-    "resume a deep run": (["resume", "deep-run"], "damaged"),
-    "resume a wide run": (["resume", "wide-run"], "wide-run"),
-    "resume without data": (["resume", "dataless"], "where it is now"),
-    "resume with other tokens": (["resume", "edited"], "other tokens"),
-    "temperature 0": ([*WRITE, "--temperature", "0"], "temperature"),
-    "temperature NaN": ([*WRITE, "--temperature", "nan"], "temperature"),
-    "top-k 0": ([*WRITE, "--top-k", "0"], "--top-k"),
-    "top-p 0": ([*WRITE, "--top-p", "0"], "top_p"),
+    "resume a damaged run": (["resume", "damaged"], "run.json is damaged"),
+    "temperature 0": (
+        [*WRITE, "--temperature", "0"],
+        "glassgpt: --temperature must be positive",
+    ),
     "negative length": ([*WRITE, "--tokens", "-5"], "--tokens at least 0"),
     "no samples": ([*WRITE, "--samples", "0"], "--samples must be at least 1"),
     "answers of nothing": (["chat", "run", "--tokens", "0"], "--tokens must be at"),
-    "negative seed": ([*WRITE, "--seed", "-1"], "seed"),
-    "empty prompt": ([*WRITE, "--prompt", ""], "at least one token"),
     "unknown character": ([*WRITE, "--prompt", "\u6f22"], "not in the vocabulary"),
-    "half a character": ([*WRITE, "--prompt", "\udce9"], "not UTF-8"),
     "missing model": (["generate", "missing"], "missing holds no model"),
-    "half a model": (["generate", "lost"], "model.safetensors is missing"),
-    "cut short": (["generate", "cut"], "damaged"),
-    "another size": (["generate", "other"], "config.json"),
-    "damaged tokenizer": (["generate", "scrambled"], "tokenizer.json is damaged"),
-    "a file as model": (["generate", "my.txt"], "my.txt"),
-    "evaluate a picture": (["evaluate", "run", "picture.png"], "as text"),
+    "damaged model": (["generate", "damaged"], "damaged/model.safetensors"),
     "evaluate too little": (["evaluate", "run", "one.txt"], "text of one token"),
 }
 
@@ -268,14 +208,9 @@ MISTAKES = {
 # What was typed wrong, and words of the sentence that answers.
 WRONG_WORDS = {
     "misspelled command": (["trian"], "trian. Do you mean train? See glassgpt --help"),
-    "misspelled, with options": (
-        ["tain", "--data", "x"],
-        "tain. Do you mean train? See",
-    ),
     "unknown choice": ([*MY, "--optimizer", "adam"], "Expected one of ("),
-    "no command": (["xyz"], "There are train, resume, generate, chat"),
+    "no command": (["xyz"], "Do you mean train or resume or generate"),
     "unknown option": ([*MY, "--learning-pace", "1"], "Do you mean --learning-rate"),
-    "unknown option of another": ([*WRITE, "--topk", "5"], "Do you mean --top-k"),
     "unknown option of none": (["--versoin"], "Unrecognized options: --versoin"),
     "unknown size": ([*MY, "--size", "huge"], "'huge' for argument '--size'"),
     "unknown weights": ([*WRITE, "--weights", "int3"], "int3"),
@@ -283,21 +218,25 @@ WRONG_WORDS = {
         ["train", "my.txt", "--steps", "3"],
         "my.txt. Do you mean --data my.txt? See glassgpt train --help",
     ),
-    "texts without --data": (
-        ["tokenize", "my.txt", "two words"],
-        "Do you mean --data my.txt 'two words'? See glassgpt tokenize --help",
+    "number in letters": (
+        [*MY, "--steps", "many"],
+        "glassgpt: --steps can't be 'many'",
     ),
-    "number in letters": ([*MY, "--steps", "many"], "See glassgpt train --help"),
-    "number after an equals sign": ([*MY, "--steps=many"], "'many'"),
-    "no number": ([*MY, "--steps"], "Missing value for argument '--steps'"),
+    "number after an equals sign": (
+        [*MY, "--steps=many"],
+        "--steps can't be 'many'. See glassgpt train --help",
+    ),
+    "no whole number": (
+        ["generate", "run", "--top-k", "2.5"],
+        "glassgpt: --top-k can't be '2.5'. See glassgpt generate --help",
+    ),
+    "no number": ([*MY, "--clip", "x"], "--clip can't be 'x'"),
     "five thousand digits": ([*MY, "--steps", "9" * 5000], "--steps"),
     "no model": (["generate"], "MODEL"),
-    "evaluate nothing": (["evaluate", "run"], "TEXT"),
     "resume with a width": (
         ["resume", "run", "--width", "9"],
         "options: --width, 9. See glassgpt resume --help",
     ),
-    "resume with no tied": (["resume", "run", "--no-tied"], "--no-tied"),
 }
 
 
@@ -322,31 +261,31 @@ def test_a_mistake_gets_a_sentence(stage, monkeypatch, capsys, mistake):
     assert not (stage / "new").exists()
 
 
+@pytest.mark.parametrize("terminal", [True, False])
 @pytest.mark.parametrize("mistake", WRONG_WORDS)
-def test_wrong_words_get_a_sentence(stage, monkeypatch, capsys, mistake):
+def test_wrong_words_get_a_sentence(stage, monkeypatch, capsys, mistake, terminal):
     words, expected = WRONG_WORDS[mistake]
     monkeypatch.chdir(stage)
     monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)  # a box with colors
     before = hashes(stage)
     assert glass(*words) == 2
     shown = capsys.readouterr()
     assert expected in sentence_in(shown.err)
     assert "--help" in shown.err
+    assert "Do you mean --help" not in shown.err
+    assert shown.err.strip().isprintable()
     assert "'None'" not in shown.err  # what isn't given can't be typed
     assert shown.out == ""
     assert hashes(stage) == before
 
 
-@pytest.mark.parametrize("place", [0, 1], ids=["at --out", "where it was called"])
-def test_what_a_mistake_leaves_is_caught(place):
-    def leaving(words):
-        code = main(words)
-        if code and "--out" in words:
-            (Path(words[-1]) if place == 0 else Path("left")).mkdir()
-        return code
-
-    with pytest.raises(AssertionError, match=r"left (new|left) behind"):
-        check_mistakes(leaving)
+def leaves_a_folder(words):
+    code = main(words)
+    if code and "--out" in words:
+        Path(words[-1]).mkdir()
+    return code
 
 
 def refuses_everything(words):
@@ -364,14 +303,6 @@ def does_nothing(words):
 
 def refuses_what_is_right(words):
     return main(words) or refuses_everything(words)
-
-
-def hides_faults(words):
-    try:
-        return main(words)
-    except Exception as error:
-        print(f"glassgpt: something went wrong: {error}", file=sys.stderr)
-        return 2
 
 
 def chatters(words):
@@ -397,7 +328,7 @@ def echoes(words):
         (refuses_everything, "names no missing.txt"),
         (refuses_what_is_right, "without a mistake was refused"),
         (does_nothing, "wrote no tokens"),
-        (hides_faults, "was hidden"),
+        (leaves_a_folder, "left new behind"),
     ],
 )
 def test_a_wrong_command_is_caught(wrong, said):
@@ -405,20 +336,18 @@ def test_a_wrong_command_is_caught(wrong, said):
         check_mistakes(wrong)
 
 
-@pytest.mark.parametrize("option", ["--keep", "--checkpoint-every"])
-def test_saving_is_checked_before_the_text_is_read(stage, monkeypatch, capsys, option):
+def test_saving_is_checked_before_the_text_is_read(stage, monkeypatch, capsys):
     monkeypatch.chdir(stage)
     monkeypatch.setattr(cli.Train, "ready_tokenizer", None)  # would be called next
-    assert glass(*MY, option, "0") == 2
-    assert "must be at least 1" in sentence_in(capsys.readouterr().err)
+    assert glass(*MY, "--keep", "0") == 2
+    assert "--keep must be at least 1" in sentence_in(capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("mistake", ["picture", "cut short"])
-def test_a_mistake_in_the_shell(stage, mistake):
-    words, expected = MISTAKES[mistake]
-    done = script(*words, cwd=stage)
+@pytest.mark.parametrize("command", [[SCRIPT], [sys.executable, "-m", "glassgpt"]])
+def test_a_mistake_in_the_shell(command):
+    done = subprocess.run([*command, "generate", "no"], capture_output=True, text=True)
     assert done.returncode == 2
-    assert expected in sentence_in(done.stderr)
+    assert "no holds no model" in sentence_in(done.stderr)
 
 
 FAULTS = {
@@ -457,10 +386,8 @@ def test_what_the_package_refuses_is_a_mistake(monkeypatch, capsys):
         main(["generate", "shakespeare"])
 
 
-@pytest.mark.parametrize("tokenizer", ["char", "bpe"])
-def test_train_writes_a_model(made, tmp_path, tokenizer, capsys):
-    words = ["--tokenizer", tokenizer, "--out", tmp_path / "run", *TINY]
-    words += ["--vocab-size", "280"] if tokenizer == "bpe" else []
+def test_train_writes_a_model(made, tmp_path, capsys):
+    words = ["--vocab-size", "280", "--out", tmp_path / "run", *TINY]
     assert glass("train", "--data", made / "my.txt", *words) == 0
     printed = capsys.readouterr().out
     for step in (3, 6):
@@ -474,18 +401,22 @@ def test_train_writes_a_model(made, tmp_path, tokenizer, capsys):
     assert its_tokenizer.decode(its_tokenizer.encode("the cat")) == "the cat"
 
 
-def test_the_folder_of_a_run_is_named_after_its_text(made, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    words = ["train", "--data", made / "my.txt", "--tokenizer", "char", *TINY]
-    assert glass(*words) == 0
-    assert (tmp_path / "runs" / "my" / "run.json").exists()
+@pytest.mark.parametrize(
+    ("data", "name"), [("old/my.txt", "my"), ("*.txt", "run"), (".", "here")]
+)
+def test_the_folder_of_a_run_is_named_after_its_text(tmp_path, monkeypatch, data, name):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(cli.Train, "start", lambda self, out, asked: out)
+    assert cli.parse(["train", "--data", data]).run() == Path("runs", name)
 
 
-def test_the_folder_of_a_pattern(made, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    shutil.copy(made / "my.txt", tmp_path)
-    assert glass("train", "--data", "*.txt", "--tokenizer", "char", *TINY) == 0
-    assert (tmp_path / "runs" / "run" / "run.json").exists()
+def test_what_is_held_out_teaches_byte_pairs_nothing(tmp_path, monkeypatch):
+    whole = write_text(tmp_path / "my.txt").read_text("utf-8")
+    monkeypatch.setattr(BPETokenizer, "train", lambda pieces, _: "".join(pieces))
+    learned = cli.parse(["train", "--data", str(tmp_path / "my.txt")]).learn_tokenizer()
+    assert whole.startswith(learned)
+    assert 0.85 < len(learned) / len(whole) < 0.95
 
 
 def test_tokenize_then_train_on_the_tokens(made, tmp_path):
@@ -505,13 +436,6 @@ def test_tokenize_then_train_on_the_tokens(made, tmp_path):
     assert glass("resume", out) == 0  # it remembers the new place
 
 
-def test_data_of_a_run_that_was_moved_out_of_it(run, tmp_path, capsys):
-    (run / "data").rename(tmp_path / "elsewhere")
-    assert glass("resume", run, "--steps", "9") == 2
-    assert "where it is now" in capsys.readouterr().err
-    assert glass("resume", run, "--steps", "9", "--data", tmp_path / "elsewhere") == 0
-
-
 def test_several_texts_and_what_is_skipped(made, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name in ("a.txt", "b.txt", "c.txt"):
@@ -525,17 +449,6 @@ def test_several_texts_and_what_is_skipped(made, tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert glass(*words, "--out", "run", "--skip") == 0
     assert sentence_in(capsys.readouterr().err).count("d.txt") == 1
-
-
-def test_a_folder_called_shakespeare_is_that_folder(made, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "shakespeare").mkdir()
-    write_text(tmp_path / "shakespeare" / "mine.txt")
-    assert glass("train", "--tokenizer", "char", *TINY, "--out", "run") == 0
-    assert load("run")[0].config.vocab_size < 30
-    shutil.rmtree("shakespeare")
-    Path("run").rename("shakespeare")
-    assert load("shakespeare")[0].config.layers == 1
 
 
 def test_resume_goes_on_extends_and_changes(run, made, tmp_path, capsys):
@@ -566,16 +479,9 @@ def test_one_line_begins_and_goes_on(made, tmp_path, capsys):
 
 
 def test_a_run_that_no_line_began_is_resumed_by_its_folder(run, capsys):
-    line = ["train", "--tokenizer", "char", *TINY, "--out", run, "--resume"]
-    for content in (b"[1", b"7", b"[" * 100_000):
-        (run / ".command.json").write_bytes(content)
-        assert glass(*line) == 2
-        said = sentence_in(capsys.readouterr().err)
-        assert f"does not say what began it: use `glassgpt resume {run}`" in said
     (run / ".command.json").unlink()
-    assert glass(*line) == 2
-    said = sentence_in(capsys.readouterr().err)
-    assert f"does not say what began it: use `glassgpt resume {run}`" in said
+    assert glass("train", "--tokenizer", "char", *TINY, "--out", run, "--resume") == 2
+    assert f"or use `glassgpt resume {run}`" in sentence_in(capsys.readouterr().err)
 
 
 def test_the_tokenizer_of_a_run(made, tmp_path):
@@ -584,22 +490,15 @@ def test_the_tokenizer_of_a_run(made, tmp_path):
     assert filecmp.cmp(made / "run/tokenizer.json", tmp_path / "tokens/tokenizer.json")
 
 
-@pytest.mark.parametrize("more", [[], ["--resume"]])
-@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit(143)])
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("place", ["cli.read_documents", "start_run"])
 def test_a_start_that_is_stopped_leaves_nothing(
-    made, tmp_path, monkeypatch, stop, more
+    made, tmp_path, monkeypatch, process, stop, place
 ):
     line = ["train", "--data", made / "my.txt", "--tokenizer", "char", *TINY]
-    line += ["--out", tmp_path / "run", *more]
-
-    def stopped(*_, **__):
-        raise stop
-
-    with monkeypatch.context() as patch:
-        patch.setattr(glassgpt, "start_run", stopped)
-        assert glass(*line) in (130, 143)
-        assert not (tmp_path / "run").exists()
-    assert glass(*line) == 0
+    monkeypatch.setattr(f"glassgpt.{place}", lambda *_, **__: signal.raise_signal(stop))
+    assert process(*line, "--out", tmp_path / "run") == 128 + stop
+    assert not (tmp_path / "run").exists()
 
 
 def test_one_line_begins_again_after_a_kill_before_the_run(made, tmp_path, monkeypatch):
@@ -630,7 +529,7 @@ def test_fine_tuning_begins_with_the_other_model(made, run, tmp_path, capsys):
 
 def test_evaluate_gives_the_loss_of_every_token(made, tmp_path, capsys):
     model, tokenizer = load(made / "run")
-    for length in (2, 16, 17, 18, 1000):  # the context is 16
+    for length in (2, 17, 18, 100):  # the context is 16
         text = (made / "my.txt").read_text("utf-8")[:length]
         (tmp_path / "part.txt").write_text(text)
         assert glass("evaluate", made / "run", tmp_path / "part.txt") == 0
@@ -661,7 +560,7 @@ def test_generate_repeats_with_a_seed(made, capsys):
     assert capsys.readouterr().out == "---\n".join([written[0], written[2]])
 
 
-@pytest.mark.parametrize("weights", ["auto", "bfloat16", "float16", "int8"])
+@pytest.mark.parametrize("weights", ["auto", "int8"])
 def test_generate_with_lighter_weights(made, capsys, weights):
     words = ["generate", made / "run", "--prompt", "the", "--tokens", "20"]
     assert glass(*words, "--weights", weights, "--seed", "1") == 0
@@ -675,7 +574,7 @@ def test_a_prompt_from_a_pipe(made, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("the old\ndog")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff")))
     assert glass(*words) == 2
-    assert "not UTF-8" in sentence_in(capsys.readouterr().err)
+    assert "'utf-8' codec can't decode" in sentence_in(capsys.readouterr().err)
 
 
 def test_without_a_prompt_characters_begin_with_what_they_know(tmp_path, capsys):
@@ -685,15 +584,15 @@ def test_without_a_prompt_characters_begin_with_what_they_know(tmp_path, capsys)
     assert len(capsys.readouterr().out) == 1 + 5 + 1
 
 
-def test_terminals_of_other_encodings(made, tmp_path):
-    model = GPT(GPTConfig(257, context=8, layers=1, heads=1, width=8))
-    save(tmp_path / "bytes", model, BPETokenizer.train("", 257))
-    words = ["generate", tmp_path / "bytes", "--tokens", "3", "--prompt", "日"]
-    ascii_only = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
-    for changed in ({"PYTHONIOENCODING": "cp1252"}, ascii_only):
-        done = script(*words, env={**os.environ, **changed})
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.startswith("?")
+def test_terminals_of_other_encodings(monkeypatch, process):
+    """What they can't show is a question mark; what is piped in is UTF-8."""
+    out = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding="cp1252"))
+    stdin = io.TextIOWrapper(io.BytesIO("日".encode()), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdin", stdin)
+    words = ["generate", "shakespeare", "--tokens", "1", "--prompt", "-"]
+    assert process(*words) == 0
+    assert out.getvalue().startswith(b"?")
 
 
 def test_refused_settings_leave_nothing_on_the_screen(made, capsys):
@@ -701,12 +600,11 @@ def test_refused_settings_leave_nothing_on_the_screen(made, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_warnings_are_sentences_even_where_they_are_errors(made, tmp_path):
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_warnings_are_sentences_even_where_they_are_errors(made, tmp_path, capsys):
     words = ["tokenize", "--data", made / "my.txt", "--out", tmp_path / "tokens"]
-    strict = {**os.environ, "PYTHONWARNINGS": "error::UserWarning"}
-    done = script(*words, "--vocab-size", "5000", env=strict)
-    assert done.returncode == 0
-    assert "too few pairs" in sentence_in(done.stderr)
+    assert glass(*words, "--vocab-size", "5000") == 0
+    assert "too few pairs" in sentence_in(capsys.readouterr().err)
 
 
 def test_the_vocabulary_of_gpt2_is_missing(made, tmp_path, monkeypatch, capsys):
@@ -771,37 +669,27 @@ def test_a_start_never_removes_the_tokens_of_another(made, tmp_path, monkeypatch
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
-def test_ending_a_start_leaves_nothing(made, tmp_path):
-    code = """
-        import os, signal, sys
-        from glassgpt import cli
-        def ended(*arguments, **options):
-            os.kill(os.getpid(), signal.SIGTERM)
-        cli.read_documents = ended
-        sys.argv[1:] = ["train", "--data", "my.txt", "--out", "run"]
-        sys.exit(cli.main())
-    """
-    (tmp_path / "my.txt").write_bytes((made / "my.txt").read_bytes())
-    command = [sys.executable, "-c", textwrap.dedent(code)]
-    done = subprocess.run(command, cwd=tmp_path, check=False)
-    assert done.returncode == 128 + signal.SIGTERM
-    assert [path.name for path in tmp_path.iterdir()] == ["my.txt"]
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
-@pytest.mark.parametrize("command", [[SCRIPT], [sys.executable, "-m", "glassgpt"]])
-@pytest.mark.parametrize("library", ["torch", "tyro"])
-def test_ctrl_c_while_the_libraries_load_is_quiet(tmp_path, command, library):
+@pytest.mark.parametrize(
+    ("library", "code", "quiet"),
+    [
+        ("torch", "import glassgpt", False),
+        ("torch", None, True),
+        ("tyro", None, True),
+    ],
+)
+def test_ctrl_c_while_the_libraries_load_is_quiet(tmp_path, library, code, quiet):
+    """In the command; a program of others keeps its traceback."""
     (tmp_path / library).mkdir()
-    code = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nNone\n"
-    (tmp_path / library / "__init__.py").write_text(code)
+    stop = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nNone\n"
+    (tmp_path / library / "__init__.py").write_text(stop)
     places = [str(tmp_path), str(Path(glassgpt.__file__).parents[1])]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
-    done = subprocess.run([*command, "--version"], env=env, capture_output=True)
-    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
-    other = [sys.executable, "-c", "import glassgpt.cli"]
-    done = subprocess.run(other, env=env, capture_output=True)
-    assert b"KeyboardInterrupt" in done.stderr  # a program of others keeps it
+    command = [sys.executable, "-c", code] if code else [SCRIPT, "--version"]
+    done = subprocess.run(command, env=env, capture_output=True)
+    if quiet:
+        assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
+    else:
+        assert b"KeyboardInterrupt" in done.stderr
 
 
 def test_a_program_that_calls_main_keeps_its_handlers():
@@ -812,36 +700,27 @@ def test_a_program_that_calls_main_keeps_its_handlers():
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pipes break otherwise")
-def test_output_that_nobody_reads_any_more_is_no_mistake(made):
-    command = [str(SCRIPT), "generate", str(made / "run"), "--tokens", "3000"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, **pipes) as process:
-        process.stdout.read(1)
-        process.stdout.close()
-        assert process.stderr.read() == b""
-    assert process.returncode == 141
+def test_output_that_nobody_reads_any_more_is_no_mistake(made, monkeypatch, capsys):
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert glass("generate", made / "run", "--tokens", "3") == 141
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stopped_and_resumed_it_reaches_the_same_weights(made, tmp_path, number):
+def test_stopped_and_resumed_it_reaches_the_same_weights(
+    made, tmp_path, monkeypatch, capsys, process, number
+):
     words = ["train", "--data", made / "my.txt", "--tokenizer", "char", *TINY]
-    words += ["--steps", "200", "--evaluate-every", "20", "--checkpoint-every", "200"]
-    assert glass(*words, "--out", tmp_path / "whole") == 0
-    command = [str(word) for word in (SCRIPT, *words, "--out", tmp_path / "run")]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen(command, **pipes) as process:
-        for line in process.stdout:
-            if line.startswith("step 20:"):
-                break
-        process.send_signal(number)
-        rest = process.stdout.read()
-    assert process.returncode == 128 + number
-    assert "glassgpt resume" in rest
-    checkpoint = max((tmp_path / "run").glob("checkpoint-*"))
-    assert 20 <= int(checkpoint.name.split("-")[1]) < 200
+    with monkeypatch.context() as patch:
+        patch.setattr(cli.tqdm, "write", lambda line: signal.raise_signal(number))
+        assert process(*words, "--out", tmp_path / "run") == 128 + number
+    assert "stopped after step 3: glassgpt resume" in capsys.readouterr().out
     assert glass("resume", tmp_path / "run") == 0
-    assert equal(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+    assert equal(weights(tmp_path / "run"), weights(made / "run"))
 
 
 COMMANDS = {kind.__name__.lower(): kind for kind in cli.COMMANDS}
@@ -866,11 +745,11 @@ def test_help_shows_every_option_with_its_words(command, capsys, monkeypatch):
         sizes = comments(cli.Choices)["size"]
         for layers, heads, width in [*SIZES.values()][:2]:
             assert f"{layers}/{heads}/{width}" in sizes
-        assert f"({cli.suited()['steps']} here)" in shown
+        assert f"(default: {cli.suited()['steps']})" in shown
         usual = inspect.signature(glassgpt.start_run).parameters
         for name in ("checkpoint_every", "keep"):
-            assert cli.suited()[name] == usual[name].default
-        assert "how many checkpoints stay (2 here)" in shown
+            assert getattr(cli.Choices, name) == usual[name].default
+        assert "how many checkpoints stay (default: 2)" in shown
 
 
 def test_without_words_the_help_is_shown(capsys):
@@ -886,45 +765,25 @@ def test_the_help_of_chat_names_what_can_be_typed_in_it(capsys):
     assert glass("chat", "--help") == 0
     shown = capsys.readouterr().out
     assert "/system TEXT" in shown
-    assert "/reset" in shown
+    assert "(default: 0.2)" in shown
+    assert "Book:" not in shown
 
 
 def test_help_names_no_none(capsys):
     assert glass("train", "--help") == 0
     shown = capsys.readouterr().out
-    assert not re.search(r"None|True|False", shown)
-    assert "(on here)" in shown
+    assert "None" not in shown
+    assert "(default: True)" in shown
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh"])
-def test_completion(shell, capsys):
-    assert not glass("--tyro-print-completion", shell)
-    assert "--learning-rate" in capsys.readouterr().out
+def test_completion(tmp_path):
+    assert not glass("--tyro-write-completion", "bash", tmp_path / "completion.sh")
+    assert "--learning-rate" in (tmp_path / "completion.sh").read_text("utf-8")
 
 
 def test_version(capsys):
     assert glass("--version") == 0
     assert capsys.readouterr().out == f"{glassgpt.__version__}\n"
-
-
-def test_as_a_module(made):
-    command = [sys.executable, "-m", "glassgpt", "generate", made / "missing"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "missing" in sentence_in(done.stderr)
-
-
-def test_transformers_reads_a_run(made):
-    transformers = pytest.importorskip("transformers")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(made / "run")
-    their_tokenizer = transformers.AutoTokenizer.from_pretrained(made / "run")
-    ours, our_tokenizer = load(made / "run")
-    ids = our_tokenizer.encode("the old dog")
-    assert their_tokenizer.encode("the old dog") == ids
-    assert their_tokenizer.model_max_length == ours.config.context
-    with torch.no_grad():
-        expected = ours(torch.tensor([ids]))
-        torch.testing.assert_close(theirs(torch.tensor([ids])).logits, expected)
 
 
 ROOT = Path(__file__).parent.parent
@@ -1082,38 +941,18 @@ def test_a_program_with_strict_types(tmp_path):
     lines = ["import glassgpt", "model, tokenizer = glassgpt.load('shakespeare')"]
     lines += [f"reveal_type({code})" for code in types]
     (tmp_path / "user.py").write_text("\n".join(lines) + "\n")
-    words = ["--strict", "--follow-imports=silent", "--python-executable"]
-    found = api.run([*words, sys.executable, str(tmp_path / "user.py")])[0]
+    # PyTorch's own types take a minute, and say nothing of these.
+    skip = "[mypy]\n[mypy-torch.*,numpy.*]\nfollow_imports = skip\n"
+    (tmp_path / "mypy.ini").write_text(skip)
+    words = ["--strict", "--follow-imports=silent", "--config-file"]
+    words += [str(tmp_path / "mypy.ini"), "--python-executable", sys.executable]
+    found = api.run([*words, str(tmp_path / "user.py")])[0]
     told = re.findall(r'Revealed type is "(.*)"', found.replace("glassgpt.", ""))
     assert "error" not in found
     for code, due, seen in zip(types, types.values(), told, strict=True):
         assert seen.endswith(due), code
 
 
-@pytest.mark.skipif(os.name == "nt", reason="closes streams as a shell does")
-@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
-def test_a_closed_stream_is_no_fault(closed, tmp_path):
-    line = f"{sys.executable} -m glassgpt generate shakespeare --tokens 2 {closed}"
-    done = subprocess.run(["sh", "-c", line], capture_output=True, text=True)
-    assert "Traceback" not in done.stderr
-    assert done.returncode == 0
-
-
-@pytest.mark.parametrize("words", [["help"], ["help", "train"]])
-def test_help_is_a_word_too(words, capsys):
-    assert main(words) == 0
-    assert "--help" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        ("train --steps many", "--steps takes a whole number, not 'many'"),
-        ("train --seed 1.5", "--seed takes a whole number, not '1.5'"),
-        ("train --learning-rate x", "--learning-rate takes a number, not 'x'"),
-        ("generate shakespeare --top-k 2.5", "--top-k takes a whole number, not '2.5'"),
-    ],
-)
-def test_what_is_no_number_is_said_plainly(words, said, capsys):
-    assert main(words.split()) == 2
-    assert f"glassgpt: {said}. See" in capsys.readouterr().err
+def test_a_closed_input_is_no_fault(made, monkeypatch, process):
+    monkeypatch.setattr(sys, "stdin", None)  # as under `<&-`
+    assert process("generate", made / "run", "--tokens", "2") == 0

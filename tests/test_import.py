@@ -9,6 +9,7 @@ import glassgpt
 
 HEAVY = [
     "matplotlib",
+    "tyro",
     "IPython",
     "transformers",
     "tokenizers",

@@ -14,7 +14,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import redirect_stderr, suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
 from functools import cache, partial
 from importlib.util import find_spec
@@ -40,51 +40,6 @@ from glassgpt.runs import CHANGEABLE, Run, Saving, refuse_occupied
 from glassgpt.scaling import make_trainer, team
 from glassgpt.tokens import BPETokenizer, CharTokenizer, Tokenizer
 
-
-def comments(kind: type) -> dict[str, str]:
-    """The comments at the ends of a dataclass's lines, by the field they explain.
-
-    Book: 23_command_line.html#given-or-not-given
-    """
-    kinds = [k for k in reversed(kind.__mro__[:-1]) if k.__module__ != "__main__"]
-    source = "".join(map(getsource, kinds))  # a class of a notebook has none
-    return dict(re.findall(r"^    (\w+): .*?  # (.+)$", source, re.MULTILINE))
-
-
-def options(
-    *kinds: type, usual: Callable[[], dict[str, Any]], words: str = "(default: {})"
-) -> dict[str, Any]:
-    """An option of the command line for each field of some dataclasses.
-
-    usual: gives the defaults, when a help text is shown. words: what says one.
-
-    Book: 23_command_line.html#given-or-not-given
-    """
-
-    def default_of(name: str, _: Any) -> str:
-        value = usual()[name]
-        if isinstance(value, bool):
-            value = "on" if value else "off"
-        return "" if value is None else words.format(value)
-
-    found = {}
-    for kind in kinds:
-        about = comments(kind)
-        for f in fields(kind):
-            hint = partial(default_of, f.name)
-            arg = tyro.conf.arg(help=about.get(f.name), help_behavior_hint=hint)
-            found[f.name] = Annotated[f.type, arg]
-    return found
-
-
-def given(found: dict[str, Any]) -> Any:
-    """Options that end up in a dict if they are given, and nowhere if they aren't.
-
-    Book: 23_command_line.html#given-or-not-given
-    """
-    return OmitArgPrefixes[TypedDict("Options", found, total=False)]
-
-
 Size = Literal[tuple(SIZES)]
 
 
@@ -105,6 +60,38 @@ class Choices:
 KINDS = (Choices, ModernConfig, MuonConfig, Machine)
 
 
+def comments(kind: type) -> dict[str, str]:
+    """The comments at the ends of a dataclass's lines, by the field they explain.
+
+    Book: 23_command_line.html#given-or-not-given
+    """
+    kinds = [k for k in reversed(kind.__mro__[:-1]) if k.__module__ != "__main__"]
+    source = "".join(map(getsource, kinds))  # a class of a notebook has none
+    return dict(re.findall(r"^    (\w+): .*?  # (.+)$", source, re.MULTILINE))
+
+
+def given(wanted: set[str], usual: Callable[[], dict[str, Any]]) -> Any:
+    """Options for fields of `KINDS`, in a dict that has those that were given.
+
+    usual: makes the defaults, when a help text is shown.
+
+    Book: 23_command_line.html#given-or-not-given
+    """
+
+    def default_of(option: Field, _: Any) -> str:
+        value = usual().get(option.name, option.default)
+        return "" if value is None else f"(default: {value})"
+
+    found = {}
+    for kind in KINDS:
+        about = comments(kind)
+        for option in (each for each in fields(kind) if each.name in wanted):
+            words, hint = about.get(option.name), partial(default_of, option)
+            arg = tyro.conf.arg(help=words, help_behavior_hint=hint)
+            found[option.name] = Annotated[option.type, arg]
+    return OmitArgPrefixes[TypedDict("Given", found, total=False)]
+
+
 @cache
 def suited() -> dict[str, Any]:
     """What a run has on this machine, where nothing else is said.
@@ -113,21 +100,17 @@ def suited() -> dict[str, Any]:
     """
     plan = glassgpt.make_plan(1024)
     chosen = {**asdict(plan.model), **asdict(plan.training), **asdict(plan.machine)}
-    usual = {f.name: f.default for kind in KINDS for f in fields(kind)}
-    return {**usual, **RECIPES["gpt2"], **chosen}
+    return {**RECIPES["gpt2"], **chosen}
 
 
-SETTINGS = options(*KINDS, usual=suited, words="({} here)")
-del SETTINGS["vocab_size"]  # it is the tokenizer's
-CHANGES = options(*KINDS, usual=lambda: dict.fromkeys(CHANGEABLE, "as before"))
-CHANGES = {name: kind for name, kind in CHANGES.items() if name in CHANGEABLE}
+Settings = given(names(*KINDS) - {"vocab_size"}, suited)  # it is the tokenizer's
+Changes = given(CHANGEABLE, lambda: dict.fromkeys(CHANGEABLE, "as before"))
 
 
 T = TypeVar("T")
 Maybe = Annotated[T | None, tyro.conf.arg(help_behavior_hint="")]  # None: not given
 Flag = Annotated[Maybe[bool], tyro.conf.FlagCreatePairsOff]  # there is no --no-skip
 Shard = Maybe[Literal["nothing", "optimizer", "model"]]
-Weights = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 
 
 @dataclass
@@ -145,17 +128,11 @@ class Text:
     @property
     def tokens(self) -> Path | None:
         """The folder that `tokenize` made, where --data is one."""
-        if not self.data:
-            raise ValueError("--data names nothing: give it a file or a folder")
         found = [p for p in map(Path, self.data) if (p / "tokens.json").exists()]
-        if found and len(self.data) > 1:
-            raise ValueError(f"{found[0]} is tokenized: give it alone as --data")
-        return found[0] if found else None
+        return found[0] if len(found) == len(self.data) == 1 else None
 
     def ready_tokenizer(self) -> Tokenizer | None:
         """The tokenizer that was asked for, None if it has yet to learn."""
-        if self.vocab_size is not None and self.vocab_size < 1:
-            raise ValueError(f"--vocab-size must be at least 1, not {self.vocab_size}")
         place, kind = self.tokens, self.tokenizer or "bpe"
         if place and (self.tokenizer or self.vocab_size):
             raise ValueError(f"leave out --tokenizer and --vocab-size for {place}")
@@ -178,7 +155,8 @@ class Text:
         if self.tokenizer == "char":
             return CharTokenizer.train(piece for _, d in parts for piece in d.pieces())
         pieces = (p for split, d in parts if split == "train" for p in d.pieces())
-        return BPETokenizer.train(pieces, self.vocab_size or 1024)
+        size = 1024 if self.vocab_size is None else self.vocab_size
+        return BPETokenizer.train(pieces, size)
 
     def encode(self, tokenizer: Tokenizer, folder: str | Path) -> TokenData:
         """The texts in a new folder of token ids."""
@@ -200,8 +178,6 @@ class Tokenize(Text):
 
     def run(self) -> None:
         """Learn a tokenizer and encode the texts."""
-        if self.tokens:
-            raise ValueError(f"{self.tokens} is tokenized already: train on it")
         if os.path.lexists(self.out):  # before the learning
             raise FileExistsError(f"{self.out} exists already: choose another --out")
         self.encode(self.ready_tokenizer() or self.learn_tokenizer(), self.out)
@@ -261,7 +237,7 @@ class Resume:
     data: Maybe[str] = None  # where its tokens are now, if they moved
     tensorboard: Flag = False  # draw the curves for TensorBoard, too
     shard: Shard = None  # what the processes of torchrun divide
-    changes: given(CHANGES) = field(default_factory=dict)
+    changes: Changes = field(default_factory=dict)
 
     def run(self) -> int:
         """Go on to the end; --steps may put it further away."""
@@ -270,15 +246,13 @@ class Resume:
         return ended(glassgpt.resume_run(self.directory, self.data, **how))
 
 
-def began(out: Path) -> dict[str, Any] | None:
-    """What was asked of the `train` that began in a folder, None if nobody knows.
+def began(out: Path) -> dict[str, Any]:
+    """What was asked of the `train` that began in a folder, {} if nobody knows.
 
     Book: 23_command_line.html#a-run-and-going-on-with-it
     """
-    try:
-        return dict(json.loads((out / ".command.json").read_bytes()))
-    except (OSError, ValueError, TypeError, RecursionError):  # missing or damaged
-        return None
+    file = out / ".command.json"
+    return json.loads(file.read_bytes()) if file.exists() else {}
 
 
 def _flags(names: Iterable[str]) -> str:
@@ -297,7 +271,7 @@ class Train(Text):
     init_from: Maybe[str] = None  # start from this model's weights
     tensorboard: Flag = False  # draw the curves for TensorBoard, too
     shard: Shard = None  # what the processes of torchrun divide
-    settings: given(SETTINGS) = field(default_factory=dict)
+    settings: Settings = field(default_factory=dict)
 
     def run(self) -> int:
         """Begin a run; with --resume go on with it, where there is one."""
@@ -312,20 +286,17 @@ class Train(Text):
 
     def go_on(self, out: Path, asked: dict[str, Any]) -> int:
         """Resume the run that these options began, with what may change."""
-        if (begun := began(out)) is None:
-            use = f"use `glassgpt resume {quote(str(out))}`"
-            raise ValueError(f"{out} does not say what began it: {use}")
+        begun = began(out)
         other = {k for k, v in asked.items() if begun.get(k) != v}
         if kept := _flags(other - CHANGEABLE):
-            raise ValueError(f"{out} did not begin with this {kept}: leave it out")
+            advice = f"leave it out, or use `glassgpt resume {quote(str(out))}`"
+            raise ValueError(f"{out} did not begin with this {kept}: {advice}")
         changes = {k: v for k, v in asked.items() if k in CHANGEABLE}
         return Resume(str(out), None, self.tensorboard, self.shard, changes).run()
 
     def start(self, out: Path, asked: dict[str, Any]) -> int:
         """Plan, tokenize, train. Where no run begins, nothing is left behind."""
         refuse_occupied(out)
-        if os.path.lexists(out) and not out.is_dir():  # a file, or a link to nothing
-            raise FileExistsError(f"{out} is no folder: choose another --out")
         values, how = dict(self.settings), telling(out, self.tensorboard, self.shard)
         saving = {k: values.pop(k, getattr(Choices, k)) for k in names(Saving)}
         Saving(**saving)  # refuses what is wrong, before any work
@@ -385,6 +356,9 @@ class Train(Text):
         return model, theirs, {**usual, "recipe": recipe, **config}
 
 
+Weights = Literal["auto", "float32", "bfloat16", "float16", "int8"]
+
+
 @dataclass(kw_only=True)
 class Model:
     """A model that is here to be used: what four commands share.
@@ -404,20 +378,6 @@ class Model:
         return glassgpt.lighten(model.to(device), weights), tokenizer
 
 
-def from_utf8(raw: bytes) -> str:
-    """Bytes that somebody gave, as text. Raises ValueError where they are none.
-
-    Book: 23_command_line.html#writing-and-measuring
-    """
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"what was given is not UTF-8 text: {error}") from None
-
-
-Drawing = given(options(Sampling, usual=lambda: vars(Sampling())))
-
-
 @dataclass(kw_only=True)
 class Generate(Model):
     """Write with a trained GPT.
@@ -428,23 +388,19 @@ class Generate(Model):
     prompt: Maybe[str] = None  # to go on with; -: what is piped in; default: a new line
     tokens: int = 200  # at most
     samples: int = 1  # how many texts
-    sampling: Drawing = field(default_factory=dict)
-
-    def read_prompt(self, tokenizer: Tokenizer) -> str:
-        """The prompt, as UTF-8 whatever the terminal has; by default a new line."""
-        if self.prompt == "-":
-            return from_utf8(sys.stdin.buffer.read())
-        if self.prompt is not None:
-            return from_utf8(os.fsencode(self.prompt))
-        return tokenizer.decode([0]) if isinstance(tokenizer, CharTokenizer) else "\n"
+    sampling: OmitArgPrefixes[Sampling] = Sampling()  # how a token is drawn
 
     def run(self) -> None:
         """Write on from the prompt, piece by piece."""
         if self.samples < 1 or self.tokens < 0:
             raise ValueError("--samples must be at least 1, and --tokens at least 0")
         model, tokenizer = self.load()
-        prompt = self.read_prompt(tokenizer)
-        settings = {"stop": tokenizer.special_tokens.values(), **self.sampling}
+        prompt = sys.stdin.read() if self.prompt == "-" else self.prompt
+        if prompt is None:  # a tokenizer of characters may lack the new line
+            characters = isinstance(tokenizer, CharTokenizer)
+            prompt = tokenizer.decode([0]) if characters else "\n"
+        stop = tokenizer.special_tokens.values()
+        settings = {"stop": stop, **vars(self.sampling)}
         for number in range(self.samples):
             pieces = stream_text(model, tokenizer, prompt, self.tokens, **settings)
             # What is wrong was refused before.
@@ -452,13 +408,12 @@ class Generate(Model):
             for piece in pieces:
                 print(piece, end="", flush=True)
             print()
-            if "seed" in settings:
+            if settings["seed"] is not None:
                 settings["seed"] += 1
 
 
 # How a chat draws where nothing is said: as SmolLM2's makers advise.
 CAREFUL = Sampling(temperature=0.2, top_p=0.9)
-CarefulDrawing = given(options(Sampling, usual=lambda: vars(CAREFUL)))
 
 
 def fit_history(
@@ -492,13 +447,12 @@ class Chat(Model):
 
     system: Maybe[str] = None  # a line that says how to behave
     tokens: int = 200  # of an answer, at most
-    sampling: CarefulDrawing = field(default_factory=dict)
+    sampling: OmitArgPrefixes[Sampling] = CAREFUL  # how a token is drawn
 
     def run(self) -> None:
         """Answer line after line, until there are no more."""
         if self.tokens < 1:
             raise ValueError(f"--tokens must be at least 1, not {self.tokens}")
-        sampling = vars(replace(CAREFUL, **self.sampling))  # refuses what is wrong
         model, tokenizer = self.load()
         template_of(tokenizer)
         room = model.config.context - min(self.tokens, model.config.context // 2)
@@ -523,7 +477,8 @@ class Chat(Model):
                     continue
                 if lost := len(asked) - len(kept):
                     self.say(f"the context is full: {lost} oldest turns are forgotten")
-                pieces = stream_answer(model, tokenizer, kept, self.tokens, **sampling)
+                settings = vars(self.sampling)
+                pieces = stream_answer(model, tokenizer, kept, self.tokens, **settings)
                 answer = self.show(pieces, by_hand)
                 talk = [*kept[len(head) :], {"role": "assistant", "content": answer}]
 
@@ -542,8 +497,8 @@ class Chat(Model):
             except EOFError:
                 print()
                 return
-        for raw in sys.stdin.buffer:
-            yield from_utf8(raw).rstrip("\r\n")
+        for line in sys.stdin:
+            yield line.rstrip("\n")
 
     def show(self, pieces: Iterable[str], by_hand: bool) -> str:
         """Print an answer as it comes, and return it, or what there is at Ctrl-C."""
@@ -643,6 +598,25 @@ ABOUT = """Train a GPT on a text, then write with it:
 glassgpt train --help lists its options. Book: https://glassgpt.github.io/glassgpt/"""
 
 
+def in_a_sentence(box: str, words: Sequence[str]) -> str:
+    """What tyro's box says of words that it refused, and the options it suggests.
+
+    In a frame, in a terminal with colors, and with lines between, it has a title, what
+    is wrong, what is near it, and where the help is.
+
+    Book: 23_command_line.html#mistakes-get-a-sentence
+    """
+    text = re.sub(r"[│╭╮╰╯]|\x1b\[[\d;]*m", "", box)
+    parts = (" ".join(part.split()) for part in re.split("[─-]{3,}", text))
+    _, wrong, *more, _ = filter(None, parts)
+    number = r"Error parsing (--[\w-]+): .*('.*').*"  # Python's words about int()
+    wrong = re.sub(number, r"\1 can't be \2", wrong).rstrip(".")
+    wrong = re.sub("Error parsing sampling: |'None', |, 'None'", "", wrong)
+    typed, near = (re.findall(r"--[\w-]+", " ".join(each)) for each in (words, more))
+    meant = " or ".join(sorted({*near} - {*typed}))
+    return f"{wrong}. Do you mean {meant}?" if meant else f"{wrong}."
+
+
 def parse(words: Sequence[str]) -> Any:
     """The command that words ask for, as an object of its class.
 
@@ -651,8 +625,6 @@ def parse(words: Sequence[str]) -> Any:
 
     Book: 23_command_line.html#mistakes-get-a-sentence
     """
-    if words and words[0] == "help":
-        words = [*words[1:], "--help"]
     about = {kind: str(getdoc(kind)).partition("\n\nBook:")[0] for kind in COMMANDS}
     commands = {kind.__name__.lower(): kind for kind in COMMANDS}
     every = [Annotated[k, subcommand(description=text)] for k, text in about.items()]
@@ -661,11 +633,9 @@ def parse(words: Sequence[str]) -> Any:
     if args[0] in commands:
         name, args, kind = f"glassgpt {args[0]}", args[1:], commands[args[0]]
     elif not args[0].startswith("-"):
-        near = get_close_matches(args[0], commands, 1)
-        meant = (
-            f"Do you mean {near[0]}?" if near else f"There are {', '.join(commands)}."
-        )
-        raise ValueError(f"There is no command {args[0]}. {meant} See glassgpt --help")
+        near = " or ".join(get_close_matches(args[0], commands, 1) or commands)
+        what = f"There is no command {args[0]}. Do you mean {near}?"
+        raise ValueError(f"{what} See glassgpt --help")
     config = (tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName)
     how = {"prog": name, "description": about.get(kind, ABOUT), "config": config}
     try:
@@ -674,28 +644,17 @@ def parse(words: Sequence[str]) -> Any:
     except SystemExit as leaving:
         if leaving.code != 2:
             raise
-    # Rows in a frame: what is wrong, what may be meant, where to look.
-    rows = [row.strip("│╭╮╰╯|+ ") for row in box.getvalue().splitlines()]
-    rows = [re.sub("[─-]{3,}|, 'None'|'None', ", "", row).strip() for row in rows]
-    wrong, *more = [" ".join(p.split()) for p in "\n".join(rows[1:]).split("\n\n")]
-    near = {*re.findall(r"--[\w-]+", " ".join(more[:-1]))}
-    near -= {word.partition("=")[0] for word in words}
-    bare = " ".join(map(quote, args)).partition(" -")[0]
-    if kind in (Train, Tokenize) and bare[:1] not in ("", "-"):
-        near = {f"--data {bare}"}
-    hints = [part.rstrip(".") + "." for part in (wrong, *more[:-1])]
-    hints[1:] = [f"Do you mean {' or '.join(sorted(near))}?"] if near else hints[1:]
-    said = " ".join(hints)
-    for wanted, python in (("a whole number", r"int\(\)"), ("a number", "to float")):
-        number = rf"Error parsing (--[\w-]+): .*{python}.*?('[^']*')\..*"
-        said = re.sub(number, rf"\1 takes {wanted}, not \2.", said)
+    said = in_a_sentence(box.getvalue(), words)
+    if kind in (Train, Tokenize) and args[0][:1] != "-":
+        said += f" Do you mean --data {quote(args[0])}?"
     raise ValueError(f"{said} See {name} --help")
 
 
 def is_mistake(error: BaseException) -> bool:
     """Whether a user can mend it: the system's answer, or a `raise` of this package.
 
-    Everything else, such as a ValueError that some library raised, is a fault of ours.
+    So can what isn't UTF-8. Everything else, such as a ValueError that some library
+    raised, is a fault of ours.
 
     Book: 23_command_line.html#mistakes-get-a-sentence
     """
@@ -703,7 +662,7 @@ def is_mistake(error: BaseException) -> bool:
     ours = Path(glassgpt.__file__).parent in Path(last.filename).parents
     refused = ours and str(last.line).startswith("raise ")
     kinds = (ValueError, FloatingPointError, ModuleNotFoundError)
-    system = isinstance(error, (OSError, MemoryError))
+    system = isinstance(error, (OSError, MemoryError, UnicodeDecodeError))
     return system or (refused and isinstance(error, kinds))
 
 
@@ -719,16 +678,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def tell(message: str) -> None:
         print(f"glassgpt: {message}", file=sys.stderr)
 
-    def end(number: int, _: Any) -> None:
-        raise SystemExit(128 + number)
-
     if arguments is None:
         arguments = sys.argv[1:]
-        for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-            if getattr(sys, name) is None:  # it was closed
-                setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
-        sys.stdout.reconfigure(errors="replace")
-        signal.signal(signal.SIGTERM, end)
+        with suppress(AttributeError):  # a closed one is None
+            sys.stdout.reconfigure(errors="replace")
+            sys.stdin.reconfigure(encoding="utf-8")
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
         if callable(signal.getsignal(signal.SIGINT)):  # else somebody ignores it
             signal.signal(signal.SIGINT, signal.default_int_handler)
     if [*arguments] == ["--version"]:
@@ -740,8 +695,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             warnings.showwarning = lambda message, *_: tell(str(message))
             with team() as first:
                 return (parse(arguments).run() or 0) if first else 0
-    except SystemExit as leaving:
-        return int(leaving.code or 0)
     except BrokenPipeError:  # whoever read the output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
