@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
@@ -206,12 +207,12 @@ def test_nobody_forges_a_turn(chat, talker):
         ({"n": 2}, "n must be 1"),
         ({"echo": True}, "echo must be False"),
         ({"temperature": "hot"}, "temperature"),
-        ({"max_tokens": -1}, "max_new_tokens: a number from 0 up"),
-        ({"max_tokens": "many"}, "not supported"),
+        ({"max_tokens": -1}, "max_tokens: a number from 0 up"),
+        ({"max_tokens": "many"}, "max_tokens: a number from 0 up"),
         ({"prompt": ""}, "at least one token"),
         ({"prompt": "a " * 400}, "too long"),
         ({"prompt": ["a", "b"]}, "a prompt must be a list of ids"),
-        ({"prompt": None}, "has no len"),
+        ({"prompt": None}, "prompt must be a text"),
         ({"stop": 5}, "stop must be a text"),
         ({"stop": [5]}, "stop must be a text"),
     ],
@@ -228,8 +229,9 @@ def test_what_makes_no_sense_is_refused(client, change, message):
     + [[{"role": "user", "content": None}]],
 )
 def test_messages_that_are_none_are_refused(chat, messages):
-    with pytest.raises(openai.BadRequestError):
+    with pytest.raises(openai.BadRequestError) as refused:
         chat.chat.completions.create(model="any", messages=messages, max_tokens=1)
+    assert "object" not in str(refused.value)  # no word of Python's own
 
 
 def post(address, body, path="/v1/completions", **headers):
@@ -245,6 +247,42 @@ def test_what_is_no_request_is_refused(address, body):
     status, content = post(address, body)
     assert status == 400
     assert json.loads(content)["error"]["message"]
+
+
+def test_a_body_too_large_is_refused(address):
+    place = urlsplit(address)
+    status, content = post(address, b"x" * (server.LARGEST + 1))
+    assert status == 413
+    assert "1,048,576 bytes" in json.loads(content)["error"]["message"]
+    # One that doesn't say how long it is, and never ends.
+    with socket.create_connection((place.hostname, place.port), timeout=60) as line:
+        line.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n")
+        line.sendall(b"Transfer-Encoding: chunked\r\n\r\n")
+        part = b"10000\r\n" + b"x" * 0x10000 + b"\r\n"
+        sent, answer = 0, b""
+        line.settimeout(0.5)
+        while not answer and sent < 64:
+            sent += 1
+            try:
+                line.sendall(part)
+                if sent > 17:
+                    answer = line.recv(100)
+            except TimeoutError:
+                continue
+            except OSError:  # it hung up
+                break
+    assert answer.startswith(b"HTTP/1.1 413") or 17 <= sent < 64
+
+
+def test_who_hangs_up_while_asking_leaves_no_traceback(shakespeare, capfd):
+    with running(make_app(*shakespeare, "shakespeare")) as address:
+        place = urlsplit(address)
+        with socket.create_connection((place.hostname, place.port), timeout=60) as line:
+            line.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n")
+            line.sendall(b'Content-Length: 1000\r\n\r\n{"prompt": "RO')
+            time.sleep(0.2)  # its question has begun
+        assert post(address, b"{}")[0] == 400  # the next one is served
+    assert "Traceback" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

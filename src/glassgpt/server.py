@@ -25,7 +25,7 @@ try:
     from starlette.exceptions import HTTPException
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
-    from starlette.requests import Request
+    from starlette.requests import ClientDisconnect, Request
     from starlette.responses import JSONResponse, Response, StreamingResponse
     from starlette.routing import Route
 except ModuleNotFoundError as error:
@@ -80,16 +80,23 @@ class Wanted:
                 raise ValueError(f"{key} must be {usual} here: nothing else is done")
         self.in_pieces = bool(body.get("stream"))
         if chat:
-            conversation = [_plain(message) for message in body["messages"]]
+            if not isinstance(messages := body["messages"], list):
+                raise ValueError("messages must be a list")
+            conversation = [_plain(message) for message in messages]
             self.ids, _ = render(conversation, tokenizer, reply=True)
         else:
             prompt = body["prompt"]
+            if not isinstance(prompt, str | list):
+                raise ValueError("prompt must be a text, or a list of ids")
             self.ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         room = model.config.context - len(self.ids)
         if room < 1:
             raise ValueError(f"the prompt has {len(self.ids)} tokens: too long")
         limits = [body.get(key) for key in ("max_completion_tokens", "max_tokens")]
-        self.limit = min(next((n for n in limits if n is not None), 512), room)
+        asked = next((n for n in limits if n is not None), 512)
+        if not isinstance(asked, int) or asked < 0:
+            raise ValueError(f"max_tokens: a number from 0 up, not {asked!r}")
+        self.limit = min(asked, room)
         self.used, self.reason = 0, "stop"  # why the text ended
         stops = body.get("stop") or []
         stops = [stops] if isinstance(stops, str) else stops
@@ -135,6 +142,9 @@ def _choice(words: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
     return {"index": 0, **words, "logprobs": None, "finish_reason": reason}
 
 
+LARGEST = 1 << 20  # bytes of a request
+
+
 def make_app(model: GPT, tokenizer: Tokenizer, name: str) -> Starlette:
     """What the server does: /v1/models, /v1/completions and /v1/chat/completions.
 
@@ -145,8 +155,13 @@ def make_app(model: GPT, tokenizer: Tokenizer, name: str) -> Starlette:
     turns = CapacityLimiter(1)
 
     async def read(request: Request, chat: bool) -> Wanted:
+        content = b""
+        async for part in request.stream():
+            content += part
+            if len(content) > LARGEST:
+                raise HTTPException(413, f"a request has at most {LARGEST:,} bytes")
         try:
-            return Wanted(await request.json(), model, tokenizer, chat)
+            return Wanted(json.loads(content), model, tokenizer, chat)
         except KeyError as error:
             raise HTTPException(400, f"{error} is missing") from None
         except (ValueError, TypeError, RecursionError) as error:
@@ -187,11 +202,14 @@ def make_app(model: GPT, tokenizer: Tokenizer, name: str) -> Starlette:
         told = {"message": error.detail, "type": "invalid_request_error"}
         return JSONResponse({"error": told}, error.status_code)
 
+    async def gone(request: Request, error: Any) -> Response:
+        return Response(status_code=499)  # nobody is there to read it
+
     routes = [Route("/v1/models", models)]
     for path in ("/v1/completions", "/v1/chat/completions"):
         routes.append(Route(path, answer, methods=["POST"]))
     here = Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
-    refusals = {HTTPException: refuse}
+    refusals = {HTTPException: refuse, ClientDisconnect: gone}
     return Starlette(routes=routes, middleware=[here], exception_handlers=refusals)
 
 
