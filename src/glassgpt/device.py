@@ -344,8 +344,8 @@ class Plan:
         """About how long the run will take, evaluations included.
 
         On a CPU the products at their measured speed, and 1.2 nanoseconds for each byte
-        that is kept, as measured on one thread; with more we assume that they share
-        it. On a GPU a third of its speed is assumed.
+        that is kept, two for each parameter a step, as measured on one thread; with
+        more we assume that they share it. On a GPU a third of its speed is assumed.
         """
         m, t, on = self.model, self.training, self.machine
         looks = t.steps // t.evaluate_every * t.evaluation_crops * m.context
@@ -355,6 +355,7 @@ class Plan:
         if on.device.startswith("cuda"):
             return 3 * work / self.peak_flops
         kept = self.tokens * (m.layers * kept_by_block(m, on) + 12 * m.vocab_size)
+        kept += 2 * t.steps * count(m)[0]
         return work / self.peak_flops + 1.2e-9 * kept / torch.get_num_threads()
 
     @property
