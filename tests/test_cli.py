@@ -170,8 +170,8 @@ MISTAKES = {
         "--checkpoint-every must be at least 1",
     ),
     "below a file": ([*MY, "--out", "my.txt/new"], "Not a directory"),
-    "into a file": ([*MY, "--out", "my.txt"], "File exists"),
-    "into a link to nothing": ([*MY, "--out", "dangling"], "File exists"),
+    "into a file": ([*MY, "--out", "my.txt"], "my.txt is no folder: choose"),
+    "into a link to nothing": ([*MY, "--out", "dangling"], "dangling is no folder"),
     "into a run": ([*MY, "--out", "run"], "holds a run"),
     "with another width": (
         [*MY, "--out", "run", "--resume", "--width", "8"],

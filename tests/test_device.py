@@ -726,7 +726,8 @@ def test_cost_of_a_plan(monkeypatch):
     assert plan.flops == plan.tokens * flops
     kept = plan.memory - replace(plan, training=replace(training, batch_size=1)).memory
     looks = 2 * 640 * 32 * flops / 3
-    seconds = (plan.flops + looks) / 1e9 + 1.2 * 10 * kept * 12 / 11 / 2e9
+    touched = kept * 12 / 11 + 2 * GPT(plan.model).parameter_count()
+    seconds = (plan.flops + looks) / 1e9 + 1.2 * 10 * touched / 2e9
     assert plan.seconds == pytest.approx(seconds)
     again = replace(plan, machine=Machine(recompute=True))
     assert again.seconds - plan.seconds == pytest.approx(plan.flops / 3e9)
@@ -742,9 +743,9 @@ def test_the_chapter_says_how_the_estimates_fit():
     readme = (root / "benchmarks" / "README.md").read_text("utf-8")
     table = readme.split("<!-- estimates -->")[1].split("<!-- end of estimates -->")[0]
     ratios = [float(ratio) for ratio in re.findall(r"\| x ([\d.]+) \|", table)]
-    told = f"the {len(ratios)} steps from which the constant comes lie between"
+    told = f"the estimates of {len(ratios)} steps lie between"
     chapter = (root / "book" / "15_full_gpt.ipynb").read_text("utf-8")
-    assert f"{told} {min(ratios)} and {max(ratios)}" in chapter
+    assert f"{told} {min(ratios):.2f} and {max(ratios):.2f} of" in chapter
 
 
 def test_without_targets_the_loss_is_0_and_so_is_its_gradient():

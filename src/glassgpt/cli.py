@@ -297,6 +297,8 @@ class Train(Text):
     def start(self, out: Path, asked: dict[str, Any]) -> int:
         """Plan, tokenize, train. Where no run begins, nothing is left behind."""
         refuse_occupied(out)
+        if os.path.lexists(out) and not out.is_dir():  # a file, or a link to nothing
+            raise FileExistsError(f"{out} is no folder: choose another --out")
         values, how = dict(self.settings), telling(out, self.tensorboard, self.shard)
         saving = {k: values.pop(k, getattr(Choices, k)) for k in names(Saving)}
         Saving(**saving)  # refuses what is wrong, before any work

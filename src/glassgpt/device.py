@@ -290,14 +290,16 @@ def on_paper(config: GPTConfig) -> GPT:
 
 @cache
 def count(config: GPTConfig) -> tuple[int, int]:
-    """Parameters and FLOPs a token of a model.
+    """Parameters and FLOPs a token of a model, from those of one layer and of two.
 
     Raises ValueError for shapes that are too large to count.
 
     Book: 15_full_gpt.html#the-plan
     """
-    model = on_paper(config)
-    return model.parameter_count(), model.flops_per_token()
+    one, two = (on_paper(replace(config, layers=layers)) for layers in (1, 2))
+    N, flops, more = one.parameter_count(), one.flops_per_token(), config.layers - 1
+    N += more * (two.parameter_count() - N)
+    return N, flops + more * (two.flops_per_token() - flops)
 
 
 def kept_by_block(model: GPTConfig, machine: Machine) -> int:
