@@ -163,12 +163,13 @@ MISTAKES = {
     "tokens with a tokenizer": ([*MY, "--data", "tokens"], "leave out --tokenizer"),
     "tokens and a text": (
         ["train", "--data", "tokens", "my.txt", "--out", "new", *TINY],
-        "tokens/train.bin, from byte 0 on, can't be read as text",
+        "tokens is tokenized: give it alone as --data",
     ),
     "no checkpoints": (
         [*MY, "--checkpoint-every", "0"],
         "--checkpoint-every must be at least 1",
     ),
+    "no UTF-8": (["generate", "shakespeare", "--prompt", "\udcff"], "surrogates not"),
     "below a file": ([*MY, "--out", "my.txt/new"], "Not a directory"),
     "into a file": ([*MY, "--out", "my.txt"], "my.txt is no folder: choose"),
     "into a link to nothing": ([*MY, "--out", "dangling"], "dangling is no folder"),
@@ -187,7 +188,7 @@ MISTAKES = {
         ["train", "--data", "tokens", "--init-from", "shakespeare", "--out", "new"],
         "another tokenizer",
     ),
-    "tokens of tokens": (["tokenize", "--data", "tokens", "--out", "new"], "as text"),
+    "tokens of tokens": (["tokenize", "--data", "tokens"], "is tokenized already"),
     "tokens over a folder": (["tokenize", "--out", "run"], "exists already"),
     "resume nothing": (["resume", "new"], "new holds no run"),
     "resume a damaged run": (["resume", "damaged"], "run.json is damaged"),

@@ -448,6 +448,24 @@ def test_programs_are_stored_by_their_precision():
     assert len(set(tags)) == 2
 
 
+def backward_is_broken(graph, example_inputs):
+    raise RuntimeError("no backward program")
+
+
+def test_a_compiler_that_fails_at_the_backward_program(capsys):
+    backend = aot_autograd(
+        fw_compiler=make_boxed_compiler(lambda graph, inputs: graph),
+        bw_compiler=backward_is_broken,
+    )
+    real = torch.compile
+    x = torch.ones(3, requires_grad=True)
+    with patch("torch.compile", lambda function, **_: real(function, backend=backend)):
+        compiled(torch.exp, Machine())(x).sum().backward()
+    assert torch.allclose(x.grad, x.exp())
+    said = capsys.readouterr()
+    assert "no backward program" in said.out + said.err
+
+
 def test_a_ninth_model_is_compiled_too():
     torch.compiler.reset()
     graphs, real = [], torch.compile

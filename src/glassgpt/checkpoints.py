@@ -194,7 +194,10 @@ def load_parameters(path: Path, config: GPTConfig) -> GPT:
         table = state[theirs.names("tokens.weight")[0]]
         if config.tied and not torch.equal(state.get("lm_head.weight", table), table):
             raise ValueError("it has a head of its own, the config says tied")
-    return hub.fill(model, state.__getitem__, theirs)
+    hub.fill(model, state.__getitem__, theirs)
+    if not all(p.sum().isfinite() for p in model.parameters()):
+        raise ValueError(f"{path} has weights that are nan or infinite")
+    return model
 
 
 MODELS = Path(str(files("glassgpt")), "models")  # what comes with the package

@@ -129,7 +129,9 @@ class Text:
     def tokens(self) -> Path | None:
         """The folder that `tokenize` made, where --data is one."""
         found = [p for p in map(Path, self.data) if (p / "tokens.json").exists()]
-        return found[0] if len(found) == len(self.data) == 1 else None
+        if found and len(self.data) > 1:
+            raise ValueError(f"{found[0]} is tokenized: give it alone as --data")
+        return found[0] if found else None
 
     def ready_tokenizer(self) -> Tokenizer | None:
         """The tokenizer that was asked for, None if it has yet to learn."""
@@ -178,6 +180,8 @@ class Tokenize(Text):
 
     def run(self) -> None:
         """Learn a tokenizer and encode the texts."""
+        if self.tokens:
+            raise ValueError(f"{self.tokens} is tokenized already: train on it")
         if os.path.lexists(self.out):  # before the learning
             raise FileExistsError(f"{self.out} exists already: choose another --out")
         self.encode(self.ready_tokenizer() or self.learn_tokenizer(), self.out)
@@ -609,7 +613,7 @@ def in_a_sentence(box: str, words: Sequence[str]) -> str:
     Book: 23_command_line.html#mistakes-get-a-sentence
     """
     text = re.sub(r"[│╭╮╰╯]|\x1b\[[\d;]*m", "", box)
-    parts = (" ".join(part.split()) for part in re.split("[─-]{3,}", text))
+    parts = (" ".join(part.split()) for part in re.split("[─-]{9,}", text))
     _, wrong, *more, _ = filter(None, parts)
     number = r"Error parsing (--[\w-]+): .*('.*').*"  # Python's words about int()
     wrong = re.sub(number, r"\1 can't be \2", wrong).rstrip(".")
@@ -664,14 +668,15 @@ def is_mistake(error: BaseException) -> bool:
     ours = Path(glassgpt.__file__).parent in Path(last.filename).parents
     refused = ours and str(last.line).startswith("raise ")
     kinds = (ValueError, FloatingPointError, ModuleNotFoundError)
-    system = isinstance(error, (OSError, MemoryError, UnicodeDecodeError))
+    system = isinstance(error, (OSError, MemoryError, UnicodeError))
     return system or (refused and isinstance(error, kinds))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 2, and a sentence, for a mistake.
 
-    arguments: if None, those of this process, whose signals are then ours, too.
+    arguments: if None, those of this process, whose signals are then ours, too. Leaves
+    with SystemExit after --help and at SIGTERM.
 
     Book: 23_command_line.html#mistakes-get-a-sentence
     """

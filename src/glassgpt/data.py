@@ -272,7 +272,7 @@ def read_documents(*sources: str | Path, skip: bool = False) -> list[Document]:
     if bad:
         warnings.warn(f"left out: {what}", stacklevel=2)
     if not documents:
-        names = ", ".join(map(str, sources))
+        names = ", ".join(map(str, sources)) or "an empty list"
         raise ValueError(f"{names} has no text in it: there is nothing to learn from")
     return documents
 

@@ -165,7 +165,11 @@ def compiled(function: Callable[..., Tensor], on: Machine) -> Callable[..., Tens
                 # PyTorch before 2.13 stores a program without its precision.
                 torch.compiler.config.patch(cache_key_tag=on.precision),
                 torch._dynamo.config.patch(recompile_limit=256),  # over eight models
-                torch._functorch.config.patch(activation_memory_budget=budget),
+                torch._functorch.config.patch(
+                    activation_memory_budget=budget,
+                    # What would fail in the backward pass fails here.
+                    force_non_lazy_backward_lowering=True,
+                ),
             ):
                 return fast(*inputs)
         except Exception as error:  # whatever a missing compiler raises

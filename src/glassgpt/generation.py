@@ -41,7 +41,8 @@ def keep_top_p(logits: Tensor, top_p: float, temperature: float = 1.0) -> Tensor
     ordered, order = logits.sort(dim=-1, descending=True)
     weights = softmax(ordered, temperature=temperature)
     before = weights.cumsum(dim=-1) - weights  # what the likelier ones have
-    ordered = ordered.masked_fill(before >= top_p, -math.inf)
+    forbidden = (before >= top_p) & (top_p < 1)  # at p = 1 rounding forbids none
+    ordered = ordered.masked_fill(forbidden, -math.inf)
     return torch.empty_like(logits).scatter(-1, order, ordered)
 
 

@@ -479,6 +479,7 @@ GGUF_LLAMA = Format(
     options={
         "rope.scaling.type": ("none",),
         "rope.scaling.factor": (1.0, 0.0),
+        "rope.scale_linear": (1.0, 0.0),
     },
     neighbors=("attn_q", "attn_k"),
 )

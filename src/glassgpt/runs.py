@@ -378,6 +378,7 @@ def start_run(
     Book: 20_runs_that_survive.html#one-run-in-a-folder
     """
     directory, saving = Path(directory), Saving(checkpoint_every, keep)
+    refuse_occupied(directory)
     check_fit(on_paper(plan.model), data, plan.training)  # takes no memory
     if tokenizer.vocab_size != data.vocab_size:
         sizes = f"{data.vocab_size} token ids and the tokenizer {tokenizer.vocab_size}"
@@ -386,7 +387,7 @@ def start_run(
         raise ValueError(f"the model has {model.config}, the plan {plan.model}")
     run = Run(directory, make_trainer(plan, data, model), tokenizer, plan, saving)
     with locked(directory):
-        refuse_occupied(directory)
+        refuse_occupied(directory)  # again, now that it is ours
         data = _on_disk(data, directory / "data", tokenizer)
         write_checkpoint(run)
         _write_run(run, data)  # now there is a run
