@@ -401,6 +401,7 @@ def check_names(names_in: Callable[[bytes], set[str]]) -> None:
     finders = patch.object(sys, "meta_path", [finder, *sys.meta_path])
     with finders, suppress(ImportError):
         names_in(b"cbomb\nfuse\n.")
+        names_in(b"c__builtin__\n__import__\n(S'bomb'\ntR.")
     assert all(call.args[0] != "bomb" for call in finder.find_spec.call_args_list), (
         "a module that is named was imported, which runs its code: only note the name"
     )
