@@ -196,6 +196,11 @@ function sample(choices, random = Math.random) {
   return choices[0].id; // the probabilities summed to a little less than 1
 }
 
+function windowStart(length, context) {
+  const half = Math.max(Math.floor(context / 2), 1);
+  return Math.max(0, Math.ceil((length - context) / half)) * half;
+}
+
 function shorten({ start, layers }, length) {
   const lists = [start];
   for (const { heads, afterAttention, afterMlp } of layers) {
@@ -213,11 +218,6 @@ function read(session, ids) {
   const kept = differs < 0 ? session.window.length : differs;
   shorten(cache, kept);
   for (const id of session.window.slice(kept)) gpt(model, id, cache);
-}
-
-function windowStart(length, context) {
-  const half = Math.max(Math.floor(context / 2), 1);
-  return Math.max(0, Math.ceil((length - context) / half)) * half;
 }
 
 // The stream after so many blocks, and the logits as if the model ended there.
