@@ -615,27 +615,6 @@ def test_the_vocabulary_of_gpt2_is_missing(made, tmp_path, monkeypatch, capsys):
     assert "pip install 'glassgpt[gpt2]'" in sentence_in(capsys.readouterr().err)
 
 
-def test_a_missing_extra_is_told_before_any_work(made, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "find_spec", lambda name: None)
-    words = ["train", "--data", made / "my.txt", "--out", tmp_path / "run", *TINY]
-    assert glass(*words, "--tensorboard") == 2
-    assert "pip install 'glassgpt[tensorboard]'" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
-
-
-def test_tensorboard_gets_every_record(made, tmp_path):
-    name = "tensorboard.backend.event_processing.event_accumulator"
-    events = pytest.importorskip(name)
-    words = ["--tokenizer", "char", *TINY, "--out", tmp_path / "run", "--tensorboard"]
-    assert glass("train", "--data", made / "my.txt", *words) == 0
-    seen = []
-    for path in sorted((tmp_path / "run").glob("events.out.tfevents.*")):
-        board = events.EventAccumulator(str(path))
-        board.Reload()
-        seen += [event.step for event in board.Scalars("validation_loss")]
-    assert sorted(seen) == [3, 6]
-
-
 def test_a_second_run_never_removes_the_first(made, tmp_path, monkeypatch, capsys):
     """The second begins and ends while the first reads."""
     words = ["train", "--data", made / "my.txt", "--tokenizer", "char", *TINY]

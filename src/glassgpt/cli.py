@@ -17,7 +17,6 @@ from contextlib import redirect_stderr, suppress
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
 from functools import cache, partial
-from importlib.util import find_spec
 from inspect import getdoc, getsource
 from pathlib import Path
 from shlex import quote
@@ -195,23 +194,15 @@ SAID = {
 }
 
 
-def telling(out: Path, tensorboard: bool, shard: str | None) -> dict[str, Any]:
-    """How a run tells of itself and is shared: a line for each evaluation, a board.
+def telling(shard: str | None) -> dict[str, Any]:
+    """How a run tells of itself, by a line for each evaluation, and is shared.
 
     Book: 23_command_line.html#a-run-and-going-on-with-it
     """
-    if tensorboard and find_spec("tensorboard") is None:
-        raise ModuleNotFoundError("tensorboard: pip install 'glassgpt[tensorboard]'")
 
     def on_record(record: dict[str, float]) -> None:
         words = [text.format(record[k]) for k, text in SAID.items() if k in record]
         tqdm.write(f"step {record['step']}: {', '.join(words)}")
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import
-
-            with SummaryWriter(out) as board:
-                for name, value in record.items():
-                    board.add_scalar(name, value, int(record["step"]))
 
     how = {"on_record": on_record, "progress": sys.stderr.isatty()}
     return {**how, "make_trainer": partial(make_trainer, shard=shard)}
@@ -239,14 +230,13 @@ class Resume:
 
     directory: Positional[str]  # of the run: what `train` called --out
     data: Maybe[str] = None  # where its tokens are now, if they moved
-    tensorboard: Flag = False  # draw the curves for TensorBoard, too
     shard: Shard = None  # what the processes of torchrun divide
     changes: Changes = field(default_factory=dict)
 
     def run(self) -> int:
         """Go on to the end; --steps may put it further away."""
         glassgpt.keep_freed_memory()
-        how = telling(Path(self.directory), self.tensorboard, self.shard) | self.changes
+        how = telling(self.shard) | self.changes
         return ended(glassgpt.resume_run(self.directory, self.data, **how))
 
 
@@ -273,7 +263,6 @@ class Train(Text):
     out: Maybe[str] = None  # the run's folder; default: runs/ and the text's name
     resume: Flag = False  # go on, if --out holds the run that these options began
     init_from: Maybe[str] = None  # start from this model's weights
-    tensorboard: Flag = False  # draw the curves for TensorBoard, too
     shard: Shard = None  # what the processes of torchrun divide
     settings: Settings = field(default_factory=dict)
 
@@ -296,14 +285,14 @@ class Train(Text):
             advice = f"leave it out, or use `glassgpt resume {quote(str(out))}`"
             raise ValueError(f"{out} did not begin with this {kept}: {advice}")
         changes = {k: v for k, v in asked.items() if k in CHANGEABLE}
-        return Resume(str(out), None, self.tensorboard, self.shard, changes).run()
+        return Resume(str(out), None, self.shard, changes).run()
 
     def start(self, out: Path, asked: dict[str, Any]) -> int:
         """Plan, tokenize, train. Where no run begins, nothing is left behind."""
         refuse_occupied(out)
         if os.path.lexists(out) and not out.is_dir():  # a file, or a link to nothing
             raise FileExistsError(f"{out} is no folder: choose another --out")
-        values, how = dict(self.settings), telling(out, self.tensorboard, self.shard)
+        values, how = dict(self.settings), telling(self.shard)
         saving = {k: values.pop(k, getattr(Choices, k)) for k in names(Saving)}
         Saving(**saving)  # refuses what is wrong, before any work
         model, tokenizer, place = None, self.ready_tokenizer(), self.tokens

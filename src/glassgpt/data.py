@@ -386,8 +386,11 @@ def _new_folder(directory: Path) -> Iterator[Path]:
                 os.fsync(file)
         folder.rename(directory)
     finally:
+        shutil.rmtree(folder, ignore_errors=True)
         lock.release()
-        shutil.rmtree(beside)
+        with suppress(OSError):  # somebody else writes there by now
+            (beside / "lock").unlink(missing_ok=True)
+            beside.rmdir()
 
 
 # Ids, in parts, each with the number of its characters, None if nobody knows.
