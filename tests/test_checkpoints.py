@@ -19,7 +19,14 @@ from safetensors.torch import load_file
 
 from glassgpt import hub
 from glassgpt.chat import GLASS
-from glassgpt.checkpoints import flush, load, save, write_file, write_tensors
+from glassgpt.checkpoints import (
+    flush,
+    load,
+    save,
+    write_file,
+    write_model,
+    write_tensors,
+)
 from glassgpt.checks import runs as checks
 from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.modern import ModernConfig, build
@@ -445,6 +452,9 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path, bad):
     with pytest.raises(ValueError, match="has weights that are nan or infinite"):
         save(tmp_path / "new", model, tokenizer_of())
     assert not (tmp_path / "new").exists()
+    write_model(tmp_path, model, tokenizer_of())
+    with pytest.raises(ValueError, match="has weights that are nan or infinite"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize(

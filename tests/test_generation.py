@@ -73,6 +73,13 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(logits, p):
         assert stays.all() or weights[stays].min() >= weights[~stays].max()
 
 
+def test_top_p_at_its_ends():
+    flat = torch.zeros(1, 50_000)  # whose sums are rounded
+    assert keep_top_p(flat, 1.0).equal(flat)
+    kept = keep_top_p(torch.tensor([[1.0, 3.0, 2.0]]), 1e-46) > -math.inf
+    assert kept.tolist() == [[False, True, False]]
+
+
 @pytest.mark.parametrize(
     "keep", [lambda x: keep_top_k(x, 2), lambda x: keep_top_p(x, 0.8)]
 )

@@ -634,6 +634,7 @@ def described(path, model, tokenizer, **changes):
     [
         ("rope.dimension_count", 6, 2),
         ("rope.scaling.factor", 1.0, 4.0),
+        ("rope.scale_linear", 1.0, 0.5),
         ("rope.scaling.type", "none", "yarn"),
     ],
 )
