@@ -238,6 +238,18 @@ def test_every_figure_is_shown(path):
 
 
 @each_chapter
+def test_no_drawing_paints_a_white_ground(path):
+    """In the dark the text on it is white, too: a legend needs frameon=False."""
+    white = [
+        cell["id"]
+        for cell in load(path)["cells"]
+        for output in cell.get("outputs", [])
+        if "fill: #ffffff" in "".join(output.get("data", {}).get("text/html", []))
+    ]
+    assert white == []
+
+
+@each_chapter
 def test_paragraphs_are_short(path):
     cells = [cell for cell in load(path)["cells"] if cell["cell_type"] == "markdown"]
     words = {cell["id"]: len(literate.cite(source(cell)).split()) for cell in cells}
