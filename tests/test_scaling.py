@@ -211,6 +211,16 @@ def test_one_process_is_a_trainer_as_before():
         assert type(make_trainer(plan, data, shard="model")) is Trainer
 
 
+def test_what_is_divided_decides_who_trains(monkeypatch):
+    kinds = []
+    monkeypatch.setattr(Plan, "trainer", lambda *given: kinds.append(given[3]))
+    plan = Plan(GPTConfig(11, 8), TrainConfig(), Machine(), 1e9)
+    for shard in ("nothing", "optimizer", "model"):
+        scaling._begin(plan, TokenData.of([1, 2], [3], 11), shard)
+    assert kinds[:2] == [scaling.DDPTrainer, scaling.ShardedOptimizerTrainer]
+    assert kinds[2].func is scaling.FSDPTrainer
+
+
 def records(folder):
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["validation_loss"] for line in lines]
