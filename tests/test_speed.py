@@ -103,7 +103,10 @@ def in_groups(x, size):
     ("wrong", "message"),
     [
         (lambda x, size: in_groups(x, 2), "groups of 3: scales"),
-        (lambda x, size: (in_groups(x, size)[0], in_groups(x, size)[1] * 2), "half"),
+        (
+            lambda x, size: (in_groups(x, size)[0], in_groups(x, size)[1] + 1e-3),
+            "over 7",
+        ),
     ],
 )
 def test_the_check_of_groups_names_the_mistake(wrong, message):
