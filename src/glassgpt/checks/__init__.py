@@ -115,7 +115,6 @@ from glassgpt.checks.mlp import (
     check_each_alone,
     check_gelu,
     check_mlp,
-    check_mlp_backward,
     check_one_not_both,
     check_shared_weight,
 )
@@ -262,7 +261,6 @@ __all__ = [
     "check_min_p",
     "check_mistakes",
     "check_mlp",
-    "check_mlp_backward",
     "check_multi_head",
     "check_names",
     "check_nats_per_character",
