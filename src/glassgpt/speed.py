@@ -61,15 +61,18 @@ def int8_product(weight: Tensor, bias: Tensor) -> Product:
     return product
 
 
-def half_product(weight: Tensor, bias: Tensor) -> Product:
-    """x times weights (out, in) of 16 bits, plus the bias (out,).
+def half_product(weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Product:
+    """x times the weights (out, in) in 16 bits, plus the bias (out,).
 
     Book: 21_speed.html#a-light-layer
     """
     if PACKED and weight.is_cpu:
+        if dtype != torch.float16:  # to which packing rounds by itself
+            weight = weight.to(dtype).float()
         packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), bias)
         return lambda x: torch.ops.quantized.linear_dynamic_fp16(x, packed)
-    return lambda x: F.linear(x.to(weight.dtype), weight) + bias
+    weight = weight.to(dtype)
+    return lambda x: F.linear(x.to(dtype), weight) + bias
 
 
 class LightLinear(nn.Module):
@@ -91,7 +94,7 @@ class LightLinear(nn.Module):
         if weights == "int8":
             self.product = int8_product(weight, bias)
         else:
-            self.product = half_product(weight.to(getattr(torch, weights)), bias)
+            self.product = half_product(weight, bias, getattr(torch, weights))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.product(x.float()).to(x.dtype)
