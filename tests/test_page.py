@@ -40,10 +40,10 @@ EVERY_RULE = {"rules": {"label-content-name-mismatch": {"enabled": True}}}
 CONTRAST = {"runOnly": ["color-contrast"]}
 BUT_CONTRAST = {"rules": EVERY_RULE["rules"] | {"color-contrast": {"enabled": False}}}
 SMALL = "book/24_scaling_laws.html"
-# Text has a few colors on a few grounds, thousands of times: axe sees three of each. It
-# doesn't judge a single character.
-THREE_OF_EACH = """() => {
-  const grounds = new Map([[undefined, ""]]), seen = {};
+# Text has a few colors on a few grounds, thousands of times: axe sees three of each, on
+# the first pages that have them. It doesn't judge a single character.
+THREE_OF_EACH = """(seen) => {
+  const grounds = new Map([[undefined, ""]]);
   const ground = element => {
     if (!grounds.has(element)) {
       const {backgroundColor, backgroundImage, opacity} = getComputedStyle(element);
@@ -64,12 +64,14 @@ THREE_OF_EACH = """() => {
       seen[shade] = (seen[shade] ?? 0) + 1;
       if (seen[shade] <= 3) element.dataset.shade = "";
     }
+  return seen;
 }"""
 ONLY_THESE = """() => {
   const kept = ":is([data-shade], glass-gpt)";
   document.querySelectorAll(`body :not(${kept}, ${kept} *, :has(${kept}))`)
     .forEach(element => element.style.setProperty("display", "none", "important"));
   axe.configure({rules: [{id: "color-contrast", selector: "[data-shade]"}]});
+  return Boolean(document.querySelector(kept));
 }"""
 # What axe need not walk through: the inside of drawings, and words of code.
 PRUNE = """() => {
@@ -191,8 +193,11 @@ def move_sliders(page):
     return moved
 
 
-def visit(page, address):
-    """Open an address on a phone, on paper and in both colors: what was seen."""
+def visit(page, address, shades):
+    """Open an address on a phone, on paper and in both colors: what was seen.
+
+    shades: how often each color of text was met on its ground, which is added to.
+    """
     page.set_viewport_size({"width": 360, "height": 800})
     page.emulate_media(media="screen", color_scheme="light")
     page.goto(address)
@@ -213,12 +218,16 @@ def visit(page, address):
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
     seen |= {"cut": page.evaluate(CUT), "printed": page.evaluate(PRINTED)}
     page.evaluate("dispatchEvent(new Event('afterprint'))")
-    for task in (THREE_OF_EACH, AXE_RUN):
+    for judged in (False, True):
         for theme in ("light", "dark"):
             page.emulate_media(media="screen", color_scheme=theme)
             page.wait_for_function(THEME, arg=theme)
-            seen["barred"] += page.evaluate(task, CONTRAST) or []
-        page.evaluate(ONLY_THESE)
+            if judged:
+                seen["barred"] += page.evaluate(AXE_RUN, CONTRAST)
+            else:
+                shades |= page.evaluate(THREE_OF_EACH, shades)
+        if not page.evaluate(ONLY_THESE):
+            break
     page.wait_for_load_state("networkidle")
     return seen
 
@@ -229,10 +238,10 @@ def pages(site, server, browser):
     found = sorted(site.rglob("*.html"))
     paths = [p.relative_to(site).as_posix() for p in found if "_static" not in p.parts]
     paths = [path for path in paths if path not in REDIRECTS]
-    page, trouble, seen = browser.new_page(), [], {}
+    page, trouble, seen, shades = browser.new_page(), [], {}, {}
     report(page, server, trouble.append)
     for path in paths:
-        seen[path] = visit(page, server + path) | {"trouble": trouble[:]}
+        seen[path] = visit(page, server + path, shades) | {"trouble": trouble[:]}
         trouble.clear()
     page.close()
     return seen

@@ -12,20 +12,23 @@ addEventListener("beforeprint", () => {
   addEventListener("afterprint", back, { once: true });
 });
 
-// Boxes that scroll can be focused. To ask one lays out its cell, so they are asked in turn.
+// Boxes that scroll can be focused. To ask one lays out its cell, so they are asked in turn,
+// a few milliseconds at a time.
 // A cell that is laid out need not wait any more, and so enters the accessibility tree, where
 // the browser keeps the text in view while what is above it takes its true height.
 const anchored = CSS.supports("overflow-anchor", "auto");
 const boxes = "pre, .cell_output > .output, .pst-scrollable-table-container";
 let waiting = [];
 const ask = () => {
-  const box = waiting.shift();
-  if (!box) return;
-  const { scrollWidth, clientWidth, scrollHeight, clientHeight } = box;
-  box.tabIndex = scrollWidth > clientWidth || scrollHeight > clientHeight ? 0 : -1;
-  const cell = anchored && box.closest("div.cell");
-  if (cell) cell.style.contentVisibility = "visible";
-  setTimeout(ask);
+  const end = performance.now() + 5;
+  while (waiting.length && performance.now() < end) {
+    const box = waiting.shift();
+    const { scrollWidth, clientWidth, scrollHeight, clientHeight } = box;
+    box.tabIndex = scrollWidth > clientWidth || scrollHeight > clientHeight ? 0 : -1;
+    const cell = anchored && box.closest("div.cell");
+    if (cell) cell.style.contentVisibility = "visible";
+  }
+  if (waiting.length) setTimeout(ask);
 };
 const askAll = () => {
   waiting = [...document.querySelectorAll(boxes)];
