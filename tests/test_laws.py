@@ -122,6 +122,23 @@ def test_a_law_without_noise_is_found(E, a, alpha, b, beta):
     assert abs(found(1e7, 1e8) - law(1e7, 1e8)) < 0.05
 
 
+def test_no_exponents_of_a_fine_grid_fit_noisy_runs_better():
+    """Good ones lie in a narrow valley, whose bottom a search can miss."""
+    rng = np.random.default_rng(0)
+    for _ in range(15):  # the last one has a valley that is long
+        N, D = np.exp(rng.uniform(10, 14, 17)), np.exp(rng.uniform(12, 16, 17))
+        law = Law(1.3, 60, rng.uniform(0.2, 0.6), 300, rng.uniform(0.2, 0.6))
+        losses = law(N, D) + rng.normal(0, 0.02, 17)
+    axis = np.linspace(0.02, 1.5, 150)
+    alpha, beta = (grid.ravel()[:, None] for grid in np.meshgrid(axis, axis))
+    parts = ((N / 1e5) ** -alpha, (D / 1e6) ** -beta)
+    x = np.stack([np.ones_like(parts[0]), *parts], axis=-1)
+    solved = np.linalg.pinv(x) @ losses[:, None]
+    errors = (((x @ solved)[..., 0] - losses) ** 2).sum(1)
+    least = errors[(solved >= 0).all((1, 2))].min()
+    assert ((fit_law(N, D, losses)(N, D) - losses) ** 2).sum() < least
+
+
 def test_growth_is_the_exponent_of_the_best_size():
     law = Law(1.0, 30.0, 0.4, 60.0, 0.3)
     best = []

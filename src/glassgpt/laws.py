@@ -42,8 +42,8 @@ def fit_law(N: np.ndarray, D: np.ndarray, losses: np.ndarray) -> Law:
     """
     low, width = np.array([0.02, 0.02]), np.array([1.5, 1.5])
     n, d = (np.exp(np.log(x).mean()).item() for x in (N, D))  # the middle
-    for _ in range(5):
-        axes = (np.linspace(a, a + w, 31) for a, w in zip(low, width, strict=True))
+    for _ in range(14):
+        axes = (np.linspace(a, a + w, 13) for a, w in zip(low, width, strict=True))
         alpha, beta = (grid.ravel() for grid in np.meshgrid(*axes))  # (G,)
         parts = ((N / n) ** -alpha[:, None], (D / d) ** -beta[:, None])
         x = np.stack([np.ones_like(parts[0]), *parts], axis=-1)  # (G, R, 3)
@@ -52,7 +52,7 @@ def fit_law(N: np.ndarray, D: np.ndarray, losses: np.ndarray) -> Law:
         score = error.sum(1) + 1e9 * (solved < 0).any((1, 2))
         best = int(score.argmin())
         a, b = alpha[best].item(), beta[best].item()
-        width = width / 8
+        width = width / 2
         low = np.maximum(np.array([a, b]) - width / 2, 0.01)
     E, A, B = solved[best, :, 0].tolist()
     if min(E, A, B) < 0 or min(a, b) < 0.02 or max(a, b) > 1.5:
