@@ -25,6 +25,8 @@ REDIRECTS = {
     f"{old}.html": f"book/{new}"
     for old, new in CONFIG["sphinx"]["config"]["redirects"].items()
 } | {"index.html": "book/intro.html"}
+# Parsed before playwright runs: between its greenlets `ast` fails now and then.
+NAMES = names.public_names()
 # The page is served from here, as on the web: the path of its address.
 BASE = urlsplit(CONFIG["html"]["baseurl"]).path
 AXE = Path(axe_playwright_python.__file__).with_name("axe.min.js").read_text("utf-8")
@@ -325,7 +327,7 @@ def test_the_page_for_lost_readers_works_at_any_depth(pages, site, server, brows
 def test_a_search_finds_a_function_fits_a_phone_and_quotes_no_drawing(
     name, server, browser
 ):
-    place = {entry.name: entry.place for entry in names.public_names()}[name]
+    place = {entry.name: entry.place for entry in NAMES}[name]
     page = browser.new_page(viewport={"width": 390, "height": 844})
     page.goto(f"{server}search.html?q={name}")
     page.locator("#search-results li p").first.wait_for()
@@ -395,7 +397,7 @@ def test_markers_are_hidden_and_labels_shown(pages):
         assert not MARKERS.search(seen["code"]), path
     label = re.compile(r"enters\s+glassgpt\.")
     labeled = {path for path, seen in pages.items() if label.search(seen["prose"])}
-    places = {entry.place.split("#")[0] for entry in names.public_names()}
+    places = {entry.place.split("#")[0] for entry in NAMES}
     assert {f"book/{page}" for page in places if page} <= labeled
 
 
@@ -418,9 +420,8 @@ def test_internal_links_lead_somewhere(pages, site, server):
 
 
 def test_every_docstring_names_a_section_that_exists(pages):
-    entries = names.public_names()
-    assert entries
-    for entry in entries:
+    assert NAMES
+    for entry in NAMES:
         page, anchor = urldefrag(entry.place)
         assert f"book/{page}" in pages, f"{entry.module}.{entry.name}: {entry.place!r}"
         assert anchor in pages[f"book/{page}"]["ids"], f"{entry.name}: {entry.place}"
