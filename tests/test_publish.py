@@ -394,7 +394,7 @@ def test_no_text_can_end_the_script(tmp_path):
 
 def of_three_spellings(value):
     text = json.dumps(value).replace("<!--", "\\u003c!--")
-    for end in ("</script", "</SCRIPT"):
+    for end in ("</script", "</SCRIPT", "</Script"):
         text = text.replace(end, "\\u003c" + end[1:])
     return f"<script>x = {text};</script>"
 
@@ -409,7 +409,7 @@ def padded_once(layers, width, vocabulary, context):
 @pytest.mark.parametrize(
     ("check", "wrong", "message"),
     [
-        (check_tag, of_three_spellings, "'</Script>' ends the script"),
+        (check_tag, of_three_spellings, "'</sCrIpT>' ends the script"),
         (check_size, padded_once, "padded by itself"),
     ],
 )

@@ -296,6 +296,13 @@ def test_a_state_that_is_taken_out_without_a_copy_is_caught():
     with pytest.raises(AssertionError, match="for the second time: deck is"):
         checks.check_state((put_away, take_out))
 
+    def put_away_late(walk):
+        walk.step()
+        return put_away(walk)
+
+    with pytest.raises(AssertionError, match="putting the walk away changed it"):
+        checks.check_state((put_away_late, take_out))
+
 
 def test_a_finished_run_resumes_to_itself(run):
     first = load(checkpoints_in(run)[-1])[0]

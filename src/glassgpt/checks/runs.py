@@ -334,11 +334,14 @@ def check_state(pair: tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]) ->
         other.step()
         for _ in range(steps):
             whole.step()
-        state = state_of(whole)
         names = ("place", "momentum", "deck")
         due = [getattr(whole, name) for name in names]
-        due[2] = list(due[2])
-        dice = whole.dice.get_state()
+        due[2], dice = list(due[2]), whole.dice.get_state()
+        state = state_of(whole)
+        after = [getattr(whole, name) for name in names]
+        assert after == due, "putting the walk away changed it: only look"
+        same = torch.equal(whole.dice.get_state(), dice)
+        assert same, "putting the walk away moved its dice: only look"
         for _ in range(6):
             whole.step()  # what was put away must not change with it
         for time in ("first", "second"):  # the state must not change either
@@ -374,7 +377,7 @@ def check_names(names_in: Callable[[bytes], set[str]]) -> None:
     import glassgpt
 
     plain = [1, "os mkdir", 2.5]
-    several = [OrderedDict(a=1), Counter("a"), deque([1])]
+    several = [OrderedDict(a=1), deque([1]), Counter("a")]
     for protocol in (0, 2, 3, 4, 5):
         found = names_in(pickle.dumps(Bomb(), protocol))
         run = vars(glassgpt).pop("bomb", False)
@@ -397,6 +400,11 @@ def check_names(names_in: Callable[[bytes], set[str]]) -> None:
             ) from error
         wanted = {f"collections {kind.__name__}" for kind in map(type, several)}
         assert found == wanted, f"protocol {protocol}: {found} in place of {wanted}"
+    found = names_in(b"\x80\x04\x8c\x02os\x8c\x06system\x8c\x01x0\x93.")
+    assert found == {"os system"}, f"{found} in place of os system: read as pickle does"
+    with patch.object(builtins, "open") as opened:
+        names_in(b"c__builtin__\nopen\n(S'new.txt'\nS'w'\ntR.")
+    assert not opened.called, "what is named was called: hand out something harmless"
     finder = Mock(**{"find_spec.return_value": None})  # asked at every import
     finders = patch.object(sys, "meta_path", [finder, *sys.meta_path])
     with finders, suppress(ImportError):
