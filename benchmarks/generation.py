@@ -8,10 +8,10 @@ weights; each continues the same prompt greedily, with its cache. In every round
 candidate runs once, so that a slow moment of the machine hits all of them. The table
 has medians. "Share of the limit" compares the weights that a token reads with what this
 machine's memory delivered in a plain read in the same run; caches and activations are
-not counted. "Share of the products" compares a token's time with that of its matrix
-products alone, one PyTorch call after the other: the rest is Python and small
-operations. Peak memory is that of a process that runs this candidate alone, with what
-it needs to load and build the model. Writes benchmarks/generation.md.
+not counted. "Share of the products" compares a token's time with that of its linear
+layers alone, one after the other: the rest is Python and small operations. Peak memory
+is that of a process that runs this candidate alone, with what it needs to load and
+build the model. Writes benchmarks/generation.md.
 """
 
 import argparse
@@ -30,7 +30,7 @@ import torch
 
 from glassgpt.generation import generate
 from glassgpt.gpt import GPT, GPTConfig
-from glassgpt.speed import lighten
+from glassgpt.speed import LightLinear, lighten
 
 PROMPT = [64, 29350, 412, 733, 417, 10580, 318, 257]
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
@@ -100,19 +100,18 @@ def read_speed() -> float:
 
 @torch.inference_mode()
 def products(weights: str, rounds: int) -> float:
-    """Median seconds that all matrix products of one token take, and nothing else."""
-    dtype = getattr(torch, weights)
-    sizes = [(2304, 768), (768, 768), (3072, 768), (768, 3072)] * 12 + [(50_257, 768)]
-    layers = [torch.ones(size, dtype=dtype) for size in sizes]
-    rows = {width: torch.ones(1, width, dtype=dtype) for width in (768, 3072)}
-    multiply = torch._int_mm if weights == "int8" else torch.mm
+    """Median seconds that all linear layers of one token take, and nothing else."""
+    sizes = [(768, 2304), (768, 768), (768, 3072), (3072, 768)] * 12 + [(768, 50_257)]
+    layers = [torch.nn.Linear(*size, bias=False) for size in sizes]
+    if weights != "float32":
+        layers = [LightLinear(layer, weights) for layer in layers]
+    rows = [torch.ones(1, width) for width, _ in sizes]
     times = []
-    with torch.backends.mkldnn.flags(enabled=weights == "int8"):
-        for _ in range(rounds):
-            start = perf_counter()
-            for layer in layers:
-                multiply(rows[layer.shape[1]], layer.t())
-            times.append(perf_counter() - start)
+    for _ in range(rounds):
+        start = perf_counter()
+        for layer, row in zip(layers, rows, strict=True):
+            layer(row)
+        times.append(perf_counter() - start)
     return statistics.median(times)
 
 

@@ -34,6 +34,10 @@ def check_round_rows(round_rows: Callable[[Tensor], tuple[Tensor, Tensor]]) -> N
     assert ((back - x).abs() <= 0.501 * scale).all(), (
         "a number is off by more than half its scale: round to the nearest"
     )
+    due = x[:2].abs().amax(1, keepdim=True) / 127
+    assert torch.allclose(scale[:2], due, rtol=2e-3, atol=0), (
+        f"scales {scale[:2, 0].tolist()}, not the largest of each row over 127"
+    )
 
 
 @torch.no_grad()
@@ -109,16 +113,19 @@ def check_groups(groups: Callable[[Tensor, int], tuple[Tensor, Tensor]]) -> None
     Book: 21_speed.html#exercise-2-scales-for-groups
     """
     x = torch.tensor([[0.7, -0.2, 70.0, 10.0, 6.0, 1.0], [0.0] * 3 + [-3.5, 1.4, 0.6]])
+    x = torch.cat([x, x[:1] / 1000])
     for size in (2, 3):
-        whole, scale = groups(x.clone(), size)
+        given = x.clone()
+        whole, scale = groups(given, size)
+        assert torch.equal(given, x), "the numbers given were changed: return new ones"
         fine = (scale > 0) & scale.isfinite()
         assert fine.all(), "every scale must be above 0, that of a group of zeros too"
         assert whole.shape == x.shape, f"the numbers have shape {tuple(whole.shape)}"
-        found, due = tuple(scale.shape), (2, 6 // size)
+        found, due = tuple(scale.shape), (3, 6 // size)
         assert found == due, f"groups of {size}: scales of shape {found}, not {due}"
         assert whole.dtype == torch.int8, f"the numbers are stored as {whole.dtype}"
         assert whole.abs().max() <= 7, "four bits go to 7"
-        largest = x.view(2, -1, size).abs().amax(2) + 1e-9
+        largest = x.view(3, -1, size).abs().amax(2) + 1e-9
         wanted = (x / largest.repeat_interleave(size, 1) * 7).round().to(torch.int8)
         of_row = (x / x.abs().amax(1, True) * 7).round().to(torch.int8)
         assert not torch.equal(whole, of_row), "a row has one scale"
