@@ -264,8 +264,9 @@ def read_documents(*sources: str | Path, skip: bool = False) -> list[Document]:
             if sum(map(len, document.pieces())):
                 documents.append(document)
         except (ValueError, RecursionError) as error:
-            place = f"{document.path}, from byte {document.start} on,"
-            bad.setdefault(document.path, f"{place} can't be read as text: {error}")
+            why = "not UTF-8" if isinstance(error, UnicodeError) else error
+            place = f"{document.path}, from byte {document.start} on"
+            bad.setdefault(document.path, f"{place}, can't be read as text ({why})")
     what = "; ".join(bad.values())
     if bad and not skip:
         raise ValueError(f"{what}: convert it, take it away, or skip it")

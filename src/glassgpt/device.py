@@ -289,7 +289,7 @@ def on_paper(config: GPTConfig) -> GPT:
         with torch.device("meta"), _NoStart():
             return build(config)
     except (RuntimeError, TypeError) as error:  # beyond 64 bits
-        raise ValueError("too large to count: lower width or vocab_size") from error
+        raise ValueError("too large to count: lower width or vocabulary") from error
 
 
 @cache
@@ -455,7 +455,7 @@ def fit_memory(plan: Plan, memory: float, given: set[str]) -> Plan:
             plan = replace(plan, machine=replace(machine, recompute=True))
         else:
             due, there = f"{plan.memory / 1e9:,.1f} GB", f"{memory / 1e9:.1f}"
-            advice = "lower width, layers, context or batch_size"
+            advice = "lower width, layers, context or batch size"
             raise ValueError(f"{due} needed, {there} there for tensors: {advice}")
     return plan
 

@@ -64,12 +64,19 @@ def check_mistakes(main: Callable[[list[str]], int]) -> None:
             assert not left, f"{said} left {left[0].name} behind"
         (folder / "long.txt").write_text("To be, or not to be\n" * 100)
         right = ["tokenize", "--data", "long.txt", "--tokenizer", "char"]
-        right, came = [*right, "--out", "new"], None
-        with patch.object(CharTokenizer, "train", side_effect=KeyError("ours")):
-            try:
-                call(main, right)
-            except AssertionError as error:
-                came = error.__cause__
-        assert isinstance(came, KeyError), "a fault, a KeyError inside, was hidden"
+        right = [*right, "--out", "new"]
+
+        def stumble(*_: object) -> None:
+            "text".index("T")  # raises a ValueError, and no line of ours refuses
+
+        for fault in (KeyError("ours"), stumble):
+            came = None
+            with patch.object(CharTokenizer, "train", side_effect=fault):
+                try:
+                    call(main, right)
+                except AssertionError as error:
+                    came = error.__cause__
+            kind = ValueError if fault is stumble else KeyError
+            assert isinstance(came, kind), f"a fault, a {kind.__name__}, was hidden"
         assert call(main, right)[0] == 0, "a line without a mistake was refused"
         assert (folder / "new" / "tokens.json").exists(), "tokenize wrote no tokens"
