@@ -62,7 +62,8 @@ THREE_OF_EACH = """(seen) => {
       const said = words || element.matches("input, textarea, select");
       if (!said || !element.checkVisibility()) continue;
       const {color, fontSize, fontWeight} = getComputedStyle(element);
-      const shade = [color, fontSize, fontWeight, ground(element)].join(" ");
+      const large = parseFloat(fontSize) >= (fontWeight >= 700 ? 18.66 : 24);
+      const shade = [color, large, ground(element)].join(" ");
       seen[shade] = (seen[shade] ?? 0) + 1;
       if (seen[shade] <= 3) element.dataset.shade = "";
     }
@@ -73,16 +74,17 @@ ONLY_THESE = """() => {
   document.querySelectorAll(`body :not(${kept}, ${kept} *, :has(${kept}))`)
     .forEach(element => element.style.setProperty("display", "none", "important"));
   axe.configure({rules: [{id: "color-contrast", selector: "[data-shade]"}]});
-  return Boolean(document.querySelector(kept));
+  const live = [...document.querySelectorAll("glass-gpt")].map(x => x.shadowRoot);
+  return [document, ...live].some(root => root?.querySelector("[data-shade]"));
 }"""
-# What axe need not walk through: the inside of drawings, and words of code.
+# What axe need not walk through: the inside of drawings and formulas, words of code.
 PRUNE = """() => {
   const seen = new Set();
   document.querySelectorAll("pre span[class]").forEach(word => {
     if (seen.has(word.className)) word.replaceWith(...word.childNodes);
     else if (word.textContent.length > 1) seen.add(word.className);
   });
-  document.querySelectorAll("svg[role=img]").forEach(svg => svg.replaceChildren());
+  document.querySelectorAll("svg[role=img], math").forEach(x => x.replaceChildren());
 }"""
 # page.js has asked every box whether it scrolls.
 ASKED = "!document.querySelector('pre:not([tabindex])')"
