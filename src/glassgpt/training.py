@@ -58,7 +58,7 @@ def _check_settings(config: TrainConfig) -> None:
         number = type(value) in (int, kind) and 0 <= value < most
         if not number or (value == 0 and name not in may_be_zero):
             sign = "0 or more" if name in may_be_zero else "above 0"
-            wanted = "a whole number of 64 bits" if kind is int else "a finite number"
+            wanted = "a whole number below 2^63" if kind is int else "a finite number"
             raise ValueError(f"{name} must be {sign} and {wanted}, not {value!r}")
     if config.accumulate > config.batch_size:
         raise ValueError("accumulate can't exceed batch_size: no part is empty")

@@ -3,6 +3,7 @@
 
 import contextlib
 import io
+import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -69,14 +70,17 @@ def check_mistakes(main: Callable[[list[str]], int]) -> None:
         def stumble(*_: object) -> None:
             "text".index("T")  # raises a ValueError, and no line of ours refuses
 
-        for fault in (KeyError("ours"), stumble):
+        def unread(*_: object) -> None:
+            json.loads("{")  # a ValueError that another library raises
+
+        for fault in (KeyError("ours"), stumble, unread):
             came = None
             with patch.object(CharTokenizer, "train", side_effect=fault):
                 try:
                     call(main, right)
                 except AssertionError as error:
                     came = error.__cause__
-            kind = ValueError if fault is stumble else KeyError
+            kind = KeyError if isinstance(fault, KeyError) else ValueError
             assert isinstance(came, kind), f"a fault, a {kind.__name__}, was hidden"
         assert call(main, right)[0] == 0, "a line without a mistake was refused"
         assert (folder / "new" / "tokens.json").exists(), "tokenize wrote no tokens"
