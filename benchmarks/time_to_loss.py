@@ -14,12 +14,10 @@ for a sixth of the time that nanoGPT took for its 2,000 steps, on their text, an
 both texts for `--short` seconds and for `--seconds`. The short runs don't compile, the
 long one compiles the whole model; the clock starts before the compiler does.
 Evaluations don't count on either clock, and both use the same text.
-`--write` puts a table into README.md beside this file and the curves into
-book/runs/time_to_loss.json, from which chapter 15 draws.
+`--write` puts a table into README.md beside this file.
 """
 
 import argparse
-import json
 import math
 import multiprocessing
 import os
@@ -201,9 +199,7 @@ def main() -> None:
     )
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--short", type=float, default=60)
-    parser.add_argument(
-        "--write", action="store_true", help="README.md, time_to_loss.json"
-    )
+    parser.add_argument("--write", action="store_true", help="into README.md")
     options = parser.parse_args()
     sys.path.insert(0, options.nanogpt)
     here = machine()
@@ -212,10 +208,6 @@ def main() -> None:
     print(text)
     if options.write:
         write_section("time to loss", text)
-        path = Path(__file__).resolve().parent.parent / "book/runs/time_to_loss.json"
-        path.parent.mkdir(exist_ok=True)
-        content = {"machine": here, "curves": curves}
-        path.write_text(json.dumps(content) + "\n", "utf-8")
 
 
 if __name__ == "__main__":
