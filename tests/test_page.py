@@ -39,8 +39,9 @@ AXE_RUN = """async (options) => {
     .map(rule => [rule.id, ...rule.nodes.slice(0, 3).map(node => node.html)]);
 }"""
 EVERY_RULE = {"rules": {"label-content-name-mismatch": {"enabled": True}}}
-CONTRAST = {"runOnly": ["color-contrast"]}
-BUT_CONTRAST = {"rules": EVERY_RULE["rules"] | {"color-contrast": {"enabled": False}}}
+COLORS = ["color-contrast", "link-in-text-block"]
+OF_COLORS = {"runOnly": COLORS}
+BUT_COLORS = {"rules": EVERY_RULE["rules"] | {r: {"enabled": False} for r in COLORS}}
 SMALL = "book/24_scaling_laws.html"
 # Text has a few colors on a few grounds, thousands of times: axe sees three of each, on
 # the first pages that have them. It doesn't judge a single character.
@@ -63,7 +64,8 @@ THREE_OF_EACH = """(seen) => {
       if (!said || !element.checkVisibility()) continue;
       const {color, fontSize, fontWeight} = getComputedStyle(element);
       const large = parseFloat(fontSize) >= (fontWeight >= 700 ? 18.66 : 24);
-      const shade = [color, large, ground(element)].join(" ");
+      const link = element.matches("p a");
+      const shade = [color, large, link, ground(element)].join(" ");
       seen[shade] = (seen[shade] ?? 0) + 1;
       if (seen[shade] <= 3) element.dataset.shade = "";
     }
@@ -73,7 +75,8 @@ ONLY_THESE = """() => {
   const kept = ":is([data-shade], glass-gpt)";
   document.querySelectorAll(`body :not(${kept}, ${kept} *, :has(${kept}))`)
     .forEach(element => element.style.setProperty("display", "none", "important"));
-  axe.configure({rules: [{id: "color-contrast", selector: "[data-shade]"}]});
+  axe.configure({rules: [{id: "color-contrast", selector: "[data-shade]"},
+    {id: "link-in-text-block", selector: "a[data-shade]"}]});
   const live = [...document.querySelectorAll("glass-gpt")].map(x => x.shadowRoot);
   return [document, ...live].some(root => root?.querySelector("[data-shade]"));
 }"""
@@ -215,7 +218,7 @@ def visit(page, address, shades):
     page.wait_for_function(f"{UNREACHABLE} === 0")
     page.evaluate(PRUNE)
     page.evaluate(AXE)
-    seen["barred"] = page.evaluate(AXE_RUN, BUT_CONTRAST)
+    seen["barred"] = page.evaluate(AXE_RUN, BUT_COLORS)
     # The width of the text on a sheet of A4.
     page.set_viewport_size({"width": 672, "height": 1000})
     page.emulate_media(media="print")
@@ -227,7 +230,7 @@ def visit(page, address, shades):
             page.emulate_media(media="screen", color_scheme=theme)
             page.wait_for_function(THEME, arg=theme)
             if judged:
-                seen["barred"] += page.evaluate(AXE_RUN, CONTRAST)
+                seen["barred"] += page.evaluate(AXE_RUN, OF_COLORS)
             else:
                 shades |= page.evaluate(THREE_OF_EACH, shades)
         if not page.evaluate(ONLY_THESE):
