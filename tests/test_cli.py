@@ -822,6 +822,14 @@ def count(words):
 def count_well(words):
     try:
         return count(words)
+    except (OSError, UnicodeDecodeError) as error:
+        print(f"count: {error}", file=sys.stderr)
+        return 2
+
+
+def count_and_catch_values(words):
+    try:
+        return count(words)
     except (OSError, ValueError) as error:
         print(f"count: {error}", file=sys.stderr)
         return 2
@@ -876,6 +884,7 @@ def count_by_argparse(words):
         (count_and_hide, "names no missing.txt"),
         (count_and_hide_well, "was hidden"),
         (count_nothing, "seven.txt` left with exit code 2"),
+        (count_and_catch_values, "a ValueError inside, was hidden"),
         (count_well, None),
         (lambda words: count_by_argparse(words) or 0, None),
     ],

@@ -269,7 +269,7 @@ def read_documents(*sources: str | Path, skip: bool = False) -> list[Document]:
             bad.setdefault(document.path, f"{place}, can't be read as text ({why})")
     what = "; ".join(bad.values())
     if bad and not skip:
-        raise ValueError(f"{what}: convert it, take it away, or skip it")
+        raise ValueError(f"{what}: convert it, take it away, or skip it (--skip)")
     if bad:
         warnings.warn(f"left out: {what}", stacklevel=2)
     if not documents:

@@ -293,6 +293,7 @@ def check_no_targets(make_loss: MakeLoss) -> None:
     assert loss.requires_grad, "no target, and no gradient: keep it a sum over nothing"
     loss.backward()
     slopes = [p.grad for p in model.parameters() if p.grad is not None]
+    assert slopes, "no parameter has a gradient: keep it a sum over nothing"
     assert all((slope == 0).all() for slope in slopes), "no target, but a gradient"
 
 
