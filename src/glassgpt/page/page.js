@@ -368,9 +368,10 @@ function loadModel() {
   return loading;
 }
 
-// About how high each panel is, in pixels.
-const HEIGHTS = { write: 150, tokens: 120, next: 390, sampling: 130, attention: 170,
+// About how high each panel is, in pixels; on a phone some words take more lines.
+const HEIGHTS = { write: 150, tokens: 130, next: 380, sampling: 120, attention: 170,
   lens: 200, pass: 170, chat: 200 };
+if (innerWidth < 600) Object.assign(HEIGHTS, { attention: 210, lens: 290, pass: 210 });
 
 class GlassGPT extends HTMLElement {
   ids = []; // the text that is wanted; `text` is the one that is shown
