@@ -368,10 +368,10 @@ function loadModel() {
   return loading;
 }
 
-// About how high each panel is, in pixels; on a phone some words take more lines.
+// About how high each panel is, in pixels.
 const HEIGHTS = { write: 150, tokens: 130, next: 380, sampling: 120, attention: 170,
   lens: 200, pass: 170, chat: 200 };
-if (innerWidth < 600) Object.assign(HEIGHTS, { attention: 210, lens: 290, pass: 210 });
+const ON_A_PHONE = { ...HEIGHTS, attention: 210, lens: 290, pass: 210 };
 
 class GlassGPT extends HTMLElement {
   ids = []; // the text that is wanted; `text` is the one that is shown
@@ -389,7 +389,8 @@ class GlassGPT extends HTMLElement {
       `<style>${STYLE}</style><div class="live" hidden></div><slot></slot>
       <p class="loading" role="status"></p>`;
     const names = this.getAttribute("show")?.split(" ") ?? [];
-    const height = names.reduce((sum, name) => sum + HEIGHTS[name], 0);
+    const heights = innerWidth < 600 ? ON_A_PHONE : HEIGHTS;
+    const height = names.reduce((sum, name) => sum + heights[name], 0);
     this.style.minHeight = `${height}px`; // so that the page doesn't jump
     const watcher = new IntersectionObserver(([entry]) => {
       if (!entry.isIntersecting) return;
