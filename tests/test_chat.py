@@ -687,7 +687,7 @@ def test_with_a_seed_it_says_the_same_again(folder, monkeypatch, capsys):
 
 
 def test_a_long_talk_is_cut_with_a_word(folder, monkeypatch, capsys):
-    piped(monkeypatch, "a miniature Eiffel tower\n" * 4)
+    piped(monkeypatch, "a miniature Eiffel tower\n" * 9)
     assert cli.main(["chat", str(folder), "--tokens", "8", "--device", "cpu"]) == 0
     assert "oldest turns are forgotten" in capsys.readouterr().err
 
