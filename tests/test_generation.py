@@ -415,6 +415,17 @@ def min_p_in_place(logits, share):
     return logits.masked_fill_(p < share * p.amax(-1, keepdim=True), -math.inf)
 
 
+def min_p_keeps_two(logits, share):
+    p = logits.softmax(-1)
+    low = p < share * p.amax(-1, keepdim=True)
+    return logits.masked_fill(low & (logits < logits.topk(2)[0][..., 1:]), -math.inf)
+
+
+def min_p_never_under(logits, share):
+    p = logits.softmax(-1)
+    return logits.masked_fill(p < max(share, 0.3) * p.amax(-1, keepdim=True), -math.inf)
+
+
 def rows_of_the_first(logits, sampling, generator):
     return sample(logits[:1].expand_as(logits), sampling, generator)
 
@@ -578,6 +589,8 @@ WRONG = [
     ("check_min_p", min_p_of_batch, "each row has its own"),
     ("check_min_p", min_p_without_ties, "mind ties"),
     ("check_min_p", min_p_in_place, "were changed"),
+    ("check_min_p", min_p_keeps_two, "not the likeliest alone"),
+    ("check_min_p", min_p_never_under, "kept 3 of 5 tokens"),
     ("check_sample", ignores_temperature, "divide the logits"),
     ("check_cache", NoOffset, "wrong position"),
     ("check_cache", OnlyTheNew, "without a cache"),

@@ -293,6 +293,9 @@ def check_min_p(min_p: Callable[[Tensor, float], Tensor]) -> None:
     assert kept != [1, 4], "compare with share times the largest probability, not share"
     assert kept == [1, 2, 4], f"share=0.3 kept the places {kept}, not 1, 2 and 4"
     assert torch.equal(found[0, kept], logits[0, kept]), "logits that stay changed"
+    few, all_five = (_kept(min_p(logits, share)[0]) for share in (0.9, 0.1))
+    assert len(few) == 1, f"share=0.9 kept the places {few}, not the likeliest alone"
+    assert len(all_five) == 5, f"share=0.1 kept {len(all_five)} of 5 tokens, not all"
     kept = _kept(min_p(logits, 0.7)[1])
     assert kept == [0, 1, 2, 3], (
         f"share=0.7 kept the places {kept} of the second row, not 0 to 3: "
