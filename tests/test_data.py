@@ -766,6 +766,7 @@ WRONG = {
         (moved(2), "not the inputs moved"),
         (lambda ids, *rest: package_batch(ids.astype(np.int16), *rest), "with -25"),
         (lambda ids, b, t, seed: package_batch(ids, b, t, seed % 20), "seeds 0 and 20"),
+        (lambda ids, b, t, seed: package_batch(ids, b, t, seed % 7), "seeds 0 and 679"),
         (lambda ids, b, t, seed: package_batch(ids, b, t, 0), "the seed is ignored"),
         (fresh, "a run could not resume"),
         (overwriting, "the ids themselves were changed"),
