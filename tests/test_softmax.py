@@ -198,7 +198,10 @@ def with_log_sum_exp(x, dim=-1, temperature=1.0):
         ("check_log_softmax", lambda x, dim=-1: x - x.logsumexp(dim, keepdim=True)),
         ("check_cross_entropy", lambda x, y: flat(x, y)),
         ("check_cross_entropy", lambda x, y: flat(x.double(), y)),
-        ("check_masked_softmax", lambda x, m: x.double().where(m, -1e4).softmax(-1)),
+        (
+            "check_masked_softmax",
+            lambda x, m: x.double().where(m, -math.inf).softmax(-1),
+        ),
         (
             "check_cross_entropy_gradient",
             lambda x, y: (x.double().softmax(-1) - torch.eye(4)[y]) / len(y),
@@ -539,6 +542,16 @@ WRONG = [
     (
         "check_masked_softmax",
         lambda x, m: x.masked_fill(~m, -200.0).softmax(-1),
+        "the forbidden one gets 1.000: set it to -inf",
+    ),
+    (
+        "check_masked_softmax",
+        lambda x, m: x.masked_fill(~m, -1e9).softmax(-1),
+        "the forbidden one gets 1.000: set it to -inf",
+    ),
+    (
+        "check_masked_softmax",
+        lambda x, m: (x + ~m * -1e4).softmax(-1),
         "the forbidden one gets 1.000: set it to -inf",
     ),
     (
