@@ -344,6 +344,11 @@ def test_right_answers_pass(check, right):
         (checks.check_lookup, lambda table, ids: table[ids.flatten()], "ids"),
         (checks.check_lookup, lambda table, ids: table[ids] * 0, "wrong rows"),
         (checks.check_lookup, lambda table, ids: torch.eye(4)[ids] @ table, "refused"),
+        (
+            checks.check_lookup,
+            lambda table, ids: torch.eye(4)[ids][..., : len(table)] @ table,
+            "a table (5, 2) is refused",
+        ),
         (checks.check_lookup, lambda table, ids: table[ids].int(), "wrong rows"),
         (checks.check_analogy, lambda a, b, c, table: b, "inputs"),
         (checks.check_analogy, lambda a, b, c, table: None, "returns None"),

@@ -165,13 +165,14 @@ def check_lookup(lookup: Callable[[Tensor, Tensor], Tensor]) -> None:
     table = torch.arange(12.0).view(4, 3)
     other = torch.tensor([[-0.5, 2.5], [1.5, -3.0]])
     many = [(table, ids) for ids in ([2, 0, 2], [[1, 3]], 3)]
-    for table, ids in [*many, (other, [1, 0])]:
+    longer = torch.arange(10.0).view(5, 2)
+    for table, ids in [*many, (other, [1, 0]), (longer, [4, 0])]:
         ids = torch.tensor(ids)
         try:
             got, wanted = lookup(table, ids), table[ids]
         except NotImplementedError:
             raise
-        except RuntimeError as error:
+        except (IndexError, RuntimeError) as error:
             size = tuple(table.shape)
             raise AssertionError(f"a table {size} is refused: {error}") from None
         expect_tensor(got)
