@@ -291,6 +291,8 @@ def check_safetensors(read: Callable[[bytes], dict[str, Tensor]]) -> None:
     near, late = ({**one, "data_offsets": [n, n + 16]} for n in (8, 20))
     huge = {**one, "shape": [1 << 62, 4, 0], "data_offsets": [0, 0]}
     three = {"a": one, "b": one, "c": {**one, "data_offsets": [32, 48]}}
+    empty = {"a": {**one, "shape": [0], "data_offsets": [0, 0]}}
+    longer = len(json.dumps(empty)) + 1
     deep = b"[" * 200_000
     attacks = {
         "two tensors with the same bytes": _forged({"a": one, "b": one}, 16),
@@ -310,7 +312,8 @@ def check_safetensors(read: Callable[[bytes], dict[str, Tensor]]) -> None:
         "numbers that aren't there": _forged({"a": one}, 12),
         "a header that is a list": _forged([one], 16),
         "a missing entry": _forged({"a": {"dtype": "F32", "shape": [4]}}, 16),
-        "a header longer than the file": _forged({"a": one}, 16, 1 << 42),
+        "a header longer than the file": _forged(empty, 0, 1 << 42),
+        "a header one byte longer than the file": _forged(empty, 0, longer),
         "a header nested too deeply": len(deep).to_bytes(8, "little") + deep,
     }
     for name, content in attacks.items():
