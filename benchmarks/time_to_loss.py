@@ -13,7 +13,7 @@ in the precision that suits the processor, 4 layers, width 128, context 128, bat
 for a sixth of the time that nanoGPT took for its 2,000 steps, on their text, and on
 both texts for `--short` seconds and for `--seconds`. The short runs don't compile, the
 long one compiles the whole model; the clock starts before the compiler does.
-Evaluations don't count on either clock, and both use the same text.
+The evaluation doesn't count on either clock, and both use the same text.
 `--write` puts a table into README.md beside this file.
 """
 
@@ -38,8 +38,7 @@ from glassgpt.modern import ModernConfig, MuonConfig
 from glassgpt.speed import keep_freed_memory
 from glassgpt.tokens import CharTokenizer
 
-Curve = list[tuple[float, int, float]]  # seconds, steps, validation loss in nats
-MARKS = [*range(5, 60, 5), *range(60, 3600, 20)]  # seconds at which a curve has points
+Result = tuple[float, int, float]  # seconds, steps, validation loss in nats
 
 
 @torch.no_grad()
@@ -55,23 +54,19 @@ def judge(loss_of: Callable, data: TokenData, context: int, tokens: int) -> floa
 
 def follow(
     step: Callable[[float], bool], loss_of: Callable, data: TokenData, context: int
-) -> Curve:
-    """Call `step` with the seconds spent until it returns False; judge on the way."""
-    curve, marks, spent, count, more = [], iter(MARKS), 0.0, 0, True
-    mark = next(marks)
+) -> Result:
+    """Call `step` with the seconds spent until it returns False; then judge."""
+    spent, count, more = 0.0, 0, True
     while more:
         began = perf_counter()
         more = step(spent)
         spent += perf_counter() - began
         count += 1
-        if more and spent >= mark:
-            curve.append((spent, count, judge(loss_of, data, context, 1 << 16)))
-            mark = next(mark for mark in marks if mark > spent)
-    return [*curve, (spent, count, judge(loss_of, data, context, 1 << 18))]
+    return spent, count, judge(loss_of, data, context, 1 << 18)
 
 
-def ours(data: TokenData, seconds: float, compile: str) -> Curve:
-    """Train for so many seconds, compiling included. The last point is the result."""
+def ours(data: TokenData, seconds: float, compile: str) -> Result:
+    """Train for so many seconds, compiling included."""
     keep_freed_memory()
     # What an earlier run compiled would spare this one the time.
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp()
@@ -101,7 +96,7 @@ def ours(data: TokenData, seconds: float, compile: str) -> Curve:
     return follow(step, trainer.loss, data, 128)
 
 
-def nanogpt(data: TokenData, steps: int | None, seconds: float | None) -> Curve:
+def nanogpt(data: TokenData, steps: int | None, seconds: float | None) -> Result:
     """nanoGPT's CPU recipe for so many steps, or so many seconds."""
     from model import GPT as NanoGPT
     from model import GPTConfig as NanoConfig
@@ -148,34 +143,34 @@ def plays() -> TokenData:
     return TokenData.of(*ids, tokenizer.vocab_size)
 
 
-def run_all(options: argparse.Namespace) -> dict[str, dict[str, Curve]]:
-    """All curves by text and name."""
+def run_all(options: argparse.Namespace) -> dict[str, dict[str, Result]]:
+    """All results by text and name."""
     texts = {"tiny shakespeare": tiny(options.text), "the plays": plays()}
-    curves: dict[str, dict[str, Curve]] = {name: {} for name in texts}
+    results: dict[str, dict[str, Result]] = {name: {} for name in texts}
     long, short = options.seconds, options.short
 
-    def note(text: str, name: str, curve: Curve) -> None:
-        curves[text][name] = curve
-        print(f"{text}, {name}: {curve[-1]}", file=sys.stderr, flush=True)
+    def note(text: str, name: str, result: Result) -> None:
+        results[text][name] = result
+        print(f"{text}, {name}: {result}", file=sys.stderr, flush=True)
 
     def race(text: str, seconds: float, compile: str) -> None:
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(1, spawn) as pool:  # a process of its own
-            curve = pool.submit(ours, texts[text], seconds, compile).result()
-        note(text, f"glassgpt, {seconds:.0f} s", curve)
+            result = pool.submit(ours, texts[text], seconds, compile).result()
+        note(text, f"glassgpt, {seconds:.0f} s", result)
 
     first, data = next(iter(texts.items()))
     note(first, "nanoGPT, 2,000 steps", nanogpt(data, 2000, None))
     for text, data in texts.items():
         note(text, f"nanoGPT, {long:.0f} s", nanogpt(data, None, long))
-    race(first, curves[first]["nanoGPT, 2,000 steps"][-1][0] / 6, "off")
+    race(first, results[first]["nanoGPT, 2,000 steps"][0] / 6, "off")
     for text in texts:
         race(text, short, "off")
         race(text, long, "all")
-    return curves
+    return results
 
 
-def table(here: dict[str, object], curves: dict[str, dict[str, Curve]]) -> str:
+def table(here: dict[str, object], results: dict[str, dict[str, Result]]) -> str:
     """A Markdown table."""
     rows = [
         f"Validation loss in nats a character, one seed, {here['date']}, "
@@ -184,9 +179,8 @@ def table(here: dict[str, object], curves: dict[str, dict[str, Curve]]) -> str:
         "| text | run | seconds | steps | loss |",
         "| --- | --- | ---: | ---: | ---: |",
     ]
-    for text, runs in curves.items():
-        for name, curve in runs.items():
-            seconds, steps, loss = curve[-1]
+    for text, runs in results.items():
+        for name, (seconds, steps, loss) in runs.items():
             rows.append(f"| {text} | {name} | {seconds:.0f} | {steps:,} | {loss:.3f} |")
     return "\n".join(rows)
 
@@ -203,8 +197,8 @@ def main() -> None:
     options = parser.parse_args()
     sys.path.insert(0, options.nanogpt)
     here = machine()
-    curves = run_all(options)
-    text = table(here, curves)
+    results = run_all(options)
+    text = table(here, results)
     print(text)
     if options.write:
         write_section("time to loss", text)

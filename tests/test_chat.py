@@ -150,12 +150,16 @@ def head_only(model, end):
     return loss
 
 
-def constant(model, end):
+def constant(**how):
     """The right loss, and a new 0 where there is no target."""
-    right = chat_loss(model, end)
-    return lambda ids, targets: (
-        right(ids, targets) if (targets != -100).any() else torch.tensor(0.0)
-    )
+
+    def make(model, end):
+        right = chat_loss(model, end)
+        return lambda ids, targets: (
+            right(ids, targets) if (targets != -100).any() else torch.tensor(0.0, **how)
+        )
+
+    return make
 
 
 def chopped(talks, context, separator):
@@ -195,7 +199,12 @@ def late(model, end):
         ("check_pack", repacked(without_questions), "separator"),
         ("check_pack", chopped, "parts, where"),
         ("check_apart", head_only, "the gradient of tokens.weight is another"),
-        ("check_no_targets", constant, "keep it a sum over nothing"),
+        ("check_no_targets", constant(), "no target, and no gradient"),
+        (
+            "check_no_targets",
+            constant(requires_grad=True),
+            "no parameter has a gradient",
+        ),
         ("check_apart", scaled(0), "the loss is 0.0000"),
         ("check_apart", late, "the loss is"),
         (

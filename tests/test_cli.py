@@ -819,20 +819,15 @@ def count(words):
     return 0
 
 
-def count_well(words):
-    try:
-        return count(words)
-    except (OSError, UnicodeDecodeError) as error:
-        print(f"count: {error}", file=sys.stderr)
-        return 2
+def count_catching(*kinds):
+    def main(words):
+        try:
+            return count(words)
+        except kinds as error:
+            print(f"count: {error}", file=sys.stderr)
+            return 2
 
-
-def count_and_catch_values(words):
-    try:
-        return count(words)
-    except (OSError, ValueError) as error:
-        print(f"count: {error}", file=sys.stderr)
-        return 2
+    return main
 
 
 def count_with_a_traceback(words):
@@ -884,8 +879,8 @@ def count_by_argparse(words):
         (count_and_hide, "names no missing.txt"),
         (count_and_hide_well, "was hidden"),
         (count_nothing, "seven.txt` left with exit code 2"),
-        (count_and_catch_values, "a ValueError inside, was hidden"),
-        (count_well, None),
+        (count_catching(OSError, ValueError), "a ValueError inside, was hidden"),
+        (count_catching(OSError, UnicodeDecodeError), None),
         (lambda words: count_by_argparse(words) or 0, None),
     ],
 )
