@@ -86,7 +86,7 @@ def ours(data: TokenData, seconds: float, compile: str) -> Result:
         done = trainer.step
         if done == 10:
             first.append(spent)  # compiled, and warm
-        if done > training.warmup:
+        if done > max(training.warmup, 10):
             # The rate falls with the steps: how many does the rest of the time hold?
             each = (spent - first[0]) / (done - 10)
             rest = int((seconds - spent) / each)
