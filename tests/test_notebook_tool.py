@@ -1,14 +1,8 @@
 """The notebook tool: a round trip keeps ids, a second run gives the same bytes."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import nbformat
 import notebook as tool
 import pytest
-
-TOOLS = Path(__file__).parent.parent / "tools"
 
 TEXT = """# %% [markdown]
 # # Title
@@ -74,12 +68,10 @@ def test_no_widget_is_stored_beside_its_still(tmp_path):
     assert "widgets" not in notebook.metadata
 
 
-def test_a_failing_cell_leaves_the_file_alone_and_says_so(tmp_path):
+def test_a_failing_cell_leaves_the_file_alone_and_says_so(tmp_path, capsys):
     path = tmp_path / "broken.ipynb"
     nbformat.write(tool.from_text("# %%\n1 / 0\n"), path)
     before = path.read_bytes()
-    command = [sys.executable, TOOLS / "notebook.py", "run", path]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "ZeroDivisionError" in done.stderr
+    assert tool.main(["run", str(path)]) == 1
+    assert "ZeroDivisionError" in capsys.readouterr().err
     assert path.read_bytes() == before
