@@ -1,6 +1,7 @@
 """The rules of the book, for every chapter: its package, its cells, its exercises."""
 
 import ast
+import functools
 import io
 import json
 import re
@@ -31,6 +32,7 @@ TITLE = re.compile(r"# ?@title \S")
 CALLS = {"grade", "catch"}
 
 
+@functools.cache
 def load(path):
     return json.loads(path.read_text("utf-8"))
 
@@ -465,15 +467,24 @@ def prose(cell):
     return re.sub(r"^#+ .*$", "", text, flags=re.MULTILINE)
 
 
-def places(pattern):
-    """(chapter, cell) wherever a pattern occurs in the prose, in the book's order."""
+@functools.cache
+def paragraphs():
+    """(chapter, cell, its prose) in the book's order."""
+    found = []
     for path in CHAPTERS:
         if path.stem[0] == "a":
             continue
         cells = [c for c in load(path)["cells"] if c["cell_type"] == "markdown"]
         for number, cell in enumerate(cells[1:], 1):  # the first says what is coming
-            if pattern.search(prose(cell)):
-                yield int(path.stem[:2]), number
+            found.append((int(path.stem[:2]), number, prose(cell)))
+    return found
+
+
+def places(pattern):
+    """(chapter, cell) wherever a pattern occurs in the prose, in the book's order."""
+    for chapter, number, text in paragraphs():
+        if pattern.search(text):
+            yield chapter, number
 
 
 @pytest.mark.parametrize("term", glossary())
