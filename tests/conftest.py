@@ -1,5 +1,6 @@
 """What tests share: the built page, and a loud word when no browser was found."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -55,6 +56,12 @@ def browser(chromium):
 def site(chromium, tmp_path_factory):
     """The built page. Only test_page.py asks for it, so one worker builds it."""
     return build_page(tmp_path_factory.mktemp("site"))
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: nobody who counts objects meets it again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter):
