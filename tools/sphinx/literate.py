@@ -240,7 +240,7 @@ def give_back_codecs():
 def setup(app):
     give_back_codecs()
     # Each citation asks for it, which would look through all installed packages.
-    register_plugin("pybtex.backends", "plaintext", plaintext.Backend)
+    register_plugin("pybtex.backends", "plaintext", plaintext.Backend, force=True)
     app.add_directive("names", NamesDirective)
     app.connect("config-inited", share_address)
     app.connect("env-get-outdated", reread_names)
