@@ -277,6 +277,16 @@ def at_most_twice(ids, upstream, rows):
     return grad
 
 
+def inside_upstream(ids, upstream, rows):
+    """Adds up in the first place of each id."""
+    grad = upstream.new_zeros(rows, upstream.shape[1])
+    for id in ids.unique():
+        places = (ids == id).nonzero().flatten()
+        upstream[places[0]] = upstream[places].sum(0)
+        grad[id] = upstream[places[0]]
+    return grad
+
+
 def by_loop(ids, upstream, rows):
     grad = upstream.new_zeros(rows, upstream.shape[1])
     for row, id in zip(upstream, ids.tolist(), strict=True):
@@ -309,6 +319,9 @@ def test_right_answers_pass(check, right):
         (checks.check_cosine_similarity, dot_product, "dot product"),
         (checks.check_cosine_similarity, formula, "zero vector gives nan"),
         (checks.check_cosine_similarity, last_axis, "dim=1"),
+        (checks.check_cosine_similarity, lambda a, b, dim=-1: dot_product(
+            F.normalize(a, dim=dim), F.normalize(b, dim=dim), dim),
+         "after broadcasting"),
         (checks.check_cosine_similarity, lambda a, b, dim=-1: dot_product(a, b, dim) / (
             a.norm(dim=dim) * b.norm(dim=dim) + 1e-8), "with itself"),
         (checks.check_cosine_similarity, lambda a, b, dim=-1: abs(
@@ -323,6 +336,9 @@ def test_right_answers_pass(check, right):
         (checks.check_matrix_product, lambda a, b: a[:, :3] @ b[:3], "wrong for"),
         (checks.check_matrix_product, lambda a, b: (a.int() @ b.int()).float(),
          "fractions"),
+        (checks.check_matrix_product, lambda a, b: (a @ b).squeeze(0), "gives (1,)"),
+        (checks.check_matrix_product, lambda a, b: torch.stack(
+            [row @ b for row in a]).squeeze(), "(3, 1) gives ()"),
         (checks.check_embedding, OneRowTooFew, "each id becomes a row"),
         (checks.check_embedding, Frozen, "no gradient"),
         (checks.check_embedding, Padded, "[1] were looked up"),
@@ -374,6 +390,7 @@ def test_right_answers_pass(check, right):
          lambda ids, g, rows: torch.zeros(rows, 2).index_add(0, ids, g), "6 rows"),
         (checks.check_embedding_gradient, lambda ids, g, rows: torch.zeros(
             rows, g.shape[1]).index_add(0, ids, g).abs(), "negative"),
+        (checks.check_embedding_gradient, inside_upstream, "upstream was changed"),
         (checks.check_embedding_gradient, at_most_twice, "three times"),
         (checks.check_embedding_gradient, summed, "got [[5.0, 5.0]"),
         (checks.check_embedding_gradient,

@@ -61,7 +61,7 @@ def _check_axes(similarity: Callable[..., Tensor]) -> None:
             f"not {tuple(wanted.shape)}: broadcast, then sum over dim"
         )
         right = torch.allclose(got, wanted)
-        assert right, f"wrong along {name}: is dim used everywhere?"
+        assert right, f"wrong along {name}: use dim everywhere, after broadcasting"
 
 
 def check_embedding(embedding: Callable[[int, int], nn.Module]) -> None:
@@ -148,6 +148,8 @@ def check_matrix_product(product: Callable[[Tensor, Tensor], Tensor]) -> None:
             f"row {i} of a times column {j} of b"
         )
     assert torch.allclose(got, a @ b), f"the product is wrong: {got.tolist()}"
+    shape = tuple(product(a[:1], b[:, :1]).shape)
+    assert shape == (1, 1), f"(1, 3) times (3, 1) gives {shape}, not (1, 1)"
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(shape, generator=generator) for shape in ((4, 5), (5, 3)))
     got = product(a, b)
@@ -250,6 +252,7 @@ def check_embedding_gradient(
         "assigning with grad[ids] += keeps one of them"
     )
     assert got.tolist() == [[5, 0], [0, 0], [11, 5], [0, 0]], f"got {got.tolist()}"
+    assert upstream.tolist() == [[1, 2], [5, 0], [10, 3]], "upstream was changed"
     ids = torch.tensor([5, 1, 5, 5])
     upstream = torch.tensor([[-0.5], [1.5], [-2.0], [-3.0]])
     what = "6 rows of width 1, one looked up three times, with negative numbers"
