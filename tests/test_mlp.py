@@ -282,6 +282,29 @@ def multiplied(x, w, b):
     return d_u * w, (p - 1) * h + d_u * x, d_u
 
 
+def clipped_scores(x, w, b):
+    """ReLU on the scores, too."""
+    values = torch.tensor([x, w, b], dtype=torch.float64).requires_grad_()
+    x, w, b = values
+    h = (w * x + b).relu()
+    scores = torch.stack([w * h, h]).relu()
+    return torch.autograd.grad(torch.logsumexp(scores, 0) - scores[0], values)[0]
+
+
+def gate_of_w(x, w, b):
+    """The gradient passes where w is above 0, not where w x + b is."""
+    d_u = shared(x, w, b)[2] if w > 0 else 0.0
+    return d_u * w, shared(x, w, b, first=0.0)[1] + d_u * x, d_u
+
+
+def absolute(x, w, b):
+    """The gradient of h takes w without its sign."""
+    h = max(w * x + b, 0.0)
+    p = 1 / (1 + math.exp(h - w * h))
+    d_u = (p - 1) * abs(w) + (1 - p) if h > 0 else 0.0
+    return d_u * w, (p - 1) * h + d_u * x, d_u
+
+
 WRONG = [
     ("check_gelu", F.gelu, "exact form"),
     ("check_gelu", lambda x: x * torch.sigmoid(1.702 * x), "sigmoid form"),
@@ -340,6 +363,9 @@ WRONG = [
         "and the first is missing",
     ),
     ("check_shared_weight", without(open=1), "but ReLU is flat there"),
+    ("check_shared_weight", clipped_scores, "b: no ReLU on the scores"),
+    ("check_shared_weight", gate_of_w, "b: w x + b is above 0"),
+    ("check_shared_weight", absolute, "the gradient of b is"),
     ("check_shared_weight", through_relu, "b: multiply by the derivative of ReLU"),
     ("check_shared_weight", exchanged_factor, "b: the sign is wrong, or w multiplies"),
     ("check_shared_weight", multiplied, "b: over two paths, add"),

@@ -129,13 +129,18 @@ def check_shared_weight(gradients: Callable[..., tuple]) -> None:
 
     Book: 08_mlp.html#exercise-2-a-weight-in-two-places
     """
-    for start in ((2.0, 0.75, 0.5), (-1.0, 2.0, 3.0), (1.0, -2.0, 0.5)):
+    starts = ((2.0, 0.75, 0.5), (-1.0, 2.0, 3.0), (1.0, -2.0, 0.5), (-1.0, -2.0, 0.5))
+    for start in starts:
         values = torch.tensor(start, dtype=torch.float64).requires_grad_()
         x, w, b = values
         h = F.relu(w * x + b)
-        loss = F.cross_entropy(torch.stack([w * h, h]), torch.tensor(0))
-        right = torch.autograd.grad(loss, values)[0].tolist()
-        p = torch.stack([w * h, h]).softmax(0).tolist()
+        scores, target = torch.stack([w * h, h]), torch.tensor(0)
+        losses = F.cross_entropy(scores, target), F.cross_entropy(scores.relu(), target)
+        right, clipped = (
+            torch.autograd.grad(loss, values, retain_graph=True)[0].tolist()
+            for loss in losses
+        )
+        p = scores.softmax(0).tolist()
         first, second, h, w = p[0] - 1, p[1], h.item(), start[1]
         mistakes = {
             "b": [
@@ -145,6 +150,7 @@ def check_shared_weight(gradients: Callable[..., tuple]) -> None:
                     (first * w + second) * h,
                     "multiply by the derivative of ReLU, not by ReLU(w x + b)",
                 ),
+                (0, "w x + b is above 0, where ReLU lets the gradient through"),
                 (p[0] * w + second, "the target's score gets p minus 1"),
                 (first * w + p[0], "each score gets its own probability"),
                 (first * w * second, "over two paths, add"),
@@ -175,6 +181,10 @@ def check_shared_weight(gradients: Callable[..., tuple]) -> None:
                 continue
             where = "at x = {:g}, w = {:g}, b = {:g} the gradient of".format(*start)
             assert h > 0, f"{where} {name} is {ours:g}, but ReLU is flat there"
-            for value, mistake in [*mistakes[name], (-wanted, "the sign is wrong")]:
+            for value, mistake in [
+                *mistakes[name],
+                (clipped["xwb".index(name)], "no ReLU on the scores"),
+                (-wanted, "the sign is wrong"),
+            ]:
                 assert abs(ours - value) > 1e-9, f"{where} {name}: {mistake}"
             raise AssertionError(f"{where} {name} is {wanted:.4f}, not {ours:.4f}")
