@@ -20,12 +20,12 @@ _IMPOSSIBLE = [
     ({"layers": -1}, "a number of layers can't be negative"),
     ({"layers": 2.5}, "there is no half layer"),
     ({"layers": True}, "True is no number"),
-    ({"heads": 0}, "somebody has to look"),
+    ({"heads": 0}, "there must be a head"),
     ({"width": 10, "heads": 4}, "a width of 10 doesn't split into 4 heads"),
     ({"dropout": 1.0}, "nothing would be left"),
     ({"dropout": math.nan}, "nan is no share"),
     ({"dropout": -0.1}, "a share can't be negative"),
-    ({"dropout": "a"}, "a letter is no share"),
+    ({"dropout": "a"}, "a share is a number"),
 ]
 
 
@@ -333,7 +333,7 @@ def check_budget(choose: Callable[[float], GPTConfig]) -> None:
         with torch.device("meta"):
             model = GPT(config)
         share = 20 * model.parameter_count() * model.flops_per_token() / budget
-        assert share <= 1, f"a budget of {budget:.0e} is overspent {share:.1f} times"
+        assert share <= 1, f"{share:.2%} of the budget {budget:.0e} would be spent"
         assert share >= 0.5, (
             f"{share:.2%} of the budget {budget:.0e} is used: at least 50% are wanted"
         )
