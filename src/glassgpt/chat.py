@@ -238,8 +238,9 @@ def chat_loss(model: GPT, separator: int) -> Loss:
 
     def loss(ids: Tensor, targets: Tensor) -> Tensor:
         ids = ids.to(device)
-        scores = model.head(model.hidden_states(ids, *separate(ids, separator))).mT
-        total = F.cross_entropy(scores, targets.to(device), reduction="sum")
+        logits = model.head(model.hidden_states(ids, *separate(ids, separator)))
+        places = targets.to(device).flatten()
+        total = F.cross_entropy(logits.flatten(0, 1), places, reduction="sum")
         return total / max(count_targets(targets), 1)
 
     return loss
