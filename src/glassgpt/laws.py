@@ -47,7 +47,7 @@ def fit_law(N: np.ndarray, D: np.ndarray, losses: np.ndarray) -> Law:
         alpha, beta = (grid.ravel() for grid in np.meshgrid(*axes))  # (G,)
         parts = ((N / n) ** -alpha[:, None], (D / d) ** -beta[:, None])
         x = np.stack([np.ones_like(parts[0]), *parts], axis=-1)  # (G, R, 3)
-        solved = np.linalg.pinv(x) @ losses[:, None]  # (G, 3, 1)
+        solved = np.linalg.solve(x.mT @ x, x.mT @ losses[:, None])  # (G, 3, 1)
         error = ((x @ solved)[..., 0] - losses) ** 2
         score = error.sum(1) + 1e9 * (solved < 0).any((1, 2))
         best = int(score.argmin())
