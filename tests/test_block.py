@@ -297,6 +297,13 @@ def with_centered(x, u):
     return (u - average(u) - along) / x.std(-1, correction=0, keepdim=True)
 
 
+def with_x(x, u):
+    """The mean of u times x where u times n belongs."""
+    deviation = x.std(-1, correction=0, keepdim=True)
+    normal = (x - average(x)) / deviation
+    return (u - average(u) - average(u * x) * normal) / deviation
+
+
 def by_differences(x, u, step=1e-5):
     """Each entry moved up and down a little, as in chapter 8."""
     result = torch.zeros_like(x)
@@ -407,6 +414,11 @@ WRONG = [
     ("check_additions", added(replace=True), "the stream was replaced"),
     (
         "check_additions",
+        lambda *given: torch.stack(added()(*given)).cumsum(0),
+        "give each part's own",
+    ),
+    (
+        "check_additions",
         lambda *given: [2 * part for part in added()(*given)],
         "part after part",
     ),
@@ -457,6 +469,16 @@ WRONG = [
     ),
     (
         "check_post_norm",
+        lambda x, attention, mlp, a, b: b(x + mlp(a(x + attention(x)))),
+        "the second addition starts from x",
+    ),
+    (
+        "check_post_norm",
+        lambda x, attention, mlp, a, b: b(mlp(a(x + attention(x)))),
+        "the second addition is missing",
+    ),
+    (
+        "check_post_norm",
         lambda x, attention, mlp, a, b: b((y := a(x.add_(attention(x)))) + mlp(y)),
         "caller's x was changed",
     ),
@@ -486,6 +508,7 @@ WRONG = [
         "the path through v is subtracted, not added",
     ),
     ("check_layer_norm_gradient", with_centered, "n, not x - m"),
+    ("check_layer_norm_gradient", with_x, "not of u times x"),
     (
         "check_layer_norm_gradient",
         lambda x, u: layer_norm_gradient(x, u, divide=False),

@@ -191,6 +191,10 @@ def check_additions(additions: Callable[..., list[Tensor]]) -> None:
         ),
         (run(lambda x: x, torch.add)[0], "a part must read the norm of the stream"),
         (run(norm, lambda _, new: new)[0], "the stream was replaced: add to it"),
+        (
+            list(torch.stack(wanted).cumsum(0)),
+            "this is all that was added up to here: give each part's own",
+        ),
     ]
     together = torch.stack(found)
     for wrong, mistake in mistakes:
@@ -225,6 +229,8 @@ def check_post_norm(post_norm: Callable[..., Tensor]) -> None:
         (square(stream + cube(stream)), "norm_1 stands in both lines"),
         (square(other + cube(other)), "norm_1 and norm_2 are exchanged"),
         (halve(stream + cube(x)), "the MLP read x: let it read what norm_1 returned"),
+        (halve(x + cube(stream)), "the second addition starts from x, not norm_1's"),
+        (halve(cube(stream)), "the second addition is missing"),
     ]
     for wrong, mistake in mistakes:
         assert not torch.equal(found, wrong), mistake
@@ -272,6 +278,10 @@ def check_layer_norm_gradient(gradient: Callable[[Tensor, Tensor], Tensor]) -> N
         (
             (u - mean - spread**2 * along) / spread,
             "n, not x - m: divide by the spread once more",
+        ),
+        (
+            (u - mean - (u * x).mean(-1, keepdim=True) * normal) / spread,
+            "the mean of u times n, not of u times x",
         ),
         ((u - 4 * mean - along) / spread, "the mean of u, not its sum"),
         ((u - mean - 4 * along) / spread, "the mean of u times n, not its sum"),
