@@ -171,6 +171,29 @@ def merges_first_place_only(ids, merges):
     return list(ids)
 
 
+def skips_the_neighbor(ids, merges):
+    """After a merge goes on one id too far."""
+    for pair, new in merges.items():
+        ids, at = list(ids), 0
+        while at < len(ids) - 1:
+            fits = (ids[at], ids[at + 1]) == pair
+            ids[at : at + 2] = [new] if fits else ids[at : at + 2]
+            at += 1 + fits
+    return ids
+
+
+def without_leading_zeros(text):
+    words = split_words(text)
+    cut = (f"{int(w):,}".split(",") if w.isdecimal() else [w] for w in words)
+    return [part for parts in cut for part in parts]
+
+
+def groups_in_reverse(text):
+    words = split_words(text)
+    cut = (regex.findall(".{1,3}", w) if w.isdecimal() else [w] for w in words)
+    return [part for parts in cut for part in reversed(parts)]
+
+
 def numeric_letters(text):
     """Takes for a digit what `isnumeric` does: letters such as 一, too."""
     words = in_threes()(text)
@@ -221,6 +244,14 @@ WRONG = [
         "no merge is left",
     ),
     (checks.check_merge_word, merges_first_place_only, "all occurrences"),
+    (checks.check_merge_word, skips_the_neighbor, "the very next two"),
+    (checks.check_split_numbers, without_leading_zeros, "0123456789' came back"),
+    (checks.check_split_numbers, groups_in_reverse, "something is moved"),
+    (
+        checks.check_split_numbers,
+        split_with("", r" ?\p{N}++", r"\p{N}{1,3}(?=(?:\p{N}{3})*\b)"),
+        r"\[0m' came back",  # no word ends between a digit and a letter
+    ),
     (checks.check_split_numbers, numeric_letters, "without digits"),
     (checks.check_split_numbers, from_the_left, "from the right"),
     (checks.check_split_numbers, split_words, "18890"),

@@ -22,13 +22,24 @@ NASTY_TEXTS = (
 )
 
 
+def _must_equal(found: str, text: str) -> None:
+    """Raises AssertionError, with the first place where they differ."""
+    pairs = enumerate(zip(text, found, strict=False))
+    at = next((n for n, (a, b) in pairs if a != b), min(len(text), len(found)))
+    near = slice(max(at - 10, 0), at + 10)
+    assert found == text, (
+        f"{text[near]!r} came back as {found[near]!r}: "
+        "something is moved, lost or changed on the way"
+    )
+
+
 def check_split_words(split_words: Callable[[str], Sequence[str]]) -> None:
     """Words are cut as GPT-2 cuts them, and nothing is lost.
 
     Book: 02_tokens.html#words
     """
     for text in NASTY_TEXTS:
-        assert "".join(split_words(text)) == text, f"{text[:30]!r}: characters are lost"
+        _must_equal("".join(split_words(text)), text)
     cases = {
         "a tower": (["a", " tower"], "a space belongs to the word that follows it"),
         "a  b\n\n c": (["a", " ", " b", "\n\n", " c"], "only the last space moves"),
@@ -61,6 +72,8 @@ def check_merge_word(merge_word: Callable) -> None:
     assert got == [1, 256] * 60, "a long word is merged in another way than a short one"
     got = list(merge_word([1, 1, 1], {(1, 1): 256}))
     assert got == [256, 1], f"1 1 1 gave {got}: merge from left to right"
+    got = list(merge_word([1, 1, 1, 1], {(1, 1): 256}))
+    assert got == [256, 256], f"1 1 1 1 gave {got}: the very next two merge, too"
     assert list(merge_word([], merges)) == [], "an empty word gives no ids"
 
 
@@ -75,11 +88,7 @@ def check_tokenizer_round_trip(
         ids = tokenizer.encode(text)
         outside = [n for n in ids if not 0 <= n < tokenizer.vocab_size]
         assert not outside, f"id {outside[0]} is outside the vocabulary"
-        back = tokenizer.decode(ids)
-        assert back == text, (
-            f"{text[:30]!r} came back as {back[:30]!r}: "
-            "something is lost or changed on the way"
-        )
+        _must_equal(tokenizer.decode(ids), text)
 
 
 def check_special_tokens(tokenizer: Any) -> None:
@@ -137,8 +146,7 @@ def check_split_numbers(split_numbers: Callable[[str], Sequence[str]]) -> None:
     Book: 02_tokens.html#exercise-3-digits-in-threes
     """
     for text in NASTY_TEXTS:
-        joined = "".join(split_numbers(text))
-        assert joined == text, f"{text[:30]!r}: characters are lost"
+        _must_equal("".join(split_numbers(text)), text)
     got = list(split_numbers("18890"))
     assert got != ["188", "90"], "18890 was cut from the left: count from the right"
     assert got == ["18", "890"], f"18890 was cut into {got}"
