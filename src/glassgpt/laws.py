@@ -36,7 +36,8 @@ class Law:
 def fit_law(N: np.ndarray, D: np.ndarray, losses: np.ndarray) -> Law:
     """The law nearest to measured losses, by least squares. N, D, losses: (R,).
 
-    Raises ValueError where the best exponents are not between 0.02 and 1.5.
+    Raises ValueError where the best exponents are not between 0.02 and 1.5, and
+    NumPy's LinAlgError, a kind of it, where all sizes or all D are equal.
 
     Book: 24_scaling_laws.html#the-law
     """
