@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from glassgpt.attention import attention, causal_mask
 from glassgpt.checks import attention as checks
+from glassgpt.softmax import softmax
 
 sizes = st.integers(1, 6)
 
@@ -151,6 +152,19 @@ def variant(
     return attend
 
 
+def four_axes(queries, keys, values, mask=None):
+    scores = torch.einsum("bhtc,bhsc->bhts", queries, keys) / keys.shape[-1] ** 0.5
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    weights = softmax(scores)
+    return weights @ values, weights
+
+
+def one_more_axis(queries, keys, values, mask=None):
+    context, weights = attention(queries, keys, values, mask)
+    return context if context.dim() == 4 else context[None], weights
+
+
 def masked_from_the_left(queries, keys, values, mask=None):
     return attention(queries, keys, values, None if mask is None else mask[None, None])
 
@@ -210,12 +224,14 @@ def copied(queries, pairs):
     return kept_for_later(queries, copies)
 
 
-def streaming(queries, pairs, root=None, dtype=None, rescale=True, peaks=True):
+def streaming(
+    queries, pairs, root=None, dtype=None, rescale=True, peaks=True, start=-math.inf
+):
     """A right version with parts that can be left out."""
     root = root or math.sqrt(queries.shape[-1])
     total = torch.zeros(len(queries), 1, dtype=dtype or queries.dtype)
     mixture = torch.zeros(len(queries), 1, dtype=dtype or queries.dtype)
-    peak = torch.full((len(queries), 1), -math.inf)
+    peak = torch.full((len(queries), 1), start)
     for keys, values in pairs:
         scores = queries @ keys.T / root
         higher = torch.maximum(peak, scores.amax(-1, keepdim=True))
@@ -376,6 +392,8 @@ WRONG = [
         lambda q, k, v, mask=None: attention(q * (q.shape[-1] / 8) ** 0.5, k, v, mask),
         "the square root of the width 3",
     ),
+    ("check_attention", four_axes, "fails on a single text, queries (T, D)"),
+    ("check_attention", one_more_axis, "wrong on a single text, queries (T, D)"),
     ("check_attention", masked_from_the_left, "must broadcast"),
     ("check_attention", mask_of_the_first_text, "in each text of the batch"),
     ("check_attention", variant(axis=-2), "wrong axis"),
@@ -458,6 +476,11 @@ WRONG = [
         "check_streaming_attention",
         lambda q, pairs: streaming(q, pairs, peaks=False),
         "own peak so far",
+    ),
+    (
+        "check_streaming_attention",
+        lambda q, pairs: streaming(q, pairs, start=0.0),
+        "start with the peak -inf",
     ),
 ]
 

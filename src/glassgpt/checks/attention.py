@@ -116,6 +116,13 @@ def check_attention(attention: Callable[..., tuple[Tensor, Tensor]]) -> None:
     assert (hidden[~padding.expand_as(hidden)] == 0).all(), (
         "a mask (B, 1, 1, S) hides other keys in each text of the batch"
     )
+    single, advice = "on a single text, queries (T, D)", "name only the last two axes"
+    try:
+        alone, _ = attention(q.detach()[0, 0], k[0, 0], v[0, 0])
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise AssertionError(f"fails {single}: {advice} ({error})") from error
+    equal = alone.shape == (3, 6) and torch.allclose(alone, context[0, 0])
+    assert equal, f"wrong {single}: {advice}"
 
 
 def _check_large(
@@ -239,17 +246,18 @@ def check_streaming_attention(
     random = torch.Generator().manual_seed(0)
     shapes = [(3, 4), (60, 4), (60, 2)]
     q, k, v = (torch.randn(shape, generator=random) for shape in shapes)
-    for scale in (1, 1000):
-        found = streaming(scale * q, _vanishing(k, v)).to(q.dtype)
-        assert found.isfinite().all(), (
-            "nan: subtract each row's own peak so far, and keep no chunk for later"
-        )
-        last = F.scaled_dot_product_attention(scale * q, k[-2:], v[-2:])
+    own = "subtract each row's own peak so far, and keep no chunk for later"
+    low = "start with the peak -inf, for all scores of a row may be low"
+    cases = [(q, k, own), (1000 * q, k, own), (1000 * q.abs(), -k.abs(), low)]
+    for queries, keys, advice in cases:
+        found = streaming(queries, _vanishing(keys, v)).to(q.dtype)
+        assert found.isfinite().all(), f"nan: {advice}"
+        last = F.scaled_dot_product_attention(queries, keys[-2:], v[-2:])
         assert not torch.allclose(found, last), "only the last chunk counts"
-        plain = F.scaled_dot_product_attention(scale * q, k, v, scale=1)
-        undivided = scale == 1 and torch.allclose(found, plain, atol=1e-4)
+        plain = F.scaled_dot_product_attention(queries, keys, v, scale=1)
+        undivided = queries is q and torch.allclose(found, plain, atol=1e-4)
         assert not undivided, "the scores were not divided by the root of the width"
-        wanted = F.scaled_dot_product_attention(scale * q, k, v)
+        wanted = F.scaled_dot_product_attention(queries, keys, v)
         assert torch.allclose(found, wanted, atol=1e-3), (
             "the context is wrong: when a row's peak grows, multiply its total and its"
             " mixture by exp(old peak - new peak), and divide once, at the end"
