@@ -169,14 +169,19 @@ def shift(sign=1.0, unit=1.0, dtype=torch.float32):
 
 
 def fitted(distance, width):
-    P = sinusoidal_positions(512 + distance, width).double()
-    return torch.linalg.lstsq(P[:512], P[distance:]).solution
+    P, t = sinusoidal_positions(528, width).double(), torch.arange(8, 520)
+    return torch.linalg.lstsq(P[t], P[t + distance]).solution
 
 
 def two_rows(distance, width):
     """Fitted to two positions only, 20 and 300."""
     P = sinusoidal_positions(512, width).double()
     return torch.linalg.pinv(P[[20, 300]]) @ P[[20 + distance, 300 + distance]]
+
+
+def repeated(distance, width):
+    """One step so many times, and none for a distance below 0."""
+    return torch.linalg.matrix_power(shift()(1, width), max(distance, 0))
 
 
 @pytest.mark.parametrize("right", [shift(), shift(dtype=torch.float64), fitted])
@@ -237,11 +242,13 @@ def test_right_steps_pass(right):
         (checks.check_shift_matrix, lambda d, c: shift()(d, 8), "not (4, 4)"),
         (checks.check_shift_matrix, two_rows, "position 57 times"),
         (checks.check_shift_matrix, lambda d, c: shift()(d, 8)[:c, :c], "position 27"),
-        (checks.check_shift_matrix, shift(sign=-1), "backwards"),
+        (checks.check_shift_matrix, shift(sign=-1), "the wrong way"),
         (checks.check_shift_matrix, shift(unit=2.0), "is not position 21"),
         (checks.check_shift_matrix, lambda d, c: torch.eye(c), "is not position"),
         (checks.check_shift_matrix, lambda d, c: shift()(1, c), "distance is ignored"),
         (checks.check_shift_matrix, lambda d, c: shift()(d, c // 2), "shape"),
+        (checks.check_shift_matrix, repeated, "is not position 18"),
+        (checks.check_shift_matrix, lambda d, c: shift()(abs(d), c), "the wrong way"),
     ],
 )  # fmt: skip
 def test_checks_name_the_mistake(check, wrong, message, capsys):

@@ -109,7 +109,7 @@ def check_shift_matrix(shift: Callable[[int, int], Tensor]) -> None:
         angles = t * 10000.0 ** (-torch.arange(0, width, 2).double() / width)
         return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten()
 
-    for distance, width in ((1, 8), (7, 8), (7, 4)):
+    for distance, width in ((1, 8), (7, 8), (7, 4), (-2, 4)):
         matrix = shift(distance, width)
         expect_tensor(matrix)
         matrix = matrix.double()
@@ -118,7 +118,7 @@ def check_shift_matrix(shift: Callable[[int, int], Tensor]) -> None:
         for t in range(20, 400, 37):
             got = row(t) @ matrix
             back = torch.allclose(got, row(t - distance), atol=1e-4)
-            assert not back, "the step goes backwards: change the sign of the sines"
+            assert not back, "the step goes the wrong way: mind the sign of the sines"
             assert distance == 1 or not torch.allclose(got, row(t + 1), atol=1e-4), (
                 "distance is ignored"
             )
