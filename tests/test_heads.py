@@ -369,8 +369,8 @@ def unmasked(module, x):
 
 
 def last_under_the_second(module, x):
-    first, second, third = contributions(module, x).unbind(1)
-    return torch.stack([first, second + third, 0 * third], 1)
+    first, second, third, last = contributions(module, x).unbind(1)
+    return torch.stack([first, second + last, third, 0 * last], 1)
 
 
 WRONG = [
@@ -505,7 +505,7 @@ def test_check_names_the_mistake(check, wrong, message):
         (lambda m, x: contributions(m, 2 * x), "don't sum to the output"),
         (lambda m, x: contributions(m, x).flip(1), "and yet it adds something"),
         (lambda m, x: contributions(m, x)[:, :1], "(B, H, T, C)"),
-        (lambda m, x: contributions(m, x)[:, [0, 2, 1]], "head 1 was cut off"),
+        (lambda m, x: contributions(m, x)[:, [0, 2, 1, 3]], "head 1 was cut off"),
         (last_under_the_second, "head 1 was cut off"),
     ],
 )
@@ -513,3 +513,15 @@ def test_wrong_contributions_are_named(wrong, message):
     with pytest.raises(AssertionError) as caught:
         checks.check_contributions(wrong)
     assert message in str(caught.value)
+
+
+def test_contributions_of_three_heads_only_are_refused():
+    def cut_in_three(module, x):
+        parts = module.qkv(x).chunk(3, dim=-1)
+        contexts = fused_attention(*(split_heads(part, module.heads) for part in parts))
+        weights = module.projection.weight.chunk(3, dim=-1)
+        pieces = zip(contexts.unbind(1), weights, strict=False)
+        return torch.stack([piece @ weight.mT for piece, weight in pieces], dim=1)
+
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        checks.check_contributions(cut_in_three)

@@ -254,10 +254,11 @@ def _contributions(
     module: nn.Module, x: Tensor, dim: int = -1, causal: bool = True
 ) -> Tensor:
     """What each head adds, its part of the projection cut from the axis `dim`."""
-    thirds = [_by_columns(part, 3) for part in module.qkv(x).chunk(3, dim=-1)]
+    parts = module.qkv(x).chunk(3, dim=-1)
+    thirds = [_by_columns(part, module.heads) for part in parts]
     mask = causal_mask(x.shape[1]) if causal else None
     pieces = [attention(*qkv, mask)[0] for qkv in zip(*thirds, strict=True)]
-    cuts = module.projection.weight.chunk(3, dim)
+    cuts = module.projection.weight.chunk(module.heads, dim)
     cuts = [cut.mT for cut in cuts] if dim == -1 else cuts
     return torch.stack([z @ cut for z, cut in zip(pieces, cuts, strict=True)], 1)
 
@@ -271,10 +272,10 @@ def check_contributions(contributions: Callable[[nn.Module, Tensor], Tensor]) ->
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        module = MultiHeadAttention(6, 3).double()
-    (x,) = _random((2, 4, 6))
+        module = MultiHeadAttention(12, 4).double()
+    (x,) = _random((2, 5, 12))
     parts, wanted = contributions(module, x), module(x)
-    assert parts.shape == (2, 3, 4, 6), f"shape {tuple(parts.shape)}: (B, H, T, C)"
+    assert parts.shape == (2, 4, 5, 12), f"shape {tuple(parts.shape)}: (B, H, T, C)"
     mistakes = {
         "rows of weight were taken: it is (out, in), a head is read by its columns": (
             _contributions(module, x, dim=0)
@@ -284,11 +285,11 @@ def check_contributions(contributions: Callable[[nn.Module, Tensor], Tensor]) ->
     for mistake, wrong in mistakes.items():
         assert not torch.allclose(parts, wrong), mistake
     bias, total = module.projection.bias, parts.sum(1)
-    assert not torch.allclose(total, wanted + 2 * bias), "each head added the bias"
+    assert not torch.allclose(total, wanted + 3 * bias), "each head added the bias"
     assert torch.allclose(total + bias, wanted), "the parts don't sum to the output"
-    for head in range(3):
-        cut, kept = deepcopy(module), [h for h in range(3) if h != head]
-        cut.projection.weight.data[:, 2 * head : 2 * head + 2] = 0  # its columns
+    for head in range(4):
+        cut, kept = deepcopy(module), [h for h in range(4) if h != head]
+        cut.projection.weight.data[:, 3 * head : 3 * head + 3] = 0  # its columns
         without = contributions(cut, x)
         message = f"head {head} was cut off from the projection, and yet"
         assert (without[:, head] == 0).all(), f"{message} it adds something"
