@@ -66,10 +66,12 @@ def test_the_fastest_is_chosen_by_measuring(monkeypatch):
 
 
 def test_the_fastest_is_the_fastest(monkeypatch):
-    now = iter([seconds for _ in range(7) for seconds in (0, 3, 3, 5, 5, 6, 6, 9)])
+    # Each begins at 0, is warm at 7, and ends.
+    ends = [7 + seconds for _ in range(7) for seconds in (3, 2, 1, 3)]
+    now = iter([moment for end in ends for moment in (0, 7, end)])
     monkeypatch.setattr(module, "PACKED", False)
     monkeypatch.setattr(module, "perf_counter", lambda: next(now))
-    assert fastest_weights([torch.nn.Linear(4, 3)]) == "float16"  # 3, 2, 1 and 3
+    assert fastest_weights([torch.nn.Linear(4, 3)]) == "float16"
 
 
 def test_as_they_are():

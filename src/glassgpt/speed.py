@@ -107,27 +107,29 @@ class LightLinear(nn.Module):
 def fastest_weights(layers: Sequence[nn.Linear]) -> str:
     """Which of FORMATS takes one vector through these layers fastest, as measured.
 
-    The first four, a block's, are timed. In between twenty others are read, so that
-    the processor's cache holds what it would hold in writing.
+    Of the first eight, two blocks', four warm the routines up and four are timed. In
+    between others are read, so that the cache holds what it would hold in writing.
     On anything but a CPU "float16", unmeasured.
 
     Book: 21_speed.html#which-is-fastest-here
     """
     if not layers[0].weight.is_cpu:
         return "float16"
-    timed, others = layers[:4], layers[4:24]
-    inputs = [layer.weight[:1] for layer in timed]  # any vector will do
-    ways: dict[str, Sequence[nn.Module]] = {"float32": timed}
+    first, others = layers[:8], layers[8:24]
+    inputs = [layer.weight[:1] for layer in first]  # any vector will do
+    middle = len(first) // 2
+    ways: dict[str, Sequence[nn.Module]] = {"float32": first}
     for name in ("float16", "int8") if PACKED else FORMATS[1:]:
-        ways[name] = [LightLinear(layer, name) for layer in timed]
+        ways[name] = [LightLinear(layer, name) for layer in first]
     seconds = dict.fromkeys(ways, math.inf)
     for _ in range(7):  # in turn, so that a slow moment hits all of them
         for name, way in ways.items():
             for layer in others:
                 layer.weight.sum()
-            start = perf_counter()
-            for layer, x in zip(way, inputs, strict=True):
-                layer(x)
+            for part in (slice(middle), slice(middle, None)):
+                start = perf_counter()
+                for layer, x in zip(way[part], inputs[part], strict=True):
+                    layer(x)
             seconds[name] = min(seconds[name], perf_counter() - start)
     return min(seconds, key=seconds.__getitem__)
 
