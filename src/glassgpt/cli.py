@@ -35,7 +35,7 @@ from glassgpt.generation import Sampling, stream_text
 from glassgpt.gpt import GPT
 from glassgpt.hub import read_tokenizer
 from glassgpt.modern import ModernConfig, MuonConfig
-from glassgpt.runs import CHANGEABLE, Run, Saving, refuse_occupied
+from glassgpt.runs import CHANGEABLE, Run, Saving, memory_advice, refuse_occupied
 from glassgpt.scaling import make_trainer, team
 from glassgpt.tokens import BPETokenizer, CharTokenizer, Tokenizer
 
@@ -689,7 +689,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.simplefilter("always", UserWarning)
             warnings.showwarning = lambda message, *_: tell(str(message))
-            with team() as first:
+            with team() as first, memory_advice("use a smaller model"):
                 return (parse(arguments).run() or 0) if first else 0
     except BrokenPipeError:  # whoever read the output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -306,8 +306,8 @@ def _go_on(run: Run, on_record: OnRecord | None, progress: bool) -> Run:
 
 
 @contextmanager
-def memory_advice() -> Iterator[None]:
-    """Turn an allocator's failure into a MemoryError that says what to lower.
+def memory_advice(advice: str) -> Iterator[None]:
+    """Turn an allocator's failure into a MemoryError that says what to do.
 
     Book: 20_runs_that_survive.html#one-run-in-a-folder
     """
@@ -317,8 +317,10 @@ def memory_advice() -> Iterator[None]:
         signs = "allocate memory|out of memory|ALLOC_FAILED|Invalid buffer"
         if not re.search(signs, str(error)):
             raise
-        advice = "raise accumulate, or lower the model's context, width or layers"
-        raise MemoryError(f"training does not fit into memory: {advice}") from error
+        raise MemoryError(f"this does not fit into memory: {advice}") from error
+
+
+LESS = "raise accumulate, or lower the model's context, width or layers"
 
 
 def refuse_occupied(directory: Path) -> None:
@@ -352,7 +354,7 @@ def _on_disk(data: TokenData, folder: Path, tokenizer: Tokenizer) -> TokenData:
     return found
 
 
-@memory_advice()
+@memory_advice(LESS)
 def start_run(
     directory: str | Path,
     plan: Plan,
@@ -394,7 +396,7 @@ def start_run(
         return _go_on(run, on_record, progress)
 
 
-@memory_advice()
+@memory_advice(LESS)
 def resume_run(
     directory: str | Path,
     data: str | Path | None = None,
