@@ -219,7 +219,9 @@ def _check_analogy(
     table: Tensor,
     wrong: dict[int, str],
 ) -> None:
+    kept = table.clone()
     found = analogy(0, 1, 2, table)
+    assert torch.equal(table, kept), "the table was changed: work on a copy"
     try:
         got = int(found)
     except (TypeError, ValueError, RuntimeError):
