@@ -28,8 +28,8 @@ def _must_equal(found: str, text: str) -> None:
     at = next((n for n, (a, b) in pairs if a != b), min(len(text), len(found)))
     near = slice(max(at - 10, 0), at + 10)
     assert found == text, (
-        f"{text[near]!r} came back as {found[near]!r}: "
-        "something is moved, lost or changed on the way"
+        f"{text[near]!a} came back as {found[near]!a}: "
+        "something is moved, lost, added or changed on the way"
     )
 
 
