@@ -1,6 +1,7 @@
 """Heads and multi-head attention: parity with PyTorch, properties, wrong versions."""
 
 import math
+from copy import deepcopy
 
 import pytest
 import torch
@@ -368,6 +369,12 @@ def unmasked(module, x):
     return torch.stack([piece @ weight.mT for piece, weight in pieces], dim=1)
 
 
+def always_four_heads(module, x):
+    module = deepcopy(module)
+    module.heads = 4
+    return contributions(module, x)
+
+
 def last_under_the_second(module, x):
     first, second, third, last = contributions(module, x).unbind(1)
     return torch.stack([first, second + last, third, 0 * last], 1)
@@ -507,6 +514,7 @@ def test_check_names_the_mistake(check, wrong, message):
         (lambda m, x: contributions(m, x)[:, :1], "(B, H, T, C)"),
         (lambda m, x: contributions(m, x)[:, [0, 2, 1, 3]], "head 1 was cut off"),
         (last_under_the_second, "head 1 was cut off"),
+        (always_four_heads, "right with 4 heads, wrong with 3"),
     ],
 )
 def test_wrong_contributions_are_named(wrong, message):

@@ -272,7 +272,7 @@ def check_contributions(contributions: Callable[[nn.Module, Tensor], Tensor]) ->
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        module = MultiHeadAttention(12, 4).double()
+        module, other = (MultiHeadAttention(12, heads).double() for heads in (4, 3))
     (x,) = _random((2, 5, 12))
     parts, wanted = contributions(module, x), module(x)
     assert parts.shape == (2, 4, 5, 12), f"shape {tuple(parts.shape)}: (B, H, T, C)"
@@ -295,3 +295,5 @@ def check_contributions(contributions: Callable[[nn.Module, Tensor], Tensor]) ->
         assert (without[:, head] == 0).all(), f"{message} it adds something"
         others = torch.allclose(without[:, kept], parts[:, kept])
         assert others, f"{message} another head changed"
+    total = contributions(other, x).sum(1) + other.projection.bias
+    assert torch.allclose(total, other(x)), "right with 4 heads, wrong with 3"
