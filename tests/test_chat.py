@@ -591,6 +591,17 @@ def test_data_for_a_trainer(tokenizer, model):
         Trainer(model, pack_data([TALK[:2]], [TALK], tokenizer, 32), config)
 
 
+def test_the_loss_is_the_mean_surprise_of_what_is_learned(model, tokenizer):
+    """By hand, for a conversation that nothing was packed with."""
+    ids, learned = render(TALK, tokenizer)
+    separator = tokenizer.special_tokens["<|endoftext|>"]
+    found = chat_loss(model, separator)(*pack([(ids, learned)], 64, separator))
+    log_p = model(torch.tensor([ids]))[0].log_softmax(-1)
+    places = [n for n in range(1, len(ids)) if learned[n]]
+    wanted = -sum(log_p[n - 1, ids[n]] for n in places) / len(places)
+    torch.testing.assert_close(found, wanted)
+
+
 def test_evaluation_weighs_by_targets(model, tokenizer):
     """The mean over all targets, however rows are put into batches."""
     data = pack_data([TALK] * 3 + [TALK[:3]] * 4, [TALK], tokenizer, 48)

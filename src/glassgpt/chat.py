@@ -239,8 +239,8 @@ def chat_loss(model: GPT, separator: int) -> Loss:
     def loss(ids: Tensor, targets: Tensor) -> Tensor:
         ids = ids.to(device)
         logits = model.head(model.hidden_states(ids, *separate(ids, separator)))
-        places = targets.to(device).flatten()
-        total = F.cross_entropy(logits.flatten(0, 1), places, reduction="sum")
+        wanted = targets.to(device).flatten()
+        total = F.cross_entropy(logits.flatten(0, 1), wanted, reduction="sum")
         return total / max(count_targets(targets), 1)
 
     return loss

@@ -30,10 +30,9 @@ def _watched(layer: int, see: See) -> Callable[..., Tensor]:
         if mask is None:
             mask = causal_mask(S, queries.device)[S - T :]
         # Heads that share keys and values (chapter 14) get a copy each.
-        if (shared := queries.shape[1] // keys.shape[1]) > 1:
-            keys, values = (p.repeat_interleave(shared, 1) for p in (keys, values))
-        weights = attention(queries, keys, values[..., :0], mask)[1]  # no contexts yet
-        weights = see(f"{layer}.weights", weights)
+        shared = queries.shape[1] // keys.shape[1]
+        keys, values = (part.repeat_interleave(shared, 1) for part in (keys, values))
+        weights = see(f"{layer}.weights", attention(queries, keys, values, mask)[1])
         return see(f"{layer}.contexts", weights @ values)
 
     return attend

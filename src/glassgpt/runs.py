@@ -306,7 +306,9 @@ def _go_on(run: Run, on_record: OnRecord | None, progress: bool) -> Run:
 
 
 @contextmanager
-def memory_advice(advice: str) -> Iterator[None]:
+def memory_advice(
+    advice: str = "raise accumulate, or lower the model's context, width or layers",
+) -> Iterator[None]:
     """Turn an allocator's failure into a MemoryError that says what to do.
 
     Book: 20_runs_that_survive.html#one-run-in-a-folder
@@ -318,9 +320,6 @@ def memory_advice(advice: str) -> Iterator[None]:
         if not re.search(signs, str(error)):
             raise
         raise MemoryError(f"this does not fit into memory: {advice}") from error
-
-
-LESS = "raise accumulate, or lower the model's context, width or layers"
 
 
 def refuse_occupied(directory: Path) -> None:
@@ -354,7 +353,7 @@ def _on_disk(data: TokenData, folder: Path, tokenizer: Tokenizer) -> TokenData:
     return found
 
 
-@memory_advice(LESS)
+@memory_advice()
 def start_run(
     directory: str | Path,
     plan: Plan,
@@ -396,7 +395,7 @@ def start_run(
         return _go_on(run, on_record, progress)
 
 
-@memory_advice(LESS)
+@memory_advice()
 def resume_run(
     directory: str | Path,
     data: str | Path | None = None,
