@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from browser import FLAGS, find_browser
+from xdist.scheduler import LoadFileScheduling
 
 if os.name == "nt":  # the texts that tests write have the same bytes everywhere
     Path.write_text = partialmethod(Path.write_text, newline="\n")
@@ -54,8 +55,19 @@ def browser(chromium):
 
 @pytest.fixture(scope="session")
 def site(chromium, tmp_path_factory):
-    """The built page. Only test_page.py asks for it, so one worker builds it."""
+    """The built page. One worker builds it, and has all tests that ask for it."""
     return build_page(tmp_path_factory.mktemp("site"))
+
+
+class WholeFiles(LoadFileScheduling):
+    """One worker runs a whole file, and the one that has the page prints it, too."""
+
+    def _split_scope(self, nodeid):
+        return super()._split_scope(nodeid).replace("test_pdf", "test_page")
+
+
+def pytest_xdist_make_scheduler(config, log):
+    return WholeFiles(config, log)
 
 
 def pytest_collection_finish():

@@ -1,9 +1,6 @@
 """The printed book: nothing lost on the way from the page to the paper."""
 
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pdf
@@ -11,7 +8,6 @@ import pikepdf
 import pypdfium2
 import pytest
 
-ROOT = Path(__file__).parent.parent
 # Two chapters are enough: formulas, figures that move, exercises, links to each other.
 CHAPTERS = ["05_softmax", "09_block"]
 TOC = """format: jb-book
@@ -25,21 +21,18 @@ SCALE = 0.5  # pixels a point
 
 
 @pytest.fixture(scope="module")
-def site(chromium, tmp_path_factory):
-    """Two chapters, built."""
-    target = tmp_path_factory.mktemp("pdf")
-    (target / "toc.yml").write_text(TOC, "utf-8")
-    book = [Path(sys.executable).with_name("jupyter-book"), "build", ".", "-q"]
-    small = ["--toc", str(target / "toc.yml"), "--path-output", str(target)]
-    subprocess.run(book + small, cwd=ROOT, check=True, capture_output=True)
-    return target / "_build" / "html"
+def toc(tmp_path_factory):
+    """The table of contents of a book of two chapters."""
+    path = tmp_path_factory.mktemp("pdf") / "toc.yml"
+    path.write_text(TOC, "utf-8")
+    return path
 
 
 @pytest.fixture(scope="module")
-def paper(site, browser):
+def paper(site, toc, browser):
     """The path of the printed book."""
-    target = site.parent / "book.pdf"
-    pdf.print_book(site, site.parent.parent / "toc.yml", target, browser)
+    target = toc.with_name("book.pdf")
+    pdf.print_book(site, toc, target, browser)
     return target
 
 
@@ -148,10 +141,10 @@ def test_every_picture_and_formula_has_its_words(paper, articles):
 
 
 @pytest.fixture(scope="module")
-def marked(site, browser):
+def marked(site, toc, browser):
     """The book with its figures on bright paper, their number, and the page's width."""
     book = site / "book" / "marked.html"
-    book.write_text(pdf.assemble(site, site.parent.parent / "toc.yml"), "utf-8")
+    book.write_text(pdf.assemble(site, toc), "utf-8")
     page = browser.new_page(viewport={"width": 627, "height": 900})
     page.emulate_media(media="print")
     page.goto(book.as_uri())
@@ -161,6 +154,7 @@ def marked(site, browser):
     count = page.locator(f"{FIGURES}:visible").count()
     printed = page.pdf(prefer_css_page_size=True, print_background=True)
     page.close()
+    book.unlink()
     return printed, count, width
 
 
