@@ -80,14 +80,24 @@ ONLY_THESE = """() => {
   const live = [...document.querySelectorAll("glass-gpt")].map(x => x.shadowRoot);
   return [document, ...live].some(root => root?.querySelector("[data-shade]"));
 }"""
-# What axe need not walk through: the inside of drawings and formulas, words of code.
-PRUNE = """() => {
+# What axe need not walk through: words of code; then the inside of drawings, formulas
+# and plain text, and buttons that are all alike.
+WORDS = """() => {
   const seen = new Set();
   document.querySelectorAll("pre span[class]").forEach(word => {
     if (seen.has(word.className)) word.replaceWith(...word.childNodes);
     else if (word.textContent.length > 1) seen.add(word.className);
   });
+}"""
+PRUNE = """() => {
+  const kept = "a, button, img, input, svg, [data-shade], [id], [lang], [role], "
+    + "[tabindex], [aria-label], [aria-hidden]";
   document.querySelectorAll("svg[role=img], math").forEach(x => x.replaceChildren());
+  document.querySelectorAll(`article :is(p, li, td):not(:has(${kept}))`)
+    .forEach(text => text.textContent = text.textContent);
+  [...document.querySelectorAll("button.copybtn:not([data-shade])")]
+    .filter(button => button.checkVisibility()).slice(1)
+    .forEach(button => button.remove());
 }"""
 # page.js has asked every box whether it scrolls.
 ASKED = "!document.querySelector('pre:not([tabindex])')"
@@ -200,6 +210,12 @@ def move_sliders(page):
     return moved
 
 
+def change_theme(page, theme):
+    """Let the system ask for light or dark, and wait until the page follows."""
+    page.emulate_media(media="screen", color_scheme=theme)
+    page.wait_for_function(THEME, arg=theme)
+
+
 def visit(page, address, shades):
     """Open an address on a phone, on paper and in both colors: what was seen.
 
@@ -216,6 +232,10 @@ def visit(page, address, shades):
     page.wait_for_function(ASKED)
     seen["moved"] = move_sliders(page)
     page.wait_for_function(f"{UNREACHABLE} === 0")
+    page.evaluate(WORDS)
+    for theme in ("light", "dark"):
+        change_theme(page, theme)
+        shades |= page.evaluate(THREE_OF_EACH, shades)
     page.evaluate(PRUNE)
     page.evaluate(AXE)
     seen["barred"] = page.evaluate(AXE_RUN, BUT_COLORS)
@@ -225,16 +245,10 @@ def visit(page, address, shades):
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
     seen |= {"cut": page.evaluate(CUT), "printed": page.evaluate(PRINTED)}
     page.evaluate("dispatchEvent(new Event('afterprint'))")
-    for judged in (False, True):
+    if page.evaluate(ONLY_THESE):
         for theme in ("light", "dark"):
-            page.emulate_media(media="screen", color_scheme=theme)
-            page.wait_for_function(THEME, arg=theme)
-            if judged:
-                seen["barred"] += page.evaluate(AXE_RUN, OF_COLORS)
-            else:
-                shades |= page.evaluate(THREE_OF_EACH, shades)
-        if not page.evaluate(ONLY_THESE):
-            break
+            change_theme(page, theme)
+            seen["barred"] += page.evaluate(AXE_RUN, OF_COLORS)
     page.wait_for_load_state("networkidle")
     return seen
 
