@@ -1,14 +1,9 @@
 """Looking inside: traces, ledgers, attribution, ablation and lenses."""
 
-import re
-
 import pytest
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
-import glassgpt
 from glassgpt.checks import inspection as checks
-from glassgpt.data import HELD_OUT_PLAYS, shakespeare
 from glassgpt.gpt import GPTConfig
 from glassgpt.heads import fused_attention
 from glassgpt.inspection import (
@@ -214,30 +209,3 @@ def test_induction_scores_of_a_perfect_head():
         weights[:, 1, t, t - 3] = 1
     scores = induction_scores({"0.weights": weights, "logits": weights})
     assert scores.tolist() == [[0, 1]]
-
-
-@torch.no_grad()
-def test_the_bracket_makes_the_difference_in_most_directions():
-    """The numbers of chapter 18's first section."""
-    model, tokenizer = glassgpt.load("shakespeare")
-    plays = [play.text for play in shakespeare() if play.name in HELD_OUT_PLAYS]
-    directions = sorted(set(re.findall(r"\[([^\]]+)\]", "\n".join(plays))))
-    assert len(directions) == 348
-
-    def chances(texts):
-        """Of a `]` after each text; the zeros that follow it change nothing."""
-        rows = [torch.tensor(tokenizer.encode(f"\n\n{text}")) for text in texts]
-        found = torch.zeros(len(rows))
-        by_length = sorted(range(len(rows)), key=lambda row: len(rows[row]))
-        for some in torch.tensor(by_length).split(32):
-            batch = [rows[row] for row in some]
-            last = torch.tensor([len(row) - 1 for row in batch])
-            states = model.hidden_states(pad_sequence(batch, batch_first=True))
-            logits = model.head(states[torch.arange(len(batch)), last])
-            found[some] = logits.softmax(-1)[:, tokenizer.encode("]")[0]]
-        return found
-
-    inside, bare = chances([f"[{text}" for text in directions]), chances(directions)
-    assert [f"{c.median():.2f}" for c in (inside, bare)] == ["0.46", "0.03"]
-    assert 0.47 < (inside > 5 * bare).float().mean() < 0.49
-    assert f"{chances(['Exeunt']).item():.2f}" == "0.45"
