@@ -88,7 +88,7 @@ def block_moments() -> list[tuple[str, int]]:
 
     Book: 22_many_machines.html#dividing-the-model
     """
-    trainer = _small_run(scaling.FSDPTrainer)
+    trainer = _small_run(scaling.FSDPTrainer, layers=2)
     block, after = trainer.model.blocks
     found = []
 
@@ -123,6 +123,7 @@ def _small_run(
     muon: bool = False,
     masked: bool = False,
     dropout: float = 0.0,
+    layers: int = 1,
 ) -> Any:
     """A trainer with 64 bits, a tied table and 101 tokens, which three can't divide.
 
@@ -131,12 +132,12 @@ def _small_run(
     """
     with torch.random.fork_rng([]):
         torch.manual_seed(dist.get_rank() if dist.is_initialized() else 0)
-        size: Any = {"layers": 2, "heads": 2, "width": 12, "dropout": dropout}
+        size: Any = {"layers": layers, "heads": 2, "width": 12, "dropout": dropout}
         model = GPT(GPTConfig(101, 8, **size)).double()
     ids = [number * number * (not dropout) % 101 for number in range(2000)]
     data = TokenData.of(ids, ids[:300], 101)
     data.train = (_Masked if masked else Tokens)(data.train.ids)
-    values = {"steps": 4, "batch_size": rows, "accumulate": accumulate, "warmup": 2}
+    values = {"steps": 3, "batch_size": rows, "accumulate": accumulate, "warmup": 2}
     values |= {"learning_rate": 1e-2, "clip": 0.5, "evaluation_crops": 4}
     config: Any = (MuonConfig if muon else TrainConfig)(**values)
     if muon:
@@ -154,7 +155,7 @@ def _here(tensors: Iterable[Any]) -> int:
 
 
 def train_ways(kinds: Sequence[str], **how: Any) -> dict[str, dict[str, Any]]:
-    """What four steps make of a small model, on each of the processes that call it.
+    """What three steps make of a small model, on each of the processes that call it.
 
     kinds: names of trainers in `glassgpt.scaling`, or "Trainer". how: rows, accumulate,
     muon. For each, weights, and how many numbers a process held: weights, gradients
@@ -174,7 +175,7 @@ def train_ways(kinds: Sequence[str], **how: Any) -> dict[str, dict[str, Any]]:
                 return super().update()
 
         trainer = _small_run(Counting, **how)
-        for _ in range(4):
+        for _ in range(3):
             trainer.take_step()
         states = [state for o in trainer.optimizers for state in o.state.values()]
         moments = [moment for state in states for moment in state.values()]
@@ -202,7 +203,7 @@ _CASES: dict[str, dict[str, Any]] = {
 Ended = tuple[dict[str, Tensor], list[float]]
 
 
-def _ends(kind: Any, steps: int = 4, loaded: bool = False, **how: Any) -> Ended:
+def _ends(kind: Any, steps: int = 3, loaded: bool = False, **how: Any) -> Ended:
     """Weights and moments after some steps, as they are saved, and the losses.
 
     The last loss is that of the evaluation. loaded: halfway into another trainer.
@@ -395,7 +396,7 @@ def train_in(
             run = resume_run(folder, say=lambda _: None, steps=steps, **how)
         else:
             size = tokenizer.vocab_size
-            model = GPTConfig(size, 16, layers=2, heads=2, width=32)
+            model = GPTConfig(size, 16, layers=1, heads=2, width=32)
             kind = TrainConfig if shard == "model" else MuonConfig
             values = {"steps": steps, "batch_size": 7, "warmup": 5}
             values |= {"evaluate_every": 10, "evaluation_crops": 8}
