@@ -174,7 +174,7 @@ def train_ways(kinds: Sequence[str], **how: Any) -> dict[str, dict[str, Any]]:
                 self.held["gradients"] = _here(grads)
                 return super().update()
 
-        trainer = _small_run(Counting, **how)
+        trainer = _small_run(Counting, layers=2, **how)
         for _ in range(3):
             trainer.take_step()
         states = [state for o in trainer.optimizers for state in o.state.values()]
