@@ -63,13 +63,13 @@ def rows(talks, tokenizer, everything=False):
     return Packed(*pack(rendered, 256, tokenizer.special_tokens["<|endoftext|>"]))
 
 
-def trainer_of(data, steps, every, seed=0, batch_size=16):
+def trainer_of(data, steps, every, seed=0, batch_size=16, rate=2e-3):
     """A trainer of a new copy of the small model."""
     model, _, separator = beginning()
     config = glassgpt.TrainConfig(
         steps=steps,
         batch_size=batch_size,
-        learning_rate=2e-3,
+        learning_rate=rate,
         warmup=10,
         evaluate_every=every,
         seed=seed,
@@ -194,17 +194,17 @@ def manner(steps=10):
     return {**record, "capitals after": known()}
 
 
-def name(times=3, seeds=3):
+def name(times=(1, 2, 4), seeds=3):
     """How many other ways to ask get the name, by how often each way was taught."""
     _, tokenizer, separator = beginning()
     taught, held_out = split()
     record = {"ways": WAYS, "other ways": OTHER_WAYS, "right": {}}
-    for often in range(1, times + 1):
+    for often in times:
         named = [alternating([way, NAME]) for way in WAYS] * often
         data = pack_data(taught + named, held_out, tokenizer, context=128)
         record["right"][str(often)] = found = []
         for seed in range(seeds):
-            trainer = trainer_of(data, 120, 60, seed, batch_size=8)
+            trainer = trainer_of(data, 80, 80, seed, batch_size=8, rate=3e-3)
             glassgpt.train(trainer)
             right = 0
             for way in OTHER_WAYS:
