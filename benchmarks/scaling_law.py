@@ -111,7 +111,9 @@ def main() -> None:
         here = {k: v for k, v in machine().items() if "GFLOP" not in k}
         here |= {"threads": 1, "command": "python benchmarks/scaling_law.py --write"}
         target = Path(__file__).resolve().parents[1] / "book/runs/scaling.json"
-        content = {"machine": here, **facts, "runs": runs}
+        content = {"machine": here, **facts}
+        content["runs"] = [run for run in runs if run["seed"] == 0]
+        content["other_seeds"] = {"runs": [run for run in runs if run["seed"]]}
         target.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
 
 
