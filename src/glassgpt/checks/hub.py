@@ -277,8 +277,16 @@ def check_safetensors(read: Callable[[bytes], dict[str, Tensor]]) -> None:
     tensors = {"b": torch.arange(6.0).view(2, 3), "a": torch.ones(2).half()}
     tensors |= {"c": torch.tensor(3.5), "empty": torch.zeros(0, 3)}
     tensors |= {"d": torch.tensor([0.1]).bfloat16(), "e": torch.ones(2).double() / 3}
-    for metadata in (None, {"format": "pt"}):
-        found = read(save(tensors, metadata))
+    whole, with_metadata = save(tensors), save(tensors, {"format": "pt"})
+    end = 8 + int.from_bytes(whole[:8], "little")
+    entries = reversed(json.loads(whole[8:end]).items())
+    files = {"a whole file": whole, "one with metadata": with_metadata}
+    files["one with its header in reverse"] = _forged(dict(entries), 0) + whole[end:]
+    for what, content in files.items():
+        try:
+            found = read(content)
+        except ValueError as error:
+            raise AssertionError(f"{what} was refused: {error}") from error
         assert found is not None, "nothing came back"
         names = f"names {sorted(found)}, not {sorted(tensors)}"
         assert found.keys() == tensors.keys(), names
@@ -289,6 +297,7 @@ def check_safetensors(read: Callable[[bytes], dict[str, Tensor]]) -> None:
             assert torch.equal(found[name], due), f"{name} has other numbers"
     one = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
     near, late = ({**one, "data_offsets": [n, n + 16]} for n in (8, 20))
+    bare = {**one, "shape": [5], "data_offsets": [0, 0]}
     huge = {**one, "shape": [1 << 62, 4, 0], "data_offsets": [0, 0]}
     three = {"a": one, "b": one, "c": {**one, "data_offsets": [32, 48]}}
     empty = {"a": {**one, "shape": [0], "data_offsets": [0, 0]}}
@@ -305,6 +314,7 @@ def check_safetensors(read: Callable[[bytes], dict[str, Tensor]]) -> None:
         "a type that doesn't fit": _forged({"a": {**one, "dtype": "F16"}}, 16),
         "an unknown type": _forged({"a": {**one, "dtype": "F31"}}, 16),
         "a shape that doesn't fit": _forged({"a": {**one, "shape": [5]}}, 16),
+        "a shape, but no bytes": _forged({"a": bare}, 0),
         "a negative shape": _forged({"a": {**one, "shape": [-2, -2]}}, 16),
         "a shape of -1": _forged({"a": {**one, "shape": [-1]}}, 16),
         "a shape with a -1": _forged({"a": {**one, "shape": [-1, 2]}}, 16),
