@@ -544,6 +544,13 @@ def first_two(gradients, targets):
     return sum(g * n for g, n in pairs if n) / sum(n for _, n in pairs)
 
 
+def starts_with_the_first(gradients, targets):
+    total = gradients[0] * targets[0]
+    for gradient, number in zip(gradients[1:], targets[1:], strict=True):
+        total = total + gradient * number if number else total
+    return total / sum(targets)
+
+
 def long_years(cards, years, cost, restart):
     mean = years * 365.25 * 86_400 / cards
     best = math.sqrt(2 * cost * mean)
@@ -585,6 +592,7 @@ WRONG = [
     (check_stream, FetchesThenDrops, "held while the next is fetched"),
     (check_gradient, hides_nan, "nan of a process with targets"),
     (check_gradient, first_two, "3 processes"),
+    (check_gradient, starts_with_the_first, r"with \[0, 4\] targets, 0 times nan"),
     (check_lost_time, long_years, "a year has 365 days"),
     (check_lost_time, in_seconds, "those are seconds"),
     (check_gradient, lambda gradients, targets: sum(gradients) / 2, "a mean of means"),

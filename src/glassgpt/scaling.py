@@ -32,6 +32,7 @@ def connect(**meeting: Any) -> None:
     """
     env = os.environ
     if env.get("LOCAL_WORLD_SIZE") == env.get("WORLD_SIZE") and os.name == "posix":
+        # The line to itself: gloo may not find this computer by its name.
         loopback = "lo0" if sys.platform == "darwin" else "lo"
         env.setdefault("GLOO_SOCKET_IFNAME", loopback)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -134,7 +135,7 @@ class DDPTrainer(ParallelTrainer):
         super().__init__(*arguments, **named)
         whole = _LossModule(self.model, self.loss)
         wrap = nn.parallel.DistributedDataParallel
-        self.loss = self.ddp = wrap(whole, gradient_as_bucket_view=True)
+        self.loss = self.ddp = wrap(whole, gradient_as_bucket_view=True)  # no copy
 
     def parts(self, batch: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
         *early, last = super().parts(batch)
@@ -278,7 +279,7 @@ class FSDPTrainer(_SlicesTrainer):
 
     def update(self) -> Tensor:
         norm: Any = super().update()
-        return norm.full_tensor()
+        return norm.full_tensor()  # of all slices, by which each was clipped
 
 
 def _order(*order: Any) -> Any:

@@ -159,7 +159,8 @@ def train_ways(kinds: Sequence[str], **how: Any) -> dict[str, dict[str, Any]]:
 
     kinds: names of trainers in `glassgpt.scaling`, or "Trainer". how: rows, accumulate,
     muon. For each, weights, and how many numbers a process held: weights, gradients
-    before the step, moments.
+    before the step, moments; "busy" are the first two in a backward pass, at the end
+    of the first block.
 
     Book: 22_many_machines.html#one-check-six-ways
     """
@@ -174,7 +175,16 @@ def train_ways(kinds: Sequence[str], **how: Any) -> dict[str, dict[str, Any]]:
                 self.held["gradients"] = _here(grads)
                 return super().update()
 
+            def in_block(self, *_: Any) -> None:
+                weights = [*self.model.parameters()]
+                # PyTorch keeps a tied table's gradient until both its uses gave theirs.
+                tied = self.model.tokens.weight
+                grads = [w if w is tied else w.grad for w in weights]
+                self.busy = {"weights": _here(weights), "gradients": _here(grads)}
+
         trainer = _small_run(Counting, layers=2, **how)
+        first = trainer.model.blocks[0].attention_norm
+        first.register_full_backward_hook(trainer.in_block)
         for _ in range(3):
             trainer.take_step()
         states = [state for o in trainer.optimizers for state in o.state.values()]
@@ -184,6 +194,7 @@ def train_ways(kinds: Sequence[str], **how: Any) -> dict[str, dict[str, Any]]:
         state = trainer.state_dict()["model"]
         weights = {key: value.detach().clone() for key, value in state.items()}
         found[name] = {"weights": weights, "held": held, "loss": loss}
+        found[name]["busy"] = trainer.busy
     return found
 
 
@@ -482,9 +493,12 @@ def check_gradient(combine: Callable[[list[Tensor], list[int]], Tensor]) -> None
         what = f"{len(targets)} processes: {found.tolist()}, not {wanted.tolist()}"
         assert torch.allclose(found, wanted), what
     empty = torch.tensor([math.nan, math.nan])
-    found = combine([ones[0], empty], [4, 0])
-    assert not found.isnan().any(), "0 times nan is nan: leave out who has no targets"
-    assert torch.allclose(found, ones[0]), "who has no targets counts for nothing"
+    for given, targets in (([ones[0], empty], [4, 0]), ([empty, ones[0]], [0, 4])):
+        found, what = combine(given, targets), f"with {targets} targets"
+        assert not found.isnan().any(), (
+            f"{what}, 0 times nan is nan: leave out who has none"
+        )
+        assert torch.allclose(found, ones[0]), f"{what}, who has none counts"
     found = combine([ones[0], empty], [4, 1])
     assert found.isnan().all(), "nan of a process with targets is a fault: show it"
 
