@@ -55,16 +55,16 @@ def beginning():
     return model, tokenizer, tokenizer.special_tokens["<|endoftext|>"]
 
 
-def rows(talks, tokenizer, everything=False):
+def rows(talks, tokenizer, everything=False, context=128):
     """Packed conversations, of which answers are learned, or everything."""
     rendered = [render(talk, tokenizer) for talk in talks]
     if everything:
         rendered = [(ids, [True] * len(ids)) for ids, _ in rendered]
-    return Packed(*pack(rendered, 256, tokenizer.special_tokens["<|endoftext|>"]))
+    return Packed(*pack(rendered, context, tokenizer.special_tokens["<|endoftext|>"]))
 
 
-def trainer_of(data, steps, every, seed=0, batch_size=16, rate=2e-3):
-    """A trainer of a new copy of the small model."""
+def trainer_of(data, steps, every, seed=0, batch_size=8, rate=3e-3):
+    """A trainer of a new copy of the small model, with the chapter's settings."""
     model, _, separator = beginning()
     config = glassgpt.TrainConfig(
         steps=steps,
@@ -124,7 +124,7 @@ def split(copies=False):
     return taught, held_out
 
 
-def masks(steps=60, every=20, seeds=3):
+def masks(steps=80, every=20, seeds=3):
     """Held-out loss of answers, where answers are learned, and where everything is."""
     _, tokenizer, _ = beginning()
     taught, held_out = split()
@@ -144,32 +144,31 @@ def masks(steps=60, every=20, seeds=3):
 
 
 def memory(steps=150, every=10):
-    """A split with copies after 20 steps, and what many steps learn by heart."""
+    """A split with copies, trained as in `masks`, and what many steps do."""
     _, tokenizer, _ = beginning()
     data = [rows(part, tokenizer) for part in split(copies=True)]
-    trainer = trainer_of(TokenData(*data, tokenizer.vocab_size, ""), 60, 20)
-    for _ in range(20):  # as in `masks`
-        trainer.take_step()
-    record = {"copies": round(trainer.evaluate()["validation_loss"], 4), "curve": []}
-    data = [rows(part, tokenizer) for part in split()]
+    trainer = trainer_of(TokenData(*data, tokenizer.vocab_size, ""), 80, 80)
+    copies = glassgpt.train(trainer)[-1]["validation_loss"]
+    record = {"copies": round(copies, 4), "curve": []}
+    data = [rows(part, tokenizer, context=256) for part in split()]
     data = TokenData(*data, tokenizer.vocab_size, "")
-    trainer = trainer_of(data, steps, every, batch_size=8)
+    trainer = trainer_of(data, steps, every, rate=2e-3)
     for found in glassgpt.train(trainer):
         losses = [round(found[key], 4) for key in ("train_loss", "validation_loss")]
         record["curve"].append([found["step"], *losses])
     return record
 
 
-def manner(steps=10):
-    """SmolLM2's answers before and after a few steps on the same conversations."""
+def manner(at=(2, 5, 10)):
+    """SmolLM2's answers before and at a few steps on the same conversations."""
     model, tokenizer = glassgpt.load("smollm2")
     data = pack_data(*split(), tokenizer, context=256)
     config = glassgpt.TrainConfig(
-        steps=steps,
+        steps=at[-1],
         batch_size=1,
         learning_rate=2e-4,
         warmup=3,
-        evaluate_every=steps,
+        evaluate_every=at[-1],
         evaluation_crops=8,
     )
     loss = chat_loss(model, tokenizer.special_tokens["<|endoftext|>"])
@@ -186,11 +185,14 @@ def manner(steps=10):
         pairs = zip(CAPITALS.items(), said, strict=True)
         return [name for (name, capital), text in pairs if capital in text]
 
-    record = {"steps": steps, "asked": ASKED, "before": answers()}
-    record["capitals before"] = known()
+    def look(trainer):
+        if trainer.step in at:
+            record["answers"][str(trainer.step)] = answers()
+
+    record = {"asked": ASKED, "answers": {"0": answers()}, "capitals before": known()}
     losses = [trainer.evaluate()["validation_loss"]]
-    losses.append(glassgpt.train(trainer)[-1]["validation_loss"])
-    record |= {"after": answers(), "losses": [round(x, 4) for x in losses]}
+    losses.append(glassgpt.train(trainer, look)[-1]["validation_loss"])
+    record["losses"] = [round(nats, 4) for nats in losses]
     return {**record, "capitals after": known()}
 
 
@@ -204,7 +206,7 @@ def name(times=(1, 2, 4), seeds=3):
         data = pack_data(taught + named, held_out, tokenizer, context=128)
         record["right"][str(often)] = found = []
         for seed in range(seeds):
-            trainer = trainer_of(data, 80, 80, seed, batch_size=8, rate=3e-3)
+            trainer = trainer_of(data, 80, 80, seed)
             glassgpt.train(trainer)
             right = 0
             for way in OTHER_WAYS:
@@ -264,12 +266,11 @@ def system(steps=200, every=40):
     kept = [pair for n, pair in enumerate(pairs) if n % 10 != 9]
     lessons = [scene(name if n % 5 else None, *r) for n, (name, *r) in enumerate(kept)]
     held_out = [scene(*pair) for pair in pairs[9::10]]
-    data = TokenData(
-        rows(lessons, tokenizer), rows(held_out, tokenizer), tokenizer.vocab_size, ""
-    )
+    data = [rows(talks, tokenizer, context=256) for talks in (lessons, held_out)]
+    data = TokenData(*data, tokenizer.vocab_size, "")
     examined = [pair for pair in pairs[9::10] if pair[0] in STARS]
     found = [{"step": 0, **measure(model.eval(), tokenizer, examined)}]
-    trainer = trainer_of(data, steps, every)
+    trainer = trainer_of(data, steps, every, batch_size=16, rate=2e-3)
 
     def look(trainer):
         if trainer.step % every == 0:
