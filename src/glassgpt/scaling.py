@@ -51,8 +51,7 @@ def run_processes(number: int, function: Callable[..., Any], *arguments: Any) ->
     with TemporaryDirectory() as place:
         how = (number, place, function, arguments)
         method = "forkserver" if sys.platform == "linux" else "spawn"
-        # The book's workers, and what an optimizer imports.
-        preload = [__name__, "glassgpt.checks.scaling", "torch._dynamo"]
+        preload = [__name__, "torch._dynamo"]  # an optimizer imports it
         torch.multiprocessing.set_forkserver_preload(preload)
         torch.multiprocessing.start_processes(_enter, how, number, start_method=method)
         return [torch.load(Path(place, f"{rank}.pt")) for rank in range(number)]
