@@ -70,6 +70,11 @@ def pytest_xdist_make_scheduler(config, log):
     return WholeFiles(config, log)
 
 
+def pytest_collection_modifyitems(items):
+    """The page takes longest: one worker begins with it, the other has the rest."""
+    items.sort(key=lambda item: "test_page" not in item.nodeid)
+
+
 def pytest_collection_finish():
     """What is imported by now stays: nobody who counts objects meets it again."""
     gc.collect()
