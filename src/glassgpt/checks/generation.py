@@ -319,8 +319,10 @@ def _beams(
     for _ in range(length):
         longer = []
         for total, text in texts:
-            scores = model(torch.tensor([text]))[0, -1].log_softmax(-1).tolist()
-            longer += [(total + score, [*text, n]) for n, score in enumerate(scores)]
+            scores = model(torch.tensor([text]))[0, -1].log_softmax(-1)
+            best = scores.topk(beams)  # more of one text are never kept
+            pairs = zip(best.values.tolist(), best.indices.tolist(), strict=True)
+            longer += [(total + score, [*text, n]) for score, n in pairs]
         texts = sorted(longer, reverse=True)[:beams]
     return texts
 
