@@ -76,11 +76,9 @@ def test_nothing_is_fetched_and_nothing_styles_the_page():
 def test_letters_stay_letters_in_the_font_of_the_page():
     fig, ax = figure()
     ax.text(0, 0, "café < tea")
-    ax.text(0, 1, "code", family="monospace")
     page = show(fig, "words")._repr_html_()
     assert "café &lt; tea" in page
     assert "system-ui" in page
-    assert "monospace" in page
     assert "DejaVu" not in page
 
 
@@ -88,11 +86,6 @@ def test_letters_stay_letters_in_the_font_of_the_page():
 def test_a_picture_needs_alternative_text(drawn):
     with pytest.raises(ValueError, match="alternative text"):
         show(drawn, "  ")
-
-
-def test_a_picture_needs_a_figure():
-    with pytest.raises(ValueError, match="None"):
-        show(None, "a line")
 
 
 def test_alternative_text_is_escaped_and_is_the_plain_text():
@@ -152,13 +145,12 @@ def test_heatmap_shades_by_magnitude_up_to_the_limit():
     assert opacities([[0, 0]]) == [0, 0]
 
 
-@pytest.mark.parametrize("color", ["query", "highlight"])
-def test_heatmap_shows_the_sign_by_color(color):
+def test_heatmap_shows_the_sign_by_color():
     _, ax = figure()
-    heatmap(ax, [[1, -1]], color=color)
+    heatmap(ax, [[1, -1]], color="query")
     positive, negative = (patch.get_facecolor()[:3] for patch in ax.patches)
-    assert positive == to_rgb(PALETTE[color])
-    assert negative != positive
+    assert positive == to_rgb(PALETTE["query"])
+    assert negative == to_rgb(PALETTE["highlight"])
 
 
 def test_a_large_heatmap_has_no_numbers_and_stays_small():
@@ -173,10 +165,10 @@ def test_a_large_heatmap_has_no_numbers_and_stays_small():
 @pytest.mark.parametrize(
     ("matrix", "options", "message"),
     [
-        ([1, 2], {}, "two axes"),
-        ([[np.nan]], {}, "NaN"),
-        ([[1, 2]], {"rows": ["a", "b"]}, "2 labels for 1 rows"),
-        ([[1, 2]], {"columns": ["a"]}, "1 labels for 2 columns"),
+        ([1, 2], {}, "2 axes"),
+        ([[np.nan]], {}, "no NaN"),
+        ([[1, 2]], {"rows": ["a", "b"]}, "labels"),
+        ([[1, 2]], {"columns": ["a"]}, "labels"),
         ([[1, 2]], {"color": "no such color"}, "no such color"),
     ],
 )
@@ -187,16 +179,19 @@ def test_heatmap_says_what_is_wrong(matrix, options, message):
 
 def test_bars_have_the_lengths_and_numbers_of_the_values():
     fig, ax = figure()
-    bars(ax, ["up", "down"], torch.tensor([0.5, -1.0]), digits=1)
-    assert [bar.get_width() for bar in ax.patches] == [0.5, -1.0]
+    bars(ax, ["short", "long"], torch.tensor([0.5, 1.0]), digits=1)
+    assert [bar.get_width() for bar in ax.patches] == [0.5, 1.0]
     page = show(fig, "bars")._repr_html_()
-    for text in ("up", "down", "0.5", "−1.0"):
+    for text in ("short", "long", "0.5", "1.0"):
         assert f">{text}</text>" in page
 
 
-@pytest.mark.parametrize("values", [[1], [[1, 2]], [1, np.inf]])
-def test_bars_say_what_is_wrong(values):
-    with pytest.raises(ValueError, match="2 finite numbers"):
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [([1], "labels"), ([[1, 2]], "1 axes"), ([1, np.nan], "no NaN")],
+)
+def test_bars_say_what_is_wrong(values, message):
+    with pytest.raises(ValueError, match=message):
         bars(figure()[1], ["a", "b"], values)
 
 
@@ -228,12 +223,6 @@ def test_slider_escapes_its_label_and_rounds_floats():
     page = slider(line, [0.1 + 0.2, 1.0], "a < b", str)._repr_html_()
     assert 'aria-label="a &lt; b"' in page
     assert 'data-value="0.3"' in page
-
-
-@pytest.mark.parametrize(("values", "start"), [([], 0), ([1, 2], 2), ([1, 2], -1)])
-def test_slider_needs_a_frame_to_start_with(values, start):
-    with pytest.raises(ValueError, match="no index"):
-        moving(start, values)
 
 
 def drawn(height=2.0, other=False, text="word"):
@@ -397,7 +386,7 @@ def test_tokens_stand_in_boxes_and_are_escaped():
 
 def test_a_chosen_guess_is_marked_in_words_and_added_where_it_is_missing():
     listed = [["x", 0.5], ["y", 0.25]]
-    for chosen, rows in ((["y", 0.25], 2), (["z", 0.001], 3)):
+    for chosen, rows in ((("y", 0.25), 2), (("z", 0.001), 3)):
         page = guess_bars(listed, chosen)
         assert page.count("<code>") == rows
         assert page.count("chosen</span>") == 1
@@ -416,8 +405,8 @@ def test_a_figure_of_text_moves_and_carries_its_style_once():
 
 def test_the_map_shows_every_numbered_chapter_once():
     book = Path(__file__).parent.parent / "book"
-    links = re.findall(r'href="([^"]*)"', book_map()._repr_html_())
-    assert sorted(links) == sorted(path.name for path in book.glob("[0-9]*.ipynb"))
+    links = re.findall(r'href="([^"]*)"', book_map(1)._repr_html_())
+    assert sorted(links) == sorted(path.name for path in book.glob("[0-9]*.ipynb"))[1:]
 
 
 def test_the_map_says_in_words_where_the_reader_is():
@@ -427,13 +416,6 @@ def test_the_map_says_in_words_where_the_reader_is():
     assert 'href="06_attention.ipynb"' not in page
     assert 'role="navigation"' in page
     assert repr(book_map(6)).endswith("You are in chapter 6, attention.")
-    assert "you are here" not in book_map()._repr_html_()
-
-
-@pytest.mark.parametrize("here", [0, 25, "6"])
-def test_the_map_refuses_a_place_that_it_does_not_show(here):
-    with pytest.raises(ValueError, match="not on the map"):
-        book_map(here)
 
 
 @pytest.mark.parametrize(("width", "high"), [(780, 165), (700, 165), (390, 310)])

@@ -99,28 +99,20 @@ class Picture:
         )
 
 
-def _font(fonts: re.Match) -> str:
-    kind = fonts[0].split(", ")[-1]
-    return kind if kind in ("serif", "monospace") else "system-ui,sans-serif"
-
-
-def _round(number: re.Match) -> str:
-    return f"{float(number[0]):.2f}".rstrip("0").rstrip(".")
-
-
 def _tidy_tag(match: re.Match) -> str:
     tag = re.sub(r"\s+", " ", match[0]).replace(' "', '"').replace("xlink:href", "href")
     if tag.startswith("<image"):  # its matrix needs all its digits
         return tag.replace("base64, ", "base64,")
-    tag = re.sub(r"-?\d+\.\d+", _round, tag).replace("#000000", "currentColor")
+    number = r"-?\d+\.\d+"
+    tag = re.sub(number, lambda m: str(round(float(m[0]), 2)).removesuffix(".0"), tag)
+    tag = tag.replace("#000000", "currentColor")
     tag = re.sub(r' transform="rotate\(-?0 [^"]*"', "", tag)
-    return re.sub(r"'[^;\"]*", _font, tag)
+    return re.sub(r"'[^;\"]*", "system-ui,sans-serif", tag)
 
 
 def _tidy(svg: str, salt: str) -> str:
-    svg = re.sub(r"(?s)^.*?<svg[^>]*>|</svg>\s*$", "", svg)
-    unseen = r"(?s)<!--.*?-->|<metadata>.*?</metadata>|<style.*?</style>"
-    svg = re.sub(unseen, "", svg)
+    unseen = r"^.*?<svg[^>]*>|</svg>\s*$|<!--.*?-->|<metadata>.*?</metadata>"
+    svg = re.sub(rf"(?s){unseen}|<style.*?</style>", "", svg)
     svg = re.sub(r">\s+<", "><", re.sub(r"<[^>]+>", _tidy_tag, svg.strip()))
     svg = re.sub(r'<path [^>]*style="fill: none"/>|<defs></defs>', "", svg)
     used = sorted(set(re.findall(r'(?:href="|url\()#([\w.-]+)', svg)))
@@ -138,8 +130,7 @@ def show(drawn: Figure | str, alt: str, salt: str = "") -> Any:
     """Turn a figure, or HTML, into a picture for the last line of a cell.
 
     `alt` says in words what the picture shows. `salt` makes equal figures differ in the
-    names of their parts. Raises ValueError when `alt` is empty, or for anything else
-    than a figure or HTML.
+    names of their parts. Raises ValueError when `alt` is empty.
 
     Book: a1_figures.html#from-figure-to-page
     """
@@ -147,18 +138,12 @@ def show(drawn: Figure | str, alt: str, salt: str = "") -> Any:
         raise ValueError("a picture needs alternative text: say in words what it shows")
     if isinstance(drawn, str):
         return Markup(drawn, alt)
-    if not isinstance(drawn, Figure):
-        raise ValueError(f"a picture is made of a matplotlib figure, not of {drawn!r}")
     file = io.StringIO()
     # With a fixed salt and no date, the same code gives the same text.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "glassgpt"}):
         drawn.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     width, height = (round(72 * inches, 2) for inches in drawn.get_size_inches())
     return Picture(_tidy(file.getvalue(), salt), width, height, alt)
-
-
-_STRONGEST = 0.5  # opacity of the largest number: text on top stays readable
-_MOST_CELLS = 256  # in a grid that is drawn cell by cell
 
 
 def heatmap(
@@ -182,12 +167,12 @@ def heatmap(
 
     Book: a1_figures.html#the-picture-of-a-matrix
     """
-    numbers = _as_matrix(matrix, rows, columns)
+    numbers = _as_array(matrix, 2)
     _set_up_grid(ax, numbers.shape, rows, columns)
     if title:
         ax.set_title(title, fontsize=11)
     shades = _shades(numbers, color, limit)
-    if numbers.size > _MOST_CELLS:
+    if numbers.size > 256:  # too many to print
         ax.imshow(shades, interpolation="none")
         return
     for row, column in np.ndindex(numbers.shape):
@@ -198,40 +183,22 @@ def heatmap(
     _print_numbers(ax, numbers, digits)
 
 
-def _as_array(values: Any) -> np.ndarray:
+def _as_array(values: Any, axes: int) -> np.ndarray:
     if hasattr(values, "detach"):
         values = values.detach().cpu().double().numpy()
-    return np.asarray(values, dtype=float)
-
-
-def _as_matrix(
-    matrix: Any, rows: Sequence | None, columns: Sequence | None
-) -> np.ndarray:
-    numbers = _as_array(matrix)
-    if numbers.ndim != 2:
-        raise ValueError(f"a heatmap needs two axes, got {numbers.shape}")
-    if np.isnan(numbers).any():
-        raise ValueError("the matrix holds NaN, which has no color: look for its cause")
-    kinds = {"rows": rows, "columns": columns}
-    for (kind, labels), count in zip(kinds.items(), numbers.shape, strict=True):
-        if labels is not None and len(labels) != count:
-            raise ValueError(f"{len(labels)} labels for {count} {kind}: give one each")
-    return numbers
-
-
-def _full(numbers: np.ndarray, limit: float | None) -> float:
-    """Return the number that gets the full color or the full bar."""
-    return limit or np.abs(numbers).max() or 1.0
+    array = np.asarray(values, dtype=float)
+    if array.ndim != axes or np.isnan(array).any():
+        raise ValueError(f"a picture of numbers needs {axes} axes, no NaN: got {array}")
+    return array
 
 
 def _shades(numbers: np.ndarray, color: str, limit: float | None) -> np.ndarray:
     finite = np.where(np.isfinite(numbers), numbers, 0)
-    negative = PALETTE["muted" if color == "highlight" else "highlight"]
     shades = np.empty((*numbers.shape, 4))
     shades[..., :3] = matplotlib.colors.to_rgb(PALETTE.get(color, color))
-    shades[finite < 0, :3] = matplotlib.colors.to_rgb(negative)
-    strength = np.abs(finite) / _full(finite, limit)
-    shades[..., 3] = _STRONGEST * np.minimum(strength, 1)
+    shades[finite < 0, :3] = matplotlib.colors.to_rgb(PALETTE["highlight"])
+    full = limit or np.abs(finite).max() or 1
+    shades[..., 3] = 0.5 * np.minimum(np.abs(finite) / full, 1)
     return shades
 
 
@@ -253,13 +220,13 @@ def _set_up_grid(
     above, beside = (list(labels or []) for labels in (columns, rows))
     longest = max((len(str(label)) for label in above), default=0)
     each = max(1, int(np.ceil((12 if longest > 3 else 6 * longest + 4) / cell)))
-    ax.set_xticks(range(0, len(above), each), above[::each])
+    ax.set_xticks(range(0, width if above else 0, each), above[::each])
     if 6 * longest > cell * each:
         ax.tick_params(axis="x", labelrotation=40)
         for label in ax.get_xticklabels():
             label.set(ha="left", va="bottom", rotation_mode="anchor")
     each = max(1, int(np.ceil(12 / cell)))
-    ax.set_yticks(range(0, len(beside), each), beside[::each])
+    ax.set_yticks(range(0, height if beside else 0, each), beside[::each])
 
 
 def _print_numbers(ax: Any, numbers: np.ndarray, digits: int) -> None:
@@ -274,10 +241,8 @@ def _print_numbers(ax: Any, numbers: np.ndarray, digits: int) -> None:
 
 
 def _number(value: float, digits: int) -> str:
-    if np.isinf(value):
-        return "∞" if value > 0 else "−∞"
-    text = f"{value:.{digits}f}"
-    return text.replace("-", "−") if float(text) else text.lstrip("-")
+    text = f"{value:z.{digits}f}"  # z: no sign where it rounds to zero
+    return text.replace("-", "−").replace("inf", "∞")
 
 
 def bars(
@@ -290,25 +255,20 @@ def bars(
 ) -> None:
     """Draw one horizontal bar for each label, with its number at the end.
 
-    `values` (labels,) are finite numbers. `color` is a name in PALETTE or any color of
-    matplotlib; `limit` is the number whose bar fills the axes (default: the largest
-    magnitude). Raises ValueError if the values are not finite or the labels do not fit.
+    `values` (labels,) are not negative. `color` is a name in PALETTE or any color of
+    matplotlib; `limit` is the number whose bar fills the axes (default: the largest).
+    Raises ValueError if a value is NaN or the labels do not fit.
 
     Book: a1_figures.html#bars
     """
-    numbers = _as_array(values)
-    if numbers.shape != (len(labels),) or not np.isfinite(numbers).all():
-        raise ValueError(f"bars need {len(labels)} finite numbers, got {numbers}")
-    ax.barh(range(len(labels)), numbers, 0.7, color=PALETTE.get(color, color))
+    numbers = _as_array(values, 1)
+    ax.barh(range(len(numbers)), numbers, 0.7, color=PALETTE.get(color, color))
     for row, number in enumerate(numbers):
-        shift, side = (4, "left") if number >= 0 else (-4, "right")
-        offset = {"xytext": (shift, 0), "textcoords": "offset points"}
-        text = _number(number, digits)
-        ax.annotate(text, (number, row), ha=side, va="center_baseline", **offset)
-    end = 1.2 * _full(numbers, limit)
-    ax.set(xlim=(-end if (numbers < 0).any() else 0, end))
-    ax.set(ylim=(len(labels) - 0.5, -0.5), xticks=[])
-    ax.set_yticks(range(len(labels)), labels)
+        text, place = _number(number, digits), {"textcoords": "offset points"}
+        ax.annotate(text, (number, row), (4, 0), va="center_baseline", **place)
+    end = 1.2 * (limit or numbers.max())
+    ax.set(xlim=(0, end), ylim=(len(numbers) - 0.5, -0.5), xticks=[])
+    ax.set_yticks(range(len(numbers)), labels)
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
 
@@ -387,33 +347,16 @@ def guess_bars(
 
     Book: a1_figures.html#pictures-made-of-text
     """
-    rows, chosen = [], tuple(chosen or ())
-    listed = [tuple(candidate) for candidate in candidates]
-    for piece, p in listed + ([chosen] if chosen and chosen not in listed else []):
+    rows, listed = [], [tuple(candidate) for candidate in candidates]
+    if chosen and chosen not in listed:
+        listed.append(chosen)
+    for piece, p in listed:
         is_it = (piece, p) == chosen
         marked = ' class="glass-new"' if is_it else ""
         number = f"{p:.1%}" + (" \u25c4 chosen" if is_it else "")
         bar = f'<b{marked} style="width:{100 * p / limit:.1f}%"></b>'
         rows.append(f"<code>{_shown(piece)}</code>{bar}<span>{number}</span>")
     return f'{_TOKEN_STYLE}<div class="glass-guesses">{"".join(rows)}</div>'
-
-
-_MOVING_STYLE = """<style>
-.glass-moving label{display:flex;flex-wrap:wrap;gap:.25rem .75rem;align-items:center;
-justify-content:center;min-height:2.75rem}
-.glass-moving input{width:16rem;max-width:100%;height:2rem;cursor:pointer}
-.glass-moving input:focus-visible{outline:2px solid currentColor;outline-offset:2px}
-.glass-moving output{min-width:3em;font-variant-numeric:tabular-nums}
-.glass-moving [hidden],.glass-still{display:none}
-.glass-spoken{position:absolute;width:1px;height:1px;overflow:hidden;
-clip-path:inset(50%)}
-.glass-moving button{display:block;margin:0 auto;padding:.3rem 1rem;cursor:pointer;
-color:inherit;background:none;border:1px solid;border-radius:4px;font:inherit}
-@media print,(scripting:none){
-.glass-moving label,.glass-moving button,.glass-moving .glass-frame{display:none}
-.glass-moving .glass-start,.glass-moving .glass-still{display:block!important}
-.glass-still{text-align:center}}
-</style>"""
 
 
 _MOVE = """const box = this.closest('.glass-moving');
@@ -430,6 +373,12 @@ const words = picture.getAttribute('aria-label');
 box.querySelector('.glass-spoken').textContent = words;"""
 
 
+_STILL_STYLE = """@media print,(scripting:none){
+.glass-moving label,.glass-moving button,.glass-moving .glass-frame{display:none}
+.glass-moving .glass-start,.glass-moving .glass-still{display:block!important}
+.glass-still{text-align:center}}"""
+
+
 _PLAY = """const slider = this.closest('.glass-moving').querySelector('input');
 const stop = () => { clearInterval(this.timer); this.timer = null;
 this.textContent = 'Play'; };
@@ -442,14 +391,22 @@ this.textContent = 'Pause';
 this.timer = setInterval(next, SECONDS * 1000);"""
 
 
+_MOVING_STYLE = """<style>
+.glass-moving label{display:flex;flex-wrap:wrap;gap:.25rem .75rem;align-items:center;
+justify-content:center;min-height:2.75rem}
+.glass-moving input{width:16rem;max-width:100%;height:2rem;cursor:pointer}
+.glass-moving input:focus-visible{outline:2px solid currentColor;outline-offset:2px}
+.glass-moving output{min-width:3em;font-variant-numeric:tabular-nums}
+.glass-moving [hidden],.glass-still{display:none}
+.glass-spoken{position:absolute;width:1px;height:1px;overflow:hidden;
+clip-path:inset(50%)}
+.glass-moving button{display:block;margin:0 auto;padding:.3rem 1rem;cursor:pointer;
+color:inherit;background:none;border:1px solid;border-radius:4px;font:inherit}
+"""
+
+
 def _name(value: Any) -> str:
     return html.escape(f"{value:g}" if isinstance(value, float) else str(value))
-
-
-def _frame(picture: Any, value: Any, first: bool) -> str:
-    start, hidden = (" glass-start", "") if first else ("", " hidden")
-    opened = f'<div class="glass-frame{start}" data-value="{_name(value)}"{hidden}>'
-    return f"{opened}{picture._repr_html_()}</div>"
 
 
 def _control(label: str, value: Any, start: int, last: int, play: float) -> str:
@@ -490,16 +447,20 @@ class MovingFigure:
     def _repr_html_(self) -> str:
         name, value = _name(self.label), self.values[self.start]
         group = f'<div class="glass-moving" role="group" aria-label="{name}">'
-        body = "".join(
-            _frame(picture, self.values[number], number == self.start)
-            for number, picture in enumerate(self.frames)
-        )
+        body = ""
+        for number, picture in enumerate(self.frames):
+            first = " glass-start" if number == self.start else ""
+            hidden = "" if first else " hidden"
+            given = f'data-value="{_name(self.values[number])}"{hidden}'
+            inside = picture._repr_html_()
+            body += f'<div class="glass-frame{first}" {given}>{inside}</div>'
         last = len(self.frames) - 1
         control = _control(self.label, value, self.start, last, self.play)
         for once in (_TOKEN_STYLE, _UNTRUSTED):  # is enough for all frames
             if once in body:
                 body = once + body.replace(once, "")
-        return _MOVING_STYLE + group + body + control + "</div>"
+        style = f"{_MOVING_STYLE}{_STILL_STYLE}\n</style>"
+        return style + group + body + control + "</div>"
 
 
 def slider(
@@ -514,14 +475,11 @@ def slider(
 
     `draw(value)` returns a figure or HTML that `alt(value)` is to describe, `label`
     names the slider, and `start` is the index of the frame shown first. With `play`, a
-    button moves the slider every so many seconds. Raises ValueError if there are no
-    values, or `start` is no index of them.
+    button moves the slider every so many seconds.
 
     Book: a1_figures.html#a-figure-that-moves
     """
     values = tuple(values)
-    if start not in range(len(values)):
-        raise ValueError(f"start={start} is no index of the {len(values)} values")
     frames = tuple(
         show(draw(value), alt(value), salt=f"{label} {number}")
         for number, value in enumerate(values)
@@ -566,9 +524,9 @@ def live(
 
     `draw` returns a figure or HTML, and `alt`, with the same arguments, says in words
     what it shows. Each argument has a default, which the still shows, and gets a
-    control: a bool a box to tick, a text a line to type, and a number the slider that
-    `controls` describes for it, (low, high) or (low, high, step). Without ipywidgets
-    the still is all. Another `still` may be given, such as a moving figure.
+    control: a text a line to type, and a number the slider that `controls` describes
+    for it, (low, high) or (low, high, step). Without ipywidgets the still is all.
+    Another `still` may be given, such as a moving figure.
 
     Book: a1_figures.html#where-a-kernel-runs
     """
@@ -614,10 +572,10 @@ def live_model(
     Book: a1_figures.html#a-model-that-runs-in-the-page
     """
     still = still or _next_tokens(prompt, temperature)
-    settings = {"show": show, "prompt": prompt, "temperature": f"{temperature:g}"}
-    given = "".join(f' {k}="{html.escape(v)}"' for k, v in settings.items())
+    given = f'prompt="{html.escape(prompt)}" temperature="{temperature:g}"'
     inside = still._repr_html_()
-    return Markup(f"<glass-gpt{given}>{inside}</glass-gpt>", repr(still), role="group")
+    element = f'<glass-gpt show="{show}" {given}>{inside}</glass-gpt>'
+    return Markup(element, repr(still), role="group")
 
 
 def _next_tokens(prompt: str, temperature: float) -> Markup:
@@ -629,9 +587,7 @@ def _next_tokens(prompt: str, temperature: float) -> Markup:
     ids = tokenizer.encode(prompt)
     with torch.no_grad():
         p = (model(torch.tensor([ids]))[0, -1] / temperature).softmax(-1)
-    best = [
-        (tokenizer.decode([n]), p[n].item()) for n in p.argsort(descending=True)[:8]
-    ]
+    best = [(tokenizer.decode([n]), p[n].item()) for n in p.topk(8).indices]
     boxes = token_boxes([tokenizer.decode([n]) for n in ids])
     told = ", ".join(f"{text!r} {share:.0%}" for text, share in best)
     alt = f"The tokens of {prompt!r}. The likeliest next ones: {told}."
@@ -686,43 +642,32 @@ transform:translateX(-50%);line-height:13px}
 </style>"""
 
 
-def _stop(page: str, here: bool) -> str:
-    text = f"<b>{int(page[:2])}</b>{_STOPS[page]}"
-    if here:
-        marked = 'class="glass-stop glass-here" aria-current="page"'
-        return f"<span {marked}>{text}<small>you are here</small></span>"
-    return f'<a class="glass-stop" href="{page}.ipynb">{text}</a>'
-
-
-def book_map(here: int | None = None) -> Markup:
+def book_map(here: int) -> Markup:
     """The way of a text through the model, chapter by chapter; `here` is marked.
-
-    Raises ValueError where `here` is no chapter on the map.
 
     Book: a1_figures.html#the-map-of-the-book
     """
-    labels = {int(page[:2]): label for page, label in _STOPS.items()}
-    if here is not None and here not in labels:
-        raise ValueError(f"chapter {here} is not on the map: it shows {[*labels]}")
-    stop = {int(page[:2]): _stop(page, int(page[:2]) == here) for page in _STOPS}
+    stop = {}
+    for page, label in _STOPS.items():
+        number = int(page[:2])
+        text = f"<b>{number}</b>{label}"
+        stop[number] = f'<a class="glass-stop" href="{page}.ipynb">{text}</a>'
+        if number == here:
+            place = f"chapter {here}, {label}"
+            marked = 'class="glass-stop glass-here" aria-current="page"'
+            stop[here] = f"<span {marked}>{text}<small>you are here</small></span>"
     arrow = '<span aria-hidden="true">\u2192</span>'
-    inside = "".join([stop[5], stop[6], stop[7], arrow, stop[8]])
-    way = [
-        "text",
-        stop[2],
-        stop[3] + "+" + stop[4],
-        f'<span class="glass-block">{inside}{stop[9]}<span>\u00d7 L</span></span>',
-        stop[10],
-        stop[13],
-    ]
+    inside = "".join([stop[5], stop[6], stop[7], arrow, stop[8], stop[9]])
+    block = f'<span class="glass-block">{inside}<span>\u00d7 L</span></span>'
+    way = ["text", stop[2], f"{stop[3]}+{stop[4]}", block, stop[10], stop[13]]
     learning = f"{stop[11]}{arrow}{stop[12]}{arrow}slopes flow back (8) <span>|</span>"
     rest = "".join(stop[number] for number in range(14, 25))
     below = f"{stop[1]}<span>|</span>learning: {learning}{rest}"
     content = f"<div>{arrow.join(way)}</div><div>{below}</div>"
-    place = "" if here is None else f" You are in chapter {here}, {labels[here]}."
     alt = (
         "Map of the book: text becomes tokens, embeddings with positions, passes "
-        f"through the blocks to a probability for every token, and a choice.{place}"
+        "through the blocks to a probability for every token, and a choice. "
+        f"You are in {place}."
     )
     content = f'{_MAP_STYLE}<div class="glass-map">{content}</div>'
     return Markup(content, alt, role="navigation")
