@@ -23,6 +23,7 @@ from glassgpt.figures import (
     guess_bars,
     heatmap,
     live,
+    live_model,
     show,
     slider,
     token_boxes,
@@ -184,6 +185,9 @@ def test_bars_have_the_lengths_and_numbers_of_the_values():
     page = show(fig, "bars")._repr_html_()
     for text in ("short", "long", "0.5", "1.0"):
         assert f">{text}</text>" in page
+    assert ax.get_xlim() == (0, 1.2)
+    bars(ax, ["short"], [0.5], limit=2)
+    assert ax.get_xlim() == (0, 2.4)
 
 
 @pytest.mark.parametrize(
@@ -403,6 +407,12 @@ def test_a_figure_of_text_moves_and_carries_its_style_once():
     assert "<button" not in slider(told, range(4), "tokens", str)._repr_html_()
 
 
+def test_a_live_model_holds_its_still_and_escapes_its_prompt():
+    page = live_model("next", 'a "b"', still=Markup("<p>x</p>", "x"))._repr_html_()
+    assert '<glass-gpt show="next" prompt="a &quot;b&quot;" temperature="0.8">' in page
+    assert "<p>x</p>" in page
+
+
 def test_the_map_shows_every_numbered_chapter_once():
     book = Path(__file__).parent.parent / "book"
     links = re.findall(r'href="([^"]*)"', book_map(1)._repr_html_())
@@ -416,6 +426,7 @@ def test_the_map_says_in_words_where_the_reader_is():
     assert 'href="06_attention.ipynb"' not in page
     assert 'role="navigation"' in page
     assert repr(book_map(6)).endswith("You are in chapter 6, attention.")
+    assert repr(book_map(1)).endswith("You are in chapter 1, the whole.")
 
 
 @pytest.mark.parametrize(("width", "high"), [(780, 165), (700, 165), (390, 310)])
