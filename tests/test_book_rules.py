@@ -337,6 +337,14 @@ def test_what_the_page_hides_is_folded_everywhere(path):
 
 
 @each_chapter
+def test_folded_scripts_are_told_apart(path):
+    """On the page each is labeled by what it defines."""
+    folded = [source(cell) for cell in code_cells(path) if "hide-input" in tags(cell)]
+    scripts = [text for text in folded if tangle.SCRIPT.match(text)]
+    assert len({*map(literate.script_name, scripts)}) == len(scripts)
+
+
+@each_chapter
 def test_the_median_code_cell_has_at_most_eight_lines(path):
     """Of Python that stands open: what is folded isn't read with the text."""
     folded = {"hide-input", "hide-cell", "remove-cell"}

@@ -32,6 +32,7 @@ from tangle import MARK, SCRIPT
 
 TITLE = re.compile(r"# ?@title (.+)\n+")
 CHAPTER = re.compile(r"book/(0?)(\d+|a\d+)_")
+DEFINED = re.compile(r"^(?:const|function|class) (\w+)|^(\w+\.\w+) = ", re.MULTILINE)
 ENTERS = "tag_enters-"
 SECTION = re.compile(r"\]\(#[^)]+\)")
 CITATION = re.compile(r"\[[^][]+\]\(\S+/references\.html#([\w-]+)\)")
@@ -51,6 +52,12 @@ def cite(text):
 def slug(text):
     """`](#Why-this?)`, as Jupyter names a section, becomes `](#why-this)`, as MyST does."""
     return SECTION.sub(lambda found: re.sub(r"[^]()#\w-]", "", found[0].lower()), text)
+
+
+def script_name(code):
+    """What a cell of JavaScript defines: its panels, or the last name, which the others serve."""
+    names = DEFINED.findall(code)
+    return ", ".join(panel for _, panel in names if panel) or names[-1][0]
 
 
 def read_notebook(app, docname, source):
@@ -79,7 +86,7 @@ def read_notebook(app, docname, source):
                 tags += ["export", f"enters-{name or default}"]
         elif script := SCRIPT.match(code):
             cell["source"] = "%%javascript\n" + code[script.end() :]
-            folded = "the code" if "hide-input" in tags else None
+            folded = script_name(code) if "hide-input" in tags else None
             tags += ["export", f"enters-{script[1]}"]
         elif title := TITLE.match(code):
             cell["source"] = code[title.end() :]
