@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import glassgpt
-from glassgpt.checks.publish import check_size, check_tag
+from glassgpt.checks.publish import check_page_min_p, check_size
 from glassgpt.publish import LARGEST, page_model, publish
 from glassgpt.tokens import BPETokenizer, CharTokenizer
 
@@ -394,13 +394,6 @@ def test_no_text_can_end_the_script(tmp_path):
     assert json.loads(stored) == page_model(model, odd, prompt="</script>")
 
 
-def of_three_spellings(value):
-    text = json.dumps(value).replace("<!--", "\\u003c!--")
-    for end in ("</script", "</SCRIPT", "</Script"):
-        text = text.replace(end, "\\u003c" + end[1:])
-    return f"<script>x = {text};</script>"
-
-
 def padded_once(layers, width, vocabulary, context):
     matrices = layers * 12 * width**2 + (vocabulary + context) * width
     rows = layers * 9 * width + vocabulary + context
@@ -408,11 +401,65 @@ def padded_once(layers, width, vocabulary, context):
     return 4 * ceil((matrices + 4 * rows + 4 * vectors) / 3)
 
 
+def norms_padded_as_one(layers, width, vocabulary, context):
+    def base64(numbers, size):
+        return 4 * ceil(numbers * size / 3)
+
+    shapes = [(3 * width, width), (width, width)]
+    shapes += [(4 * width, width), (width, 4 * width)]
+    tables = [(vocabulary, width), (context, width)]
+    matrices = sum(base64(r * c, 1) + base64(r, 4) for r, c in layers * shapes + tables)
+    biases = sum(base64(rows, 4) for rows, _ in layers * shapes)
+    return matrices + biases + (2 * layers + 1) * base64(2 * width, 4)
+
+
+def min_p(choices, share, least=None, total=None, order=1):
+    """Right as it stands; the wrong ones differ in one thing."""
+    least = share * choices[0]["probability"] if least is None else least
+    kept = [one for one in choices if one["probability"] >= least][::order]
+    total = total or sum(one["probability"] for one in kept)
+    return [{**one, "probability": one["probability"] / total} for one in kept]
+
+
+def min_p_without_ties(choices, share):
+    return min_p(choices, share, share * choices[0]["probability"] + 1e-12)
+
+
+def min_p_in_place(choices, share):
+    choices[:] = min_p(choices, share)
+    return choices
+
+
+def min_p_with_places_for_ids(choices, share):
+    return [{**one, "id": place} for place, one in enumerate(min_p(choices, share))]
+
+
+def min_p_of_nan(choices, share):
+    return [{**one, "probability": None} for one in min_p(choices, share)]
+
+
+def min_p_all_alike(choices, share):
+    found = min_p(choices, share)
+    return [{**one, "probability": 1 / len(found)} for one in found]
+
+
+def test_the_right_min_p_passes():
+    check_page_min_p(min_p)
+
+
 @pytest.mark.parametrize(
     ("check", "wrong", "message"),
     [
-        (check_tag, of_three_spellings, "'</sCrIpT>' ends the script"),
         (check_size, padded_once, "padded by itself"),
+        (check_size, norms_padded_as_one, "7,872 characters, not 7,860"),
+        (check_page_min_p, lambda c, s: min_p(c, s, least=s), "not share"),
+        (check_page_min_p, lambda c, s: min_p(c, s, total=1), "sums to 0.85, not 1"),
+        (check_page_min_p, lambda c, s: min_p(c, s, order=-1), r"not \[4, 1, 2\]"),
+        (check_page_min_p, min_p_without_ties, "mind ties"),
+        (check_page_min_p, min_p_in_place, "the list given was changed"),
+        (check_page_min_p, min_p_with_places_for_ids, "kept the places"),
+        (check_page_min_p, min_p_of_nan, "begin with 0"),
+        (check_page_min_p, min_p_all_alike, "by the same number"),
     ],
 )
 def test_a_wrong_answer_is_named(check, wrong, message):

@@ -133,8 +133,8 @@ from glassgpt.checks.positions import (
 from glassgpt.checks.publish import (
     check_kept,
     check_page_logits,
+    check_page_min_p,
     check_size,
-    check_tag,
 )
 from glassgpt.checks.runs import (
     Walk,
@@ -273,6 +273,7 @@ __all__ = [
     "check_pack",
     "check_padded_logits",
     "check_page_logits",
+    "check_page_min_p",
     "check_pairs",
     "check_parallel",
     "check_parameter_count",
@@ -317,7 +318,6 @@ __all__ = [
     "check_stream",
     "check_stream_text",
     "check_streaming_attention",
-    "check_tag",
     "check_tokenizer_round_trip",
     "check_tokens_needed",
     "check_trace",

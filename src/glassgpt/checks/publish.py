@@ -2,12 +2,13 @@
 """Checks of a GPT in a page that name the mistake they find."""
 
 import base64
-import json
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from glassgpt.checks.generation import check_min_p
 from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.publish import page_model
 from glassgpt.tokens import BPETokenizer
@@ -60,7 +61,7 @@ def check_size(size: Callable[[int, int, int, int], int]) -> None:
 
     Book: 19_publishing.html#exercise-1-how-large-is-the-page
     """
-    for layers, width, vocabulary, context in ((1, 8, 257, 8), (4, 144, 2048, 256)):
+    for layers, width, vocabulary, context in ((1, 10, 257, 8), (4, 144, 2048, 256)):
         heads = 2
         model = GPT(GPTConfig(vocabulary, context, layers, heads, width))
         tokenizer = BPETokenizer([], [f"<{n}>" for n in range(vocabulary - 256)])
@@ -85,32 +86,47 @@ def check_size(size: Callable[[int, int, int, int], int]) -> None:
         assert found == wanted, f"{wanted:,} characters, not {found:,}"
 
 
-def check_tag(script: Callable[[Any], str]) -> None:
-    """No value of a script can end it, and the value arrives unchanged.
+def _candidates(logits: Tensor) -> list[dict[str, Any]]:
+    """Ids with their probabilities, the likeliest first, as a page has them."""
+    p, ids = logits.double().softmax(-1).sort(descending=True, stable=True)
+    pairs = zip(ids.tolist(), p.tolist(), strict=True)
+    return [{"id": id, "probability": probability} for id, probability in pairs]
 
-    Book: 19_publishing.html#exercise-2-a-string-that-ends-the-script
+
+def check_page_min_p(
+    min_p: Callable[[list[dict[str, Any]], float], list[dict[str, Any]]],
+) -> None:
+    """Chapter 13's min-p, on a page's candidates; what stays sums to 1 again.
+
+    Book: 19_publishing.html#exercise-2-another-filter-in-javascript
     """
-    for value in (
-        {"a": [1, "x"]},
-        "1 < 2 & 'so' on",
-        "</script><b>",
-        "</SCRIPT >",
-        "</sCrIpT>",
-        "<!-- <script>",
-        {"</script>": ["<!--"]},
-    ):
-        text = script(value)
-        assert text.startswith("<script>x = "), "begin with <script>x = "
-        assert text.endswith(";</script>"), "end with ;</script>"
-        inside = text.removeprefix("<script>x = ").removesuffix(";</script>")
-        lower = inside.lower()
-        assert "</script" not in lower, f"{value!r} ends the script"
-        assert "<!--" not in lower, f"{value!r} begins a comment, which hides the end"
-        try:
-            found = json.loads(inside)
-        except json.JSONDecodeError:
-            raise AssertionError(f"{inside} is not JSON") from None
-        assert found == value, f"{value!r} arrived as {found!r}"
+
+    def on_logits(logits: Tensor, share: float) -> Tensor:
+        rows = logits.reshape(-1, logits.shape[-1])
+        left = torch.full_like(rows, -torch.inf)
+        for row, kept in zip(rows, left, strict=True):
+            ids = [one["id"] for one in min_p(_candidates(row), share)]
+            kept[ids] = row[ids]
+        return left.view_as(logits)
+
+    check_min_p(on_logits)
+    logits = torch.tensor([0.05, 0.30, 0.15, 0.10, 0.40]).log()
+    for share, ids in ((0.3, [4, 1, 2]), (0.9, [4]), (0.1, [4, 1, 2, 3, 0])):
+        given, wanted = _candidates(logits), _candidates(logits)[: len(ids)]
+        found = min_p(given, share)
+        assert given == _candidates(logits), (
+            "the list given was changed: return another one"
+        )
+        order = [one["id"] for one in found]
+        assert order == ids, f"share={share} returned the ids {order}, not {ids}"
+        lost = any(one["probability"] is None for one in found)  # as JSON has NaN
+        assert not lost, "a probability is no number: does `reduce` begin with 0?"
+        total = sum(one["probability"] for one in found)
+        assert abs(total - 1) < 1e-6, f"what stays sums to {total:.2f}, not 1"
+        due = sum(one["probability"] for one in wanted)
+        for one, other in zip(found, wanted, strict=True):
+            off = one["probability"] - other["probability"] / due
+            assert abs(off) < 1e-6, "divide all that stay by the same number, their sum"
 
 
 def check_kept(kept: Callable[[list[int], list[int], int], int]) -> None:

@@ -133,7 +133,7 @@ function openTokenizer({ bytes, characters, merges, special }) {
     becomes.set(`${left} ${right}`, pieces.length);
     pieces.push([...pieces[left], ...pieces[right]]);
   }
-  const specials = special.map((name) => pieces.push(utf8(name)) - 1);
+  const specials = special.map((name) => pieces.push(utf8(name)) - 1); // length - 1
   return { bytes, idOf, becomes, pieces, specials };
 }
 
@@ -172,7 +172,7 @@ function render(turns, { before, stop, after }, tokenizer) {
 
 function candidates(scores, { temperature = 1, topK = Infinity, topP = 1 } = {}) {
   const p = softmax(Float64Array.from(scores), temperature);
-  const order = [...p.keys()].sort((a, b) => p[b] - p[a]);
+  const order = [...p.keys()].sort((a, b) => p[b] - p[a]); // the likeliest first
   const lowest = p[order[Math.min(topK, order.length) - 1]];
   const likely = order.filter((id) => p[id] >= lowest); // ties with the k-th stay
   const sum = (ids) => ids.reduce((total, id) => total + p[id], 0);
@@ -219,6 +219,14 @@ function read(session, ids) {
   shorten(cache, kept);
   for (const id of session.window.slice(kept)) gpt(model, id, cache);
 }
+
+onmessage = ({ data: [question, ...given] }) => {
+  try {
+    postMessage({ answer: answers[question](...given) });
+  } catch (error) {
+    postMessage({ error: error.message });
+  }
+};
 
 // The stream after so many blocks, and the logits as if the model ended there.
 function streamAt({ cache }, position, blocks) {
@@ -302,12 +310,4 @@ const answers = {
     return blocks.map((_, n) => guesses(place, n).slice(0, count).map(named));
   },
   pass: (ids, position) => passSteps(session, look(ids, position)),
-};
-
-onmessage = ({ data: [question, ...given] }) => {
-  try {
-    postMessage({ answer: answers[question](...given) });
-  } catch (error) {
-    postMessage({ error: error.message });
-  }
 };
