@@ -225,6 +225,14 @@ def normalized(powers, dim=-1):
     return powers / powers.sum(dim, keepdim=True)
 
 
+def shares_of_all(x, dim=-1):
+    return normalized((x - x.max()).exp(), dim)
+
+
+def log_of_shares(x, dim=-1):
+    return x - x.exp().sum(dim, keepdim=True).log()
+
+
 def in_place(x, dim=-1):
     x -= x.amax(dim, keepdim=True)
     return normalized(x.exp(), dim)
@@ -338,11 +346,7 @@ WRONG = [
         lambda x, dim=-1: normalized((x - x.abs().amax(dim, keepdim=True)).exp(), dim),
         "whatever its sign",
     ),
-    (
-        "check_softmax",
-        lambda x, dim=-1: normalized((x - x.max()).exp(), dim),
-        "each row's own",
-    ),
+    ("check_softmax", shares_of_all, "each row's own"),
     (
         "check_softmax",
         lambda x, dim=-1: softmax(x.clamp(-50, 50), dim),
@@ -396,6 +400,26 @@ WRONG = [
         "check_log_softmax",
         lambda x, dim=-1: x.log_softmax(-1),
         "differs from torch.log_softmax",
+    ),
+    (
+        "check_log_softmax",
+        lambda x, dim=-1: log_of_shares(x - x.max(), dim),
+        "each row's own maximum",
+    ),
+    (
+        "check_log_softmax",
+        lambda x, dim=-1: log_of_shares(x - x.amax(dim, keepdim=True).abs(), dim),
+        "whatever its sign",
+    ),
+    (
+        "check_log_softmax",
+        lambda x, dim=-1: log_of_shares(x.sub_(x.amax(dim, keepdim=True)), dim),
+        "changed in place",
+    ),
+    (
+        "check_log_softmax",
+        lambda x, dim=-1: log_softmax(x.detach(), dim),
+        "no gradient reaches the scores",
     ),
     (
         "check_cross_entropy",
@@ -483,6 +507,11 @@ WRONG = [
     ),
     (
         "check_masked_softmax",
+        lambda x, allowed: shares_of_all(x.masked_fill(~allowed, -math.inf)),
+        "each row's own maximum",
+    ),
+    (
+        "check_masked_softmax",
         lambda x, allowed: x.masked_fill_(~allowed, -math.inf).softmax(-1),
         "changed in place",
     ),
@@ -498,12 +527,12 @@ WRONG = [
     ),
     (
         "check_cross_entropy_gradient",
-        lambda logits, targets: (F.one_hot(targets, 4) - softmax(logits)) / 3,
+        lambda logits, targets: (F.one_hot(targets, 4) - softmax(logits)) / 6,
         "one-hot - p",
     ),
     (
         "check_cross_entropy_gradient",
-        lambda logits, targets: softmax(logits) / 3,
+        lambda logits, targets: softmax(logits) / 6,
         "subtract 1 there",
     ),
     (
@@ -514,7 +543,7 @@ WRONG = [
     (
         "check_cross_entropy_gradient",
         lambda logits, targets: (
-            (softmax(logits) - F.one_hot(targets.unique(), 4).sum(0)) / 3
+            (softmax(logits) - F.one_hot(targets.unique(), 4).sum(0)) / 6
         ),
         "one a row",
     ),
@@ -526,6 +555,16 @@ WRONG = [
     (
         "check_cross_entropy_gradient",
         lambda logits, targets: torch.zeros_like(logits),
+        "differs from autograd",
+    ),
+    (
+        "check_cross_entropy_gradient",
+        lambda x, y: (softmax(x) - F.one_hot(y, 4)) / (x.shape[1] - 1),
+        "differs from autograd",
+    ),
+    (
+        "check_cross_entropy_gradient",
+        lambda x, y: softmax(x.T).T / len(y) - F.one_hot(y, 4) / len(y),
         "differs from autograd",
     ),
     ("check_one_pass", last_chunk, "only the last chunk counts"),
@@ -556,7 +595,7 @@ WRONG = [
     ),
     (
         "check_cross_entropy_gradient",
-        lambda x, y: (normalized(x.exp()) - torch.eye(4)[y]) / 3,
+        lambda x, y: (normalized(x.exp()) - torch.eye(4)[y]) / 6,
         "logits near 1000 give nan",
     ),
     (
@@ -588,7 +627,7 @@ def test_the_gradient_knows_how_large_the_vocabulary_is():
     """The last id occurs in no target: one_hot has to be told V."""
     with pytest.raises(RuntimeError):
         checks.check_cross_entropy_gradient(
-            lambda x, y: (softmax(x) - F.one_hot(y)) / 3
+            lambda x, y: (softmax(x) - F.one_hot(y)) / 6
         )
 
 

@@ -129,16 +129,28 @@ def check_log_softmax(log_softmax: Callable[..., Tensor]) -> None:
         "the log of a tiny probability is -inf: subtract the log of the sum from the"
         " scores instead of taking the log of softmax"
     )
+    assert log_softmax(torch.tensor([-1000.0, -1001.0])).isfinite().all(), (
+        "scores near -1000 give inf: subtract the maximum, whatever its sign"
+    )
     random = torch.Generator().manual_seed(0)
     x = 5 * torch.randn(3, 3, generator=random)
+    before = x.clone()
     result = log_softmax(x)
+    assert torch.equal(x, before), "the scores were changed in place: work on a copy"
     assert (result <= 0).all(), "a log-probability is positive: is the sign right?"
     assert _close(result.exp().sum(-1), torch.ones(3)), _what_sums_to_one(
         x, result.exp()
     )
+    high, low = log_softmax(torch.tensor([[1000.0, 1001.0], [0.0, 1.0]]))
+    assert _close(low, high, 1e-3), (
+        "a low row beside a high one is wrong: subtract each row's own maximum"
+    )
     for dim in (0, 1):
         gap = (log_softmax(x, dim=dim) - x.log_softmax(dim)).abs().max().item()
         assert gap < 1e-4, f"differs from torch.log_softmax by {gap:.1e}, dim={dim}"
+    _check_gradient(
+        lambda x: log_softmax(x)[..., 0], lambda x: x.log_softmax(-1)[..., 0], x
+    )
 
 
 def check_cross_entropy(cross_entropy: Callable[..., Tensor]) -> None:
@@ -215,6 +227,11 @@ def check_masked_softmax(masked_softmax: Callable[[Tensor, Tensor], Tensor]) -> 
     assert masked_softmax(x, x > 0).isfinite().all(), (
         "an allowed score of 1000 gives nan: subtract the maximum, as softmax does"
     )
+    x = torch.tensor([[1000.0, 1001.0, 0.0], [0.0, 1.0, 5.0]])
+    high, low = masked_softmax(x, torch.tensor([[True, True, False]] * 2))
+    assert _close(low, high, 1e-3), (
+        "a low row beside a high one is wrong: subtract each row's own maximum"
+    )
     low = torch.tensor([[-1e12, -1e12, 0.0]])
     result = masked_softmax(low, low < 0)[0]
     assert _close(result[:2], torch.tensor([0.5, 0.5])), (
@@ -229,21 +246,21 @@ def check_cross_entropy_gradient(gradient: Callable[[Tensor, Tensor], Tensor]) -
     Book: 05_softmax.html#exercises
     """
     random = torch.Generator().manual_seed(0)
-    logits = torch.randn(3, 4, generator=random).requires_grad_()
-    targets = torch.tensor([1, 2, 2])  # the last id, 3, doesn't occur
+    logits = torch.randn(6, 4, generator=random).requires_grad_()
+    targets = torch.tensor([1, 2, 2, 0, 1, 2])  # the last id, 3, doesn't occur
     (wanted,) = torch.autograd.grad(F.cross_entropy(logits, targets), logits)
     logits = logits.detach()
     result, p = gradient(logits.clone(), targets), torch.softmax(logits, -1)
-    assert result.shape == (3, 4), f"the shape is {tuple(result.shape)}, not (3, 4)"
+    assert result.shape == (6, 4), f"the shape is {tuple(result.shape)}, not (6, 4)"
     every_row = p.clone()
     every_row[:, targets] -= 1
     mistakes = [
         (-wanted, "the sign is wrong: this is one-hot - p"),
-        (-3 * wanted, "the sign is wrong, and the sum is not divided by T"),
-        (3 * wanted, "the gradient of the sum: divide by the number of positions"),
-        (p / 3, "p alone doesn't know the target: subtract 1 there"),
+        (-6 * wanted, "the sign is wrong, and the sum is not divided by T"),
+        (6 * wanted, "the gradient of the sum: divide by the number of positions"),
+        (p / 6, "p alone doesn't know the target: subtract 1 there"),
         (p, "p alone doesn't know the target: subtract 1 there, then divide by T"),
-        (every_row / 3, "1 was subtracted at every target in every row: one a row"),
+        (every_row / 6, "1 was subtracted at every target in every row: one a row"),
     ]
     for value, mistake in mistakes:
         assert not _close(result, value), mistake
