@@ -57,7 +57,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> 
     logits: (..., V) scores; targets: (...) int64 ids from 0 to V - 1, or ignore_index
     where a position doesn't count. If none counts, the mean is nan.
     Raises what PyTorch does for shapes that don't fit and ids outside the vocabulary:
-    IndexError or RuntimeError. Source: Shannon (1948).
+    IndexError or RuntimeError. Surprise and its mean: Shannon (1948).
 
     Book: 05_softmax.html#the-equation
     """
