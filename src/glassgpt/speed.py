@@ -107,8 +107,8 @@ class LightLinear(nn.Module):
 def fastest_weights(layers: Sequence[nn.Linear]) -> str:
     """Which of FORMATS takes one vector through these layers fastest, as measured.
 
-    Of the first eight, two blocks', four warm the routines up and four are timed. In
-    between others are read, so that the cache holds what it would hold in writing.
+    Of the first eight, two blocks', four warm the routines up and four are timed.
+    Between rounds others are read, so that the cache holds what it does in writing.
     On anything but a CPU "float16", unmeasured.
 
     Book: 21_speed.html#which-is-fastest-here
@@ -122,10 +122,10 @@ def fastest_weights(layers: Sequence[nn.Linear]) -> str:
     for name in ("float16", "int8") if PACKED else FORMATS[1:]:
         ways[name] = [LightLinear(layer, name) for layer in first]
     seconds = dict.fromkeys(ways, math.inf)
-    for _ in range(7):  # in turn, so that a slow moment hits all of them
+    for _ in range(20):  # in turn, so that a slow moment hits all of them
+        for layer in others:
+            layer.weight.sum()
         for name, way in ways.items():
-            for layer in others:
-                layer.weight.sum()
             for part in (slice(middle), slice(middle, None)):  # the second counts
                 start = perf_counter()
                 for layer, x in zip(way[part], inputs[part], strict=True):
