@@ -208,6 +208,8 @@ def noting(second_acts, cleans_up, spares=lambda _, handler: handler == signal.S
 def test_stopping_wrongly_is_caught():
     any_acts, same_acts = (lambda _, caught: caught), (lambda n, caught: n in caught)
     checks.check_stop(noting(any_acts, cleans_up=True))
+    with pytest.raises(AssertionError, match="SIGINT, then SIGINT: the second has to"):
+        checks.check_stop(noting(lambda n, caught: False, cleans_up=True))
     with pytest.raises(AssertionError, match="SIGINT, then SIGTERM: the second has to"):
         checks.check_stop(noting(same_acts, cleans_up=True))
     with pytest.raises(AssertionError, match="are not back after an error"):

@@ -1,5 +1,5 @@
 # Written by tools/tangle.py from book/20_runs_that_survive.ipynb: change it there.
-"""Runs that survive: one run in a folder, which goes on to the same bits."""
+"""Runs that survive: one run in a folder, which ends with the same bits."""
 
 import json
 import math
@@ -190,6 +190,23 @@ def stop_signals() -> Iterator[list[int]]:
 
 
 @contextmanager
+def memory_advice(
+    advice: str = "raise accumulate, or lower the model's context, width or layers",
+) -> Iterator[None]:
+    """Turn an allocator's failure into a MemoryError that says what to do.
+
+    Book: 20_runs_that_survive.html#leaving-politely
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        signs = "allocate memory|out of memory|ALLOC_FAILED|Invalid buffer"
+        if not re.search(signs, str(error)):
+            raise
+        raise MemoryError(f"this does not fit into memory: {advice}") from error
+
+
+@contextmanager
 def locked(directory: Path) -> Iterator[None]:
     """Hold a folder for one process, however that ends.
 
@@ -305,23 +322,6 @@ def _go_on(run: Run, on_record: OnRecord | None, progress: bool) -> Run:
     return run
 
 
-@contextmanager
-def memory_advice(
-    advice: str = "raise accumulate, or lower the model's context, width or layers",
-) -> Iterator[None]:
-    """Turn an allocator's failure into a MemoryError that says what to do.
-
-    Book: 20_runs_that_survive.html#one-run-in-a-folder
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        signs = "allocate memory|out of memory|ALLOC_FAILED|Invalid buffer"
-        if not re.search(signs, str(error)):
-            raise
-        raise MemoryError(f"this does not fit into memory: {advice}") from error
-
-
 def refuse_occupied(directory: Path) -> None:
     """Raise FileExistsError for a folder with anything in it but tokens.
 
@@ -405,7 +405,7 @@ def resume_run(
     make_trainer: MakeTrainer = Plan.trainer,
     **changes: Any,
 ) -> Run:
-    """Go on with the run in a folder, to the same bits as if it had never stopped.
+    """Go on with the run in a folder; its bits are those of a run never stopped.
 
     data: where its tokens are now, if they moved. changes: `steps`, to extend it, or
     other values of `CHANGEABLE`. say: called with a line that says what is different.

@@ -304,7 +304,7 @@ def check_interval(interval: Callable[[float, float], float]) -> None:
 class Walk:
     """A process with four kinds of state: place, momentum, dice and a deck of cards.
 
-    Book: 20_runs_that_survive.html#exercise-1-how-often
+    Book: 20_runs_that_survive.html#exercise-2-everything-that-a-step-changes
     """
 
     def __init__(self, seed: int):
@@ -326,7 +326,7 @@ def check_state(pair: tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]) ->
     pair: called as state_of(walk), which may return any object, and as
     go_back(walk, state) with another walk, more than once with one state.
 
-    Book: 20_runs_that_survive.html#exercise-1-how-often
+    Book: 20_runs_that_survive.html#exercise-2-everything-that-a-step-changes
     """
     state_of, go_back = pair
     for steps in (0, 3, 5, 7):
@@ -363,7 +363,7 @@ def check_names(names_in: Callable[[bytes], set[str]]) -> None:
 
     names_in: of the bytes of a pickle, as a set of texts like "os mkdir".
 
-    Book: 20_runs_that_survive.html#exercise-1-how-often
+    Book: 20_runs_that_survive.html#exercise-3-what-a-pickle-asks-for
     """
 
     class Bomb:
