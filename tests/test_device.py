@@ -225,6 +225,15 @@ def padded(value, multiple):
             ),
             "no bounds",
         ),
+        (
+            check_scale,
+            lambda scale, streak, finite: (
+                (min(scale * 2, 2.0**24), 0)
+                if streak == 1999 and finite
+                else ((scale, streak + 1) if finite else (scale / 2, 0))
+            ),
+            "no bounds",
+        ),
         (check_rounding, lambda x: float(round(x)), "1.7 became 2.0"),
         (check_rounding, lambda x: x, "spacing"),
         (check_rounding, coarse_from_4_to_64, r"between 2\^2 and 2\^3 the spacing is"),
@@ -736,7 +745,7 @@ class TestCards:
 
 
 def test_cost_of_a_plan(monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     training = TrainConfig(steps=10, batch_size=12, evaluate_every=5)
     plan = Plan(replace(SHAPE, context=32), training, Machine(), 1e9)
     flops = GPT(plan.model).flops_per_token()
@@ -744,9 +753,18 @@ def test_cost_of_a_plan(monkeypatch):
     assert plan.flops == plan.tokens * flops
     kept = plan.memory - replace(plan, training=replace(training, batch_size=1)).memory
     looks = 2 * 640 * 32 * flops / 3
-    touched = kept * 12 / 11 + 2 * GPT(plan.model).parameter_count()
-    seconds = (plan.flops + looks) / 1e9 + 1.2 * 10 * touched / 2e9
-    assert plan.seconds == pytest.approx(seconds)
+    weights = 2 * 10 * GPT(plan.model).parameter_count()
+    touched = (10 + 2 * 640 / 12 / 3) * kept * 12 / 11 + weights
+    products, rest = (plan.flops + looks) / 1e9, 1.2 * touched / 2e9
+    assert plan.seconds == pytest.approx(products + rest)
+    for scope in ("blocks", "all"):
+        fast = replace(plan, machine=Machine(compile=scope))
+        assert fast.seconds == pytest.approx(products + 0.75 * rest)
+    as_wide = module.kept_by_block(plan.model, plan.machine)
+    with monkeypatch.context() as one:
+        one.setattr(module, "kept_by_block", lambda *_: as_wide)
+        narrow = replace(plan, machine=Machine(precision="bfloat16"))
+        assert narrow.seconds == pytest.approx(products + 1.3 * rest)
     again = replace(plan, machine=Machine(recompute=True))
     assert again.seconds - plan.seconds == pytest.approx(plan.flops / 3e9)
     muon = replace(plan, training=MuonConfig(**asdict(training)))
@@ -761,6 +779,7 @@ def test_the_chapter_says_how_the_estimates_fit():
     readme = (root / "benchmarks" / "README.md").read_text("utf-8")
     table = readme.split("<!-- estimates -->")[1].split("<!-- end of estimates -->")[0]
     ratios = [float(ratio) for ratio in re.findall(r"\| x ([\d.]+) \|", table)]
+    assert 2 / 3 < min(ratios) < max(ratios) < 3 / 2
     told = f"the estimates of {len(ratios)} steps lie between"
     chapter = (root / "book" / "15_full_gpt.ipynb").read_text("utf-8")
     assert f"{told} {min(ratios):.2f} and {max(ratios):.2f} of" in chapter

@@ -349,20 +349,24 @@ class Plan:
     def seconds(self) -> float:
         """About how long the run will take, evaluations included.
 
-        On a CPU the products at their measured speed, and 1.2 nanoseconds for each byte
-        that is kept, two for each parameter a step, as measured on one thread; with
-        more we assume that they share it. On a GPU a third of its speed is assumed.
+        On a CPU the products at their measured speed, and for each byte that is kept,
+        two for each parameter a step, 1.2 nanoseconds; 1.3 times that in 16 bits, three
+        quarters where it is compiled, divided by the root of the number of threads. On
+        a GPU a third of its speed is assumed.
         """
         m, t, on = self.model, self.training, self.machine
         looks = t.steps // t.evaluate_every * t.evaluation_crops * m.context
-        work = (self.tokens * (1 + on.recompute / 3) + looks / 3) * count(m)[1]
+        seen = self.tokens + looks / 3  # without a backward pass
+        work = (seen + self.tokens * on.recompute / 3) * count(m)[1]
         if isinstance(t, MuonConfig):  # its products, 4 rounds a step
             work += t.steps * 176 * m.layers * m.width**3
         if on.device.startswith("cuda"):
             return 3 * work / self.peak_flops
-        kept = self.tokens * (m.layers * kept_by_block(m, on) + 12 * m.vocab_size)
-        kept += 2 * t.steps * count(m)[0]
-        return work / self.peak_flops + 1.2e-9 * kept / torch.get_num_threads()
+        kept = seen * (m.layers * kept_by_block(m, on) + 12 * m.vocab_size)
+        each = 1.2e-9 / math.sqrt(torch.get_num_threads())
+        each *= 1.0 if on.precision == "float32" else 1.3
+        each *= 1.0 if on.compile == "off" else 0.75
+        return work / self.peak_flops + each * (kept + 2 * t.steps * count(m)[0])
 
     @property
     def memory(self) -> int:
@@ -430,7 +434,7 @@ RECIPES = {"gpt2": modern.GPT2_CHOICES, "modern": {}, "llama": modern.LLAMA_CHOI
 def memory_of(device: torch.device) -> float:
     """Bytes of memory of a GPU, or of the computer; infinite where nothing tells.
 
-    Book: 15_full_gpt.html#the-plan
+    Book: 15_full_gpt.html#predicted-and-took
     """
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
@@ -444,7 +448,7 @@ def fit_memory(plan: Plan, memory: float, given: set[str]) -> Plan:
 
     Raises ValueError where nothing fits.
 
-    Book: 15_full_gpt.html#the-plan
+    Book: 15_full_gpt.html#predicted-and-took
     """
     while plan.memory > memory:
         training, machine = plan.training, plan.machine
@@ -463,7 +467,7 @@ def fit_memory(plan: Plan, memory: float, given: set[str]) -> Plan:
 def preset(device: torch.device) -> dict[str, Any]:
     """What suits a device when nothing else is said: size, context, batch, steps.
 
-    Book: 15_full_gpt.html#the-plan
+    Book: 15_full_gpt.html#predicted-and-took
     """
     if device.type != "cuda":
         return {"size": "micro", "context": 64, "batch_size": 16, "steps": 2000}
@@ -475,7 +479,7 @@ def preset(device: torch.device) -> dict[str, Any]:
 def names(*kinds: Any) -> set[str]:
     """The fields of dataclasses.
 
-    Book: 15_full_gpt.html#the-plan
+    Book: 15_full_gpt.html#predicted-and-took
     """
     return {field.name for kind in kinds for field in fields(kind)}
 
@@ -483,7 +487,7 @@ def names(*kinds: Any) -> set[str]:
 def take(kind: Any, values: dict[str, Any]) -> Any:
     """A dataclass made of those values that it has fields for.
 
-    Book: 15_full_gpt.html#the-plan
+    Book: 15_full_gpt.html#predicted-and-took
     """
     return kind(**{k: v for k, v in values.items() if k in names(kind)})
 
@@ -505,7 +509,7 @@ def make_plan(
     values: fields of ModernConfig, MuonConfig and Machine.
     Raises ValueError for names and values that don't exist, and for what can't fit.
 
-    Book: 15_full_gpt.html#the-plan
+    Book: 15_full_gpt.html#predicted-and-took
     """
     chosen, given = pick_device(device), set(values)
     suited, cuda = preset(chosen), chosen.type == "cuda"

@@ -128,7 +128,7 @@ def check_scale(update: Callable[[float, int, bool], tuple[float, int]]) -> None
     assert halved == (2048, 0), f"infinite at the 2,000th step: {halved}, not (2048, 0)"
     doubled = tuple(update(4096.0, 1999, True))
     assert doubled == (8192, 0), f"the 2,000th good step: {doubled}, not (8192, 0)"
-    for one, two in ((65_536.0, True), (1.0, False)):
+    for one, two in ((2.0**40, True), (1.0, False)):
         found, _ = update(one, 1999, two)
         due = one * 2 if two else one / 2
         assert found == due, f"{one} should become {due}, not {found}: it has no bounds"
