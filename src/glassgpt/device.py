@@ -434,7 +434,7 @@ RECIPES = {"gpt2": modern.GPT2_CHOICES, "modern": {}, "llama": modern.LLAMA_CHOI
 def memory_of(device: torch.device) -> float:
     """Bytes of memory of a GPU, or of the computer; infinite where nothing tells.
 
-    Book: 15_full_gpt.html#predicted-and-took
+    Book: 15_full_gpt.html#what-a-plan-chooses
     """
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
@@ -448,7 +448,7 @@ def fit_memory(plan: Plan, memory: float, given: set[str]) -> Plan:
 
     Raises ValueError where nothing fits.
 
-    Book: 15_full_gpt.html#predicted-and-took
+    Book: 15_full_gpt.html#what-a-plan-chooses
     """
     while plan.memory > memory:
         training, machine = plan.training, plan.machine
@@ -467,7 +467,7 @@ def fit_memory(plan: Plan, memory: float, given: set[str]) -> Plan:
 def preset(device: torch.device) -> dict[str, Any]:
     """What suits a device when nothing else is said: size, context, batch, steps.
 
-    Book: 15_full_gpt.html#predicted-and-took
+    Book: 15_full_gpt.html#what-a-plan-chooses
     """
     if device.type != "cuda":
         return {"size": "micro", "context": 64, "batch_size": 16, "steps": 2000}
@@ -479,7 +479,7 @@ def preset(device: torch.device) -> dict[str, Any]:
 def names(*kinds: Any) -> set[str]:
     """The fields of dataclasses.
 
-    Book: 15_full_gpt.html#predicted-and-took
+    Book: 15_full_gpt.html#what-a-plan-chooses
     """
     return {field.name for kind in kinds for field in fields(kind)}
 
@@ -487,7 +487,7 @@ def names(*kinds: Any) -> set[str]:
 def take(kind: Any, values: dict[str, Any]) -> Any:
     """A dataclass made of those values that it has fields for.
 
-    Book: 15_full_gpt.html#predicted-and-took
+    Book: 15_full_gpt.html#what-a-plan-chooses
     """
     return kind(**{k: v for k, v in values.items() if k in names(kind)})
 
@@ -509,7 +509,7 @@ def make_plan(
     values: fields of ModernConfig, MuonConfig and Machine.
     Raises ValueError for names and values that don't exist, and for what can't fit.
 
-    Book: 15_full_gpt.html#predicted-and-took
+    Book: 15_full_gpt.html#what-a-plan-chooses
     """
     chosen, given = pick_device(device), set(values)
     suited, cuda = preset(chosen), chosen.type == "cuda"
