@@ -331,9 +331,26 @@ def takes_any_raise_for_ours(words):
         return main(words)
 
 
+def prints_usage(words):
+    code = main(words)
+    if code == 2:
+        print("usage: glassgpt COMMAND [OPTIONS]")
+    return code
+
+
+def hides_runtime_errors(words):
+    try:
+        return main(words)
+    except RuntimeError as error:
+        print(f"glassgpt: {error}", file=sys.stderr)
+        return 2
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
+        (prints_usage, "printed 'usage: .*' as a result"),
+        (hides_runtime_errors, "a fault, a RuntimeError, was hidden"),
         (takes_any_raise_for_ours, "a fault, a ValueError, was hidden"),
         (chatters, "more than a sentence"),
         (echoes, "did not say what was wrong"),
@@ -404,6 +421,14 @@ def test_what_the_package_refuses_is_a_mistake(monkeypatch, capsys):
     monkeypatch.setattr(cli.Generate, "run", other)
     with pytest.raises(ValueError, match="no such thing"):
         main(["generate", "shakespeare"])
+
+
+def test_an_evaluation_is_in_the_log_at_once(tmp_path, monkeypatch):
+    with open(tmp_path / "log.txt", "w") as log:
+        monkeypatch.setattr(sys, "stdout", log)
+        cli.telling(None)["on_record"]({"step": 3, "validation_loss": 1.0})
+        said = (tmp_path / "log.txt").read_text()
+    assert said == "step 3: validation loss 1.000\n"
 
 
 def test_train_writes_a_model(made, tmp_path, capsys):
@@ -862,6 +887,18 @@ def count_and_hide_well(words):
         return 2
 
 
+def count_what_exists(words):
+    if len(words) != 1 or not Path(words[0]).exists():
+        print(f"count: there is no file {words}", file=sys.stderr)
+        return 2
+    try:
+        print(len(Path(words[0]).read_text("utf-8")))
+    except UnicodeDecodeError as error:
+        print(f"count: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
 def count_nothing(words):
     if words == ["four.txt"]:
         print(4)
@@ -886,6 +923,7 @@ def count_by_argparse(words):
         (count_with_a_traceback, "no sentence, but"),
         (count_and_hide, "names no missing.txt"),
         (count_and_hide_well, "was hidden"),
+        (count_what_exists, r"`count \.` ended in (IsADirectory|Permission)Error"),
         (count_nothing, "seven.txt` left with exit code 2"),
         (count_catching(OSError, ValueError), "a ValueError inside, was hidden"),
         (count_catching(OSError, UnicodeDecodeError), None),

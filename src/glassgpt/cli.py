@@ -195,7 +195,7 @@ SAID = {
 
 
 def telling(shard: str | None) -> dict[str, Any]:
-    """How a run tells of itself, by a line for each evaluation, and is shared.
+    """What `start_run` needs: prints of each evaluation, and how a run is shared.
 
     Book: 23_command_line.html#a-run-and-going-on-with-it
     """
@@ -203,6 +203,7 @@ def telling(shard: str | None) -> dict[str, Any]:
     def on_record(record: dict[str, float]) -> None:
         words = [text.format(record[k]) for k, text in SAID.items() if k in record]
         tqdm.write(f"step {record['step']}: {', '.join(words)}")
+        print(end="", flush=True)  # a log file shows it now, not at the end
 
     how = {"on_record": on_record, "progress": sys.stderr.isatty()}
     return {**how, "make_trainer": partial(make_trainer, shard=shard)}

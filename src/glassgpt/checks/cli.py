@@ -12,13 +12,13 @@ from unittest.mock import patch
 from glassgpt.tokens import CharTokenizer
 
 
-def call(main: Callable[[list[str]], int], words: list[str]) -> tuple[int, str]:
-    """Run a command line; return its exit code and what it printed as an error.
+def call(main: Callable[[list[str]], int], words: list[str]) -> tuple[int, str, str]:
+    """Run a command line; return its exit code, its result and what it said of it.
 
     Book: 23_command_line.html#the-check
     """
-    errors = io.StringIO()
-    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
+    result, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(result):
         try:
             number = main(words)
         except SystemExit as leaving:
@@ -28,7 +28,7 @@ def call(main: Callable[[list[str]], int], words: list[str]) -> tuple[int, str]:
             raise AssertionError(
                 f"`glassgpt {words[0]}` ended in a traceback: {name}"
             ) from error
-    return number, errors.getvalue()
+    return number, result.getvalue(), errors.getvalue()
 
 
 def check_mistakes(main: Callable[[list[str]], int]) -> None:
@@ -54,13 +54,15 @@ def check_mistakes(main: Callable[[list[str]], int]) -> None:
         }
         before = sorted(folder.rglob("*"))
         for line, named in mistakes.items():
-            number, errors = call(main, line.split())
+            number, result, errors = call(main, line.split())
             said, own = f"`glassgpt {line}`", {*errors.split()} - {*line.split()}
             assert number == 2, f"{said} left with exit code {number}, not 2"
             assert "Traceback" not in errors, f"{said} printed a traceback"
             assert len(own) > 2, f"{said} did not say what was wrong"
             assert "\n" not in errors.strip(), f"{said} said more than a sentence"
             assert named in errors.lower(), f"{said}: its sentence names no {named}"
+            begun = line.startswith("train")  # its plan stands there already
+            assert begun or not result, f"{said} printed {result!r} as a result"
             left = sorted({*folder.rglob("*")} - {*before})
             assert not left, f"{said} left {left[0].name} behind"
         (folder / "long.txt").write_text("To be, or not to be\n" * 100)
@@ -73,14 +75,14 @@ def check_mistakes(main: Callable[[list[str]], int]) -> None:
         def unread(*_: object) -> None:
             json.loads("")  # a ValueError that another library raises
 
-        for fault in (KeyError("ours"), stumble, unread):
+        for fault in (KeyError("ours"), RuntimeError("ours"), stumble, unread):
             came = None
             with patch.object(CharTokenizer, "train", side_effect=fault):
                 try:
                     call(main, right)
                 except AssertionError as error:
                     came = error.__cause__
-            kind = KeyError if isinstance(fault, KeyError) else ValueError
+            kind = type(fault) if isinstance(fault, Exception) else ValueError
             assert isinstance(came, kind), f"a fault, a {kind.__name__}, was hidden"
         assert call(main, right)[0] == 0, "a line without a mistake was refused"
         assert (folder / "new" / "tokens.json").exists(), "tokenize wrote no tokens"
