@@ -31,8 +31,7 @@ def _check_parts(split: Callable, plays: Sequence[Document]) -> None:
     """Every play comes back whole, on one side, and neither side is empty."""
     parts = list(split(plays))
     assert parts == list(split(plays)), (
-        "a second call splits differently: choose by number, or by a hash of hashlib,"
-        " not by chance"
+        "a second call splits differently: choose by number, not by chance"
     )
     sides = {"train": set(), "validation": set()}
     for side, document in parts:
