@@ -168,6 +168,9 @@ def heatmap(
     Book: a1_figures.html#the-picture-of-a-matrix
     """
     numbers = _as_array(matrix, 2)
+    for labels, count in zip((rows, columns), numbers.shape, strict=True):
+        if labels is not None and len(labels) != count:
+            raise ValueError(f"{len(labels)} labels for {count} rows or columns")
     _set_up_grid(ax, numbers.shape, rows, columns)
     if title:
         ax.set_title(title, fontsize=11)
