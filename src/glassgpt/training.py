@@ -310,7 +310,9 @@ def random_numbers(seed: Sequence[int], device: torch.device) -> Iterator[None]:
     """
     devices = [] if device.type == "cpu" else [device]
     with _one_at_a_time, torch.random.fork_rng(devices, device_type=device.type):
-        torch.manual_seed(int(np.random.default_rng(seed).integers(1 << 63)))
+        # On a CPU `torch.manual_seed` would look for every kind of GPU, at each step.
+        source = torch if devices else torch.default_generator
+        source.manual_seed(int(np.random.default_rng(seed).integers(1 << 63)))
         yield
 
 
