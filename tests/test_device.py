@@ -219,15 +219,6 @@ def padded(value, multiple):
         (
             check_scale,
             lambda scale, streak, finite: (
-                (min(scale * 2, 2.0**16), 0)
-                if streak == 1999 and finite
-                else ((scale, streak + 1) if finite else (scale / 2, 0))
-            ),
-            "no bounds",
-        ),
-        (
-            check_scale,
-            lambda scale, streak, finite: (
                 (min(scale * 2, 2.0**24), 0)
                 if streak == 1999 and finite
                 else ((scale, streak + 1) if finite else (scale / 2, 0))
