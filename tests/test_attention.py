@@ -336,7 +336,7 @@ def einsum(queries, keys, values, mask=None):
 def loop(queries, keys, values, mask=None):
     mask = torch.ones(1, 1).bool() if mask is None else mask
     rows = queries.split(1, dim=-2)
-    masks = mask.expand(*mask.shape[:-2], len(rows), -1).split(1, dim=-2)
+    masks = mask.repeat_interleave(len(rows) // mask.shape[-2], dim=-2).split(1, dim=-2)
     rows = [attention(row, keys, values, m) for row, m in zip(rows, masks, strict=True)]
     context, weights = (torch.cat(parts, -2) for parts in zip(*rows, strict=True))
     return context, weights
@@ -418,12 +418,13 @@ WRONG = [
     ("check_attention", other_context, "context is weights @ values"),
     ("check_attention", mixed_types, "it makes torch.float32"),
     ("check_attention", lambda q, k, v, mask=None: (v, v), "weights have shape"),
+    ("check_attention", lambda *given: attention(*given)[0], "return two things"),
     ("check_causal_mask", lambda size: square(size).triu(), "is transposed"),
     ("check_causal_mask", lambda size: square(size).triu(1), "True marks the future"),
     ("check_causal_mask", lambda size: square(size).tril(-1), "a word sees itself"),
     ("check_causal_mask", square, "for 3 words: [[1, 1, 1]"),
     ("check_causal_mask", lambda size: square(size).float(), "must be bool"),
-    ("check_causal_mask", lambda size: square(size).tril().triu(-2), "wrong for 5"),
+    ("check_causal_mask", lambda size: square(size).tril().triu(-4), "wrong for 12"),
     ("check_causal", masked(None), "row 0 looks at position 1"),
     (
         "check_causal",
