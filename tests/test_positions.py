@@ -128,6 +128,12 @@ def stopping(context, width):
     return P
 
 
+def each_column(context, width):
+    """A speed for each column, not for each hand."""
+    angles = torch.arange(context)[:, None] * 10000.0 ** (-torch.arange(width) / width)
+    return torch.stack((angles[:, 0::2].sin(), angles[:, 1::2].cos()), -1).flatten(1)
+
+
 def gap(context, width):
     P = sinusoidal_positions(context, width)
     P[50:100] = 0
@@ -205,6 +211,7 @@ def test_right_steps_pass(right):
         (checks.check_sinusoidal_positions, frozen(1), "hand 1 turns by 0.0000"),
         (checks.check_sinusoidal_positions, frozen(2), "hand 2 turns by 0.0000"),
         (checks.check_sinusoidal_positions, stopping, "position 3999"),
+        (checks.check_sinusoidal_positions, each_column, "need one angle"),
         (checks.check_sinusoidal_positions, gap, "position 99 is wrong"),
         (checks.check_sinusoidal_positions,
          lambda t, c: sinusoidal_positions(4000, 6), "positions(2, 4) has shape"),
@@ -212,6 +219,8 @@ def test_right_steps_pass(right):
          lambda t, c: sinusoidal_positions(4000, 6)[:t, :c], "depends on the width"),
         (checks.check_add_positions,
          lambda i, x, p, start: x[i] + p[start : start + i.shape[1]], "accepted"),
+        (checks.check_add_positions, lambda i, x, p, start: x[i] + p[
+            torch.arange(start, start + i.shape[1]).clamp(max=len(p) - 1)], "refuse"),
         (checks.check_add_positions,
          lambda i, x, p, start: embed(i, x, p, 0), "start is ignored"),
         (checks.check_add_positions, lambda i, x, p, start: x[i] + p[i], "position 0"),

@@ -27,9 +27,10 @@ def check_sinusoidal_positions(positions: Callable[[int, int], Tensor]) -> None:
     )
     speeds = 10000.0 ** (-torch.arange(0, 6, 2, dtype=torch.float64) / 6)
     for i, speed in enumerate(speeds.tolist()):
-        turn = math.atan2(got[1, 2 * i], got[1, 2 * i + 1])
-        degrees = i == 0 and abs(turn - math.pi / 180) < 1e-4
-        assert not degrees, "the angles are degrees, not radians"
+        hand = got[1, 2 * i : 2 * i + 2]
+        assert abs(hand.norm() - 1) < 0.05, "sine and cosine of a hand need one angle"
+        turn = math.atan2(*hand)
+        assert abs(turn - math.pi / 180) > 1e-4, "the angles are degrees, not radians"
         assert abs(turn - speed) < 1e-3, (
             f"hand {i} turns by {turn:.4f} a position, not {speed:.4f}: "
             "its speed is 10000 ** (-2 * i / width)"
@@ -93,7 +94,7 @@ def check_add_positions(embed: Callable[[Tensor, Tensor, Tensor, int], Tensor]) 
             ) from None
         raise AssertionError(
             f"positions {start} to {start + 2} of {rows} rows were accepted: "
-            "a slice that reaches beyond the end gives fewer rows, and no error"
+            "refuse them (a slice alone gives fewer rows, and no error)"
         )
 
 
