@@ -193,9 +193,14 @@ class Frozen(Embedding):
         return super().forward(ids.clamp(0, 4)).detach().requires_grad_()
 
 
-class Padded(Embedding):
-    def forward(self, ids):
-        return F.embedding(ids, self.weight, padding_idx=1)
+def padded(row):
+    """A kind of embedding in which one row never receives a gradient."""
+
+    class Padded(Embedding):
+        def forward(self, ids):
+            return F.embedding(ids, self.weight, padding_idx=row)
+
+    return Padded
 
 
 class NoParameter(nn.Module):
@@ -263,6 +268,10 @@ def by_dot_product(table, a, b, c):
 
 def by_distance(table, a, b, c):
     return -(table - (table[b] - table[a] + table[c])).norm(dim=-1)
+
+
+def by_difference(table, a, b, c):
+    return cosine_similarity(table - table[c], table[b] - table[a])
 
 
 def by_rows_of_norm_one(table, a, b, c):
@@ -342,12 +351,19 @@ def test_right_answers_pass(check, right):
         (checks.check_matrix_product, lambda a, b: a[:, :3] @ b[:3], "wrong for"),
         (checks.check_matrix_product, lambda a, b: (a.int() @ b.int()).float(),
          "fractions"),
+        (checks.check_matrix_product, lambda a, b: torch.stack(
+            [(w[:, None] * b).sum(0) for w, _ in zip(a, b, strict=False)]),
+         "wrong for (5, 2) times (2, 3)"),
+        (checks.check_matrix_product, lambda a, b: torch.stack(
+            [a[i] @ b for i in range(min(a.shape))]), "wrong for (5, 2)"),
         (checks.check_matrix_product, lambda a, b: (a @ b).squeeze(0), "gives (1,)"),
         (checks.check_matrix_product, lambda a, b: torch.stack(
             [row @ b for row in a]).squeeze(), "(3, 1) gives ()"),
         (checks.check_embedding, OneRowTooFew, "each id becomes a row"),
         (checks.check_embedding, Frozen, "no gradient"),
-        (checks.check_embedding, Padded, "[1] were looked up"),
+        (checks.check_embedding, padded(1), "[1] were looked up"),
+        (checks.check_embedding, padded(0), "occurs once gets gradient 0, not 1"),
+        (checks.check_embedding, padded(4), "occurs twice gets gradient 0, not 2"),
         (checks.check_embedding, NoParameter, "nn.Parameter"),
         (checks.check_embedding, nn.Embedding, "deviation"),
         (checks.check_embedding, starting(torch.randn), "start with"),
@@ -378,6 +394,7 @@ def test_right_answers_pass(check, right):
         (checks.check_analogy, measured(by_cosine, rank=1), "inputs"),
         (checks.check_analogy, measured(by_cosine, rank=2), "inputs"),
         (checks.check_analogy, measured(by_distance), "by distance"),
+        (checks.check_analogy, measured(by_difference), "difference from c"),
         (checks.check_analogy, measured(by_dot_product), "dot product"),
         (checks.check_analogy, measured(by_rows_of_norm_one), "of rows made norm 1"),
         (checks.check_analogy, measured(lambda *each: by_cosine(*each).abs()),
@@ -394,7 +411,9 @@ def test_right_answers_pass(check, right):
          lambda ids, g, rows: torch.zeros(rows, 2).index_put((ids,), g), "twice"),
         (checks.check_embedding_gradient, lambda ids, g, rows: g, "shape"),
         (checks.check_embedding_gradient,
-         lambda ids, g, rows: torch.zeros(rows, 2).index_add(0, ids, g), "6 rows"),
+         lambda ids, g, rows: torch.zeros(rows, 2).index_add(0, ids, g), "3 rows"),
+        (checks.check_embedding_gradient, lambda ids, g, rows: by_loop(
+            ids[:rows], g[:rows], rows), "3 rows"),
         (checks.check_embedding_gradient, lambda ids, g, rows: torch.zeros(
             rows, g.shape[1]).index_add(0, ids, g).abs(), "negative"),
         (checks.check_embedding_gradient, inside_upstream, "upstream was changed"),
