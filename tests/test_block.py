@@ -241,16 +241,41 @@ class NeverDropping(Block):
         super().__init__(width, heads)
 
 
+class KeepingWeights(Block):
+    """Attention's weights never drop."""
+
+    def __init__(self, width, heads, dropout=0.0):
+        super().__init__(width, heads, dropout)
+        self.attention.dropout = 0.0
+
+
+class WithoutMask(Block):
+    def forward(self, x, mask=None, cache=None):
+        return super().forward(x, None, cache)
+
+
+class WithoutCache(Block):
+    def forward(self, x, mask=None, cache=None):
+        return super().forward(x, mask)
+
+
+class Exchanged(Block):
+    def forward(self, x, mask=None, cache=None):
+        return super().forward(x, cache, mask)
+
+
 class Flat(Block):
     def forward(self, x):
         return super().forward(x).flatten(0, 1)
 
 
-def added(in_place=False, streams=False, replace=False):
+def added(in_place=False, streams=False, replace=False, normed=False):
     def additions(x, parts, norm):
         found = []
         for part in parts:
             new = part(norm(x))
+            if normed:
+                x = norm(x)
             if in_place:
                 x += new
             else:
@@ -302,6 +327,14 @@ def with_x(x, u):
     deviation = x.std(-1, correction=0, keepdim=True)
     normal = (x - average(x)) / deviation
     return (u - average(u) - average(u * x) * normal) / deviation
+
+
+def by_four(x, u):
+    """Right for four columns only."""
+    centered = x - total(x) / 4
+    deviation = (total(centered.square()) / 4).sqrt()
+    normal = centered / deviation
+    return (u - total(u) / 4 - total(u * normal) / 4 * normal) / deviation
 
 
 def by_differences(x, u, step=1e-5):
@@ -397,6 +430,10 @@ WRONG = [
     ("check_block", Twice, "the MLP, added: each once"),
     ("check_block", AlwaysDropping, "dropout acts after eval(), too"),
     ("check_block", NeverDropping, "dropout must act on what each part adds"),
+    ("check_block", KeepingWeights, "hand dropout to attention, too"),
+    ("check_block", WithoutMask, "attention must get the mask"),
+    ("check_block", WithoutCache, "attention must get the cache"),
+    ("check_block", Exchanged, "attention must get the mask as its mask"),
     ("check_additions", lambda *given: sum(added()(*given)), "one tensor came back"),
     ("check_additions", added(in_place=True), "caller's x was changed"),
     ("check_additions", lambda *given: [given[0], *added()(*given)], "4 tensors for 3"),
@@ -412,6 +449,7 @@ WRONG = [
         "must read the norm",
     ),
     ("check_additions", added(replace=True), "the stream was replaced"),
+    ("check_additions", added(normed=True), "the stream itself was normalized"),
     (
         "check_additions",
         lambda *given: torch.stack(added()(*given)).cumsum(0),
@@ -508,6 +546,7 @@ WRONG = [
         "the path through v is subtracted, not added",
     ),
     ("check_layer_norm_gradient", with_centered, "n, not x - m"),
+    ("check_layer_norm_gradient", by_four, "differs from autograd"),
     ("check_layer_norm_gradient", with_x, "not of u times x"),
     (
         "check_layer_norm_gradient",

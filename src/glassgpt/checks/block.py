@@ -5,6 +5,7 @@
 
 from collections.abc import Callable
 from copy import deepcopy
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -105,6 +106,23 @@ def _check_dropout(layer: nn.Module, dropping: nn.Module, x: Tensor) -> None:
     )
 
 
+def _check_attention(dropping: nn.Module, share: float, x: Tensor) -> None:
+    """Attention gets the share of dropout, the mask and the cache."""
+    assert dropping.attention.dropout == share, (
+        "no attention weights are dropped: hand dropout to attention, too"
+    )
+    sent, found = {"mask": torch.ones(5, 5, dtype=torch.bool), "cache": object()}, {}
+
+    def attend(x: Tensor, mask: Any = None, cache: Any = None) -> Tensor:
+        found.update(mask=mask, cache=cache)
+        return x
+
+    dropping.attention.forward = attend
+    dropping(x, **sent)
+    for name in sent:
+        assert found[name] is sent[name], f"attention must get the {name} as its {name}"
+
+
 def _check_reads(layer: nn.Module, x: Tensor) -> None:
     """Each part reads normalized vectors, and attention comes first."""
     attend = _without(layer, "mlp")
@@ -151,7 +169,10 @@ def check_block(block: Callable[[int, int], nn.Module]) -> None:
     assert torch.allclose(layer(x), y + layer.mlp(layer.mlp_norm(y))), (
         "a block is attention, added, then the MLP, added: each once, through its norm"
     )
-    _check_dropout(layer, block(8, 2, 1 - 1e-9), x)
+    share = 1 - 1e-9
+    dropping = block(8, 2, share)
+    _check_dropout(layer, dropping, x)
+    _check_attention(dropping, share, x)
 
 
 def check_additions(additions: Callable[..., list[Tensor]]) -> None:
@@ -191,6 +212,10 @@ def check_additions(additions: Callable[..., list[Tensor]]) -> None:
         ),
         (run(lambda x: x, torch.add)[0], "a part must read the norm of the stream"),
         (run(norm, lambda _, new: new)[0], "the stream was replaced: add to it"),
+        (
+            run(norm, lambda stream, new: norm(stream) + new)[0],
+            "the stream itself was normalized: only what a part reads is",
+        ),
         (
             list(torch.stack(wanted).cumsum(0)),
             "this is all that was added up to here: give each part's own",
@@ -245,18 +270,18 @@ def check_layer_norm_gradient(gradient: Callable[[Tensor, Tensor], Tensor]) -> N
     Book: 09_block.html#exercises
     """
     random = torch.Generator().manual_seed(0)
-    x, u = torch.randn(2, 3, 4, generator=random, dtype=torch.float64)
-    x.requires_grad_()
-    normal = F.layer_norm(x, (4,), eps=0.0)
+    x, u = torch.randn(2, 3, 5, generator=random, dtype=torch.float64)
+    x = (x / 10).requires_grad_()  # small, or eps would hardly show
+    normal = F.layer_norm(x, (5,), eps=0.0)
     (wanted,) = torch.autograd.grad(normal, x, u)
-    (with_eps,) = torch.autograd.grad(F.layer_norm(x, (4,), eps=1e-5), x, u)
+    (with_eps,) = torch.autograd.grad(F.layer_norm(x, (5,), eps=1e-5), x, u)
     x, normal = x.detach(), normal.detach()
     spread = x.std(-1, correction=0, keepdim=True)
     found = gradient(x.clone(), u.clone())  # it may write into them
-    assert found.shape == x.shape, f"the shape is {tuple(found.shape)}, not (3, 4)"
+    assert found.shape == x.shape, f"the shape is {tuple(found.shape)}, not (3, 5)"
     mean, product = u.mean(-1, keepdim=True), u * normal
     along = product.mean(-1, keepdim=True) * normal
-    sample = (3 / 4) ** 0.5  # n and 1 / spread, when the spread is taken with C - 1
+    sample = (4 / 5) ** 0.5  # n and 1 / spread, when the spread is taken with C - 1
     mistakes = [
         (u / spread, "the mean and the variance depend on x too"),
         ((u - mean) / spread, "the variance depends on x too"),
@@ -267,10 +292,10 @@ def check_layer_norm_gradient(gradient: Callable[[Tensor, Tensor], Tensor]) -> N
         ),
         (with_eps, "eps is 0 in this exercise"),
         (wanted * spread, "divide by the spread"),
-        ((u - u / 4 - along) / spread, "m moves every n_k: sum over k"),
-        ((u - mean - product * normal / 4) / spread, "v moves every n_k: sum over k"),
+        ((u - u / 5 - along) / spread, "m moves every n_k: sum over k"),
+        ((u - mean - product * normal / 5) / spread, "v moves every n_k: sum over k"),
         (
-            (u - u / 4 - product * normal / 4) / spread,
+            (u - u / 5 - product * normal / 5) / spread,
             "m and v move every n_k: sum over k",
         ),
         ((u - mean - along / 2) / spread, "v is a mean of squares: the 2 is missing"),
@@ -283,9 +308,9 @@ def check_layer_norm_gradient(gradient: Callable[[Tensor, Tensor], Tensor]) -> N
             (u - mean - (u * x).mean(-1, keepdim=True) * normal) / spread,
             "the mean of u times n, not of u times x",
         ),
-        ((u - 4 * mean - along) / spread, "the mean of u, not its sum"),
-        ((u - mean - 4 * along) / spread, "the mean of u times n, not its sum"),
-        ((u - 4 * mean - 4 * along) / spread, "means over the width, not sums"),
+        ((u - 5 * mean - along) / spread, "the mean of u, not its sum"),
+        ((u - mean - 5 * along) / spread, "the mean of u times n, not its sum"),
+        ((u - 5 * mean - 5 * along) / spread, "means over the width, not sums"),
         (
             sample * (u - mean - sample**2 * along) / spread,
             "the spread was taken with C - 1: divide by C (correction=0)",
