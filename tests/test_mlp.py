@@ -165,6 +165,9 @@ def loopy(x):
 
 def test_right_answers_pass():
     checks.check_gelu(lambda x: 0.5 * x * (1 + torch.tanh(gelu_inner(x))))
+    checks.check_gelu(nn.GELU("tanh"))
+    for activation in (gelu, nn.GELU("tanh")):
+        checks.check_mlp(module_of(activation))
     checks.check_each_alone(loopy)
     for answer in (one_not_both, either_way, as_lists):
         checks.check_one_not_both(answer)
@@ -219,6 +222,46 @@ class Mixing(MLP):
         return super().forward(x + mean)
 
 
+class HalfLearning(MLP):
+    """The first layer never learns."""
+
+    def forward(self, x):
+        with torch.no_grad():
+            hidden = self.activation(self.expand(x))
+        return self.projection(hidden)
+
+
+class Unlearning(MLP):
+    def forward(self, x):
+        return super().forward(x).detach()
+
+
+class Ending(MLP):
+    """The layers below never learn."""
+
+    def forward(self, x):
+        return super().forward(x.detach())
+
+
+class Frozen(MLP):
+    def __init__(self, width):
+        super().__init__(width)
+        self.expand.bias.requires_grad_(False)
+
+
+class HalfGated(MLP):
+    """The values are right, but the gradient passes one factor of GELU only."""
+
+    def forward(self, x):
+        return self.projection(half_gated(self.expand(x)))
+
+
+class OtherInUse(MLP):
+    def forward(self, x):
+        activation = self.activation if self.training else F.relu
+        return self.projection(activation(self.expand(x)))
+
+
 class Stacked(MLP):
     def forward(self, x):
         return super().forward(x)[0]
@@ -246,6 +289,10 @@ def through_relu(x, w, b):
 def in_place_gelu(x):
     x *= 0.5 * (1 + torch.tanh(gelu_inner(x)))
     return x
+
+
+def half_gated(x):
+    return x * (0.5 * (1 + torch.tanh(gelu_inner(x)))).detach()
 
 
 def exchanged_factor(x, w, b):
@@ -316,6 +363,12 @@ WRONG = [
     ("check_gelu", lambda x: gelu(x) + 1e-6, "look at sqrt(2 / pi)"),
     ("check_gelu", lambda x: gelu(x)[:3], "the shape changed to (3,)"),
     ("check_gelu", lambda x: gelu(x.float()), "the dtype changed to torch.float32"),
+    ("check_gelu", lambda x: gelu(x.double()), "torch.float32 became torch.float64"),
+    ("check_gelu", lambda x: gelu(x.flatten()), "(2, 3) became (6,)"),
+    ("check_gelu", lambda x: gelu(x - x.mean()), "treat each by itself"),
+    ("check_gelu", lambda x: gelu(x) * x.abs().max() / 6, "treat each by itself"),
+    ("check_gelu", lambda x: gelu(x).detach(), "no gradient reaches x"),
+    ("check_gelu", half_gated, "the gradient is wrong: was a part detached?"),
     ("check_each_alone", mixing, "position 0 changed row 1: positions are mixed"),
     ("check_each_alone", lambda x: x.flip(1), "row 0 does not depend on its own word"),
     ("check_each_alone", torch.ones_like, "row 0 does not depend on its own word"),
@@ -329,8 +382,19 @@ WRONG = [
     ("check_mlp", Alike, "all neurons start alike"),
     ("check_mlp", OneRow, "all neurons start alike"),
     ("check_mlp", Mixing, "positions are mixed"),
+    ("check_mlp", HalfLearning, "no gradient reaches x"),
+    ("check_mlp", Unlearning, "no gradient reaches x"),
+    ("check_mlp", Ending, "no gradient reaches x"),
+    ("check_mlp", Frozen, "no gradient reaches expand.bias"),
+    ("check_mlp", HalfGated, "the gradient of x is wrong"),
+    ("check_mlp", OtherInUse, "after eval() the result is another"),
     ("check_mlp", Stacked, "the shape changed to (5, 6)"),
     ("check_one_not_both", weights([[1.0], [1.0]], [0.0], [1.0]), "both facts hold"),
+    (
+        "check_one_not_both",
+        weights([[1.0, 1.0], [1.0, 1.0]], [0.0, -1.5], [1.0, -2.0]),
+        "let a neuron that fires only for both together subtract as much",
+    ),
     ("check_one_not_both", weights([[1.0], [1.0]], [1.0], [1.0]), "neither fact holds"),
     ("check_one_not_both", weights([[0.0], [1.0]], [0.0], [1.0]), "only the first"),
     ("check_one_not_both", weights([[1.0], [0.0]], [0.0], [1.0]), "only the second"),

@@ -37,6 +37,18 @@ def check_gelu(gelu: Callable[[Tensor], Tensor]) -> None:
         f"gelu({x[worst]:.1f}) is {found[worst]:.9f}, not {wanted[worst]:.9f}:"
         " look at sqrt(2 / pi) and at 0.044715 x^3"
     )
+    few = x[9:15].view(2, 3).float()
+    found, wanted = gelu(few), F.gelu(few, approximate="tanh")
+    assert found.shape == few.shape, f"(2, 3) became {tuple(found.shape)}"
+    assert found.dtype == few.dtype, f"torch.float32 became {found.dtype}"
+    assert torch.allclose(found, wanted, atol=1e-6), (
+        "a number's result depends on the other numbers: treat each by itself"
+    )
+    x.requires_grad_()
+    found, wanted = gelu(1 * x), F.gelu(x, approximate="tanh")
+    assert found.requires_grad, "no gradient reaches x: don't detach it"
+    a, b = (torch.autograd.grad(y.sum(), x)[0] for y in (found, wanted))
+    assert torch.allclose(a, b), "the gradient is wrong: was a part detached?"
 
 
 def check_each_alone(function: Callable[[Tensor], Tensor]) -> None:
@@ -92,6 +104,21 @@ def check_mlp(module_class: Callable[[int], nn.Module]) -> None:
     assert gap < 1e-12, f"differs from expand, GELU, projection by {gap:.1e}"
     count = sum(parameter.numel() for parameter in module.parameters())
     assert count == 8 * 6**2 + 5 * 6, f"{count} parameters, not 8 C^2 + 5 C"
+    learning = {"x": x.requires_grad_(), **dict(module.named_parameters())}
+
+    def gradients(y: Tensor) -> list[Tensor | None]:
+        for tensor in learning.values():
+            tensor.grad = None
+        if y.requires_grad:
+            y.sum().backward()
+        return [tensor.grad for tensor in learning.values()]
+
+    active = F.gelu(module.expand(x), approximate="tanh")
+    due = gradients(module.projection(active))
+    for name, ours, wanted in zip(learning, gradients(module(x)), due, strict=True):
+        assert ours is not None, f"no gradient reaches {name}: don't detach a part"
+        assert torch.allclose(ours, wanted), f"the gradient of {name} is wrong"
+    assert torch.allclose(module.eval()(x), found), "after eval() the result is another"
     check_each_alone(small)
 
 
@@ -115,8 +142,8 @@ def check_one_not_both(make: Callable[[], tuple[Tensor, Tensor, Tensor]]) -> Non
     assert first == 1, f"only the first fact holds, and the output is {first}, not 1"
     assert second == 1, f"only the second fact holds, and the output is {second}, not 1"
     assert both == 0, (
-        f"both facts hold, and the output is {both}, not 0: add a neuron that fires"
-        " for both together, and let it subtract"
+        f"both facts hold, and the output is {both}, not 0: let a neuron that fires"
+        " only for both together subtract as much"
     )
 
 
