@@ -763,6 +763,23 @@ def early_of_four(model, ids, layers):
     return model.head(model.norm(x))
 
 
+def early_by_hook(model, ids, layers):
+    """Right logits, but the hook stays."""
+    seen = {}
+    read = model.blocks[layers] if layers < len(model.blocks) else model.norm
+    read.register_forward_pre_hook(lambda part, inputs: seen.update(x=inputs[0]))
+    model(ids)
+    return model.head(model.norm(seen["x"]))
+
+
+def early_by_zeroing(model, ids, layers):
+    for block in model.blocks[layers:]:
+        for part in (block.attention, block.mlp):
+            part.projection.weight.zero_()
+            part.projection.bias.zero_()
+    return model(ids)
+
+
 def config_of(**values):
     values = {"vocab_size": 500, "context": 128, "heads": 2, "width": 64, **values}
     return lambda budget: GPTConfig(**values)
@@ -855,16 +872,28 @@ WRONG = [
     ("check_early_logits", lambda *a: early(*a)[0], "logits have shape"),
     ("check_early_logits", lambda *a: early(*a).softmax(-1), "return the logits"),
     ("check_early_logits", early_of_four, "(2, 4, 11), not (2, 1, 11)"),
-    ("check_early_logits", lambda m, *a: early(m.train(), *a), "or its mode"),
+    ("check_early_logits", lambda m, *a: early(m.train(), *a), "leave it as it is"),
+    ("check_early_logits", early_by_hook, "hooks of the model changed"),
+    ("check_early_logits", early_by_zeroing, "weights, requires_grad"),
+    (
+        "check_early_logits",
+        lambda m, *a: early(m.requires_grad_(False), *a),
+        "leave it as it is",
+    ),
     ("check_budget", lambda budget: None, "return a GPTConfig"),
     ("check_budget", config_of(vocab_size=65), "vocab_size is 65"),
     ("check_budget", config_of(context=64), "context is 64"),
     ("check_budget", config_of(width=128), "heads have width 64"),
     ("check_budget", config_of(layers=1), "1e+13 is used: at least 50% are"),
-    ("check_budget", config_of(layers=90), "budget 1e+13 would be spent"),
+    ("check_budget", config_of(layers=40), "budget 1e+13 would be spent"),
     ("check_budget", config_of(tied=False), "a GPT-2 ties its head"),
     ("check_budget", lambda budget: largest(budget, layers=(3,)), "2e+13 is used"),
     ("check_budget", lambda budget: largest(budget, heads=(4,)), "2e+13 is used"),
+    (
+        "check_budget",
+        lambda budget: largest(budget, layers=range(1, 2000), heads=(1,)),
+        "layers: at most 48 are wanted",
+    ),
     (
         "check_budget",
         lambda budget: config_of(

@@ -270,6 +270,16 @@ def check_parameter_count(count: Callable[[int, int, int, int], int]) -> None:
     assert count(50_257, 1024, 12, 768) == 124_439_808, "GPT-2 has 124,439,808"
 
 
+def _condition(model: nn.Module) -> tuple[list, list]:
+    """What reading must not change: parts, modes, hooks, numbers, and what learns."""
+    parts = [
+        (name, part.training, len(vars(part)), len(hooks))
+        for name, part in model.named_modules()
+        for hooks in (part._forward_hooks, part._forward_pre_hooks)
+    ]
+    return parts, [(p.requires_grad, p.tolist()) for p in model.parameters()]
+
+
 @torch.no_grad()
 def check_early_logits(early: Callable[[GPT, Tensor, int], Tensor]) -> None:
     """The head reads the stream after the first blocks, through the last norm.
@@ -282,14 +292,18 @@ def check_early_logits(early: Callable[[GPT, Tensor, int], Tensor]) -> None:
     model = GPT(GPTConfig(11, 6, 3, 2, 8)).double().eval()
     for parameter in model.parameters():
         parameter.normal_(0.0, 0.3, generator=random)
+    before = _condition(model)
     for length in (4, 1):
         ids = torch.randint(11, (2, length), generator=random)
         stream = model.tokens(ids) + model.positions(torch.arange(length))
         full, unmoved = model(ids), model.head(model.norm(stream))
         for layers in range(4):
-            found, wanted = early(model, ids, layers), model.head(model.norm(stream))
-            same = len(model.blocks) == 3 and not model.training
-            assert same, "the model lost blocks or its mode: leave it as it is"
+            found = early(model, ids, layers)
+            assert _condition(model) == before, (
+                "blocks, weights, requires_grad, mode or hooks of the model changed:"
+                " leave it as it is"
+            )
+            wanted = model.head(model.norm(stream))
             shapes = f"{tuple(found.shape)}, not {tuple(wanted.shape)}"
             assert found.shape == wanted.shape, f"logits have shape {shapes}"
             assert not torch.allclose(found, wanted.softmax(-1)), (
@@ -330,6 +344,7 @@ def check_budget(choose: Callable[[float], GPTConfig]) -> None:
         assert config.tied, "a GPT-2 ties its head"
         head_width = config.width // config.heads
         assert head_width == 32, f"heads have width {head_width}, not 32"
+        assert config.layers <= 48, f"{config.layers} layers: at most 48 are wanted"
         with torch.device("meta"):
             model = GPT(config)
         share = 20 * model.parameter_count() * model.flops_per_token() / budget
