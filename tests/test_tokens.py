@@ -205,11 +205,15 @@ def from_the_left(text):
     return regex.findall(r"\p{N}{1,3}|'s| ?\p{L}+|\s|[^\p{N}\p{L}\s]+", text)
 
 
-def in_threes(digit=r"\p{N}", blank=""):
-    """A right `split_numbers` for these digits; `blank` are alternatives for spaces."""
+def in_threes(digit=r"\p{N}", blank="", old="", new=""):
+    """A right `split_numbers` for these digits; `blank` are alternatives for spaces.
+
+    With `new` in place of `old` it is wrong.
+    """
     groups = rf"{digit}{{1,3}}(?=(?:{digit}{{3}})*(?!{digit}))| ?(?!{digit})\p{{N}}++"
     words = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?[^\s\p{L}\p{N}]++|"
-    return regex.compile(words + groups + blank + r"|\s+(?!\S)|\s+").findall
+    pattern = words + groups + blank + r"|\s+(?!\S)|\s+"
+    return regex.compile(pattern.replace(old, new)).findall
 
 
 WRONG = [
@@ -252,12 +256,24 @@ WRONG = [
         split_with("", r" ?\p{N}++", r"\p{N}{1,3}(?=(?:\p{N}{3})*\b)"),
         r"\[0m' came back",  # no word ends between a digit and a letter
     ),
-    (checks.check_split_numbers, numeric_letters, "without digits"),
+    (checks.check_split_numbers, numeric_letters, "一"),
     (checks.check_split_numbers, from_the_left, "from the right"),
     (checks.check_split_numbers, split_words, "18890"),
     (checks.check_split_numbers, in_threes(blank=r"|\s+(?=\p{N})"), "one space alone"),
     (checks.check_split_numbers, in_threes(digit="[0-9½]"), "Arabic"),
     (checks.check_split_numbers, in_threes(digit=r"\d"), "½"),
+    (
+        checks.check_split_numbers,
+        in_threes(digit=r"\d", old=r" ?(?!\d)\p{N}++", new=r"\p{N}"),
+        "3½",  # torn into 3 and ½
+    ),
+    (
+        checks.check_split_numbers,
+        in_threes(old=r"*(?!\p{N}))", new=r"{,3}(?!\p{N}))|\p{N}{1,3}"),
+        "1234567890123",  # more than 12 digits from the left
+    ),
+    (checks.check_split_numbers, in_threes(old="'(?:", new="'(?i:"), "WE'LL"),
+    (checks.check_split_numbers, in_threes(old="|ve|re"), "they've"),
 ]
 
 
