@@ -52,7 +52,7 @@ _WORD = regex.compile(
 def split_words(text: str) -> list[str]:
     """Cut a text into GPT-2's words; joined, they are the text again.
 
-    What is a letter or a digit, the Unicode version of `regex` decides.
+    The Unicode version of `regex` decides what is a letter or a digit.
     Source: equal to the pattern in `encoder.py` of OpenAI's gpt-2, with the `++` of
     OpenAI's tiktoken.
 
@@ -143,11 +143,9 @@ def learn_merges(counts: Mapping[str, int], number: int) -> list[Pair]:
 
 def _texts(text: Texts) -> Iterable[str]:
     """One text or several to learn from. Raises ValueError for the name of a file."""
-    if not isinstance(text, str):
-        return text
-    if os.path.isfile(text):
+    if isinstance(text, str) and os.path.isfile(text):
         raise ValueError(f"{text!r} is a file: give its text, not its name")
-    return [text]
+    return [text] if isinstance(text, str) else text
 
 
 @contextmanager
