@@ -534,7 +534,8 @@ def test_what_llama_cpp_needs_is_in_the_file(config, tokenizer, tmp_path):
     assert facts["tokenizer.ggml.eos_token_id"] == 269
     assert facts["tokenizer.ggml.add_bos_token"] is False
     for part in reader.tensors:
-        assert part.tensor_type.name == ("F16" if len(part.shape) > 1 else "F32")
+        matrix = len(part.shape) > 1 and part.name != "position_embd.weight"
+        assert part.tensor_type.name == ("F16" if matrix else "F32")
 
 
 def test_transformers_reads_our_gguf(tokenizer, tmp_path):
@@ -703,13 +704,15 @@ def test_damaged_bytes_are_refused_or_read_but_never_run(tokenizer, tmp_path):
         assert model.parameter_count() < 50_000
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("config", [BOTH[0], llama(tied=True, hidden=96)])
-def test_llama_cpp_itself_writes_the_same(config, tokenizer, tmp_path):
+def test_llama_cpp_itself_writes_the_same(config, dtype, tokenizer, tmp_path):
     """With `pip install xllamacpp`, which has llama.cpp inside."""
     llama_cpp = pytest.importorskip("xllamacpp")
     model = random_model(replace(config, context=64, width=64))
     path, prompt, count = tmp_path / "m.gguf", "A tower of 1889:\n", 16
-    write_gguf(path, model, tokenizer, "float32")
+    write_gguf(path, model, tokenizer, dtype)
+    model, _ = glassgpt.load(path)  # with the numbers of the file
     options = llama_cpp.CommonParams()
     options.model.path, options.n_ctx, options.warmup = str(path), 64, False
     server = llama_cpp.Server(options)
@@ -778,6 +781,12 @@ def careful(content, forgotten=""):
     """A reader of safetensors, the library's, but for one thing."""
     from safetensors.torch import load
 
+    if forgotten == "entry" and b"dtype" not in content:
+        raise KeyError("dtype")
+    if forgotten == "kind" and (b'"a": 5' in content or b'["F32"]' in content):
+        raise TypeError("unhashable type")
+    if forgotten == "empty" and b"[1000, 1000]" in content:
+        return {"a": torch.ones(4), "b": torch.empty(0)}
     if forgotten == "depth" and content.endswith(b"[[["):
         raise RecursionError
     if forgotten == "product" and b"4611686018427387904" in content:
@@ -809,6 +818,9 @@ def careful(content, forgotten=""):
 @pytest.mark.parametrize(
     ("forgotten", "message"),
     [
+        ("entry", "a missing type: a KeyError"),
+        ("kind", "a number for a tensor: a TypeError"),
+        ("empty", "in spite of an empty tensor behind the end"),
         ("first", "in spite of a gap before the first tensor"),
         ("sign", "in spite of a shape of -1"),
         ("bytes", "in spite of a shape, but no bytes"),
@@ -824,6 +836,26 @@ def test_a_careless_reader_of_safetensors_is_caught(forgotten, message):
     checks.check_safetensors(careful)
     with pytest.raises(AssertionError, match=message):
         checks.check_safetensors(lambda content: careful(content, forgotten))
+
+
+def unpacked(kind, data):
+    """The numbers of rows of bytes, as the library has them."""
+    return gguf.dequantize(data, gguf.GGMLQuantizationType[kind])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda numbers: numbers.reshape(-1, 64),  # as if each row had two blocks
+        lambda numbers: numbers[:, :64],
+    ],
+)
+def test_rows_of_any_length_are_due(wrong):
+    checks.check_q4_0(lambda data: unpacked("Q4_0", data))
+    with pytest.raises(AssertionError, match="shape"):
+        checks.check_q4_0(lambda data: wrong(unpacked("Q4_0", data)))
+    with pytest.raises(AssertionError, match="shape"):
+        checks.check_unpack(lambda kind, data: wrong(unpack(kind, data)))
 
 
 def test_package_passes_its_checks():

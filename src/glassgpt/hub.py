@@ -580,9 +580,9 @@ def write_gguf(
 ) -> None:
     """Write a model and its tokenizer as a GGUF file, for llama.cpp and Ollama.
 
-    dtype: of the matrices, float16 or float32; vectors are float32. Raises ValueError
-    for another dtype, for a model that is neither a GPT-2 nor a Llama, and for a
-    tokenizer of characters.
+    dtype: of the matrices, float16 or float32; vectors and the table of positions are
+    float32. Raises ValueError for another dtype, for a model that is neither a GPT-2
+    nor a Llama, and for a tokenizer of characters.
 
     Book: 17_gpt2.html#gguf-export-for-laptops
     """
@@ -605,7 +605,8 @@ def write_gguf(
         writer.add_file_type(int(dtype == "float16"))
         _write_tokenizer(writer, tokenizer, config.vocab_size)
         for name, value in to_theirs(model, theirs).items():
-            kept = getattr(torch, dtype) if value.dim() > 1 else torch.float32
+            matrix = value.dim() > 1 and name != "position_embd.weight"
+            kept = getattr(torch, dtype) if matrix else torch.float32
             writer.add_tensor(name, value.detach().cpu().to(kept).contiguous().numpy())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()

@@ -180,17 +180,18 @@ def _blocks(kind: str, dice: np.random.Generator) -> tuple[bytes, list[float]]:
 def _check_kind(unpack: Callable[[np.ndarray], np.ndarray], kind: str) -> None:
     dice = np.random.default_rng(0)
     blocks = [_blocks(kind, dice) for _ in range(6)]
-    data = np.frombuffer(b"".join(b for b, _ in blocks), np.uint8).reshape(3, -1)
-    due = np.array([numbers for _, numbers in blocks], np.float32).reshape(3, 64)
-    found = unpack(data)
-    assert isinstance(found, np.ndarray), "a NumPy array is wanted"
-    assert found.shape == due.shape, f"{kind}: shape {found.shape}, not {due.shape}"
-    assert found.dtype == np.float32, f"{kind}: {found.dtype}, not float32"
-    if not np.allclose(found, due, atol=1e-3):
-        mistake = "another formula, lost signs, or arithmetic in 16 bits"
-        if np.allclose(np.sort(found), np.sort(due), atol=1e-3):
-            mistake = "the right numbers in the wrong order: lower halves come first"
-        raise AssertionError(f"{kind}: {mistake}")
+    packed = np.frombuffer(b"".join(b for b, _ in blocks), np.uint8)
+    numbers = np.array([part for _, part in blocks], np.float32)
+    for rows in (3, 1, 6):
+        due, found = numbers.reshape(rows, -1), unpack(packed.reshape(rows, -1))
+        assert isinstance(found, np.ndarray), "a NumPy array is wanted"
+        assert found.shape == due.shape, f"{kind}: shape {found.shape}, not {due.shape}"
+        assert found.dtype == np.float32, f"{kind}: {found.dtype}, not float32"
+        if not np.allclose(found, due, atol=1e-3):
+            mistake = "another formula, lost signs, or arithmetic in 16 bits"
+            if np.allclose(np.sort(found), np.sort(due), atol=1e-3):
+                mistake = "the right numbers in the wrong order: lower halves first"
+            raise AssertionError(f"{kind}: {mistake}")
 
 
 def check_unpack(unpack: Callable[[str, np.ndarray], np.ndarray]) -> None:
@@ -303,6 +304,8 @@ def check_safetensors(read: Callable[[bytes], dict[str, Tensor]]) -> None:
     empty = {"a": {**one, "shape": [0], "data_offsets": [0, 0]}}
     longer = len(json.dumps(empty)) + 1
     deep = b"[" * 200_000
+    lacks = [{k: v for k, v in one.items() if k != key} for key in one]
+    behind = {"a": one, "b": {**empty["a"], "data_offsets": [1000, 1000]}}
     attacks = {
         "two tensors with the same bytes": _forged({"a": one, "b": one}, 16),
         "the same bytes twice, as many unused": _forged({"a": one, "b": one}, 32),
@@ -321,7 +324,12 @@ def check_safetensors(read: Callable[[bytes], dict[str, Tensor]]) -> None:
         "a shape too large, though empty": _forged({"a": huge}, 0),
         "numbers that aren't there": _forged({"a": one}, 12),
         "a header that is a list": _forged([one], 16),
-        "a missing entry": _forged({"a": {"dtype": "F32", "shape": [4]}}, 16),
+        "a missing type": _forged({"a": lacks[0]}, 16),
+        "a missing shape": _forged({"a": lacks[1]}, 16),
+        "a missing place": _forged({"a": lacks[2]}, 16),
+        "an empty tensor behind the end": _forged(behind, 16),
+        "a number for a tensor": _forged({"a": 5}, 16),
+        "a list for a type": _forged({"a": {**one, "dtype": ["F32"]}}, 16),
         "a header longer than the file": _forged(empty, 0, 1 << 42),
         "a header one byte longer than the file": _forged(empty, 0, longer),
         "a header nested too deeply": len(deep).to_bytes(8, "little") + deep,
