@@ -215,6 +215,10 @@ def test_16_bits_round_once():
     assert torch.equal(got, apply_rotary(x.float(), *tables).bfloat16())
 
 
+def from_zero(positions, head_width, base=10000.0):
+    return rotary_tables(torch.arange(positions.shape[-1]), head_width, base)
+
+
 def tables_in(unit, first=0):
     def tables(positions, head_width, base=10000.0):
         speeds = base ** -(torch.arange(0, head_width, 2) / head_width)
@@ -254,6 +258,11 @@ def always_two_groups(weight, heads, groups):
     return pool(lambda x: x.mean(dim=1))(weight, 6, 2)
 
 
+def always_width_24(weight, heads, groups):
+    parts = weight[:24], weight[24:48], weight[48:72]
+    return pool(lambda x: x.mean(dim=1))(torch.cat(parts), heads, groups)
+
+
 def always_three_heads(weight, heads, groups):
     return pool(lambda x: x.mean(dim=1))(weight, heads, heads // 3)
 
@@ -283,6 +292,8 @@ def test_pooled_heads_that_were_equal_already_change_nothing():
         (checks.check_rotary_tables, tables_in(1.0, first=1), "count from 0"),
         (checks.check_rotary_tables, slow, "its speed"),
         (checks.check_rotary_tables, in_bfloat16, "imprecise"),
+        (checks.check_rotary_tables, from_zero, "take them as given"),
+        (checks.check_rotary_tables, tables_in(1.0), "take them as given"),
         (checks.check_rotary_tables,
          lambda t, d, base=1e4: rotary_tables(t, d), "base 100"),
         (checks.check_rotary_tables, lambda t, d, base=1e4: tuple(
@@ -296,6 +307,8 @@ def test_pooled_heads_that_were_equal_already_change_nothing():
         (checks.check_orthogonalize,
          lambda x, rounds, dtype: orthogonalize(x, 5, dtype), "not after one"),
         (checks.check_orthogonalize,
+         lambda x, rounds, dtype: orthogonalize(x, rounds - 1, dtype), "grow in each"),
+        (checks.check_orthogonalize,
          lambda x, rounds, dtype: orthogonalize(x, rounds, torch.float32),
          "asked for bfloat16"),
         (checks.check_orthogonalize,
@@ -306,6 +319,7 @@ def test_pooled_heads_that_were_equal_already_change_nothing():
          "gradient of zero"),
         (checks.check_pool, always_two_groups, "6 heads to 3"),
         (checks.check_pool, always_three_heads, "6 heads to 3"),
+        (checks.check_pool, always_width_24, "2 heads to 1, width 48"),
         (checks.check_pool, lambda weight, heads, groups: weight, "8 of keys"),
         (checks.check_pool, pool(lambda x: x[:, 0]), "the first head of each"),
         (checks.check_pool, pool(lambda x: x.sum(dim=1)), "their sum"),
@@ -315,6 +329,7 @@ def test_pooled_heads_that_were_equal_already_change_nothing():
          lambda weight, heads, groups: pool(lambda x: x.mean(dim=1))(
              -weight, heads, groups), "the queries changed"),
         (checks.check_reorder, lambda x: x, "nothing moved"),
+        (checks.check_reorder, lambda x: reordered(x).int(), "the numbers became"),
         (checks.check_reorder, lambda x: x[..., [0, 2, 4, 6, 1, 3, 5, 5]], "lost"),
         (checks.check_reorder,
          lambda x: x[..., [0, 2, 4, 6, 1, 3, 5, 7]], "the shape (2, 3, 5, 12)"),

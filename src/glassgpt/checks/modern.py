@@ -47,6 +47,10 @@ def check_rotary_tables(tables: Callable[..., tuple[Tensor, Tensor]]) -> None:
             f"not {wanted:.4f}: its speed is base ** (-2 * i / head_width)"
         )
     _check_far(torch.stack((sin[-1, 0], cos[-1, 0])), 3999)
+    places = torch.tensor([[5, 6], [0, 9]])
+    cos, sin = tables(places, 4)
+    given = cos.shape == (2, 2, 2) and torch.allclose(cos[..., 0], places.cos())
+    assert given, f"positions {places.tolist()} come out wrong: take them as given"
 
 
 def _check_quarter_turn(apply: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
@@ -130,9 +134,9 @@ def check_orthogonalize(
     assert not zeros.any(), "a gradient of zero should move nothing"
     for pair in sides:
         one, five = (_smallest(orthogonalize, *pair, rounds) for rounds in (1, 5))
-        assert one < 0.1 < 0.5 < five, (
+        assert 0.015 < one < 0.1 < 0.5 < five, (
             f"one round makes {one:.2g} of a value of 0.01, five make {five:.2g}: it "
-            "should be near 1 after five, not after one"
+            "should grow in each, to near 1 after five, not after one"
         )
     narrow = orthogonalize(torch.ones(1, 3, 3), 5, torch.bfloat16).dtype
     assert narrow == torch.bfloat16, f"asked for bfloat16, it returned {narrow}"
@@ -150,6 +154,7 @@ def check_reorder(reorder: Callable[[Tensor], Tensor]) -> None:
         x = torch.arange(float(math.prod(shape))).view(shape)
         got = reorder(x.clone())
         assert got.shape == shape, f"the shape {shape} changed to {tuple(got.shape)}"
+        assert got.dtype == x.dtype, f"the numbers became {got.dtype}"
         moved = got.flatten(0, -2)[0].int().tolist()
         lost = f"columns were lost or repeated: {moved}"
         assert sorted(moved) == list(range(width)), lost
@@ -195,10 +200,14 @@ def check_pool(pool: Callable[[Tensor, int, int], Tensor]) -> None:
         wanted = heads.view(2, 3, 4, 24).mean(dim=1).flatten(0, 1)
         right = torch.allclose(rows, wanted, atol=1e-5)
         assert right, f"{name}: each group needs the mean of its heads, row by row"
-    for heads, groups in ((6, 3), (2, 1)):
-        sizes = (groups, heads // groups, 24 // heads, 24)
-        parts = [part.view(sizes).mean(dim=1) for part in weight[24:].chunk(2)]
-        wanted = torch.cat((weight[:24], *(part.flatten(0, 1) for part in parts)))
+    for heads, groups, width in ((6, 3, 24), (2, 1, 48)):
+        weight = torch.randn(3 * width, width, generator=generator)
+        sizes = (groups, heads // groups, width // heads, width)
+        parts = [part.view(sizes).mean(dim=1) for part in weight[width:].chunk(2)]
+        wanted = torch.cat((weight[:width], *(part.flatten(0, 1) for part in parts)))
         found = pool(weight.clone(), heads, groups)
         right = found.shape == wanted.shape and torch.allclose(found, wanted, atol=1e-5)
-        assert right, f"{heads} heads to {groups} come out wrong: use the sizes given"
+        assert right, (
+            f"{heads} heads to {groups}, width {width}, come out wrong: use the sizes "
+            "given"
+        )
