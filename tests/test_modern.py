@@ -439,18 +439,96 @@ def test_an_impossible_rate_of_muon_is_refused():
         MuonConfig(matrix_learning_rate=math.nan)
 
 
-def test_the_chapter_shows_the_recorded_ladder():
-    book = Path(__file__).parent.parent / "book"
-    record = json.loads((book / "runs" / "ladder.json").read_text("utf-8"))["rungs"]
-    chapter = json.loads((book / "14_after_gpt2.ipynb").read_text("utf-8"))
-    sources = {cell["id"]: "".join(cell["source"]) for cell in chapter["cells"]}
-    shown: dict = {}
-    exec(sources["ladder-numbers"], shown)
-    for (*row, tried), rung in zip(shown["LADDER"], record, strict=True):
+@pytest.fixture(scope="module")
+def recorded():
+    record = Path(__file__).parent.parent / "book" / "runs" / "ladder.json"
+    return json.loads(record.read_text("utf-8"))["rungs"]
+
+
+def test_the_chapter_shows_the_recorded_ladder(recorded):
+    shown = ladder_of_the_chapter()
+    for (*row, tried), rung in zip(shown["LADDER"], recorded, strict=True):
         assert row == [rung[key] for key in ("name", "from", "rate", "losses")]
         assert {str(rate): loss for rate, loss in tried.items()} == rung["tried"]
-    assert shown["BRANCHES"] == [rung["name"] for rung in record if rung["branch"]]
-    assert all(len(rung["losses"]) == 3 <= len(rung["tried"]) for rung in record)
+    assert shown["BRANCHES"] == [rung["name"] for rung in recorded if rung["branch"]]
+    assert all(len(rung["losses"]) == 3 <= len(rung["tried"]) for rung in recorded)
+
+
+def ladder_of_the_chapter():
+    """The names that the chapter's cell of records defines."""
+    path = Path(__file__).parent.parent / "book" / "14_after_gpt2.ipynb"
+    cells = json.loads(path.read_text("utf-8"))["cells"]
+    shown: dict = {}
+    exec(*("".join(c["source"]) for c in cells if c["id"] == "ladder-numbers"), shown)
+    return shown
+
+
+def test_the_text_says_what_the_ladder_shows(recorded):
+    losses = {rung["name"]: rung["losses"] for rung in recorded}
+    before = {rung["name"]: rung["from"] for rung in recorded}
+    means = {name: sum(three) / 3 for name, three in losses.items()}
+    gains = {name: means[name] - means[old] for name, old in before.items() if old}
+    spread = {name: max(three) - min(three) for name, three in losses.items()}
+    assert max(spread, key=spread.get) == "GPT-2, AdamW"
+    assert gains["rotary positions"] < -2.9 * spread["GPT-2, AdamW"]
+    assert min(gains, key=gains.get) == "Muon"
+    for name, change, digits in (
+        ("rotary positions", -0.19, 2),
+        ("RMS norm, no biases", 0.008, 3),
+        ("squared ReLU", -0.08, 2),
+        ("2 key-value heads of 4", 0.015, 3),
+        ("1 key-value head of 4", 0.026, 3),
+        ("zero projections", 0.02, 2),
+        ("untied head, random start", 0.01, 2),
+        ("untied head", 0.17, 2),
+        ("Muon, tied head", 0.0, 2),
+    ):
+        assert round(gains[name], digits) == change, name
+    for name, mean in (
+        ("normalized queries and keys", 2.075),
+        ("SwiGLU", 2.021),
+        ("Llama, AdamW", 2.064),
+        ("GPT-2, Muon", 1.952),
+    ):
+        assert round(means[name], 3) == mean, name
+    for better, worse, apart in (
+        ("SwiGLU", "normalized queries and keys", 0.05),
+        ("untied head, random start", "untied head", 0.16),
+        ("Muon", "squared ReLU", 0.16),
+        ("Muon", "GPT-2, Muon", 0.11),
+    ):
+        assert round(means[worse] - means[better], 2) == apart, better
+    best = min((name for name in means if "Muon" not in name), key=means.get)
+    assert best == "squared ReLU"
+    whole = means["Muon"] - means["GPT-2, AdamW"]
+    assert 0.72 < gains["GPT-2, Muon"] / whole < 0.77
+    longer = ladder_of_the_chapter()["LONGER"]
+    assert round(min(longer.values()), 3) == 2.106
+    assert round(losses["GPT-2, Muon"][0], 3) == 1.954
+    for rung in recorded[2:4]:  # without normalized queries and keys, and with them
+        rate, tried = rung["rate"], rung["tried"]
+        lost = 0.01 if rung["name"].startswith("normalized") else 0.08
+        assert round(tried[str(2 * rate)] - tried[str(rate)], 2) == lost
+
+
+def test_the_text_says_what_pairs_of_one_seed_show(recorded):
+    losses = {rung["name"]: rung["losses"] for rung in recorded}
+    changes = {
+        rung["name"]: [
+            round(new - old, 4)
+            for old, new in zip(losses[rung["from"]], rung["losses"], strict=True)
+        ]
+        for rung in recorded[1:]
+    }
+    for name, low, high in (
+        ("normalized queries and keys", -0.017, -0.006),
+        ("2 key-value heads of 4", 0.014, 0.016),
+        ("1 key-value head of 4", 0.02, 0.032),
+        ("zero projections", 0.013, 0.021),
+    ):
+        assert low <= min(changes[name]) <= max(changes[name]) <= high
+    assert [c > 0 for c in changes["RMS norm, no biases"]] == [False, True, True]
+    assert [round(c, 2) for c in changes["untied head, random start"]] == [0.02, 0, 0]
 
 
 def test_training_may_use_rotary_tables_that_writing_made():

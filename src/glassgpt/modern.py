@@ -55,7 +55,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def squared_relu(x: Tensor) -> Tensor:
     """max(x, 0) squared, on every number of x. Source: So et al. (2021).
 
-    By a product, since autocast takes `square` to 32 bits.
+    By a product: where PyTorch computes in 16 bits, it takes `square` to 32.
 
     Book: 14_after_gpt2.html#squared-relu-and-swiglu
     """
@@ -251,7 +251,7 @@ class ModernGPT(GPT):
         self.head = nn.Linear(c.width, c.vocab_size, bias=False)
         if c.tied:
             self.head.weight = self.tokens.weight
-        self.tables: tuple[Tensor, ...] = ()  # no buffers, which 16 bits would round
+        self.tables: tuple[Tensor, ...] = ()  # no weights: 16 bits would round them
         self.initialize()
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
@@ -329,7 +329,7 @@ def orthogonalize(
     for done in range(0, rounds, 2):
         square = x @ x.mT  # (N, R, R)
         change = _quintic(square)
-        if done + 1 < rounds:  # a second round, before X is touched
+        if done + 1 < rounds:  # change S change is the second round's X X^T
             change = _quintic(change @ square @ change) @ change
         x = change @ x
     return x.mT if tall else x
