@@ -249,6 +249,13 @@ WRONG = [
     ),
     (checks.check_merge_word, merges_first_place_only, "all occurrences"),
     (checks.check_merge_word, skips_the_neighbor, "the very next two"),
+    (
+        checks.check_merge_word,
+        lambda ids, merges: merge_word(
+            ids, {pair: 256 + n for n, pair in enumerate(merges)}
+        ),
+        "to id 300",
+    ),
     (checks.check_split_numbers, without_leading_zeros, "0123456789' came back"),
     (checks.check_split_numbers, groups_in_reverse, "something is moved"),
     (

@@ -70,8 +70,8 @@ def check_merge_word(merge_word: Callable) -> None:
     assert got == [1, 256] * 2, f"1 2 3 1 2 3 gave {got}: merge all occurrences"
     got = list(merge_word([1, 2, 3] * 60, merges))
     assert got == [1, 256] * 60, "a long word is merged in another way than a short one"
-    got = list(merge_word([1, 1, 1], {(1, 1): 256}))
-    assert got == [256, 1], f"1 1 1 gave {got}: merge from left to right"
+    got = list(merge_word([1, 1, 1], {(1, 1): 300}))
+    assert got == [300, 1], f"1 1 1 gave {got}: merge from left to right, to id 300"
     got = list(merge_word([1, 1, 1, 1], {(1, 1): 256}))
     assert got == [256, 256], f"1 1 1 1 gave {got}: the very next two merge, too"
     assert list(merge_word([], merges)) == [], "an empty word gives no ids"
