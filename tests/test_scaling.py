@@ -369,6 +369,12 @@ def test_the_check_says_that_a_process_was_missing(monkeypatch):
         check_parallel(Trainer)
 
 
+def test_the_check_refuses_a_class_of_the_notebook():
+    mine = type("Mine", (Trainer,), {"__module__": "__main__"})
+    with pytest.raises(AssertionError, match="write it to a file"):
+        check_parallel(mine)
+
+
 @pytest.mark.parametrize("shard", SHARDS)
 def test_a_killed_run_goes_on_with_another_number(of_three, tmp_path, shard):
     never = train_in(str(tmp_path), 30, shard)

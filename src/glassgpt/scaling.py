@@ -247,9 +247,9 @@ class _SlicesTrainer(ParallelTrainer):
 class FSDPTrainer(_SlicesTrainer):
     """Every process keeps a slice of each parameter, gradient and moment: FSDP2.
 
-    A block's weights are gathered when it computes, and dropped after it. Not for Muon,
-    which needs whole matrices. slices: the kind of device where they lie, if the model
-    that is given begins elsewhere.
+    A block's weights are gathered before it computes, and dropped after it. Not for
+    Muon, which needs whole matrices. slices: the kind of device where they lie, if the
+    model that is given begins elsewhere.
 
     Book: 22_many_machines.html#dividing-the-model
     """

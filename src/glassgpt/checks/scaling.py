@@ -88,18 +88,16 @@ def block_moments() -> list[tuple[str, int]]:
 
     Book: 22_many_machines.html#dividing-the-model
     """
-    trainer = _small_run(scaling.FSDPTrainer, layers=2)
-    block, after = trainer.model.blocks
-    found = []
+    trainer = _small_run(scaling.FSDPTrainer, layers=3)
+    first, found = trainer.model.blocks[0], []
 
     def note(moment: str) -> Callable[..., None]:
-        return lambda *_: found.append((moment, _here(block.parameters())))
+        return lambda *_: found.append((moment, _weights_here(first)))
 
     note("before the step")()
-    block.mlp.register_forward_pre_hook(note("forward pass, in the block"))
-    after.mlp.register_forward_pre_hook(note("forward pass, in the next"))
-    after.mlp.register_full_backward_hook(note("backward pass, in the next"))
-    block.mlp.register_full_backward_hook(note("backward pass, in the block"))
+    for place, block in enumerate(trainer.model.blocks):
+        block.mlp.register_forward_pre_hook(note(f"forward pass, in block {place}"))
+        block.mlp.register_full_backward_hook(note(f"backward pass, in block {place}"))
     trainer.take_step()
     note("after the step")()
     return found
@@ -154,13 +152,24 @@ def _here(tensors: Iterable[Any]) -> int:
     return sum(t.numel() for t in local if t is not None and t.dim() > 0)
 
 
+def _weights_here(module: Any) -> int:
+    """The same of a module's weights; those gathered ahead lie in a buffer."""
+    held = _here(module.parameters())
+    for part in module.modules():
+        if hasattr(part, "_get_fsdp_state"):  # nothing public tells
+            gathered = part._get_fsdp_state()._fsdp_param_group._all_gather_result
+            if gathered:
+                held += gathered.all_gather_output.numel() - _here(part.parameters())
+    return held
+
+
 def train_ways(kinds: Sequence[str], **how: Any) -> dict[str, dict[str, Any]]:
     """What three steps make of a small model, on each of the processes that call it.
 
     kinds: names of trainers in `glassgpt.scaling`, or "Trainer". how: rows, accumulate,
     muon. For each, weights, and how many numbers a process held: weights, gradients
     before the step, moments; "busy" are the first two in a backward pass, at the end
-    of the first block.
+    of the second of three blocks.
 
     Book: 22_many_machines.html#one-check-six-ways
     """
@@ -176,15 +185,16 @@ def train_ways(kinds: Sequence[str], **how: Any) -> dict[str, dict[str, Any]]:
                 return super().update()
 
             def in_block(self, *_: Any) -> None:
-                weights = [*self.model.parameters()]
                 # PyTorch keeps a tied table's gradient until both its uses gave theirs.
                 tied = self.model.tokens.weight
+                weights = self.model.parameters()
                 grads = [w if w is tied else w.grad for w in weights]
-                self.busy = {"weights": _here(weights), "gradients": _here(grads)}
+                self.busy = {"weights": _weights_here(self.model)}
+                self.busy["gradients"] = _here(grads)
 
-        trainer = _small_run(Counting, layers=2, **how)
-        first = trainer.model.blocks[0].attention_norm
-        first.register_full_backward_hook(trainer.in_block)
+        trainer = _small_run(Counting, layers=3, **how)
+        second = trainer.model.blocks[1].attention_norm
+        second.register_full_backward_hook(trainer.in_block)
         for _ in range(3):
             trainer.take_step()
         states = [state for o in trainer.optimizers for state in o.state.values()]
@@ -266,6 +276,9 @@ def check_parallel(kind: type[Trainer]) -> None:
 
     Book: 22_many_machines.html#one-check-six-ways
     """
+    assert kind.__module__ != "__main__", (
+        "new processes can't see a class of the notebook: write it to a file, import it"
+    )
     try:
         ranks = scaling.run_processes(3, _each_case, kind.__module__, kind.__name__)
     except (ProcessExitedException, ProcessRaisedException) as error:
