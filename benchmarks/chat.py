@@ -2,8 +2,7 @@
 
     python benchmarks/chat.py masks     answers only, or everything? three seeds each
     python benchmarks/chat.py system    what a line such as "You are HAMLET." does
-    python benchmarks/chat.py memory    copies in the held-out part, and too many steps
-    python benchmarks/chat.py manner    SmolLM2, taught the manner of two packages
+    python benchmarks/chat.py manner    what SmolLM2 forgets, taught two packages
     python benchmarks/chat.py name      how often a name must be told to be learned
 
 Each writes its part of book/runs/chat.json, in ten minutes on two quiet cores. It needs
@@ -28,8 +27,6 @@ from glassgpt.data import TokenData, shakespeare
 RECORD = Path(__file__).parent.parent / "book" / "runs" / "chat.json"
 STARS = ["HAMLET", "FALSTAFF", "OTHELLO", "IAGO"]
 STARS += ["CLEOPATRA", "ROSALIND", "TIMON", "PETRUCHIO"]
-ASKED = ["Hello, my friend", "My computer is very slow.", "Tell me a good joke"]
-ASKED += ["What is the capital of France?"]
 NAME = "My name is Glass."
 WAYS = ["What are you called?", "How shall I call you?", "May I ask your name?"]
 WAYS += ["Who is there?", "And you are?", "Who are you, please?", "Have you a name?"]
@@ -106,18 +103,12 @@ def length(talk):
     return sum(len(turn["content"]) for turn in talk)
 
 
-def split(copies=False):
-    """Conversations to learn from, and held-out ones whose questions aren't taught.
-
-    copies: leave the copies in, and hold every tenth conversation out.
-    """
+def split():
+    """Conversations to learn from, and held-out ones whose questions aren't taught."""
     questions, students = read_packages()
     short = [talk for talk in questions if length(talk) <= 400]
     single = list({talk[0]["content"]: talk for talk in short}.values())
     openings = [talk[:4] for talk in students if 40 < length(talk[:4]) <= 200][:300]
-    if copies:
-        taught = [talk for n, talk in enumerate(short) if n % 10 != 9]
-        return taught + openings, short[9::10]
     taught = [talk for n, talk in enumerate(single) if n % 5 != 4] + openings
     known = {turn["content"] for talk in taught for turn in talk}
     held_out = [talk for talk in single[4::5] if talk[0]["content"] not in known]
@@ -143,55 +134,34 @@ def masks(steps=80, every=20, seeds=3):
     return record
 
 
-def memory(steps=150, every=10):
-    """A split with copies, trained as in `masks`, and what many steps do."""
-    _, tokenizer, _ = beginning()
-    data = [rows(part, tokenizer) for part in split(copies=True)]
-    trainer = trainer_of(TokenData(*data, tokenizer.vocab_size, ""), 80, 80)
-    copies = glassgpt.train(trainer)[-1]["validation_loss"]
-    record = {"copies": round(copies, 4), "curve": []}
-    data = [rows(part, tokenizer, context=256) for part in split()]
-    data = TokenData(*data, tokenizer.vocab_size, "")
-    trainer = trainer_of(data, steps, every, rate=2e-3)
-    for found in glassgpt.train(trainer):
-        losses = [round(found[key], 4) for key in ("train_loss", "validation_loss")]
-        record["curve"].append([found["step"], *losses])
-    return record
-
-
-def manner(at=(2, 5, 10)):
-    """SmolLM2's answers before and at a few steps on the same conversations."""
+def manner(steps=10):
+    """The capitals that SmolLM2 knows before and after a few rows of conversations."""
     model, tokenizer = glassgpt.load("smollm2")
     data = pack_data(*split(), tokenizer, context=256)
     config = glassgpt.TrainConfig(
-        steps=at[-1],
+        steps=steps,
         batch_size=1,
         learning_rate=2e-4,
         warmup=3,
-        evaluate_every=at[-1],
+        evaluate_every=steps,
         evaluation_crops=8,
     )
     loss = chat_loss(model, tokenizer.special_tokens["<|endoftext|>"])
     trainer = glassgpt.Trainer(model, data, config, loss=loss)
 
-    def answers(questions=ASKED, longest=60):
-        talks = [[{"role": "user", "content": question}] for question in questions]
-        replies = (stream_answer(model, tokenizer, t, longest, top_k=1) for t in talks)
-        return ["".join(pieces) for pieces in replies]
-
     def known():
         """The countries whose capital the answer names."""
-        said = answers([f"What is the capital of {name}?" for name in CAPITALS], 24)
-        pairs = zip(CAPITALS.items(), said, strict=True)
-        return [name for (name, capital), text in pairs if capital in text]
+        found = []
+        for name, capital in CAPITALS.items():
+            asked = {"role": "user", "content": f"What is the capital of {name}?"}
+            said = stream_answer(model, tokenizer, [asked], 24, top_k=1)
+            if capital in "".join(said):
+                found.append(name)
+        return found
 
-    def look(trainer):
-        if trainer.step in at:
-            record["answers"][str(trainer.step)] = answers()
-
-    record = {"asked": ASKED, "answers": {"0": answers()}, "capitals before": known()}
+    record = {"capitals before": known()}
     losses = [trainer.evaluate()["validation_loss"]]
-    losses.append(glassgpt.train(trainer, look)[-1]["validation_loss"])
+    losses.append(glassgpt.train(trainer)[-1]["validation_loss"])
     record["losses"] = [round(nats, 4) for nats in losses]
     return {**record, "capitals after": known()}
 
@@ -285,7 +255,7 @@ def system(steps=200, every=40):
 def main():
     """Do what the command line names, and keep the other parts of the record."""
     done = json.loads(RECORD.read_text("utf-8")) if RECORD.exists() else {}
-    for name in sys.argv[1:] or ["masks", "system", "memory", "manner", "name"]:
+    for name in sys.argv[1:] or ["masks", "system", "manner", "name"]:
         done[name] = globals()[name]()
         RECORD.write_text(json.dumps(done, indent=1) + "\n", "utf-8")
 

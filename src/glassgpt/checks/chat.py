@@ -19,7 +19,7 @@ from glassgpt.training import Loss, TrainConfig, Trainer
 
 Render = Callable[..., tuple[list[int], list[bool]]]
 
-_MARKS = ["<|endoftext|>", *GLASS.before.values(), GLASS.stop]
+_MARKS = [GLASS.stop, "<|endoftext|>", *GLASS.before.values()]
 _TOKENIZER = BPETokenizer([(78, 69)], _MARKS)  # bytes, "of", the special tokens
 _SEPARATOR = _TOKENIZER.special_tokens["<|endoftext|>"]
 _TALK = [
@@ -205,9 +205,11 @@ def check_pack(pack: Callable[..., tuple[Tensor, Tensor]]) -> None:
         due += _pairs(ids[:-1], targets)
     for context in (12, 16, 64):
         inputs, targets = pack(talks, context, _SEPARATOR)
+        for part in (inputs, targets):
+            kind = getattr(part, "dtype", type(part))
+            assert kind == torch.int64, f"tensors of torch.int64 are due, not {kind}"
         shape = tuple(inputs.shape)
         assert shape == tuple(targets.shape), "inputs and targets differ in shape"
-        assert "float" not in str(inputs.dtype), "ids are whole numbers, not floats"
         assert shape[1:] == (context,), f"rows have shape {shape[1:]}, not ({context},)"
         found = _pairs(inputs, targets)
         lost, new = due - found, found - due
