@@ -192,6 +192,10 @@ def keys_mixed(queries, keys, values, mask=None):
     return attention(queries, keys, keys, mask)
 
 
+def unscaled_with_mask(queries, keys, values, mask=None):
+    return attention(queries * (1 if mask is None else 8**0.5), keys, values, mask)
+
+
 def other_context(queries, keys, values, mask=None):
     context, weights = attention(queries, keys, values, mask)
     return context / 2, weights
@@ -419,6 +423,7 @@ WRONG = [
     ("check_attention", mixed_types, "it makes torch.float32"),
     ("check_attention", lambda q, k, v, mask=None: (v, v), "weights have shape"),
     ("check_attention", lambda *given: attention(*given)[0], "return two things"),
+    ("check_attention", unscaled_with_mask, "the scale is the same"),
     ("check_causal_mask", lambda size: square(size).triu(), "is transposed"),
     ("check_causal_mask", lambda size: square(size).triu(1), "True marks the future"),
     ("check_causal_mask", lambda size: square(size).tril(-1), "a word sees itself"),

@@ -351,6 +351,12 @@ def by_differences(x, u, step=1e-5):
     return result
 
 
+def test_a_right_block_passes_however_it_starts():
+    for seed in range(30):
+        torch.manual_seed(seed)
+        checks.check_block(Block)
+
+
 @pytest.mark.parametrize(
     "right",
     [
@@ -434,6 +440,7 @@ WRONG = [
     ("check_block", WithoutMask, "attention must get the mask"),
     ("check_block", WithoutCache, "attention must get the cache"),
     ("check_block", Exchanged, "attention must get the mask as its mask"),
+    ("check_block", lambda width, heads, *more: Block(width, 1, *more), "is ignored"),
     ("check_additions", lambda *given: sum(added()(*given)), "one tensor came back"),
     ("check_additions", added(in_place=True), "caller's x was changed"),
     ("check_additions", lambda *given: [given[0], *added()(*given)], "4 tensors for 3"),

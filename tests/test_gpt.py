@@ -550,6 +550,12 @@ class Peeking(Masked):
     sight = staticmethod(ones)
 
 
+class UnmaskedInTraining(Peeking):
+    def hidden_states(self, *given, **named):
+        kind = Peeking if self.training else GPT
+        return kind.hidden_states(self, *given, **named)
+
+
 class Blind(Masked):
     sight = staticmethod(eye)
 
@@ -563,6 +569,19 @@ class LoudStart(GPT):
     def initialize(self):
         super().initialize()
         nn.init.normal_(self.tokens.weight)
+
+
+def started(spread):
+    """A GPT whose projections start with this standard deviation for so many layers."""
+
+    class Started(GPT):
+        def initialize(self):
+            super().initialize()
+            for name, weight in self.named_parameters():
+                if name.endswith("projection.weight"):
+                    nn.init.normal_(weight, std=spread(len(self.blocks)))
+
+    return Started
 
 
 class AllZero(GPT):
@@ -806,6 +825,9 @@ WRONG = [
     ("check_gpt", Peeking, "position 0 sees position 1: the future leaks"),
     ("check_gpt", Blind, "position 1 doesn't see position 0"),
     ("check_gpt", LoudStart, "start with smaller weights"),
+    ("check_gpt", started(lambda layers: 0.02 / layers), "not 0.0082"),
+    ("check_gpt", started(lambda layers: 0.01), "not 0.0082"),
+    ("check_gpt", UnmaskedInTraining, "position 0 sees position 1: the future leaks"),
     ("check_gpt", AllZero, "starts with a standard deviation of 0.0000"),
     ("check_gpt", EvenProjections, "projection.weight starts with a standard dev"),
     ("check_gpt", LoudBiases, "attention_norm.bias must start at 0"),

@@ -316,6 +316,11 @@ def five_words(q, k, v):
     return attention(q, k, v, mask)[0]
 
 
+class AddingX(MultiHeadAttention):
+    def forward(self, x, mask=None, cache=None):
+        return x + super().forward(x, mask, cache)
+
+
 class Wasteful(MultiHeadAttention):
     def __init__(self, width, heads):
         super().__init__(width, heads)
@@ -437,6 +442,8 @@ WRONG = [
         ),
         "still wrong: order, split, mask, merge",
     ),
+    ("check_multi_head", module_of(order=(0, 2, 1)), "keys and values are exchanged"),
+    ("check_multi_head", AddingX, "return only what is to be added"),
     ("check_multi_head", module_of(attend=wrong_root), "the root of C, not of D"),
     (
         "check_multi_head",

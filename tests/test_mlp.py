@@ -196,6 +196,14 @@ class Wasteful(MLP):
         self.unused = nn.Linear(width, width)
 
 
+class OneWidth(MLP):
+    """Four times 6, whatever the width."""
+
+    def __init__(self, width):
+        super().__init__(width)
+        self.expand, self.projection = nn.Linear(width, 24), nn.Linear(24, width)
+
+
 class Alike(MLP):
     def __init__(self, width):
         super().__init__(width)
@@ -375,6 +383,7 @@ WRONG = [
     ("check_each_alone", MultiHeadAttention(4, 2), "positions are mixed"),
     ("check_mlp", module_of(lambda hidden: hidden), "there is no activation"),
     ("check_mlp", module_of(F.gelu), "the exact GELU"),
+    ("check_mlp", OneWidth, "parameters, not 8 C^2"),
     ("check_mlp", module_of(F.relu), "ReLU was used"),
     ("check_mlp", module_of(gelu, after=gelu), "no activation after the projection"),
     ("check_mlp", module_of(F.silu), "differs from expand, GELU, projection"),

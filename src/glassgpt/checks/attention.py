@@ -102,6 +102,13 @@ def check_attention(attention: Callable[..., tuple[Tensor, Tensor]]) -> None:
     masked, hidden = attention(q, k, v, mask)
     assert not torch.allclose(hidden, weights), "the mask was ignored"
     _check_hidden(hidden.detach(), mask)
+    seen = mask.any(-1)
+    shares = (weights * mask)[:, :, seen]
+    shares = shares / shares.sum(-1, keepdim=True)
+    assert torch.allclose(hidden[:, :, seen], shares), (
+        "with a mask the positions that are seen must share as without one: the scale"
+        " is the same"
+    )
     assert torch.allclose(masked, hidden @ v), "other weights than those of the mixture"
     assert masked.requires_grad, "no gradient reaches the queries: don't detach them"
     (gradient,) = torch.autograd.grad(masked.sum(), q)

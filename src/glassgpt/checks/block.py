@@ -65,7 +65,7 @@ def check_layer_norm(layer_norm: Callable[..., Tensor]) -> None:
     assert not torch.allclose(full, (plain + bias) * weight), (
         "the bias was added before the weight: multiply first"
     )
-    flat = layer_norm(torch.full_like(x, 3.0), one, zero)
+    flat = layer_norm(torch.full_like(x[0], 3.0), one, zero)
     assert flat.isfinite().all(), "a vector of equal numbers gives nan: add eps"
     gap = (full - F.layer_norm(x, (4,), weight, bias)).abs().max().item()
     assert gap < 1e-12, f"differs from torch.nn.functional.layer_norm by {gap:.1e}"
@@ -97,8 +97,8 @@ def _check_stream(layer: nn.Module, x: Tensor) -> None:
 
 def _check_dropout(layer: nn.Module, dropping: nn.Module, x: Tensor) -> None:
     """dropping: drops nearly everything in training, which leaves the stream."""
-    dropping.load_state_dict(layer.state_dict())
-    assert torch.allclose(dropping.double().eval()(x), layer(x)), (
+    dropping.double().load_state_dict(layer.state_dict())
+    assert torch.allclose(dropping.eval()(x), layer(x)), (
         "dropout acts after eval(), too: it belongs to training"
     )
     assert torch.allclose(dropping.train()(x), x), (
@@ -111,6 +111,7 @@ def _check_attention(dropping: nn.Module, share: float, x: Tensor) -> None:
     assert dropping.attention.dropout == share, (
         "no attention weights are dropped: hand dropout to attention, too"
     )
+    assert dropping.attention.heads == 2, "the number of heads is ignored"
     sent, found = {"mask": torch.ones(5, 5, dtype=torch.bool), "cache": object()}, {}
 
     def attend(x: Tensor, mask: Any = None, cache: Any = None) -> Tensor:

@@ -213,7 +213,7 @@ def check_gpt(gpt: Callable[[GPTConfig], nn.Module]) -> None:
     Book: 10_gpt.html#the-checks
     """
     small = GPTConfig(vocab_size=11, context=6, layers=2, heads=2, width=8)
-    larger = GPTConfig(vocab_size=500, context=64, layers=2, heads=2, width=64)
+    larger = GPTConfig(vocab_size=500, context=64, layers=3, heads=2, width=64)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model, untrained = gpt(small).double().eval(), gpt(larger).eval()
@@ -236,6 +236,8 @@ def check_gpt(gpt: Callable[[GPTConfig], nn.Module]) -> None:
         " norms"
     )
     _check_gradients(model, ours, ids)
+    _check_causal(model.train(), ids)
+    model.eval()
     _check_dropout(model, dropping, ids)
 
 

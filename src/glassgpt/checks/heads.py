@@ -162,6 +162,7 @@ def _known_mistakes(module: nn.Module, x: Tensor, heads: int) -> dict[str, Tenso
             "shrink": math.sqrt(heads / x.shape[-1])
         },
         "queries and keys are exchanged": {"order": (1, 0, 2)},
+        "keys and values are exchanged": {"order": (0, 2, 1)},
         "the first third of qkv are queries, the last values": steps["order"],
     }
     # Several at once, each set of two to four, so that mending one is noticed.
@@ -195,6 +196,9 @@ def check_multi_head(module_class: Callable[[int, int], nn.Module]) -> None:
             # With a single head, several mistakes change nothing.
             if not torch.allclose(wrong, merged):
                 assert not torch.allclose(found, module.projection(wrong)), mistake
+        assert not torch.allclose(found, x + module.projection(merged)), (
+            "x was added: return only what is to be added"
+        )
         gap = (found - module.projection(merged)).abs().max().item()
         assert gap < 1e-12, (
             f"{heads} heads differ from one after the other by {gap:.1e}"

@@ -102,8 +102,9 @@ def check_mlp(module_class: Callable[[int], nn.Module]) -> None:
     assert not torch.allclose(found, late), "no activation after the projection"
     gap = (found - module.projection(active)).abs().max().item()
     assert gap < 1e-12, f"differs from expand, GELU, projection by {gap:.1e}"
-    count = sum(parameter.numel() for parameter in module.parameters())
-    assert count == 8 * 6**2 + 5 * 6, f"{count} parameters, not 8 C^2 + 5 C"
+    for C, sized in ((6, module), (4, small)):
+        count = sum(parameter.numel() for parameter in sized.parameters())
+        assert count == 8 * C**2 + 5 * C, f"{count} parameters, not 8 C^2 + 5 C"
     learning = {"x": x.requires_grad_(), **dict(module.named_parameters())}
 
     def gradients(y: Tensor) -> list[Tensor | None]:
