@@ -164,6 +164,37 @@ def test_exercises_are_graded_in_a_model_of_twelve_layers():
         checks.check_previous_scores(two_layers)
 
 
+def test_an_exercise_is_refused_for_one_wrong_term():
+    def swapped(model, seen, layer, head):
+        weights, values = seen[f"{layer}.weights"], seen[f"{layer}.values"]
+        shared = weights.shape[1] // values.shape[1]
+        columns = model.blocks[layer].attention.projection.weight.detach()
+        columns = columns.chunk(weights.shape[1], dim=1)[head]
+        written = values[:, head // shared] @ columns.T
+        terms = weights[:, head, :, :, None] * written[:, None]
+        terms[:, 3, [0, 2]] = terms[:, 3, [2, 0]]
+        return terms
+
+    with pytest.raises(AssertionError, match="s's own value"):
+        checks.check_sources(swapped)
+
+
+def test_a_patch_that_writes_into_the_clean_trace_is_told_so():
+    def into_clean(clean, layer, head):
+        def edit(name, value):
+            if name != f"{layer}.contexts":
+                return value
+            others = [h for h in range(value.shape[1]) if h != head]
+            clean[name][:, others] = value[:, others]
+            clean[name][:, head, :-1] = value[:, head, :-1]
+            return clean[name]
+
+        return edit
+
+    with pytest.raises(AssertionError, match="`clean` must stay"):
+        checks.check_patch(into_clean)
+
+
 def test_a_list_of_tensors_is_told_to_be_a_tensor():
     def lists(seen):
         weights = [w for name, w in seen.items() if name.endswith(".weights")]

@@ -258,7 +258,7 @@ def check_previous_scores(previous_scores: Callable[..., Tensor]) -> None:
         )
         assert (found - own).abs().max() > 1e-6, "these are weights on the token itself"
         assert (found - wanted).abs().max() < 1e-6, (
-            "w[t, t - 1] is the weight on the token before"
+            "take the mean of w[t, t - 1] over all texts and positions, layers in order"
         )
 
 
@@ -274,8 +274,9 @@ def check_patch(patch: Callable[..., See]) -> None:
         for layer, head in ((1, 2), (0, 3)):  # 11 is not 1
             edit, place = patch(clean, layer, head), f"{layer}.contexts"
             assert callable(edit), "return a function of a name and an activation"
-            before = seen[place].clone()
+            before, kept = seen[place].clone(), clean[place].clone()
             after = edit(place, seen[place])
+            assert torch.equal(clean[place], kept), "`clean` must stay as it was"
             assert after is not None, "an edit returns the activation, changed or not"
             assert torch.equal(seen[place], before), (
                 "clone before you write: the trace changed"
@@ -313,9 +314,9 @@ def check_sources(sources: Callable[..., Tensor]) -> None:
             future = found[:, 2, 3:].abs().max()
             assert future == 0, "token 2 took something from later tokens"
             weights, values = seen[f"{layer}.weights"], seen[f"{layer}.values"]
-            value = values[:, head * values.shape[1] // heads, 1]
+            value = values[:, head * values.shape[1] // heads]
             columns = model.blocks[layer].attention.projection.weight.chunk(heads, 1)
-            term = weights[:, head, 4, 1, None] * (value @ columns[head].T)
-            assert (found[:, 4, 1] - term).abs().max() < 1e-10, (
+            terms = weights[:, head, ..., None] * (value @ columns[head].T)[:, None]
+            assert (found - terms).abs().max() < 1e-10, (
                 "what comes from token s is w[t, s] times s's own value through W_O"
             )
