@@ -222,8 +222,6 @@ def test_right_steps_pass(right):
         (checks.check_add_positions, lambda i, x, p, start: x[i] + p[
             torch.arange(start, start + i.shape[1]).clamp(max=len(p) - 1)], "refuse"),
         (checks.check_add_positions,
-         lambda i, x, p, start: x[i] + p[start : start + len(i)], "are refused"),
-        (checks.check_add_positions,
          lambda i, x, p, start: embed(i, x, p, 0), "start is ignored"),
         (checks.check_add_positions, lambda i, x, p, start: x[i] + p[i], "position 0"),
         (checks.check_add_positions,
