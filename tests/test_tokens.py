@@ -1,5 +1,6 @@
 """Tokenizers: round trips, parity with tokenizers and tiktoken, damaged files."""
 
+import inspect
 import json
 import os
 import pickle
@@ -150,6 +151,26 @@ def ties_by_largest(counts, number):
     return [(65, 64) if pair == (64, 65) else pair for pair in merges]
 
 
+def learning_with(old, new):
+    """`learn_merges` with a mistake."""
+    source = inspect.getsource(learn_merges)
+    assert old in source
+    names = dict(vars(tokens))
+    exec(source.replace(old, new), names)
+    return names["learn_merges"]
+
+
+class WithoutBOM:
+    def __init__(self, tokenizer):
+        self.tokenizer, self.vocab_size = tokenizer, tokenizer.vocab_size
+
+    def encode(self, text):
+        return self.tokenizer.encode(text)
+
+    def decode(self, ids):
+        return self.tokenizer.decode_bytes(ids).decode("utf-8-sig", errors="replace")
+
+
 def merges_leftmost(ids, merges):
     for place, pair in enumerate(pairwise(ids)):
         if pair in merges:
@@ -235,6 +256,26 @@ WRONG = [
     (checks.check_learn_merges, pairs_counted_once, "count again"),
     (checks.check_learn_merges, pairs_once_in_a_word, "counts twice"),
     (checks.check_learn_merges, ties_by_largest, "smallest"),
+    (
+        checks.check_learn_merges,
+        learning_with("pairs[pair] < -promised", "False"),  # the queue is out of date
+        "count again",
+    ),
+    (
+        checks.check_learn_merges,
+        learning_with("pairs[removed] -= times[place]", "pairs[removed] -= 1"),
+        "count again",
+    ),
+    (
+        checks.check_tokenizer_round_trip,
+        WithoutBOM(BPETokenizer([], ())),
+        "bom",
+    ),
+    (
+        checks.check_split_words,
+        split_with("", r"| ?\p{L}", r"|\s?\p{L}"),
+        "not a line end",
+    ),
     (
         checks.check_learn_merges,
         lambda counts, number: learn_merges(dict.fromkeys(counts, 1), number),
