@@ -2,6 +2,7 @@
 
 import math
 from copy import deepcopy
+from functools import partial
 
 import pytest
 import torch
@@ -58,11 +59,19 @@ def grouped(q, k, v):
 
 
 def test_package_passes_its_checks():
-    checks.check_split_heads(split_heads)
+    for split in (split_heads, split_into_place):
+        checks.check_split_heads(split)
     for attend in (one_by_one, all_at_once, fused_attention):
         checks.check_causal_attention(attend)
     checks.check_fused_attention(fused_attention)
     checks.check_multi_head(MultiHeadAttention)
+    checks.check_multi_head(partial(MultiHeadAttention, dropout=0.0))
+    for attend in (
+        one_by_one,
+        all_at_once,
+        partial(F.scaled_dot_product_attention, is_causal=True),
+    ):
+        checks.check_multi_head(module_of(attend=attend))
     checks.check_grouped_attention(grouped)
     checks.check_contributions(contributions)
 
@@ -309,6 +318,69 @@ def wrong_root(q, k, v):
     return fused_attention(q / math.sqrt(q.shape[1]), k, v)
 
 
+def two_always(q, k, v):
+    """The root of a width of four, written in."""
+    return fused_attention(q * math.sqrt(q.shape[-1]) / 2, k, v)
+
+
+def zero_is_hidden(q, k, v, mask=None):
+    """A score of 0 is taken for a masked one."""
+    T, S = q.shape[-2], k.shape[-2]
+    mask = causal_mask(S)[S - T :] if mask is None else mask
+    scores = q @ k.mT / math.sqrt(q.shape[-1]) * mask
+    return scores.masked_fill(scores == 0, float("-inf")).softmax(-1) @ v
+
+
+def weights_detached(q, k, v):
+    _, weights = attention(q, k, v, causal_mask(q.shape[-2]))
+    return weights.detach() @ v
+
+
+def queries_detached(q, k, v):
+    return all_at_once(q.detach(), k, v)
+
+
+class MaskedInTraining(MultiHeadAttention):
+    def forward(self, x):
+        T = x.shape[1]
+        return super().forward(x, None if self.training else torch.ones(T, T) > 0)
+
+
+class DropsInUse(MultiHeadAttention):
+    def forward(self, x):
+        self.attend = all_at_once if self.training else self.drop
+        parts = self.qkv(x).chunk(3, dim=-1)
+        contexts = self.attend(*(split_heads(part, self.heads) for part in parts))
+        return self.projection(merge_heads(contexts))
+
+    def drop(self, q, k, v):
+        return F.dropout(all_at_once(q, k, v), 0.5)
+
+
+class Ending(MultiHeadAttention):
+    """The layers below never learn."""
+
+    def forward(self, x):
+        return super().forward(x.detach())
+
+
+class Unlearning(MultiHeadAttention):
+    def forward(self, x):
+        return super().forward(x).detach()
+
+
+class Frozen(MultiHeadAttention):
+    def __init__(self, width, heads):
+        super().__init__(width, heads)
+        self.qkv.bias.requires_grad_(False)
+
+
+def first_or_last(q, k, v):
+    """The first key for half of the heads, the last one for the others."""
+    half = q.shape[1] // 2
+    return fused_attention(q, *(t[:, [0] * half + [-1] * half] for t in (k, v)))
+
+
 def five_words(q, k, v):
     """The mask of five words, written in."""
     mask = torch.zeros(q.shape[-2], q.shape[-2], dtype=torch.bool)
@@ -356,6 +428,25 @@ def split_by_texts(x, heads):  # right only where D = H
     )
 
 
+def split_into_32_bits(x, heads):
+    B, T, C = x.shape
+    out = torch.zeros(B, heads, T, C // heads)
+    out[:] = split_heads(x, heads)
+    return out
+
+
+def split_by_lists(x, heads):
+    return torch.tensor(split_heads(x, heads).tolist(), dtype=x.dtype)
+
+
+def split_into_place(x, heads):  # right
+    B, T, C = x.shape
+    out = torch.zeros(B, heads, T, C // heads, dtype=x.dtype)
+    for h, part in enumerate(x.chunk(heads, dim=-1)):
+        out[:, h] = part
+    return out
+
+
 def two_halves(x, heads):
     return split_heads(x, 2)
 
@@ -369,6 +460,14 @@ def rows_taken(module, x):
 def unmasked(module, x):
     parts = module.qkv(x).chunk(3, dim=-1)
     context, _ = attention(*(split_heads(part, module.heads) for part in parts))
+    weights = module.projection.weight.chunk(module.heads, dim=-1)
+    pieces = zip(context.unbind(1), weights, strict=True)
+    return torch.stack([piece @ weight.mT for piece, weight in pieces], dim=1)
+
+
+def zeros_hidden(module, x):
+    parts = module.qkv(x).chunk(3, dim=-1)
+    context = zero_is_hidden(*(split_heads(part, module.heads) for part in parts))
     weights = module.projection.weight.chunk(module.heads, dim=-1)
     pieces = zip(context.unbind(1), weights, strict=True)
     return torch.stack([piece @ weight.mT for piece, weight in pieces], dim=1)
@@ -392,7 +491,13 @@ WRONG = [
     ("check_split_heads", two_halves, "shape (4, 2, 5, 3) for 3 heads"),
     ("check_split_heads", lambda x, h: split_heads(x.flip(0), h), "of text 3"),
     ("check_split_heads", lambda x, h: split_heads(x, h)[:, :1], "shape (4, 1, 5, 3)"),
+    ("check_split_heads", split_into_32_bits, "dtype changed to torch.float32"),
+    ("check_split_heads", split_by_lists, "no gradient reaches x"),
     ("check_causal_attention", F.scaled_dot_product_attention, "mask is missing"),
+    ("check_causal_attention", two_always, "differs from the plain attention"),
+    ("check_causal_attention", zero_is_hidden, "differs from the plain attention"),
+    ("check_causal_attention", weights_detached, "the gradient of queries is wrong"),
+    ("check_causal_attention", queries_detached, "the gradient of queries is wrong"),
     (
         "check_causal_attention",
         lambda q, k, v: attention(q, k, v, causal_mask(5).T)[0],
@@ -410,6 +515,7 @@ WRONG = [
     ("check_fused_attention", first_corner, "a single query is the last position"),
     ("check_fused_attention", any_keys, "5 keys: the mask is missing"),
     ("check_fused_attention", first_rows, "are the last positions, not the first"),
+    ("check_fused_attention", zero_is_hidden, "differs from the plain attention"),
     ("check_multi_head", module_of(split=reshape_split), "split: view(B, H, T, D)"),
     ("check_multi_head", module_of(merge=reshape_merge), "merge: swap T and H back"),
     (
@@ -469,6 +575,14 @@ WRONG = [
     ("check_multi_head", module_of(project=False), "the projection is missing"),
     ("check_multi_head", module_of(attend=scaled(1.1)), "differ from one after"),
     ("check_multi_head", Narrow, "3 heads differ from one after"),
+    ("check_multi_head", module_of(attend=zero_is_hidden), "4 heads differ from one"),
+    ("check_multi_head", module_of(attend=weights_detached), "the gradient of x"),
+    ("check_multi_head", module_of(attend=queries_detached), "the gradient of x"),
+    ("check_multi_head", Ending, "the gradient of x is wrong: was a part detached?"),
+    ("check_multi_head", Unlearning, "the gradient of x is wrong"),
+    ("check_multi_head", Frozen, "the gradient of qkv.bias is wrong"),
+    ("check_multi_head", MaskedInTraining, "after eval() the result is another"),
+    ("check_multi_head", DropsInUse, "after eval() the result is another"),
     ("check_multi_head", Wasteful, "parameters, not 4 C^2 + 4 C"),
     ("check_grouped_attention", all_at_once, "6 queries, 2 keys"),
     ("check_grouped_attention", by_count_of_keys, "6 queries, 2 keys"),
@@ -479,6 +593,7 @@ WRONG = [
         lambda q, *kv: fused_attention(q, *(t.repeat_interleave(3, 1) for t in kv)),
         "shared 3 keys: bring them to 6",
     ),
+    ("check_grouped_attention", first_or_last, "heads with repeated keys"),
     ("check_grouped_attention", repeated, "heads 0 and 2 share a key"),
     (
         "check_grouped_attention",
@@ -516,6 +631,7 @@ def test_check_names_the_mistake(check, wrong, message):
         (lambda m, x: contributions(m, x) + m.projection.bias, "each head added"),
         (rows_taken, "rows of weight were taken: it is (out, in)"),
         (unmasked, "the mask is missing"),
+        (zeros_hidden, "don't sum to the output"),
         (lambda m, x: contributions(m, 2 * x), "don't sum to the output"),
         (lambda m, x: contributions(m, x).flip(1), "and yet it adds something"),
         (lambda m, x: contributions(m, x)[:, :1], "(B, H, T, C)"),

@@ -27,10 +27,14 @@ def check_split_heads(split_heads: Callable[[Tensor, int], Tensor]) -> None:
     """
     b, t, c = torch.arange(4), torch.arange(5), torch.arange(6)
     x = 1000 * b[:, None, None] + 100 * t[:, None] + c  # every number names its place
+    x = x.double().requires_grad_()
     for heads in (2, 3):
         split, D = split_heads(x, heads), 6 // heads
         shape, wanted = tuple(split.shape), (4, heads, 5, D)
         assert shape == wanted, f"shape {shape} for {heads} heads, not {wanted}"
+        assert split.dtype == x.dtype, f"the dtype changed to {split.dtype}"
+        assert split.requires_grad, "no gradient reaches x: move its own numbers"
+        split = split.long()
         for b, c, t in product(range(4), range(6), range(5)):
             found, head = int(split[b, c // D, t, c % D]), c // D
             place = f"head {head} of position {t} holds column {found % 100}"
@@ -49,6 +53,22 @@ def _random(*shapes: tuple[int, ...]) -> list[Tensor]:
     return [torch.randn(s, generator=random, dtype=torch.float64) for s in shapes]
 
 
+def _compare_gradients(
+    found: Tensor, wanted: Tensor, learning: dict[str, Tensor]
+) -> None:
+    """The same gradients reach every tensor from the one result as from the other."""
+    gradients = []
+    for result in (found, wanted):
+        for tensor in learning.values():
+            tensor.grad = None
+        if result.requires_grad:
+            result.sum().backward(retain_graph=True)
+        gradients.append([tensor.grad for tensor in learning.values()])
+    for name, ours, due in zip(learning, *gradients, strict=True):
+        right = ours is not None and torch.allclose(ours, due)
+        assert right, f"the gradient of {name} is wrong: was a part detached?"
+
+
 def check_causal_attention(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
     """Causal attention of each head, equal to the plain one, one head after the other.
 
@@ -56,8 +76,12 @@ def check_causal_attention(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -
 
     Book: 07_multi_head_attention.html#two-ways-one-result
     """
-    for T in (5, 3):
-        q, k, v = _random(*3 * [(2, 3, T, 4)])
+    for T, D in ((5, 4), (3, 2)):
+        q, k, v = _random(*3 * [(2, 3, T, D)])
+        q[:, :, 1] = 0  # scores of 0 are no mask
+        learning = {"queries": q, "keys": k, "values": v}
+        for tensor in learning.values():
+            tensor.requires_grad_()
         mask = causal_mask(T)
         one_by_one = zip(q.unbind(1), k.unbind(1), v.unbind(1), strict=True)
         wanted = torch.stack([attention(*head, mask)[0] for head in one_by_one], 1)
@@ -65,7 +89,7 @@ def check_causal_attention(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -
         mistakes = {
             "the mask is missing: every word sees the future": (q, k, v),
             "the mask is transposed: words see the future": (q, k, v, mask.mT),
-            "scores were not divided by the root of D": (2 * q, k, v, mask),
+            "scores were not divided by the root of D": (D**0.5 * q, k, v, mask),
             "scores were divided by the root of C: take the head's width, D = C / H": (
                 (q / math.sqrt(3), k, v, mask)
             ),
@@ -75,6 +99,7 @@ def check_causal_attention(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -
             assert not torch.allclose(found, attention(*inputs)[0]), mistake
         gap = (found - wanted).abs().max().item()
         assert gap < 1e-12, f"differs from the plain attention by {gap:.1e}"
+        _compare_gradients(found, wanted, learning)
 
 
 def check_fused_attention(fused_attention: Callable[..., Tensor]) -> None:
@@ -187,9 +212,12 @@ def check_multi_head(module_class: Callable[[int, int], nn.Module]) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         modules = {heads: module_class(12, heads).double() for heads in (3, 1, 4)}
+    for part in (modules[4].qkv.weight, modules[4].qkv.bias):
+        part.data[:3] = 0  # queries of 0 in the first head: scores of 0 are no mask
     texts = _random((2, 5, 12), (2, 3, 12))
     for (heads, module), x in product(modules.items(), texts):
-        found, merged = module(x), _one_by_one(module, x, heads)
+        learning = {"x": x.requires_grad_(), **dict(module.named_parameters())}
+        found, merged = module.train()(x), _one_by_one(module, x, heads)
         assert found.shape == x.shape, f"the shape changed to {tuple(found.shape)}"
         assert not torch.allclose(found, merged), "the projection is missing"
         for mistake, wrong in _known_mistakes(module, x, heads).items():
@@ -205,6 +233,9 @@ def check_multi_head(module_class: Callable[[int, int], nn.Module]) -> None:
         )
         count = sum(p.numel() for p in module.parameters())
         assert count == 4 * 12**2 + 4 * 12, f"{count} parameters, not 4 C^2 + 4 C"
+        _compare_gradients(found, module.projection(merged), learning)
+        same = torch.allclose(module.eval()(x), found)
+        assert same, "after eval() the result is another"
 
 
 _kernel = F.scaled_dot_product_attention
@@ -227,7 +258,7 @@ def check_grouped_attention(
     Book: 07_multi_head_attention.html#exercise-3-fewer-key-heads-than-query-heads
     """
     mask = causal_mask(5)
-    for G in (2, 1):
+    for G in (2, 1, 3):
         q, k, v = _random((2, 6, 5, 3), (2, G, 5, 3), (2, G, 5, 3))
         try:
             with patch.object(F, "scaled_dot_product_attention", _sharing_refused):
@@ -277,6 +308,8 @@ def check_contributions(contributions: Callable[[nn.Module, Tensor], Tensor]) ->
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         module, other = (MultiHeadAttention(12, heads).double() for heads in (4, 3))
+    for part in (module.qkv.weight, module.qkv.bias):
+        part.data[:3] = 0  # the first head's queries: scores of 0 are no mask
     (x,) = _random((2, 5, 12))
     parts, wanted = contributions(module, x), module(x)
     assert parts.shape == (2, 4, 5, 12), f"shape {tuple(parts.shape)}: (B, H, T, C)"
