@@ -165,8 +165,8 @@ def loopy(x):
 
 def test_right_answers_pass():
     checks.check_gelu(lambda x: 0.5 * x * (1 + torch.tanh(gelu_inner(x))))
-    checks.check_gelu(nn.GELU("tanh"))
-    for activation in (gelu, nn.GELU("tanh")):
+    for activation in (gelu, by_sigmoid, nn.GELU("tanh")):
+        checks.check_gelu(activation)
         checks.check_mlp(module_of(activation))
     checks.check_each_alone(loopy)
     for answer in (one_not_both, either_way, as_lists):
@@ -299,6 +299,20 @@ def in_place_gelu(x):
     return x
 
 
+def by_exponentials(x):
+    """The hyperbolic tangent as the page defines it: inf / inf for large numbers."""
+    up, down = torch.exp(gelu_inner(x)), torch.exp(-gelu_inner(x))
+    return 0.5 * x * (1 + (up - down) / (up + down))
+
+
+def by_sigmoid(x):  # right
+    return x * torch.sigmoid(2 * gelu_inner(x))
+
+
+def coming_back_in_32_bits(x):
+    return gelu(x.float() if x.dtype == torch.bfloat16 else x)
+
+
 def half_gated(x):
     return x * (0.5 * (1 + torch.tanh(gelu_inner(x)))).detach()
 
@@ -375,12 +389,17 @@ WRONG = [
     ("check_gelu", lambda x: gelu(x.flatten()), "(2, 3) became (6,)"),
     ("check_gelu", lambda x: gelu(x - x.mean()), "treat each by itself"),
     ("check_gelu", lambda x: gelu(x) * x.abs().max() / 6, "treat each by itself"),
+    ("check_gelu", by_exponentials, "is [nan, nan], not -0 and 40: does e^u overflow?"),
+    ("check_gelu", lambda x: gelu(x.clamp(-6, 6)), "6.0], not -0 and 40"),
+    ("check_gelu", coming_back_in_32_bits, "torch.bfloat16 became torch.float32"),
     ("check_gelu", lambda x: gelu(x).detach(), "no gradient reaches x"),
     ("check_gelu", half_gated, "the gradient is wrong: was a part detached?"),
     ("check_each_alone", mixing, "position 0 changed row 1: positions are mixed"),
     ("check_each_alone", lambda x: x.flip(1), "row 0 does not depend on its own word"),
     ("check_each_alone", torch.ones_like, "row 0 does not depend on its own word"),
     ("check_each_alone", MultiHeadAttention(4, 2), "positions are mixed"),
+    ("check_each_alone", lambda x: x + x.mean(0), "another moved: texts are mixed"),
+    ("check_mlp", module_of(by_exponentials), "projection by nan"),
     ("check_mlp", module_of(lambda hidden: hidden), "there is no activation"),
     ("check_mlp", module_of(F.gelu), "the exact GELU"),
     ("check_mlp", OneWidth, "parameters, not 8 C^2"),

@@ -44,6 +44,12 @@ def check_gelu(gelu: Callable[[Tensor], Tensor]) -> None:
     assert torch.allclose(found, wanted, atol=1e-6), (
         "a number's result depends on the other numbers: treat each by itself"
     )
+    far = torch.tensor([-40.0, 40.0], dtype=torch.bfloat16)
+    found = gelu(far)
+    assert found.dtype == far.dtype, f"torch.bfloat16 became {found.dtype}"
+    assert torch.allclose(found, F.gelu(far, approximate="tanh")), (
+        f"gelu of -40 and 40 is {found.tolist()}, not -0 and 40: does e^u overflow?"
+    )
     x.requires_grad_()
     found, wanted = gelu(1 * x), F.gelu(x, approximate="tanh")
     assert found.requires_grad, "no gradient reaches x: don't detach it"
@@ -54,22 +60,23 @@ def check_gelu(gelu: Callable[[Tensor], Tensor]) -> None:
 def check_each_alone(function: Callable[[Tensor], Tensor]) -> None:
     """Each position is treated alone: a changed word changes its own row only.
 
-    function: maps vectors (1, T, C) to vectors (1, T, ...), for T = 5 and C = 4.
+    function: maps vectors (2, T, C) to vectors (2, T, ...), for T = 5 and C = 4.
 
     Book: 08_mlp.html#the-checks
     """
     random = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 5, 4, generator=random)
+    x = torch.randn(2, 5, 4, generator=random)
     before = function(x)
     for changed in range(5):
         other = x.clone()
-        other[:, changed] = torch.randn(4, generator=random)
-        moved = (function(other) - before).abs().amax(-1)[0]  # (T,)
+        other[0, changed] = torch.randn(4, generator=random)
+        moved, text = (function(other) - before).abs().amax(-1)  # (T,) each
         assert moved[changed] > 0, f"row {changed} does not depend on its own word"
         for row in range(5):
             assert row == changed or moved[row] < 1e-6, (
                 f"a change at position {changed} changed row {row}: positions are mixed"
             )
+        assert text.max() < 1e-6, "one text changed, another moved: texts are mixed"
 
 
 def check_mlp(module_class: Callable[[int], nn.Module]) -> None:
@@ -85,6 +92,7 @@ def check_mlp(module_class: Callable[[int], nn.Module]) -> None:
         module, small = module_class(6).double(), module_class(4)
     random = torch.Generator().manual_seed(0)
     x = 3 * torch.randn(2, 5, 6, generator=random, dtype=torch.float64)
+    x[1, 4] *= 30  # far numbers, too
     found, hidden = module(x), module.expand(x)
     assert found.shape == x.shape, f"the shape changed to {tuple(found.shape)}"
     assert module.expand.weight.std(0).min() > 0, (
