@@ -387,16 +387,18 @@ def shows_the_stop(model, tokenizer, prompt, count, top_k, stop=()):
 
 
 def beams_capped(model, ids, length, beams):
-    return checks._beams(model, ids, length, min(beams, 2))[0][1]
+    return checks.likeliest_texts(model, ids, length, min(beams, 2))[0][1]
 
 
 def beams_at_first_only(model, ids, length, beams):
-    first = checks._beams(model, ids, 1, beams)
-    return max(checks._beams(model, text, length - 1, 1)[0] for _, text in first)[1]
+    first = checks.likeliest_texts(model, ids, 1, beams)
+    return max(
+        checks.likeliest_texts(model, text, length - 1, 1)[0] for _, text in first
+    )[1]
 
 
 def beam_that_appends(model, ids, length, beams):
-    ids += checks._beams(model, list(ids), length, beams)[0][1][len(ids) :]
+    ids += checks.likeliest_texts(model, list(ids), length, beams)[0][1][len(ids) :]
     return ids
 
 
@@ -424,6 +426,12 @@ def min_p_keeps_two(logits, share):
 def min_p_never_under(logits, share):
     p = logits.softmax(-1)
     return logits.masked_fill(p < max(share, 0.3) * p.amax(-1, keepdim=True), -math.inf)
+
+
+def min_p_of_a_power(logits, share):
+    p = logits.softmax(-1)
+    limit = share**1.1 * p.amax(-1, keepdim=True)
+    return logits.masked_fill(p < limit, -math.inf)
 
 
 def rows_of_the_first(logits, sampling, generator):
@@ -462,6 +470,13 @@ class GrowingCache:
             values = torch.cat((self.kept[1], values), dim=2)
         self.kept, self.length = (keys, values), keys.shape[2]
         return keys, values
+
+
+class FullWithAnIndexError(GrowingCache):
+    def append(self, keys, values):
+        if self.full(keys.shape[2]):
+            raise IndexError("full")
+        return super().append(keys, values)
 
 
 class FullOnlyWhenFull(GrowingCache):
@@ -559,6 +574,7 @@ WRONG = [
     ("check_sample", without_generator, "draw from the generator"),
     ("check_sample", seeded_anew, "seed them once"),
     ("check_cache", FullOnlyWhenFull, "that holds 3 took 4 more"),
+    ("check_cache", FullWithAnIndexError, "IndexError('full'): raise a ValueError"),
     ("check_cache", EightForAll, "cache of 6 that holds 3 took 4 more"),
     ("check_cache", StoresThenRaises, "kept what doesn't fit"),
     ("check_cache", FullTooEarly, "8 positions must fit a cache of 8"),
@@ -578,12 +594,12 @@ WRONG = [
     ("check_beam_search", beam_that_appends, "copy it"),
     (
         "check_beam_search",
-        lambda m, ids, n, b: checks._beams(m, ids, 3, b)[0][1],
+        lambda m, ids, n, b: checks.likeliest_texts(m, ids, 3, b)[0][1],
         "not 5",
     ),
     (
         "check_beam_search",
-        lambda m, ids, n, b: checks._beams(m, ids, n, min(b, 7))[0][1],
+        lambda m, ids, n, b: checks.likeliest_texts(m, ids, n, min(b, 7))[0][1],
         "8 beams from [6]",
     ),
     ("check_min_p", min_p_of_batch, "each row has its own"),
@@ -591,6 +607,7 @@ WRONG = [
     ("check_min_p", min_p_in_place, "were changed"),
     ("check_min_p", min_p_keeps_two, "not the likeliest alone"),
     ("check_min_p", min_p_never_under, "kept 3 of 5 tokens"),
+    ("check_min_p", min_p_of_a_power, "share=0.84 kept the places [0, 1, 2, 3]"),
     ("check_sample", ignores_temperature, "divide the logits"),
     ("check_cache", NoOffset, "wrong position"),
     ("check_cache", OnlyTheNew, "without a cache"),

@@ -86,11 +86,13 @@ def _small_gpt(context: int = 8, spread: float = 0.7, dropout: float = 0.0) -> G
 
 
 def _appended(cache: Any, part: Tensor) -> Tensor | None:
-    """All keys and values (2, B, H, T, D) after one more part; None if it raises."""
+    """All keys and values (2, B, H, T, D) after one more part; None if refused."""
     try:
         return torch.stack(cache.append(part, -part))
     except ValueError:
         return None
+    except (IndexError, RuntimeError) as error:
+        raise AssertionError(f"it raised {error!r}: raise a ValueError") from error
 
 
 def _check_overflow(cache: Callable[[int], Any], context: int) -> None:
@@ -296,11 +298,12 @@ def check_min_p(min_p: Callable[[Tensor, float], Tensor]) -> None:
     few, all_five = (_kept(min_p(logits, share)[0]) for share in (0.9, 0.1))
     assert len(few) == 1, f"share=0.9 kept the places {few}, not the likeliest alone"
     assert len(all_five) == 5, f"share=0.1 kept {len(all_five)} of 5 tokens, not all"
-    kept = _kept(min_p(logits, 0.7)[1])
-    assert kept == [0, 1, 2, 3], (
-        f"share=0.7 kept the places {kept} of the second row, not 0 to 3: "
-        "each row has its own likeliest token"
-    )
+    for share, wanted in ((0.83, [0, 1, 2, 3]), (0.84, [0])):  # 0.20/0.24 is between
+        kept = _kept(min_p(logits, share)[1])
+        assert kept == wanted, (
+            f"share={share} kept the places {kept} of the second row, not {wanted}: "
+            "each row has its own limit, share times its largest probability"
+        )
     deep = min_p(logits.expand(2, 2, 5).clone(), 0.3)
     assert torch.equal(deep[1], found), "more axes in front changed the result"
     high = min_p(torch.tensor([[1000.0, 1000.0, 990.0]]), 1.0)
@@ -311,10 +314,13 @@ def check_min_p(min_p: Callable[[Tensor, float], Tensor]) -> None:
 
 
 @torch.no_grad()
-def _beams(
+def likeliest_texts(
     model: GPT, ids: list[int], length: int, beams: int
 ) -> list[tuple[float, list[int]]]:
-    """The likeliest texts after `length` steps of beam search, with their sums."""
+    """The likeliest texts after `length` steps of beam search, with their sums.
+
+    Book: 13_generation.html#exercise-3-look-ahead
+    """
     texts = [(0.0, ids)]
     for _ in range(length):
         longer = []
@@ -341,7 +347,7 @@ def check_beam_search(beam_search: Callable[..., list[int]]) -> None:
             assert found[: len(prompt)] == prompt, "the prompt must come first, whole"
             new = len(found) - len(prompt)
             assert new == length, f"{new} tokens are new, not {length}"
-            best = _beams(model, prompt, length, beams)[0][1]
+            best = likeliest_texts(model, prompt, length, beams)[0][1]
             assert beams > 1 or found == best, (
                 f"one beam from {prompt} gives {found}, not {best}: it is greedy"
             )
