@@ -201,6 +201,16 @@ def other_context(queries, keys, values, mask=None):
     return context / 2, weights
 
 
+def sum_detached(queries, keys, values, mask=None):
+    scores = queries @ keys.mT / math.sqrt(queries.shape[-1])
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    peak = scores.amax(-1, keepdim=True).clamp(min=-1e9)
+    powers = (scores - peak).exp()
+    weights = powers / powers.sum(-1, keepdim=True).clamp(min=0.5).detach()
+    return weights @ values, weights
+
+
 def mixed_types(queries, keys, values, mask=None):
     context, weights = attention(queries, keys, values, mask)
     return context.float(), weights
@@ -416,7 +426,23 @@ WRONG = [
     (
         "check_attention",
         variant(repair=lambda w: w.nan_to_num(0).detach()),
-        "no gradient reaches the queries",
+        "the queries get a wrong gradient",
+    ),
+    (
+        "check_attention",
+        lambda q, k, v, mask=None: attention(q, k.detach(), v, mask),
+        "the keys get a wrong gradient",
+    ),
+    (
+        "check_attention",
+        lambda q, k, v, mask=None: attention(q, k, v.detach(), mask),
+        "the values get a wrong gradient",
+    ),
+    ("check_attention", sum_detached, "the queries get a wrong gradient"),
+    (
+        "check_attention",
+        lambda *given: tuple(part.detach() for part in attention(*given)),
+        "the queries get a wrong gradient",
     ),
     ("check_attention", keys_mixed, "mix the values, not the keys"),
     ("check_attention", other_context, "context is weights @ values"),
@@ -473,6 +499,14 @@ WRONG = [
         lambda q, pairs: streaming(q, pairs, root=1.0),
         "not divided by the root",
     ),
+    *[
+        (
+            "check_streaming_attention",
+            lambda q, pairs, root=root: streaming(q, pairs, root=root),
+            "the context is wrong",
+        )
+        for root in (2, 5)
+    ],
     (
         "check_streaming_attention",
         lambda q, pairs: streaming(q, pairs, rescale=False),

@@ -183,6 +183,38 @@ def last_axis(a, b, dim=-1):
     return cosine_similarity(a, b)
 
 
+def guarding_a(a, b, dim=-1):
+    """A zero row of b still gives nan."""
+    norms = a.norm(dim=dim), b.norm(dim=dim)
+    shares = dot_product(a, b, dim) / (norms[0] * norms[1])
+    return torch.where(norms[0] == 0, 0, shares)
+
+
+def guarding_whole(a, b, dim=-1):
+    """Only zeros throughout are noticed, not a zero row beside others."""
+    if not a.any() or not b.any():
+        return dot_product(a, b, dim)
+    return formula(a, b, dim)
+
+
+def divided_in_place(a, b, dim=-1):
+    cosine = cosine_similarity(a, b, dim)
+    a /= a.norm(dim=dim, keepdim=True)
+    return cosine
+
+
+class AsManyAsTheHighest(Embedding):
+    """One-hot vectors as long as the highest id, not as the table."""
+
+    def forward(self, ids):
+        return F.one_hot(ids).float() @ self.weight
+
+
+def test_one_hot_is_told_how_many_rows_there_are():
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        checks.check_embedding(AsManyAsTheHighest)
+
+
 class OneRowTooFew(Embedding):
     def forward(self, ids):
         return super().forward(ids)[:-1]
@@ -341,6 +373,11 @@ def test_right_answers_pass(check, right):
             a.norm(dim=dim) * b.norm(dim=dim) + 1e-8), "with itself"),
         (checks.check_cosine_similarity, lambda a, b, dim=-1: abs(
             cosine_similarity(a, b, dim)), "opposite"),
+        (checks.check_cosine_similarity, guarding_a, "zero vector gives nan"),
+        (checks.check_cosine_similarity, guarding_whole, "zero vector gives nan"),
+        (checks.check_cosine_similarity, lambda a, b, dim=-1: formula(
+            a, b, dim).nan_to_num() * b.norm(dim=dim).bool().all(), "beside zeros"),
+        (checks.check_cosine_similarity, divided_in_place, "were changed"),
         (checks.check_matrix_product, lambda a, b: (a @ b).T, "transposed"),
         (checks.check_matrix_product, lambda a, b: a[:, 1:] @ b[1:], "k = 0"),
         (checks.check_matrix_product, lambda a, b: (a @ b)[:, :3], "(2, 3), not"),
@@ -387,6 +424,8 @@ def test_right_answers_pass(check, right):
             lambda table, ids: torch.eye(4)[ids][..., : len(table)] @ table,
             "a table (5, 2) is refused",
         ),
+        (checks.check_lookup, lambda table, ids: F.one_hot(
+            ids, len(table)).float() @ table, "float != double"),
         (checks.check_lookup, lambda table, ids: table[ids].int(), "wrong rows"),
         (checks.check_analogy, lambda a, b, c, table: b, "inputs"),
         (checks.check_analogy, lambda a, b, c, table: None, "returns None"),

@@ -228,6 +228,12 @@ def test_right_steps_pass(right):
          lambda i, x, p, start: x[i] + p[start], "position 0"),
         (checks.check_add_positions,
          lambda i, x, p, start: embed(i, x, p, start)[0], "give (3, 2)"),
+        (checks.check_add_positions, lambda i, x, p, start: x[i].squeeze() + p[
+            start : start + i.shape[1]], "ids (1, 2) give (2, 2)"),
+        (checks.check_add_positions, lambda i, x, p, start: embed(
+            i, x, p, start).squeeze(1), "ids (2, 1) give (2, 2)"),
+        (checks.check_add_positions, lambda i, x, p, start: torch.tensor(
+            embed(i, x, p, start).tolist()), "no gradient reaches the tables"),
         (checks.check_add_positions, row_by_row, "a table that was given has changed"),
         (checks.check_add_positions, spoiling(0), "has changed"),
         (checks.check_add_positions, spoiling(1), "has changed"),

@@ -238,6 +238,12 @@ def in_place(x, dim=-1):
     return normalized(x.exp(), dim)
 
 
+def divided_in_place(x, dim=-1, temperature=1.0):
+    if temperature != 1:
+        x /= temperature
+    return softmax(x, dim)
+
+
 def lenient(x, dim=-1, temperature=1.0):
     return normalized((shifted(x, dim) / (temperature or 1.0)).exp(), dim)
 
@@ -378,6 +384,17 @@ WRONG = [
         "no gradient reaches the scores",
     ),
     ("check_softmax", half_detached, "was a part detached"),
+    ("check_softmax", divided_in_place, "changed in place"),
+    (
+        "check_softmax",
+        lambda x, dim=-1, temperature=1.0: softmax(x, dim, max(temperature, 0.5)),
+        "must divide the scores before exp",
+    ),
+    (
+        "check_softmax",
+        lambda x, dim=-1, temperature=1.0: softmax(x.float(), dim, temperature),
+        "another dtype",
+    ),
     ("check_softmax", lenient, "temperature=0.0 must raise ValueError"),
     (
         "check_softmax",
@@ -388,6 +405,11 @@ WRONG = [
         "check_log_softmax",
         lambda x, dim=-1: x.softmax(dim).log(),
         "instead of taking the log of softmax",
+    ),
+    (
+        "check_log_softmax",
+        lambda x, dim=-1: x.softmax(dim).clamp(min=1e-9).log(),
+        "is -20.72, not -200",
     ),
     (
         "check_log_softmax",
@@ -458,7 +480,22 @@ WRONG = [
     (
         "check_cross_entropy",
         lambda logits, targets: -_picked(logits.softmax(-1).log(), targets).mean(),
-        "large logits give nan",
+        "large logits give inf",
+    ),
+    (
+        "check_cross_entropy",
+        lambda x, y: -(_picked(x.softmax(-1), y) + 1e-8).log().mean(),
+        "large logits give 1",
+    ),
+    (
+        "check_cross_entropy",
+        lambda x, y: -(_picked(x.softmax(-1), y) + 1e-12).log().mean(),
+        "large logits give 2",
+    ),
+    (
+        "check_masked_softmax",
+        lambda x, allowed: x.masked_fill(~allowed, -math.inf).softmax(1),
+        "needs dim=-1",
     ),
     (
         "check_masked_softmax",
@@ -554,6 +591,11 @@ WRONG = [
     ),
     (
         "check_cross_entropy_gradient",
+        lambda x, y: (softmax(x.mul_(0.5) * 2) - F.one_hot(y, 4)) / len(y),
+        "the logits were changed",
+    ),
+    (
+        "check_cross_entropy_gradient",
         lambda logits, targets: torch.zeros_like(logits),
         "differs from autograd",
     ),
@@ -629,6 +671,15 @@ def test_the_gradient_knows_how_large_the_vocabulary_is():
         checks.check_cross_entropy_gradient(
             lambda x, y: (softmax(x) - F.one_hot(y)) / 6
         )
+
+
+def test_cross_entropy_takes_rows_without_a_batch():
+    def three_axes(logits, targets):
+        B, T, V = logits.shape
+        return F.cross_entropy(logits.view(B * T, V), targets.flatten())
+
+    with pytest.raises(ValueError, match="unpack"):
+        checks.check_cross_entropy(three_axes)
 
 
 @pytest.mark.parametrize("temperature", [1e-300, 1e-46, 1e39, 1e300])

@@ -98,7 +98,7 @@ def check_attention(attention: Callable[..., tuple[Tensor, Tensor]]) -> None:
     assert context.shape[-1] == 6, "as wide as the keys: mix the values, not the keys"
     assert context.dtype == q.dtype, f"of {q.dtype} it makes {context.dtype}"
     assert torch.allclose(context, weights @ v), "the context is weights @ values"
-    q.requires_grad_()
+    q, k, v = (part.requires_grad_() for part in (q, k, v))
     masked, hidden = attention(q, k, v, mask)
     assert not torch.allclose(hidden, weights), "the mask was ignored"
     _check_hidden(hidden.detach(), mask)
@@ -110,9 +110,12 @@ def check_attention(attention: Callable[..., tuple[Tensor, Tensor]]) -> None:
         " is the same"
     )
     assert torch.allclose(masked, hidden @ v), "other weights than those of the mixture"
-    assert masked.requires_grad, "no gradient reaches the queries: don't detach them"
-    (gradient,) = torch.autograd.grad(masked.sum(), q)
-    assert gradient.isfinite().all(), "the context is fine, but its gradient is nan"
+    full = F.scaled_dot_product_attention(q.expand(2, 4, 3, 8), k, v, mask)
+    gaps = torch.autograd.grad((masked - full).sum(), (q, k, v))
+    for name, gap in zip(("queries", "keys", "values"), gaps, strict=True):
+        assert gap.isfinite().all(), "the context is fine, but its gradient is nan"
+        right = gap.abs().max() < 1e-5
+        assert right, f"the {name} get a wrong gradient: don't detach them, or a part"
     assert all(map(torch.equal, (q, k, v, mask), given)), changed
     _check_large(attention, 1000 * q.detach(), k, v, mask[2:])
     narrow = q.detach()[..., :3], k[..., :3]
@@ -251,7 +254,7 @@ def check_streaming_attention(
     Book: 06_attention.html#exercise-4-attention-without-the-table
     """
     random = torch.Generator().manual_seed(0)
-    shapes = [(3, 4), (60, 4), (60, 2)]
+    shapes = [(3, 5), (60, 5), (60, 2)]
     q, k, v = (torch.randn(shape, generator=random) for shape in shapes)
     own = "subtract each row's own peak so far, and keep no chunk for later"
     low = "start with the peak -inf, for all scores of a row may be low"

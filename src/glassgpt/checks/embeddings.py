@@ -37,13 +37,16 @@ def check_cosine_similarity(similarity: Callable[..., Tensor]) -> None:
     """
     a, b = torch.tensor([3.0, 4.0]), torch.tensor([8.0, 6.0])
     got = float(similarity(a, b))
+    assert (a[1], b[1]) == (4, 6), "the vectors given were changed: work on a copy"
     for wrong, reason in _COSINE_MISTAKES.items():
         assert abs(got - wrong) > 1e-4, f"(3, 4) and (8, 6) give {got:.4g}: {reason}"
     assert abs(got - 0.96) < 1e-5, f"(3, 4) and (8, 6) give {got:.4g}, not 0.96"
     opposite = float(similarity(a, -a))
     assert abs(opposite + 1) < 1e-5, f"opposite vectors give {opposite:.3f}, not -1"
-    zero = float(similarity(torch.zeros(2), a))
-    assert zero == 0, f"a zero vector gives {zero}, not 0: don't divide by its norm"
+    rows = torch.stack([a, 0 * a])
+    for one, zero in (similarity(rows, a).tolist(), similarity(a, rows).tolist()):
+        assert zero == 0, f"a zero vector gives {zero}, not 0: don't divide by its norm"
+        assert abs(one - 1) < 1e-5, f"a row beside zeros gives {one}, not 1"
     short = torch.tensor([1e-5, 0.0])
     got = float(similarity(short, short))
     assert abs(got - 1) < 1e-5, f"(1e-5, 0) with itself gives {got:.3g}, not 1"
@@ -96,12 +99,13 @@ def _check_rows(layer: nn.Module) -> None:
     assert weight.shape == (5, 3), (
         f"weight of Embedding(5, 3) has shape {tuple(weight.shape)}, not (rows, width)"
     )
-    ids = torch.tensor([[0, 4], [4, 2]])
-    found = layer(ids)
-    assert found.shape == (2, 2, 3), (
-        f"ids (2, 2) give {tuple(found.shape)}, not (2, 2, 3): each id becomes a row"
-    )
-    assert torch.equal(found, weight[ids]), "the vectors are not the rows of the ids"
+    for ids in torch.tensor([[[0, 4], [4, 2]], [[0, 2], [1, 2]]]):
+        found = layer(ids)
+        assert found.shape == (2, 2, 3), (
+            f"ids (2, 2) give {tuple(found.shape)}: each id becomes a row of 3 numbers"
+        )
+        same = torch.equal(found, weight[ids])
+        assert same, "the vectors are not the rows of the ids"
 
 
 def _check_gradient(layer: nn.Module) -> None:
@@ -170,7 +174,7 @@ def check_lookup(lookup: Callable[[Tensor, Tensor], Tensor]) -> None:
     table = torch.arange(12.0).view(4, 3)
     other = torch.tensor([[-0.5, 2.5], [1.5, -3.0]])
     many = [(table, ids) for ids in ([2, 0, 2], [[1, 3]], 3)]
-    longer = torch.arange(10.0).view(5, 2)
+    longer = torch.arange(10.0, dtype=torch.float64).view(5, 2)
     for table, ids in [*many, (other, [1, 0]), (longer, [4, 0])]:
         ids = torch.tensor(ids)
         try:

@@ -56,11 +56,11 @@ def check_add_positions(embed: Callable[[Tensor, Tensor, Tensor, int], Tensor]) 
 
     Book: 04_positions.html#exercise-2-what-enters-the-model
     """
-    tokens = torch.tensor([[100.0, 0.0], [200.0, 0.0], [300.0, 0.0]])
-    positions = torch.arange(10.0).view(5, 2)
+    tokens = 100 * torch.tensor([[1.0, 0], [2, 0], [3, 0]], requires_grad=True)
+    positions = 1 * torch.arange(10.0, requires_grad=True).view(5, 2)
     every = torch.tensor([[2, 0, 2], [1, 1, 0]])
-    for start, T in ((0, 3), (2, 3), (3, 2)):
-        ids, end = every[:, :T], start + T
+    for start, B, T in ((0, 2, 3), (2, 2, 3), (3, 1, 2), (2, 2, 1)):
+        ids, end = every[:B, :T], start + T
         given = tokens.clone(), positions.clone()
         wanted = tokens[ids] + positions[start:end]
         try:
@@ -74,7 +74,8 @@ def check_add_positions(embed: Callable[[Tensor, Tensor, Tensor, int], Tensor]) 
         assert all(map(torch.equal, (tokens, positions), given)), (
             "a table that was given has changed: add to a copy of its rows"
         )
-        assert got.shape == (2, T, 2), f"ids (2, {T}) give {tuple(got.shape)}"
+        assert got.shape == (B, T, 2), f"ids ({B}, {T}) give {tuple(got.shape)}"
+        assert got.requires_grad, "no gradient reaches the tables: don't detach them"
         assert start == 0 or not torch.equal(got, tokens[ids] + positions[:T]), (
             "start is ignored: the first token stands at position start"
         )
