@@ -128,6 +128,31 @@ def in_place_norm(x, weight, bias):
     return x / spread(x) * weight + bias
 
 
+def mean_of_squares(x, weight, bias):
+    mean = x.mean(-1, keepdim=True)
+    variance = x.square().mean(-1, keepdim=True) - mean.square()
+    return (x - mean) / (variance + 1e-5).sqrt() * weight + bias
+
+
+def constant_mean(x, weight, bias):
+    centered = x - x.mean(-1, keepdim=True).detach()
+    return centered / spread(x).detach() * weight + bias
+
+
+def in_lists(x, weight, bias):
+    rows = []
+    for row in x.flatten(0, -2).tolist():
+        mean = sum(row) / len(row)
+        variance = sum((number - mean) ** 2 for number in row) / len(row)
+        rows.append([(number - mean) / (variance + 1e-5) ** 0.5 for number in row])
+    return torch.tensor(rows, dtype=x.dtype).view(x.shape) * weight + bias
+
+
+def four_columns(x, weight, bias):
+    centered = x - total(x) / 4
+    return centered / (total(centered.square()) / 4 + 1e-5).sqrt() * weight + bias
+
+
 def whole(x, weight, bias):
     return (x - x.mean()) / (x.var(correction=0) + 1e-5).sqrt() * weight + bias
 
@@ -262,6 +287,78 @@ class WithoutCache(Block):
 class Exchanged(Block):
     def forward(self, x, mask=None, cache=None):
         return super().forward(x, cache, mask)
+
+
+class SharedNorm(Block):
+    """One norm, read through twice."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.mlp_norm = self.attention_norm
+
+
+def normed(**values):
+    """A block with other norms."""
+
+    class Normed(Block):
+        def __init__(self, width, *more):
+            super().__init__(width, *more)
+            self.attention_norm = nn.LayerNorm(width, **values)
+            self.mlp_norm = nn.LayerNorm(width, **values)
+
+    return Normed
+
+
+class RMSNorms(Block):
+    def __init__(self, width, *more):
+        super().__init__(width, *more)
+        self.attention_norm, self.mlp_norm = nn.RMSNorm(width), nn.RMSNorm(width)
+
+
+class Narrow(Block):
+    """The hidden layer of the MLP is no wider than the stream."""
+
+    def __init__(self, width, *more):
+        super().__init__(width, *more)
+        self.mlp.expand = nn.Linear(width, width)
+        self.mlp.projection = nn.Linear(width, width)
+
+
+class UnmaskedInTraining(Block):
+    def forward(self, x, mask=None, cache=None):
+        if self.training and mask is None:
+            mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool)
+        return super().forward(x, mask, cache)
+
+
+class Detached(Block):
+    def forward(self, x, mask=None, cache=None):
+        return super().forward(x.detach(), mask, cache)
+
+
+class DetachedRead(Block):
+    def forward(self, x, mask=None, cache=None):
+        x = x + self.dropout(self.attention(self.attention_norm(x), mask, cache))
+        return x + self.dropout(self.mlp(self.mlp_norm(x.detach())))
+
+
+class DroppingReadByAttention(Block):
+    def forward(self, x, mask=None, cache=None):
+        read = self.dropout(self.attention_norm(x))
+        x = x + self.dropout(self.attention(read, mask, cache))
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+
+
+class DroppingReadByMLP(Block):
+    def forward(self, x, mask=None, cache=None):
+        x = x + self.dropout(self.attention(self.attention_norm(x), mask, cache))
+        return x + self.dropout(self.mlp(self.dropout(self.mlp_norm(x))))
+
+
+class DroppingTheSum(Block):
+    def forward(self, x, mask=None, cache=None):
+        added = self.attention(self.attention_norm(x), mask, cache)
+        return x + self.dropout(added + self.mlp(self.mlp_norm(x + added)))
 
 
 class Flat(Block):
@@ -416,6 +513,15 @@ WRONG = [
     ),
     ("check_layer_norm", lambda x, w, b: layer_norm(x, w, b)[0], "shape changed"),
     ("check_layer_norm", in_place_norm, "caller's x was changed"),
+    ("check_layer_norm", mean_of_squares, "subtract before you square"),
+    ("check_layer_norm", four_columns, "divide by C"),
+    ("check_layer_norm", constant_mean, "x gets another gradient"),
+    ("check_layer_norm", in_lists, "x gets another gradient"),
+    (
+        "check_layer_norm",
+        lambda x, w, b: layer_norm(x.double(), w, b),
+        "float32 became torch.float64",
+    ),
     ("check_block", Replacing, "add what they return to it"),
     ("check_block", Doubling, "x was added twice"),
     ("check_block", PostNorm, "the stream itself is normalized"),
@@ -440,7 +546,18 @@ WRONG = [
     ("check_block", WithoutMask, "attention must get the mask"),
     ("check_block", WithoutCache, "attention must get the cache"),
     ("check_block", Exchanged, "attention must get the mask as its mask"),
-    ("check_block", lambda width, heads, *more: Block(width, 1, *more), "is ignored"),
+    ("check_block", lambda width, heads, *more: Block(width, 1, *more), "all heads"),
+    ("check_block", SharedNorm, "shared or not as in Block: mlp_norm.bias, mlp_norm.w"),
+    ("check_block", RMSNorms, "not as in Block: attention_norm.bias, mlp_norm.bias"),
+    ("check_block", normed(elementwise_affine=False), "not as in Block: attention_n"),
+    ("check_block", normed(eps=1e-12), "Block gives other numbers"),
+    ("check_block", Narrow, "not as in Block: mlp.expand.bias, mlp.expand.weight"),
+    ("check_block", UnmaskedInTraining, "Block gives other numbers"),
+    ("check_block", Detached, "x gets another gradient"),
+    ("check_block", DetachedRead, "x gets another gradient"),
+    ("check_block", DroppingReadByAttention, "attention reads other vectors"),
+    ("check_block", DroppingReadByMLP, "mlp reads other vectors"),
+    ("check_block", DroppingTheSum, "mlp reads other vectors"),
     ("check_additions", lambda *given: sum(added()(*given)), "one tensor came back"),
     ("check_additions", added(in_place=True), "caller's x was changed"),
     ("check_additions", lambda *given: [given[0], *added()(*given)], "4 tensors for 3"),

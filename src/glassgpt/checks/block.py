@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from glassgpt.block import Block as Reference
 from glassgpt.checks.attention import check_causal
 
 
@@ -65,10 +66,20 @@ def check_layer_norm(layer_norm: Callable[..., Tensor]) -> None:
     assert not torch.allclose(full, (plain + bias) * weight), (
         "the bias was added before the weight: multiply first"
     )
-    flat = layer_norm(torch.full_like(x[0], 3.0), one, zero)
-    assert flat.isfinite().all(), "a vector of equal numbers gives nan: add eps"
     gap = (full - F.layer_norm(x, (4,), weight, bias)).abs().max().item()
     assert gap < 1e-12, f"differs from torch.nn.functional.layer_norm by {gap:.1e}"
+    x = (1e4 + torch.randn(3, 5, generator=random)).repeat(2, 1, 1).requires_grad_()
+    weight, bias = torch.randn(2, 5, generator=random)
+    found = layer_norm(x[0], weight, bias)
+    assert found.dtype == x.dtype, f"float32 became {found.dtype}"
+    wanted = F.layer_norm(x[1], (5,), weight, bias)
+    assert torch.allclose(found, wanted, atol=0.02), (
+        "wrong for 5 numbers near 10,000: divide by C, and subtract before you square"
+    )
+    (found.square() + wanted.square()).sum().backward()
+    assert torch.allclose(*x.grad, atol=0.02), (
+        "x gets another gradient than in PyTorch: the mean and the variance move, too"
+    )
 
 
 def _without(layer: nn.Module, *parts: str) -> nn.Module:
@@ -106,22 +117,26 @@ def _check_dropout(layer: nn.Module, dropping: nn.Module, x: Tensor) -> None:
     )
 
 
-def _check_attention(dropping: nn.Module, share: float, x: Tensor) -> None:
-    """Attention gets the share of dropout, the mask and the cache."""
+def _check_parts(dropping: nn.Module, share: float, x: Tensor) -> None:
+    """Attention gets the share of dropout, mask and cache, and no part reads less."""
     assert dropping.attention.dropout == share, (
         "no attention weights are dropped: hand dropout to attention, too"
     )
-    assert dropping.attention.heads == 2, "the number of heads is ignored"
     sent, found = {"mask": torch.ones(5, 5, dtype=torch.bool), "cache": object()}, {}
 
     def attend(x: Tensor, mask: Any = None, cache: Any = None) -> Tensor:
-        found.update(mask=mask, cache=cache)
+        found.update(attention=x, mask=mask, cache=cache)
         return x
 
     dropping.attention.forward = attend
+    dropping.mlp.forward = lambda x: found.setdefault("mlp", x)
     dropping(x, **sent)
     for name in sent:
         assert found[name] is sent[name], f"attention must get the {name} as its {name}"
+    for name in ("attention", "mlp"):
+        assert torch.allclose(found[name], getattr(dropping, f"{name}_norm")(x)), (
+            f"{name} reads other vectors in training: drop what a part adds, at once"
+        )
 
 
 def _check_reads(layer: nn.Module, x: Tensor) -> None:
@@ -141,13 +156,35 @@ def _check_reads(layer: nn.Module, x: Tensor) -> None:
     assert not torch.allclose(found, attend(think(x))), "the MLP comes before attention"
 
 
+@torch.enable_grad()
+def _check_same(layer: nn.Module, x: Tensor) -> None:
+    """The parameters of `Block`, and in training its numbers and its gradient."""
+    ours = Reference(8, 2).double()
+    parts = [dict(part.named_parameters()) for part in (layer, ours)]
+    sizes, due = ({(name, p.shape) for name, p in part.items()} for part in parts)
+    odd = sorted({name for name, _ in sizes ^ due})
+    assert not odd, f"missing, shared or not as in Block: {', '.join(odd)}"
+    ours.load_state_dict(layer.state_dict(), strict=False)
+    x = torch.stack((x, x)).requires_grad_()
+    found, wanted = layer.train()(x[0]), ours(x[1])
+    (found.square() + wanted.square()).sum().backward()
+    idle = [name for name, value in layer.named_parameters() if value.grad is None]
+    assert not idle, f"never used: {', '.join(idle)}"
+    assert torch.allclose(found, wanted, rtol=1e-8), (
+        "with its weights Block gives other numbers: attention, added, then the MLP,"
+        " added: each once, through its norm (eps 1e-5), with all heads"
+    )
+    assert torch.allclose(*x.grad), (
+        "x gets another gradient than in Block: is something detached?"
+    )
+
+
 @torch.no_grad()
 def check_block(block: Callable[[int, int], nn.Module]) -> None:
     """Two parts that read through a norm and add to the stream, in order and causal.
 
     block: called as block(width, heads) or block(width, heads, dropout). The layer maps
-    (B, T, C) to (B, T, C) and has the parts of `Block`; `attention` and `mlp` end in a
-    linear layer `projection`.
+    (B, T, C) to (B, T, C) and has the parts and the parameters of `Block`.
 
     Book: 09_block.html#the-check-of-the-block
     """
@@ -162,18 +199,11 @@ def check_block(block: Callable[[int, int], nn.Module]) -> None:
     _check_stream(layer, x)
     _check_reads(layer, x)
     check_causal(lambda vectors: layer(vectors.double()), width=8)
-    with torch.enable_grad():
-        layer(x).sum().backward()
-    idle = [name for name, value in layer.named_parameters() if value.grad is None]
-    assert not idle, f"never used: {', '.join(idle)}"
-    y = x + layer.attention(layer.attention_norm(x))
-    assert torch.allclose(layer(x), y + layer.mlp(layer.mlp_norm(y))), (
-        "a block is attention, added, then the MLP, added: each once, through its norm"
-    )
+    _check_same(layer, x)
     share = 1 - 1e-9
     dropping = block(8, 2, share)
     _check_dropout(layer, dropping, x)
-    _check_attention(dropping, share, x)
+    _check_parts(dropping, share, x)
 
 
 def check_additions(additions: Callable[..., list[Tensor]]) -> None:
