@@ -469,7 +469,7 @@ class ByHand(nn.Module):
         x = self.dropout(x)
         for block in self.blocks:
             x = block(x)
-        return self.norm(x) @ self.tokens.weight.T
+        return self.norm(x) @ self.head.weight.T
 
 
 class InThirtyTwoBits(GPT):
@@ -718,6 +718,40 @@ class OtherNames(GPT):
             block.mlp = nn.Sequential(block.mlp)
 
 
+class Squeezed(GPT):
+    def forward(self, ids):
+        return super().forward(ids).squeeze()
+
+
+class ReadByTheTable(GPT):
+    """The table of tokens is the head, whatever `tied` says."""
+
+    def forward(self, ids):
+        check_ids(ids, self.config.vocab_size, self.config.context)
+        return self.hidden_states(ids) @ self.tokens.weight.T
+
+
+class LoudHead(GPT):
+    """An untied head starts as nn.Linear does."""
+
+    def initialize(self):
+        super().initialize()
+        if not self.config.tied:
+            self.head.reset_parameters()
+
+
+class BiasedHead(GPT):
+    def __init__(self, config):
+        super().__init__(config)
+        if not config.tied:
+            self.head.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+
+class TwoHeads(GPT):
+    def __init__(self, config):
+        super().__init__(replace(config, heads=2))
+
+
 class Forgiving(GPT):
     def forward(self, ids):
         return self.head(self.hidden_states(ids.clamp(0, self.config.vocab_size - 1)))
@@ -754,9 +788,14 @@ def shorter(**values):
     return GPTConfig(**{"context": 512, **values})
 
 
-def empty(**values):
-    width = values.get("width", 768)
-    return GPTConfig(**values) if width else SimpleNamespace(**values)
+def lenient(allowed, *names):
+    """Sizes that `allowed` accepts pass, under these names."""
+
+    def config(**values):
+        odd = any(allowed(values[name]) for name in names if name in values)
+        return SimpleNamespace(**values) if odd else GPTConfig(**values)
+
+    return config
 
 
 def deaf(**values):
@@ -773,6 +812,13 @@ def early(model, ids, layers, norm=True, positions=True):
     for block in model.blocks[:layers]:
         x = block(x)
     return model.head(model.norm(x) if norm else x)
+
+
+def early_by_the_table(model, ids, layers):
+    x = model.embed(ids, torch.arange(ids.shape[1]))
+    for block in model.blocks[:layers]:
+        x = block(x)
+    return model.norm(x) @ model.tokens.weight.T
 
 
 def early_of_four(model, ids, layers):
@@ -849,14 +895,28 @@ WRONG = [
     ("check_gpt", DetachedHead, "tokens.weight gets another gradient"),
     ("check_gpt", WithoutGradients, "no gradient flows through the model"),
     ("check_gpt", OtherNames, "nothing in the model is called blocks.0.mlp.expand"),
+    ("check_gpt", Squeezed, "logits (3, 11), not (B, T, V) = (1, 3, 11)"),
+    ("check_gpt", ReadByTheTable, "with 4 heads and tied=False the same weights"),
+    ("check_gpt", LoudHead, "the untrained loss is 6.36"),
+    ("check_gpt", BiasedHead, "parameters, not"),
+    ("check_gpt", TwoHeads, "with 4 heads and tied=False the same weights"),
     ("check_gpt", Forgiving, "id 11 is not in a vocabulary of 11"),
     ("check_gpt", Brusque, "raise a ValueError, not IndexError"),
-    ("check_config", accepting, "there must be a token, but it was accepted"),
+    ("check_config", accepting, "from 1 up, not 0, but it was accepted"),
     ("check_config", asserting, "not AssertionError"),
     ("check_config", vague, "names none of them: bad value"),
     ("check_config", changeable, "can be changed: make it frozen"),
     ("check_config", shorter, "by default context is 512, not 1024"),
-    ("check_config", empty, "a vector needs numbers, but it was accepted"),
+    *(
+        ("check_config", lenient(allowed, name), f"{name} is a whole number from 1 up")
+        for name in ("vocab_size", "context", "layers", "heads", "width")
+        for allowed in (
+            lambda size: size == 0,
+            lambda size: size < 0,
+            lambda size: type(size) is float,
+            lambda size: type(size) is bool,
+        )
+    ),
     ("check_config", deaf, "layers=2 became 1"),
     ("check_parameter_count", lambda *s: count(*s, tables=2), "counted twice"),
     ("check_parameter_count", lambda *s: count(*s, positions=0), "table of positions"),
@@ -891,6 +951,7 @@ WRONG = [
     ("check_early_logits", lambda *a: early(*a, positions=False), "were the positions"),
     ("check_early_logits", lambda *a: early(*a[:2], 0), "was thrown away"),
     ("check_early_logits", lambda *a: early(*a[:2], a[2] + 1), "one block too many"),
+    ("check_early_logits", early_by_the_table, "and `head` asked?"),
     ("check_early_logits", lambda *a: early(*a)[0], "logits have shape"),
     ("check_early_logits", lambda *a: early(*a).softmax(-1), "return the logits"),
     ("check_early_logits", early_of_four, "(2, 4, 11), not (2, 1, 11)"),

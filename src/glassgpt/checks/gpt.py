@@ -14,13 +14,10 @@ from torch import Tensor, nn
 from glassgpt.gpt import GPT, GPTConfig
 
 _IMPOSSIBLE = [
-    ({"vocab_size": 0}, "there must be a token"),
-    ({"context": 0}, "a text has at least one token"),
-    ({"width": 0}, "a vector needs numbers"),
-    ({"layers": -1}, "a number of layers can't be negative"),
-    ({"layers": 2.5}, "there is no half layer"),
-    ({"layers": True}, "True is no number"),
-    ({"heads": 0}, "there must be a head"),
+    ({name: size}, f"{name} is a whole number from 1 up, not {size}")
+    for name in ("vocab_size", "context", "layers", "heads", "width")
+    for size in (0, -1, 2.5, True)
+] + [
     ({"width": 10, "heads": 4}, "a width of 10 doesn't split into 4 heads"),
     ({"dropout": 1.0}, "nothing would be left"),
     ({"dropout": math.nan}, "nan is no share"),
@@ -214,28 +211,30 @@ def check_gpt(gpt: Callable[[GPTConfig], nn.Module]) -> None:
     """
     small = GPTConfig(vocab_size=11, context=6, layers=2, heads=2, width=8)
     larger = GPTConfig(vocab_size=500, context=64, layers=3, heads=2, width=64)
+    other = replace(larger, heads=4, tied=False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model, untrained = gpt(small).double().eval(), gpt(larger).eval()
-        dropping = gpt(replace(small, dropout=1 - 1e-9))
-        untied = gpt(replace(small, tied=False))
+        dropping, untied = gpt(replace(small, dropout=1 - 1e-9)), gpt(other).eval()
     random = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.normal_(0.0, 0.3, generator=random)
-    for length in (6, 3):
-        _check_assembly(model, torch.randint(11, (2, length), generator=random))
+    for shape in ((2, 6), (1, 3), (1, 1)):
+        _check_assembly(model, torch.randint(11, shape, generator=random))
     _check_start(untrained, larger)
     assert untied.head.weight is not untied.tokens.weight, "tied=False was ignored"
+    _check_start(untied, other)
     _check_refusals(model)
-    ours = GPT(small).double().eval()
-    missing = ours.load_state_dict(model.state_dict(), strict=False).missing_keys
-    assert not missing, f"nothing in the model is called {missing[0]}"
     ids = torch.randint(11, (2, 6), generator=random)
-    assert torch.allclose(model(ids), ours(ids)), (
-        "the same weights give other logits in GPT: look at the heads, the GELU, the"
-        " norms"
-    )
-    _check_gradients(model, ours, ids)
+    for part, config in ((model, small), (untied.double(), other)):
+        ours = GPT(config).double().eval()
+        missing = ours.load_state_dict(part.state_dict(), strict=False).missing_keys
+        assert not missing, f"nothing in the model is called {missing[0]}"
+        assert torch.allclose(part(ids), ours(ids)), (
+            f"with {config.heads} heads and tied={config.tied} the same weights give"
+            " other logits in GPT: look at the heads, the GELU, the norms"
+        )
+        _check_gradients(part, ours, ids)
     _check_causal(model.train(), ids)
     model.eval()
     _check_dropout(model, dropping, ids)
@@ -291,7 +290,7 @@ def check_early_logits(early: Callable[[GPT, Tensor, int], Tensor]) -> None:
     Book: 10_gpt.html#exercise-1-count-with-a-pencil
     """
     random = torch.Generator().manual_seed(0)
-    model = GPT(GPTConfig(11, 6, 3, 2, 8)).double().eval()
+    model = GPT(GPTConfig(11, 6, 3, 2, 8, tied=False)).double().eval()
     for parameter in model.parameters():
         parameter.normal_(0.0, 0.3, generator=random)
     before = _condition(model)
@@ -327,7 +326,7 @@ def check_early_logits(early: Callable[[GPT, Tensor, int], Tensor]) -> None:
             )
             assert torch.allclose(found, wanted), (
                 f"after {layers} blocks the logits are head(norm(stream)): were the"
-                " positions added, and the blocks taken in order?"
+                " positions added, the blocks taken in order, and `head` asked?"
             )
 
 
