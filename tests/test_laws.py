@@ -76,6 +76,16 @@ def gives_up_near_the_end(law, N, loss):
     return (law.B / left) ** (1 / law.beta) if left > 0.01 else math.inf
 
 
+def thinks_no_text_is_that_long(law, N, loss):
+    left = loss - law.E - law.A / N**law.alpha
+    found = (law.B / left) ** (1 / law.beta) if left > 0 else math.inf
+    return found if found < 1e21 else math.inf
+
+
+def drops_the_last_run(N, D, losses):
+    return fit_law(N[:-1], D[:-1], losses[:-1])
+
+
 WRONG = [
     (check_optimum, two_percent_off, "a smaller model"),
     (check_optimum, lambda law, C: ((C / 6) ** 0.5, (C / 6) ** 0.5), "a smaller model"),
@@ -86,7 +96,9 @@ WRONG = [
     (check_tokens_needed, refuses_only_below, "never come to 2.0"),
     (check_tokens_needed, gives_up_early, "inf tokens"),
     (check_tokens_needed, gives_up_near_the_end, "inf tokens"),
+    (check_tokens_needed, thinks_no_text_is_that_long, "inf tokens"),
     (check_law, lambda N, D, losses: fit_law(N[::2], D[::2], losses[::2]), "use all"),
+    (check_law, drops_the_last_run, "add up to 0"),
     (check_law, keeps_one_floor, "exponents 0.8 and 0.4: off by"),
     (check_law, nearest_it_can, "exponents 2.0 and 0.5: off by"),
 ]

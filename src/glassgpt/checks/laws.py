@@ -45,6 +45,8 @@ def check_law(fit: Callable[..., Any]) -> None:
     assert found <= true, (
         "with noise, the law that the runs came from fits them better: use all of them"
     )
+    rest = abs((fit(N, D, noisy)(N, D) - noisy).sum())
+    assert rest < 1e-3, f"errors of least squares add up to 0, not {rest:.3f}: use all"
 
 
 def check_tokens_needed(needed: Callable[[Law, float, float], float]) -> None:
@@ -55,7 +57,7 @@ def check_tokens_needed(needed: Callable[[Law, float, float], float]) -> None:
     Book: 24_scaling_laws.html#exercise-1-tokens-in-place-of-parameters
     """
     law = Law(1.7, 400.0, 0.34, 410.0, 0.28)
-    for N, D in ((1e8, 1e9), (1e9, 1e12), (1e11, 1e12), (1e8, 1e16), (1e8, 1e20)):
+    for N, D in ((1e8, 1e9), (1e9, 1e12), (1e11, 1e12), (1e8, 1e16), (1e8, 1e24)):
         loss = law(N, D)
         found = needed(law, N, loss)
         any_size = (law.B / (loss - law.E)) ** (1 / law.beta)
