@@ -242,6 +242,13 @@ def reordered(x):
     return torch.cat((x[..., 0::2], x[..., 1::2]), dim=-1)
 
 
+def reordered_into_zeros(x):
+    into = torch.zeros(x.shape)
+    into[..., : x.shape[-1] // 2] = x[..., 0::2]
+    into[..., x.shape[-1] // 2 :] = x[..., 1::2]
+    return into
+
+
 def pool(choose, dealt=False):
     def pooled(weight, heads, groups):
         queries, *shared = weight.chunk(3)
@@ -265,6 +272,15 @@ def always_width_24(weight, heads, groups):
 
 def always_three_heads(weight, heads, groups):
     return pool(lambda x: x.mean(dim=1))(weight, heads, heads // 3)
+
+
+def pooled_in_place(weight, heads, groups):
+    weight[weight.shape[1] :] /= heads // groups
+    return pool(lambda x: x.sum(dim=1))(weight, heads, groups)
+
+
+def test_columns_may_be_moved_in_place():
+    checks.check_reorder(lambda x: x.copy_(reordered(x)))
 
 
 def test_pooled_heads_that_were_equal_already_change_nothing():
@@ -302,12 +318,16 @@ def test_pooled_heads_that_were_equal_already_change_nothing():
         (checks.check_rotary, lambda x, c, s: x, "quarter turn"),
         (checks.check_rotary,
          lambda x, c, s: apply_rotary(x.float(), c, s), "bfloat16"),
+        (checks.check_rotary, torch.no_grad()(apply_rotary), "no gradient"),
         (checks.check_orthogonalize,
          lambda x, rounds, dtype: orthogonalize(x, 2, dtype), "1 after five"),
         (checks.check_orthogonalize,
          lambda x, rounds, dtype: orthogonalize(x, 5, dtype), "not after one"),
         (checks.check_orthogonalize,
          lambda x, rounds, dtype: orthogonalize(x, rounds - 1, dtype), "grow in each"),
+        (checks.check_orthogonalize,
+         lambda x, rounds, dtype: orthogonalize(x, rounds // 2 * 2 + 1, dtype),
+         "two make 0.4"),
         (checks.check_orthogonalize,
          lambda x, rounds, dtype: orthogonalize(x, rounds, torch.float32),
          "asked for bfloat16"),
@@ -328,7 +348,11 @@ def test_pooled_heads_that_were_equal_already_change_nothing():
         (checks.check_pool,
          lambda weight, heads, groups: pool(lambda x: x.mean(dim=1))(
              -weight, heads, groups), "the queries changed"),
+        (checks.check_pool, pooled_in_place, "weight was changed"),
         (checks.check_reorder, lambda x: x, "nothing moved"),
+        (checks.check_reorder, reordered_into_zeros, "became torch.float32"),
+        (checks.check_reorder,
+         lambda x: x.new_tensor(reordered(x).tolist()), "no gradient"),
         (checks.check_reorder, lambda x: reordered(x).int(), "the numbers became"),
         (checks.check_reorder, lambda x: x[..., [0, 2, 4, 6, 1, 3, 5, 5]], "lost"),
         (checks.check_reorder,

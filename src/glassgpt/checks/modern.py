@@ -83,7 +83,9 @@ def check_rotary(apply: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
     generator = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, 3, 1, 8, generator=generator).expand(2, 3, 12, 8)
     angles = torch.arange(12)[:, None] * torch.tensor([1.0, 0.3, 0.1, 0.03])
+    q.requires_grad_()
     turned, keys = (apply(x, angles.cos(), angles.sin()) for x in (q, k))
+    assert turned.requires_grad, "no gradient reaches x: queries would never learn"
     grown = (turned.norm(dim=-1) / q.norm(dim=-1)).max().item()
     assert grown < 1.001, f"a vector grew to {grown:.2f} times its length: check signs"
     scores = turned @ keys.mT  # (heads, T, T)
@@ -133,10 +135,11 @@ def check_orthogonalize(
     zeros = orthogonalize(torch.zeros(1, 3, 3), 5, torch.float32)
     assert not zeros.any(), "a gradient of zero should move nothing"
     for pair in sides:
-        one, five = (_smallest(orthogonalize, *pair, rounds) for rounds in (1, 5))
-        assert 0.015 < one < 0.1 < 0.5 < five, (
-            f"one round makes {one:.2g} of a value of 0.01, five make {five:.2g}: it "
-            "should grow in each, to near 1 after five, not after one"
+        one, two, five = (_smallest(orthogonalize, *pair, n) for n in (1, 2, 5))
+        assert 0.015 < one < 0.08 < two < 0.2 < 0.5 < five, (
+            f"one round makes {one:.2g} of a value of 0.01, two make {two:.2g}, five "
+            f"{five:.2g}: it should grow in each, to near 0.1 after two and near 1 "
+            "after five, not after one"
         )
     narrow = orthogonalize(torch.ones(1, 3, 3), 5, torch.bfloat16).dtype
     assert narrow == torch.bfloat16, f"asked for bfloat16, it returned {narrow}"
@@ -151,10 +154,11 @@ def check_reorder(reorder: Callable[[Tensor], Tensor]) -> None:
     """
     for shape in ((2, 8), (2, 3, 5, 12)):
         width = shape[-1]
-        x = torch.arange(float(math.prod(shape))).view(shape)
+        x = torch.arange(math.prod(shape)).double().view(shape).requires_grad_()
         got = reorder(x.clone())
         assert got.shape == shape, f"the shape {shape} changed to {tuple(got.shape)}"
         assert got.dtype == x.dtype, f"the numbers became {got.dtype}"
+        assert got.requires_grad, "no gradient reaches x"
         moved = got.flatten(0, -2)[0].int().tolist()
         lost = f"columns were lost or repeated: {moved}"
         assert sorted(moved) == list(range(width)), lost
@@ -178,7 +182,9 @@ def check_pool(pool: Callable[[Tensor, int, int], Tensor]) -> None:
     """
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(72, 24, generator=generator)  # 6 heads of width 4
-    found = pool(weight.clone(), 6, 2)
+    given = weight.clone()
+    found = pool(given, 6, 2)
+    assert torch.equal(given, weight), "the finished model's own weight was changed"
     assert found.shape == (40, 24), (
         f"the shape is {tuple(found.shape)}: 24 rows of queries, 8 of keys, 8 of values"
     )
