@@ -4,6 +4,7 @@ import io
 import json
 import sys
 from types import SimpleNamespace
+from unicodedata import normalize
 
 import numpy as np
 import pytest
@@ -185,6 +186,60 @@ def late(model, end):
     return lambda ids, targets: chat_loss(model, end)(ids, targets.roll(1, dims=1))
 
 
+def undropped(model, end):
+    """The right loss, with dropout off."""
+    return lambda *rows: chat_loss(model.eval(), end)(*rows)
+
+
+def of_the_whole_context(model, end):
+    """Positions and mask of the model's context, not of the rows."""
+
+    def loss(ids, targets):
+        empty = model.config.context - ids.shape[1]
+        longer = torch.nn.functional.pad(ids, (0, empty), value=end)
+        hidden = model.hidden_states(ids, *separate(longer, end))
+        logits = model.head(hidden).mT
+        total = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+        return total / max(count_targets(targets), 1)
+
+    return loss
+
+
+def read_twice(talks, context, separator):
+    """Packed rows; first the conversations are counted."""
+    return pack(talks if sum(1 for _ in talks) else [], context, separator)
+
+
+class Idle(Trainer):
+    """It moves nothing."""
+
+    def take_step(self):
+        self.step += 1
+
+
+class Summing(Trainer):
+    """It weighs parts by their targets, and doesn't divide by those of the batch."""
+
+    def backward(self, loss):
+        super().backward(loss * self.config.batch_size)
+
+
+class Repeating(Trainer):
+    """Every step reads the first batch."""
+
+    def take_step(self):
+        self.step = 0
+        super().take_step()
+
+
+class Growing(Trainer):
+    """The gradients of earlier steps stay."""
+
+    def take_step(self):
+        self.model.zero_grad = lambda: None
+        super().take_step()
+
+
 @pytest.mark.parametrize(
     ("check", "wrong", "named"),
     [
@@ -215,6 +270,12 @@ def late(model, end):
         ),
         ("check_apart", scaled(0), "the loss is 0.0000"),
         ("check_apart", late, "the loss is"),
+        ("check_apart", undropped, "turns dropout off"),
+        ("check_weighing", Idle, "a whole batch moves the weights elsewhere"),
+        ("check_weighing", Summing, "a whole batch moves the weights elsewhere"),
+        ("check_weighing", Repeating, "a whole batch moves the weights elsewhere"),
+        ("check_weighing", Growing, "a whole batch moves the weights elsewhere"),
+        ("check_pack", read_twice, "are dropped"),
         (
             "check_no_forgery",
             rewritten(lambda turn: "x" * len(turn["content"])),
@@ -228,6 +289,21 @@ def late(model, end):
         (
             "check_no_forgery",
             rewritten(lambda turn: turn["content"].strip()),
+            "changed",
+        ),
+        (
+            "check_no_forgery",
+            rewritten(lambda turn: normalize("NFC", turn["content"])),
+            "changed",
+        ),
+        (
+            "check_no_forgery",
+            rewritten(lambda turn: turn["content"].replace("\r\n", "\n")),
+            "changed",
+        ),
+        (
+            "check_no_forgery",
+            rewritten(lambda turn: turn["content"].expandtabs()),
             "changed",
         ),
         ("check_no_forgery", first_system_only, "left out"),
@@ -252,6 +328,11 @@ def test_checks_name_the_mistake(check, wrong, named):
     with pytest.raises(AssertionError) as caught:
         CHECKS[check](wrong)
     assert named in str(caught.value)
+
+
+def test_check_apart_refuses_a_mask_of_the_whole_context():
+    with pytest.raises(RuntimeError, match="64"):
+        checks.check_apart(of_the_whole_context)
 
 
 def test_what_render_refuses(tokenizer):
