@@ -2,6 +2,8 @@
 
 import math
 from dataclasses import replace
+from functools import partial
+from itertools import dropwhile, takewhile
 
 import numpy as np
 import pytest
@@ -446,6 +448,45 @@ def seeded_anew(logits, sampling, generator):
     return sample(logits, sampling, torch.Generator().manual_seed(0))
 
 
+def one_limit(pick):
+    """A top-k with the same limit for all rows."""
+
+    def wrong(logits, sampling, generator):
+        if sampling.top_k is not None:
+            limits = logits.topk(min(sampling.top_k, 5)).values[:, -1]
+            logits = logits.masked_fill(logits < pick(limits), -math.inf)
+        return sample(logits, replace(sampling, top_k=None), generator)
+
+    return wrong
+
+
+def one_count(logits, sampling, generator):
+    """A top-p that keeps as many tokens of each row as of the first."""
+    if sampling.top_k is not None:
+        logits = keep_top_k(logits, sampling.top_k)
+    if sampling.top_p is not None:
+        first = keep_top_p(logits[:1], sampling.top_p, sampling.temperature)
+        logits = keep_top_k(logits, int((first > -math.inf).sum()))
+    return sample(logits, replace(sampling, top_k=None, top_p=None), generator)
+
+
+def exp_of_large_scores(logits, sampling, generator):
+    weights = logits.exp()
+    logits = (weights / weights.sum(-1, keepdim=True)).log()
+    return sample(logits, sampling, generator)
+
+
+def more_than_there_are(logits, sampling, generator):
+    logits.topk(sampling.top_k or 1)
+    return sample(logits, sampling, generator)
+
+
+@pytest.mark.parametrize("wrong", [exp_of_large_scores, more_than_there_are])
+def test_check_sample_tries_large_scores_and_a_large_k(wrong):
+    with pytest.raises((ValueError, RuntimeError)):
+        checks.check_sample(wrong)
+
+
 class FullTooEarly(KeyValueCache):
     def append(self, keys, values):
         if self.length + keys.shape[2] >= self.context:
@@ -529,6 +570,28 @@ def wakes_up(model, prompts, count, top_k, stop=()):
     return [[token for token in row if token not in stop] for row in rows]
 
 
+def stops_in_the_prompt(model, prompts, count, top_k, stop=()):
+    """A row ends before the first stop token, its prompt's too."""
+    rows = generate(model, prompts, count, top_k=top_k, stop=stop)
+    if not stop:
+        return rows
+    return [list(takewhile(lambda token: token not in stop, row)) for row in rows]
+
+
+def no_zeros(model, prompts, count, top_k, stop=(), strip=None):
+    """In a batch a 0 of a prompt counts as padding."""
+    if single(prompts):
+        return generate(model, prompts, count, top_k=top_k, stop=stop)
+    short = [strip(prompt) for prompt in prompts]
+    rows = generate(model, short, count, top_k=top_k, stop=stop)
+    triples = zip(prompts, rows, short, strict=True)
+    return [prompt + row[len(rest) :] for prompt, row, rest in triples]
+
+
+def without_leading_zeros(prompt):
+    return list(dropwhile(lambda token: token == 0, prompt))
+
+
 def ends_with_the_first(model, prompts, count, top_k, stop=()):
     rows = generate(model, prompts, count, top_k=top_k, stop=stop)
     if single(prompts):
@@ -573,6 +636,9 @@ WRONG = [
     ("check_sample", rows_of_the_first, "every row has its own logits"),
     ("check_sample", without_generator, "draw from the generator"),
     ("check_sample", seeded_anew, "seed them once"),
+    ("check_sample", one_limit(lambda limits: limits[0]), "its own logits and limit"),
+    ("check_sample", one_limit(torch.min), "its own logits and limit"),
+    ("check_sample", one_count, "its own logits and limit"),
     ("check_cache", FullOnlyWhenFull, "that holds 3 took 4 more"),
     ("check_cache", FullWithAnIndexError, "IndexError('full'): raise a ValueError"),
     ("check_cache", EightForAll, "cache of 6 that holds 3 took 4 more"),
@@ -581,6 +647,22 @@ WRONG = [
     ("check_generate", sorted_by_length, "come back in its place"),
     ("check_generate", one_window_for_all, "is its window its own"),
     ("check_generate", wakes_up, "must end before its stop token"),
+    ("check_generate", stops_in_the_prompt, "stop token 8, the new one"),
+    (
+        "check_generate",
+        lambda *a, stop=(), **k: generate(*a, stop=stop[:1], **k),
+        "7 must end a row too",
+    ),
+    (
+        "check_generate",
+        partial(no_zeros, strip=without_leading_zeros),
+        "gets other tokens in a batch",
+    ),
+    (
+        "check_generate",
+        partial(no_zeros, strip=lambda prompt: [t for t in prompt if t]),
+        "gets other tokens in a batch",
+    ),
     ("check_generate", ends_with_the_first, "ended another row"),
     ("check_generate", leaves_dropout_on, "dropout must be off"),
     ("check_generate", leaves_eval_on, "must be in it afterwards"),

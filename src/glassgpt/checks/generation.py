@@ -63,15 +63,20 @@ def check_sample(sample: Callable[..., Tensor]) -> None:
 
 def _check_rows_and_dice(sample: Callable[..., Tensor]) -> None:
     """Each row is drawn by its own logits, by the generator and nothing else."""
-    rows = torch.stack((_FIVE, _FIVE.flip(0))).log().repeat(500, 1)  # (1000, 5)
+    other = torch.tensor([0.84, 0.05, 0.04, 0.04, 0.03]).log() + 200
+    rows = torch.stack((_FIVE.log(), other)).repeat(500, 1)  # (1000, 5)
     free, dice = Sampling(), torch.Generator().manual_seed(0)
     one, two = sample(rows, free, dice), sample(rows, free, dice)
-    high = (one[::2] == 1).sum(), (one[1::2] == 3).sum()
-    assert min(high) > 150, "every row has its own logits: some drew by another's"
-    assert one[:200].unique().numel() > 1, "all rows get one draw"
+    assert one[:200:2].unique().numel() > 1, "all rows get one draw"
     assert not torch.equal(one, two), "two draws in a row are the same: seed them once"
     again = sample(rows, free, torch.Generator().manual_seed(0))
     assert torch.equal(one, again), "draw from the generator, and only from it"
+    own = {2: [{1, 4}, {0, 1}], 0.8: [{1, 2, 4}, {0}], 9: [set(range(5))] * 2}
+    for limit, due in own.items():  # a share or a count
+        settings = {"top_p" if limit < 1 else "top_k": limit}
+        drawn = sample(rows, Sampling(**settings), dice)
+        found = [set(drawn[row::2].tolist()) for row in (0, 1)]
+        assert found == due, f"{settings}: every row has its own logits and limit"
 
 
 def _small_gpt(context: int = 8, spread: float = 0.7, dropout: float = 0.0) -> GPT:
@@ -153,18 +158,21 @@ def _greedy(
 
 
 def _check_stop(generate: Callable[..., list]) -> None:
-    """A row ends at its own stop token; dropout is off, and the mode comes back."""
-    model, prompts = _small_gpt(dropout=0.5), [[9, 2], [6]]
+    """A row ends at its own new stop token; dropout is off, and the mode comes back."""
+    model, prompts = _small_gpt(dropout=0.5), [[8, 2], [6], [8, 6]]
     wanted = [_greedy(model, prompt, 12) for prompt in prompts]
     assert list(generate(model.train(), [6], 12, top_k=1)) == wanted[1], (
         "the tokens of a model in training mode differ: dropout must be off"
     )
     assert model.training, "a model in training mode must be in it afterwards"
-    short, whole = map(list, generate(model, prompts, 12, stop=[8], top_k=1))
-    assert short == wanted[0][: wanted[0].index(8)], (
-        f"the row {wanted[0]} must end before its stop token 8, but it is {short}"
+    rows = generate(model, prompts, 12, stop=[8, 7], top_k=1)
+    short, whole, late = map(list, rows)
+    assert short == wanted[0][: wanted[0].index(8, 2)], (
+        f"the row {wanted[0]} must end before its stop token 8, the new one, "
+        f"but it is {short}"
     )
     assert whole == wanted[1], "the stop token of one row ended another row"
+    assert late == wanted[2][: wanted[2].index(7)], "stop=[8, 7]: 7 must end a row too"
 
 
 def check_generate(generate: Callable[..., list]) -> None:
@@ -187,7 +195,7 @@ def check_generate(generate: Callable[..., list]) -> None:
             f" {same.index(False)} differs from a pass without a cache:"
             " are positions and window the same?"
         )
-    prompts = [[9, 2], [3, 1, 4, 1, 5], [6]]
+    prompts = [[0, 2], [3, 1, 0, 1, 5], [6]]
     for context in (32, 8):  # with 8 the window moves on, for each row by itself
         model = _small_gpt(context)
         found = generate(model, prompts, 12, top_k=1)
