@@ -691,6 +691,10 @@ WRONG = {
             ),
             "stable: on the way down",
         ),
+        (
+            lambda step, c: rate_at(step, replace(c, final_rate=c.final_rate or 0.1)),
+            "final_rate is 0.0",
+        ),
         (lambda step, c: 0 * step / c.warmup + rate_at(step, c), "divided by 0"),
     ],
     checks.check_accumulation: [
@@ -707,6 +711,7 @@ WRONG = {
         (all_parts_held, "two parts are held at once"),
         (targets_overwritten, "parts themselves"),
         (weights_moved, "the weights moved"),
+        (lambda model, parts: right_sum(model.eval(), parts), "dropout would be off"),
         (lambda model, parts: None, "no gradient is left"),
     ],
     checks.check_clipping: [
@@ -730,10 +735,17 @@ WRONG = {
         (lambda *a: judge(*a) * min(a[2], 21) / a[2], "divide by those that came"),
         (lambda *a: judge(*a[:3], 500), "21 crops came at once"),
         (lambda *arguments: 2 * judge(*arguments), "the mean surprise"),
+        (lambda *a: (torch.set_grad_enabled(False), judge(*a))[1], "gradients are off"),
+        (lambda *a: (torch.manual_seed(3), judge(*a))[1], "random numbers are others"),
+        (lambda *a: torch.tensor(judge(*a), requires_grad=True), "return a number"),
     ],
     checks.check_state_dict: [
         (forgetful(weights_of_before), "weights were not restored"),
         (forgetful(half_the_rate), "or the schedule"),
+        (
+            forgetful(lambda made, _: setattr(made, "seconds", 0.0)),
+            "seconds were forgotten",
+        ),
         (
             forgetful(
                 lambda made, _: setattr(made, "config", replace(made.config, seed=7))

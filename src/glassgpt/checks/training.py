@@ -4,6 +4,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -83,10 +84,10 @@ def _check_edges(rate_at: Callable[[int, TrainConfig], float]) -> None:
         assert abs(found - due) < 0.04, (
             f"after step {step} of a warm-up of 20 the rate is {found:.2f}, not {due}"
         )
-    for schedule in ("cosine", "linear", "stable"):
-        end = rate_at(99, replace(long, schedule=schedule))
-        assert 0.3 - 1e-9 <= end < 0.36, (
-            f"{schedule}: final_rate is 0.3, and the last rate {end:.2f}"
+    for schedule, share in product(("cosine", "linear", "stable"), (0.3, 0.0)):
+        end = rate_at(99, replace(long, schedule=schedule, final_rate=share))
+        assert share - 1e-9 <= end < share + 0.07, (
+            f"{schedule}: final_rate is {share}, and the last rate {end:.2f}"
         )
 
 
@@ -132,6 +133,7 @@ def _gradient(step: Callable[[nn.Module, list], None], parts: list) -> Tensor:
 
     def count_rows(_: nn.Module, inputs: tuple[Tensor]) -> None:
         assert len(inputs[0]) <= most, "the model got more rows at once than a part has"
+        assert model.training, "the mode was switched: dropout would be off"
         assert not held, "two parts are held at once: call backward between them"
 
     def hold(_: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -222,16 +224,20 @@ def check_evaluate(evaluate: Callable[[GPT, Tokens, int, int], float]) -> None:
     """
     ids = [n * n % 7 for n in range(90)]
     tokens = TokenData.of(ids, ids, vocab_size=7).validation
-    with torch.random.fork_rng([]):
+    with torch.random.fork_rng([]), torch.enable_grad():
         torch.manual_seed(0)
         model = GPT(GPTConfig(7, context=4, layers=1, heads=1, width=8, dropout=0.5))
         for parameter in model.parameters():
             nn.init.normal_(parameter, std=0.5)
+        state = torch.get_rng_state()
         found = [evaluate(model.train(), tokens, 7, size) for size in (8, 8, 1, 3)]
         assert found[0] == found[1], (
             "judged twice, the same model gets two losses: is dropout off, and are the "
             "crops the same?"
         )
+        kept = torch.is_grad_enabled() and torch.equal(state, torch.get_rng_state())
+        assert kept, "afterwards gradients are off, or the random numbers are others"
+        assert isinstance(found[0], float), "return a number: a tensor keeps its graph"
         assert model.training, "the model was in training mode before and is not now"
         evaluate(model.eval(), tokens, 7, 8)
         assert not model.training, "training mode was switched on"
@@ -275,6 +281,9 @@ def _run(
         if step == cut:
             state = copy.deepcopy(trainer.state_dict())
             trainer = begin(9.0)
+            trainer.load_state_dict(copy.deepcopy(state))
+            late, early = trainer.evaluate(), trainer.records[0]
+            assert late["seconds"] >= early["seconds"], "the seconds were forgotten"
             trainer.load_state_dict(state)
             torch.rand(step)  # the caller may draw what he likes
         trainer.take_step()
