@@ -137,9 +137,31 @@ def exchanged(content, state):
     }
 
 
+def renumbered(content, state, number):
+    return content, {
+        ".".join(
+            number(part) if part.isdigit() else part for part in name.split(".")
+        ): v
+        for name, v in state.items()
+    }
+
+
+def by_text(content, state):
+    """Blocks in the order of texts: 0, 1, 10, 11, 2."""
+    count = content.get("n_layer", content.get("num_hidden_layers"))
+    order = sorted(map(str, range(count)))
+    return renumbered(content, state, lambda n: order[int(n)])
+
+
+def one_digit(content, state):
+    return renumbered(content, state, lambda n: n[0])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (by_text, "(?s)GPT-2: .* of another"),
+        (one_digit, "missing"),
         (rebased, "Llama: .* nearly the same function|Llama: .* of another"),
         (shortened, "context 3, not 24"),
         (unbiased, "(?s)GPT-2: .* of another"),
@@ -315,6 +337,7 @@ class Believing(ForeignTokenizer):
     def __init__(self, content):
         super().__init__(content)
         self._inner = type(self._inner).from_str(content)
+        self._inner.no_truncation()
         self._inner.encode_special_tokens = True
 
 
@@ -337,9 +360,31 @@ class Dropping(ForeignTokenizer):
         return super().decode_bytes(n for n in ids if n not in special)
 
 
-def test_a_tokenizer_that_drops_special_tokens_is_caught():
-    with pytest.raises(AssertionError, match="as an id it came back as"):
-        checks.check_special(Dropping)
+class Ending(ForeignTokenizer):
+    """With the special tokens that the file puts around each text."""
+
+    def _encode(self, text):
+        return self._inner.encode(text).ids
+
+
+class Cutting(ForeignTokenizer):
+    def __init__(self, content):
+        super().__init__(content)
+        if cut := json.loads(content).get("truncation"):
+            self._inner.enable_truncation(cut["max_length"])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (Dropping, "as an id it came back as"),
+        (Ending, "turned into the special token"),
+        (Cutting, "a text came back as"),
+    ],
+)
+def test_a_wrong_tokenizer_is_caught(wrong, message):
+    with pytest.raises(AssertionError, match=message):
+        checks.check_special(wrong)
 
 
 def test_a_tokenizer_of_ids_with_holes_is_refused_before_they_are_filled():
@@ -767,7 +812,7 @@ def fold(model, **changes):
             state[f"blocks.{n}.{matrix}.weight"] *= factor
     state["head.weight"] *= state.pop("norm.weight")
     new.load_state_dict(state)
-    return new
+    return new.train(model.training)
 
 
 @pytest.mark.parametrize("change", [{"rotary_base": 1e4}, {"norm_eps": 1e-5}])
@@ -775,6 +820,22 @@ def test_a_fold_that_forgets_a_choice_is_caught(change):
     checks.check_fold(fold)
     with pytest.raises(AssertionError, match=f"another {[*change][0]}"):
         checks.check_fold(lambda model: fold(model, **change))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda model: fold(model).train(), "it came with training=False"),
+        (lambda model: fold(model).eval(), "it came with training=True"),
+        (lambda model: fold(model.eval()), "it came with training=True"),
+        (lambda model: fold(model).double(), "not torch.float32, as they came"),
+        (lambda model: fold(model).float(), "not torch.float64, as they came"),
+        (lambda model: fold(model).float().to(model.tokens.weight), "nearly the same"),
+    ],
+)
+def test_a_fold_of_another_mode_or_precision_is_caught(wrong, message):
+    with pytest.raises(AssertionError, match=message):
+        checks.check_fold(wrong)
 
 
 def careful(content, forgotten=""):
@@ -787,6 +848,14 @@ def careful(content, forgotten=""):
         raise TypeError("unhashable type")
     if forgotten == "empty" and b"[1000, 1000]" in content:
         return {"a": torch.ones(4), "b": torch.empty(0)}
+    if forgotten == "short":
+        struct.unpack("<Q", content[:8])
+    if forgotten == "four":
+        content = content[:4] + bytes(4) + content[8:]
+    if forgotten == "signed" and content[7:8] == b"\xff":
+        size = int.from_bytes(content[:8], "little", signed=True)
+        header = content[8 : 8 + size]
+        content = len(header).to_bytes(8, "little") + header + content[8 + size :]
     if forgotten == "depth" and content.endswith(b"[[["):
         raise RecursionError
     if forgotten == "product" and b"4611686018427387904" in content:
@@ -828,6 +897,9 @@ def careful(content, forgotten=""):
         ("length", "in spite of a header longer than the file"),
         ("eight", "in spite of a header one byte longer"),
         ("depth", "nested too deeply: a RecursionError"),
+        ("short", "no bytes at all: a error"),
+        ("four", "in spite of a header longer than the file"),
+        ("signed", "in spite of a length of nearly"),
         ("types", "is torch.float32, not"),
         ("product", "too large, though empty: a RuntimeError"),
     ],
@@ -856,6 +928,13 @@ def test_rows_of_any_length_are_due(wrong):
         checks.check_q4_0(lambda data: wrong(unpacked("Q4_0", data)))
     with pytest.raises(AssertionError, match="shape"):
         checks.check_unpack(lambda kind, data: wrong(unpack(kind, data)))
+
+
+def test_rows_that_are_reordered_in_place_are_caught():
+    with pytest.raises(AssertionError, match="must stay as they are"):
+        checks.check_pairs(
+            lambda rows, width: rows.copy_(pair_neighbors(rows.clone(), width))
+        )
 
 
 def test_package_passes_its_checks():
