@@ -130,9 +130,107 @@ def with_gradients(model, ids, edit=None):
     return {name: value.requires_grad_() for name, value in seen.items()}
 
 
+def trains_afterwards(model, ids, edit=None):
+    seen = trace(model, ids, edit)
+    model.train()
+    return seen
+
+
+def mode_of_the_root(model, ids, edit=None):
+    was = model.training
+    try:
+        return trace(model.eval(), ids, edit)
+    finally:
+        model.train(was)
+
+
+def freezes(model, ids, edit=None):
+    return trace(model.requires_grad_(False), ids, edit)
+
+
+def turns_gradients_off(model, ids, edit=None):
+    torch.set_grad_enabled(False)
+    return trace(model, ids, edit)
+
+
+def detaches_the_logits_alone(model, ids, edit=None):
+    seen = trace(model, ids, edit)
+    return {n: v if n == "logits" else v.requires_grad_() for n, v in seen.items()}
+
+
+def with_a_graph(tool):
+    """The tool of the package, but with gradients."""
+    return getattr(tool, "__wrapped__", tool)
+
+
+def attribute_by_weight(model, parts, direction):
+    model.norm.weight * direction  # a TypeError where the norm has no weight
+    return attribute(model, parts, direction)
+
+
+def without_by_the_end_of_the_name(heads, usual):
+    edits = {
+        f"{layer}.contexts": without([h for h in heads if h[0] == layer], usual)
+        for layer, _ in heads
+    }
+
+    def edit(name, value):
+        for place, one in edits.items():
+            if name.endswith(place):
+                value = one(place, value)
+        return value
+
+    return edit
+
+
+def without_in_texts_as_long(heads, usual):
+    edit = without(heads, usual)
+
+    def as_long(name, value):
+        assert value.shape[2:] == usual[name].shape[2:], "another length"
+        return edit(name, value)
+
+    return as_long
+
+
+def patch_by_the_length_of_the_text(clean, layer, head):
+    def edit(name, value):
+        if name == f"{layer}.contexts":
+            value, last = value.clone(), value.shape[2] - 1
+            value[:, head, last] = clean[name][:, head, last]
+        return value
+
+    return edit
+
+
+def sources_with_a_graph(model, seen, layer, head):
+    weights, values = seen[f"{layer}.weights"], seen[f"{layer}.values"]
+    heads = weights.shape[1]
+    columns = model.blocks[layer].attention.projection.weight.chunk(heads, dim=1)[head]
+    written = values[:, head * values.shape[1] // heads] @ columns.T
+    return weights[:, head, :, :, None] * written[:, None]
+
+
+@pytest.fixture(autouse=True)
+def gradients_stay_on():
+    yield
+    torch.set_grad_enabled(True)
+
+
 @pytest.mark.parametrize(
     ("check", "wrong", "mistake"),
     [
+        (checks.check_trace, trains_afterwards, "restore the mode"),
+        (checks.check_trace, mode_of_the_root, "restore the mode"),
+        (checks.check_trace, freezes, "gradients are left off"),
+        (checks.check_trace, turns_gradients_off, "gradients are left off"),
+        (checks.check_trace, detaches_the_logits_alone, "no gradients"),
+        (checks.check_ledger, with_a_graph(ledger), "no gradients"),
+        (checks.check_attribute, with_a_graph(attribute), "no gradients"),
+        (checks.check_sources, sources_with_a_graph, "no gradients"),
+        (checks.check_without, without_by_the_end_of_the_name, "1[01].contexts must"),
+        (checks.check_without, without_in_texts_as_long, "another length"),
+        (checks.check_patch, patch_by_the_length_of_the_text, "another head or pos"),
         (checks.check_trace, edits_all_but("weights"), "1.weights must go on"),
         (checks.check_trace, stays_on_an_error, "hooks are left .* raises an error"),
         (checks.check_trace, with_gradients, "no gradients"),
@@ -142,6 +240,11 @@ def with_gradients(model, ids, edit=None):
 def test_checks_name_the_mistake(check, wrong, mistake):
     with pytest.raises(AssertionError, match=mistake):
         check(wrong)
+
+
+def test_an_attribution_that_needs_the_weight_of_the_norm_is_refused():
+    with pytest.raises(TypeError, match="NoneType"):
+        checks.check_attribute(attribute_by_weight)
 
 
 def test_exercises_are_graded_in_a_model_of_twelve_layers():

@@ -110,8 +110,8 @@ def ledger(model: GPT, seen: Mapping[str, Tensor]) -> dict[str, Tensor]:
         matrices = projection.weight.chunk(len(contexts), dim=1)  # H of (C, D)
         for head, (context, matrix) in enumerate(zip(contexts, matrices, strict=True)):
             parts[f"{layer}.head.{head}"] = context @ matrix.T
-        if projection.bias is not None:
-            parts[f"{layer}.bias"] = projection.bias.expand_as(parts["embedding"])
+        if (bias := projection.bias) is not None:
+            parts[f"{layer}.bias"] = bias.detach().expand_as(parts["embedding"])
         parts[f"{layer}.mlp"] = seen[f"{layer}.mlp"]
     return parts
 

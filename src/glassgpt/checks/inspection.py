@@ -29,7 +29,7 @@ def _models() -> Iterator[tuple[Any, Tensor]]:
     """Models with random numbers everywhere, biases and norms too, and ids (2, T)."""
     sizes = _SIZES | {"layers": 12, "heads": 8}  # so that 1 and 11 can be mistaken
     llama = ModernConfig(**sizes, key_value_heads=4, **LLAMA_CHOICES)
-    for config in (GPTConfig(**_SIZES), llama):
+    for config in (GPTConfig(**_SIZES), llama, ModernConfig(**_SIZES)):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = build(replace(config, dropout=0.2)).double()
@@ -54,24 +54,34 @@ def check_trace(trace: Callable[..., dict[str, Tensor]]) -> None:
         attends = [block.attention.attend for block in model.blocks]
         with torch.no_grad():
             wanted = model.eval()(ids)
-        seen = trace(model.train(), ids)
+        model.train().norm.eval()
+        modes = [part.training for part in model.modules()]
+        seen = trace(model, ids)
         off = (seen["logits"] - wanted).abs().max()
         assert off < 1e-12, f"the logits are off by {off:.0e}: is dropout switched off?"
-        assert not seen["logits"].requires_grad, "no gradients: use `torch.no_grad`"
+        _check_plain(seen)
         _check_equations(model, seen)
         _check_edit(trace, model, ids, seen)
-        _check_left(model, attends, "")
+        _check_left(model, modes, attends, "")
         with suppress(ZeroDivisionError):
             trace(model, ids, lambda name, value: value if name != "1.mlp" else 1 / 0)
-        _check_left(model, attends, " when an edit raises an error")
+        _check_left(model, modes, attends, " when an edit raises an error")
 
 
-def _check_left(model: Any, attends: list[Any], when: str) -> None:
-    assert all(part.training for part in model.modules()), f"restore the mode{when}"
+def _check_plain(found: dict[str, Tensor]) -> None:
+    graphs = any(value.requires_grad for value in found.values())
+    assert not graphs, "no gradients: use `torch.no_grad`"
+
+
+def _check_left(model: Any, modes: list[bool], attends: list[Any], when: str) -> None:
+    now = [part.training for part in model.modules()]
+    assert now == modes, f"restore the mode{when}"
     kept = [block.attention.attend for block in model.blocks]
     assert kept == attends, f"give the attention its own `attend` back{when}"
     hooks = [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
     assert not hooks, f"hooks are left in the model{when}"
+    slopes = [torch.is_grad_enabled(), *(p.requires_grad for p in model.parameters())]
+    assert all(slopes), f"gradients are left off{when}"
 
 
 def _check_equations(model: Any, seen: dict[str, Tensor]) -> None:
@@ -160,6 +170,7 @@ def check_ledger(ledger: Callable[..., dict[str, Tensor]]) -> None:
         )
         off = (sum(parts.values()) - seen[f"{layer}.stream"]).abs().max()
         assert off < 1e-12, f"the ledger is off by {off:.0e}: it has too much"
+        _check_plain(parts)
 
 
 def check_attribute(attribute: Callable[..., dict[str, Tensor]]) -> None:
@@ -177,7 +188,8 @@ def check_attribute(attribute: Callable[..., dict[str, Tensor]]) -> None:
         norm, stream = model.norm, seen[f"{model.config.layers - 1}.stream"]
         layer_norm = isinstance(norm, torch.nn.LayerNorm)
         power = stream.var(-1, correction=0) if layer_norm else stream.square().mean(-1)
-        toward = direction * norm.weight / (power + norm.eps).sqrt()[..., None]
+        weight = 1 if norm.weight is None else norm.weight
+        toward = direction * weight / (power + norm.eps).sqrt()[..., None]
         for name, part in parts.items():
             centered = part - part.mean(-1, keepdim=True) if layer_norm else part
             left_in, wanted = ((p * toward).sum(-1) for p in (part, centered))
@@ -190,6 +202,7 @@ def check_attribute(attribute: Callable[..., dict[str, Tensor]]) -> None:
             )
         off = (sum(shares.values()) - seen["final"] @ direction).abs().max()
         assert off < 1e-10, f"the shares are off by {off:.0e}: the norm's bias?"
+        _check_plain(shares)
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
@@ -204,7 +217,7 @@ def check_without(without: Callable[..., See]) -> None:
     Book: 18_looking_inside.html#proof-by-removal
     """
     for model, ids in _models():
-        usual, seen = trace(model, ids.flip(1)), trace(model, ids)
+        usual, seen = trace(model, ids.flip(1)[:1, 1:]), trace(model, ids)
         edit = without([(0, 1), (1, 0), (1, 3)], usual)
         for name, heads in (("0.contexts", [1]), ("1.contexts", [0, 3])):
             before = seen[name].clone()
@@ -226,7 +239,7 @@ def check_without(without: Callable[..., See]) -> None:
                 assert _near(after[:, head], wanted), (
                     f"{name}: head {head} must have {words}"
                 )
-        for name in ("0.mlp", "0.weights"):
+        for name in seen.keys() - {"0.contexts", "1.contexts"}:  # 11 is not 1
             assert torch.equal(edit(name, seen[name]), seen[name]), f"{name} must stay"
 
 
@@ -270,7 +283,8 @@ def check_patch(patch: Callable[..., See]) -> None:
     Book: 18_looking_inside.html#exercise-1-the-token-before
     """
     for model, ids in _models():
-        clean, seen = trace(model, ids), trace(model, ids.flip(1))
+        texts = ids.flip(1)[:, model.config.layers // 12 :]  # also shorter ones
+        clean, seen = trace(model, ids), trace(model, texts)
         for layer, head in ((1, 2), (0, 3)):  # 11 is not 1
             edit, place = patch(clean, layer, head), f"{layer}.contexts"
             assert callable(edit), "return a function of a name and an activation"
@@ -283,7 +297,7 @@ def check_patch(patch: Callable[..., See]) -> None:
             )
             wanted, whole = before.clone(), before.clone()
             wanted[:, head, -1] = clean[place][:, head, -1]
-            whole[:, head] = clean[place][:, head]
+            whole[:, head] = clean[place][:, head, -whole.shape[2] :]
             assert not torch.equal(after, whole), "patch the last position alone"
             assert not torch.equal(after, before), "nothing was put in"
             assert torch.equal(after, wanted), "another head or position was changed"
@@ -320,3 +334,4 @@ def check_sources(sources: Callable[..., Tensor]) -> None:
             assert (found - terms).abs().max() < 1e-10, (
                 "what comes from token s is w[t, s] times s's own value through W_O"
             )
+            _check_plain({name: found})
