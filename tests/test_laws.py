@@ -3,6 +3,7 @@
 import ast
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,28 @@ def drops_the_last_run(N, D, losses):
     return fit_law(N[:-1], D[:-1], losses[:-1])
 
 
+def below_zero(N, D, losses):
+    found = fit_law(N, D, losses + 1)
+    return replace(found, E=found.E - 1)
+
+
+def searches(low, high):
+    def fit(N, D, losses):
+        found = fit_law(N, D, losses)
+        if min(found.alpha, found.beta) < low or max(found.alpha, found.beta) > high:
+            raise ValueError
+        return found
+
+    return fit
+
+
+def invents_a_size(N, D, losses):
+    try:
+        return fit_law(N, D, losses)
+    except np.linalg.LinAlgError:
+        return Law(0.75, 10.0, 0.3, 10.0, 0.3)
+
+
 WRONG = [
     (check_optimum, two_percent_off, "a smaller model"),
     (check_optimum, lambda law, C: ((C / 6) ** 0.5, (C / 6) ** 0.5), "a smaller model"),
@@ -98,6 +121,10 @@ WRONG = [
     (check_tokens_needed, gives_up_near_the_end, "inf tokens"),
     (check_tokens_needed, thinks_no_text_is_that_long, "inf tokens"),
     (check_law, lambda N, D, losses: fit_law(N[::2], D[::2], losses[::2]), "use all"),
+    (check_law, below_zero, "E is negative"),
+    (check_law, searches(0.25, 1.5), "exponents of 0.2 and 0.15 are refused"),
+    (check_law, searches(0.02, 1.0), "exponents of 1.3 and 0.5 are refused"),
+    (check_law, invents_a_size, "all sizes are equal"),
     (check_law, drops_the_last_run, "add up to 0"),
     (check_law, keeps_one_floor, "exponents 0.8 and 0.4: off by"),
     (check_law, nearest_it_can, "exponents 2.0 and 0.5: off by"),

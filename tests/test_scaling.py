@@ -170,6 +170,19 @@ class DividesTheEvaluation(scaling.ParallelTrainer):
         return record
 
 
+class CountsAtLeastOne(scaling.ParallelTrainer):
+    """Divides by a sum of targets to which each process gives one or more."""
+
+    def parts(self, batch):
+        shares = batch[1].tensor_split(self.world)
+        total = sum(max(count_targets(rows), 1) for rows in shares)
+        self.factor = count_targets(batch[1]) / total
+        return super().parts(batch)
+
+    def backward(self, loss):
+        super().backward(loss * self.factor)
+
+
 # Each with the number of the check's case that names it, not counting the first.
 MISTAKES = [
     (ReadsItsOwnLosses, 1, "rank 0 reads a loss of .*: add up"),
@@ -181,6 +194,7 @@ MISTAKES = [
     (SendsOneOptimizers, 1, "drifted apart, .*: with 2 rows"),
     (ForgetsMoments, 5, "is off by .*: saved and loaded"),
     (DividesTheEvaluation, 1, "rank 0 evaluates to"),
+    (CountsAtLeastOne, 6, "is off by .*: with a process that has no targets"),
 ]
 
 
@@ -540,6 +554,45 @@ class FetchesThenDrops(StreamedTokens):
         return super().random_batch(batch_size, context, seed)
 
 
+class FetchesByNumber(StreamedTokens):
+    def random_batch(self, batch_size, context, seed):
+        self.shards = range(len(self.shards))
+        return super().random_batch(batch_size, context, seed)
+
+
+class In16Bits(StreamedTokens):
+    def __init__(self, shards, fetch, steps_each):
+        super().__init__(shards, lambda name: fetch(name).astype(np.int16), steps_each)
+
+
+class AsLongAsTheFirst(StreamedTokens):
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.first = len(self.ids)
+
+    def starts(self, context):
+        return self.first - context
+
+
+def keeps_the_larger(vectors):
+    n, held = len(vectors), [list(v) for v in vectors]
+    yield held
+    for step in range(2 * n - 2):
+        after = [list(v) for v in held]
+        for rank in range(n):
+            chunk, right = (rank - step) % n, (rank + 1) % n
+            mine, came = held[right][chunk], held[rank][chunk]
+            after[right][chunk] = mine + came if step < n - 1 else max(mine, came)
+        held = after
+        yield held
+
+
+def of_vectors(gradients, targets):
+    pairs = [(g, n) for g, n in zip(gradients, targets, strict=True) if n]
+    weights = torch.tensor([float(n) for _, n in pairs])
+    return (weights[:, None] * torch.stack([g for g, _ in pairs])).sum(0) / sum(targets)
+
+
 def hides_nan(gradients, targets):
     pairs = zip(gradients, targets, strict=True)
     return sum(g.nan_to_num() * n for g, n in pairs) / sum(targets)
@@ -591,6 +644,11 @@ WRONG = [
     (check_stream, OneCrop, "all rows of a batch"),
     (check_stream, IgnoresTheSeed, "another seed gives the same crops"),
     (check_ring, from_nowhere, "came from nowhere"),
+    (check_ring, keeps_the_larger, "does not hold the sum"),
+    (check_stream, FetchesByNumber, r"fetch\(\d\): give it an address"),
+    (check_stream, In16Bits, "each has to come once"),
+    (check_stream, AsLongAsTheFirst, "some of each shard is never seen"),
+    (check_gradient, of_vectors, "2 processes"),
     (check_stream, CountsForItself, "begun at step 17"),
     (check_stream, NextIsTheSame, "targets are the next tokens"),
     (check_stream, SameCrops, "two steps got the same crops"),

@@ -21,13 +21,18 @@ def check_law(fit: Callable[..., Any]) -> None:
     """
     N, D = (x.ravel() for x in np.meshgrid(np.geomspace(1e4, 1e6, 6), [1e5, 1e6, 1e7]))
     laws = [(1.5, 1.0, 0.34, 0.28), (0.5, 0.5, 0.8, 0.4), (2.5, 2.0, 0.3, 0.9)]
-    for E, times, a, b in [*laws, (1.5, 1.0, 2.0, 0.5), (1.5, 1.0, 0.34, 1.7)]:
+    laws += [(1.5, 1.0, 0.2, 0.15), (0.5, 1.0, 1.3, 0.5), (-0.01, 1.0, 0.3, 0.25)]
+    laws += [(1.5, 1.0, 2.0, 0.5), (1.5, 1.0, 0.34, 1.7), (1.0, 1.0, 0.0, 1.0)]
+    for E, times, a, b in laws:
         law = Law(E, times * 1e5**a, a, 1e6**b / times, b)
+        sizes = N if a else np.full_like(N, 1e5)
         try:
-            found = fit(N, D, law(N, D))
+            found = fit(sizes, D, law(sizes, D))
         except ValueError:
-            assert max(a, b) > 1.5, f"exponents of {a} and {b} are refused"
+            assert not a or max(a, b) > 1.5, f"exponents of {a} and {b} are refused"
             continue
+        assert a, "all sizes are equal: refuse, since no law of the size can be told"
+        assert found(1e30, 1e30) >= 0, "E is negative: large models get a loss below 0"
         off = np.abs(found(N, D) - law(N, D)).max()
         assert off < 0.01, (
             f"exponents {a} and {b}: off by {off:.2f} on the runs it was fitted to;"
@@ -39,14 +44,12 @@ def check_law(fit: Callable[..., Any]) -> None:
         )
     law = Law(1.5, 1e5**0.34, 0.34, 1e6**0.28, 0.28)
     noisy = law(N, D) + 0.02 * np.resize([1, 1, -1, 1, -1], len(N))
-    found, true = (
-        ((each(N, D) - noisy) ** 2).sum() for each in (fit(N, D, noisy), law)
-    )
+    misses = [each(N, D) - noisy for each in (fit(N, D, noisy), law)]
+    found, true = (np.square(miss).sum() for miss in misses)
     assert found <= true, (
         "with noise, the law that the runs came from fits them better: use all of them"
     )
-    rest = abs((fit(N, D, noisy)(N, D) - noisy).sum())
-    assert rest < 1e-3, f"errors of least squares add up to 0, not {rest:.3f}: use all"
+    assert abs(misses[0].sum()) < 1e-3, "errors of least squares add up to 0: use all"
 
 
 def check_tokens_needed(needed: Callable[[Law, float, float], float]) -> None:
