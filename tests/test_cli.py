@@ -143,6 +143,7 @@ WRITE = ["generate", "run", "--prompt", "the", "--tokens", "3"]
 # What was typed, and words of the sentence that answers.
 MISTAKES = {
     "empty text": (["train", "--data", "empty.txt", *NEW], "empty.txt has no text"),
+    "texts twice": ([*MY, "--data", "my.txt"], "name all texts behind one --data"),
     "missing text": (["train", "--data", "missing.txt", *NEW], "missing.txt"),
     "short text": (["train", "--data", "short.txt", *NEW], "allow no crops of 16"),
     "picture": (
@@ -160,7 +161,10 @@ MISTAKES = {
         [*MY, "--tokenizer", "nonsense"],
         "--tokenizer nonsense is neither bpe, char, gpt2 nor a tokenizer.json",
     ),
-    "tokens with a tokenizer": ([*MY, "--data", "tokens"], "leave out --tokenizer"),
+    "tokens with a tokenizer": (
+        ["train", "--data", "tokens", *NEW],
+        "leave out --tokenizer",
+    ),
     "tokens and a text": (
         ["train", "--data", "tokens", "my.txt", "--out", "new", *TINY],
         "tokens is tokenized: give it alone as --data",
@@ -570,6 +574,15 @@ def test_fine_tuning_begins_with_the_other_model(made, run, tmp_path, capsys):
     assert not equal(weights(tmp_path / "tuned"), weights(run))
     assert load(tmp_path / "tuned")[0].config == load(run)[0].config
     assert "adamw" in capsys.readouterr().out
+
+
+def test_fine_tuning_may_have_a_dropout_of_its_own(made, run, tmp_path):
+    words = ["train", "--data", made / "my.txt", "--init-from", run, "--dropout", "0.5"]
+    words += ["--steps", "3", "--batch-size", "4", "--device", "cpu"]
+    assert glass(*words, "--out", tmp_path / "tuned") == 0
+    assert equal(weights(tmp_path / "tuned" / "checkpoint-00000000"), weights(run))
+    model = load(tmp_path / "tuned")[0]
+    assert model.config.dropout == model.blocks[0].attention.dropout == 0.5
 
 
 def test_evaluate_gives_the_loss_of_every_token(made, tmp_path, capsys):
@@ -997,3 +1010,29 @@ def test_a_program_with_strict_types(tmp_path):
 def test_a_closed_input_is_no_fault(made, monkeypatch, process):
     monkeypatch.setattr(sys, "stdin", None)  # as under `<&-`
     assert process("generate", made / "run", "--tokens", "2") == 0
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_closed_output_is_no_fault(made, tmp_path, monkeypatch, process, stream):
+    monkeypatch.setattr(sys, stream, None)
+    words = "train", "--data", made / "my.txt", "--tokenizer", "char", *TINY
+    assert process(*words, "--out", tmp_path / "run") == 0
+    assert process("generate", "no") == 2
+
+
+def test_a_start_that_ends_at_its_first_word_leaves_nothing(
+    made, tmp_path, monkeypatch, process
+):
+    words = "train", "--data", made / "my.txt", "--tokenizer", "char", *TINY
+    full = open("/dev/full", "w", buffering=1)  # noqa: SIM115
+    monkeypatch.setattr(sys, "stdout", full)
+    assert process(*words, "--out", tmp_path / "run") == 2
+    with contextlib.suppress(OSError):
+        full.close()
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_ends_in_a_terminal_of_three_columns(monkeypatch, process, capsys):
+    monkeypatch.setenv("COLUMNS", "3")
+    assert process("generate", "--help") == 0
+    assert "--prompt" in capsys.readouterr().out

@@ -34,7 +34,7 @@ from glassgpt.device import RECIPES, SIZES, Machine, names
 from glassgpt.generation import Sampling, stream_text
 from glassgpt.gpt import GPT
 from glassgpt.hub import read_tokenizer
-from glassgpt.modern import ModernConfig, MuonConfig
+from glassgpt.modern import ModernConfig, MuonConfig, build
 from glassgpt.runs import CHANGEABLE, Run, Saving, memory_advice, refuse_occupied
 from glassgpt.scaling import make_trainer, team
 from glassgpt.tokens import BPETokenizer, CharTokenizer, Tokenizer
@@ -112,6 +112,15 @@ Flag = Annotated[Maybe[bool], tyro.conf.FlagCreatePairsOff]  # there is no --no-
 Shard = Maybe[Literal["nothing", "optimizer", "model"]]
 
 
+def sizes(data: TokenData) -> str:
+    """A folder of tokens in a line.
+
+    Book: 23_command_line.html#from-text-to-tokens
+    """
+    train, rest, size = len(data.train), len(data.validation), data.vocab_size
+    return f"{data.directory}: {train:,} tokens, {rest:,} held out, vocabulary {size:,}"
+
+
 @dataclass
 class Text:
     """Where text comes from, and its tokenizer: what `train` and `tokenize` share.
@@ -162,10 +171,7 @@ class Text:
     def encode(self, tokenizer: Tokenizer, folder: str | Path) -> TokenData:
         """The texts in a new folder of token ids."""
         shown = sys.stderr.isatty()
-        data = glassgpt.tokenize(self.data, tokenizer, folder, shown, self.skip)
-        train, rest, size = len(data.train), len(data.validation), data.vocab_size
-        print(f"{folder}: {train:,} tokens, {rest:,} held out, vocabulary {size:,}")
-        return data
+        return glassgpt.tokenize(self.data, tokenizer, folder, shown, self.skip)
 
 
 @dataclass
@@ -183,7 +189,8 @@ class Tokenize(Text):
             raise ValueError(f"{self.tokens} is tokenized already: train on it")
         if os.path.lexists(self.out):  # before the learning
             raise FileExistsError(f"{self.out} exists already: choose another --out")
-        self.encode(self.ready_tokenizer() or self.learn_tokenizer(), self.out)
+        tokenizer = self.ready_tokenizer() or self.learn_tokenizer()
+        print(sizes(self.encode(tokenizer, self.out)))
 
 
 SAID = {
@@ -314,6 +321,7 @@ class Train(Text):
             plan = replace(plan, model=replace(plan.model, vocab_size=size))
             data = TokenData.open(place) if place else self.encode(tokenizer, new)
             ours = not killed
+            print(sizes(data))
             print(plan.describe(), flush=True)
             if cards > 1:
                 print(f"{cards} processes share every batch; the time is that of one")
@@ -337,13 +345,17 @@ class Train(Text):
         tokenizer: of the tokens, where there are some; it must be the model's.
         """
         model, theirs = glassgpt.load(str(self.init_from))
-        own = {*names(ModernConfig), "size", "recipe", "tokenizer"}
+        own = {*names(ModernConfig), "size", "recipe", "tokenizer"} - {"dropout"}
         if wrong := _flags(own & asked.keys()):
             raise ValueError(f"{self.init_from} brings its own: leave out {wrong}")
         both = (tokenizer or theirs, theirs)
         one, two = ([t.decode_bytes([n]) for n in range(t.vocab_size)] for t in both)
         if one != two:
             raise ValueError(f"{self.tokens}: another tokenizer than {self.init_from}")
+        if "dropout" in asked:  # it is no part of the weights
+            weights = model.state_dict()
+            model = build(replace(model.config, dropout=asked["dropout"]))
+            model.load_state_dict(weights)
         config = asdict(model.config)
         del config["vocab_size"]
         recipe = "modern" if isinstance(model.config, ModernConfig) else "gpt2"
@@ -632,6 +644,8 @@ def parse(words: Sequence[str]) -> Any:
         near = " or ".join(get_close_matches(args[0], commands, 1) or commands)
         what = f"There is no command {args[0]}. Do you mean {near}?"
         raise ValueError(f"{what} See glassgpt --help")
+    if sum(word.partition("=")[0] == "--data" for word in args) > 1:
+        raise ValueError("--data is there twice: name all texts behind one --data")
     config = (tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName)
     how = {"prog": name, "description": about.get(kind, ABOUT), "config": config}
     try:
@@ -677,16 +691,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     if arguments is None:
         arguments = sys.argv[1:]
-        with suppress(AttributeError):  # a closed one is None
+        for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+            if getattr(sys, name) is None:  # it was closed
+                setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+        with suppress(AttributeError):  # what others put there may lack it
             sys.stdout.reconfigure(errors="replace")
             sys.stdin.reconfigure(encoding="utf-8")
+        if shutil.get_terminal_size().columns < 40:  # tyro needs room
+            os.environ["COLUMNS"] = "40"
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
         if callable(signal.getsignal(signal.SIGINT)):  # else somebody ignores it
             signal.signal(signal.SIGINT, signal.default_int_handler)
-    if [*arguments] == ["--version"]:
-        print(glassgpt.__version__)
-        return 0
     try:
+        if [*arguments] == ["--version"]:
+            print(glassgpt.__version__)
+            return 0
         with warnings.catch_warnings():
             warnings.simplefilter("always", UserWarning)
             warnings.showwarning = lambda message, *_: tell(str(message))
