@@ -46,9 +46,9 @@ def all_at_once(q, k, v):
     return attention(q, k, v, causal_mask(q.shape[-2]))[0]
 
 
-def contributions(module, x):
+def contributions(module, x, attend=fused_attention):
     parts = module.qkv(x).chunk(3, dim=-1)
-    context = fused_attention(*(split_heads(part, module.heads) for part in parts))
+    context = attend(*(split_heads(part, module.heads) for part in parts))
     weights = module.projection.weight.chunk(module.heads, dim=-1)
     pieces = zip(context.unbind(1), weights, strict=True)
     return torch.stack([piece @ weight.mT for piece, weight in pieces], dim=1)
@@ -457,22 +457,6 @@ def rows_taken(module, x):
     return context @ module.projection.weight.unflatten(0, (module.heads, -1))
 
 
-def unmasked(module, x):
-    parts = module.qkv(x).chunk(3, dim=-1)
-    context, _ = attention(*(split_heads(part, module.heads) for part in parts))
-    weights = module.projection.weight.chunk(module.heads, dim=-1)
-    pieces = zip(context.unbind(1), weights, strict=True)
-    return torch.stack([piece @ weight.mT for piece, weight in pieces], dim=1)
-
-
-def zeros_hidden(module, x):
-    parts = module.qkv(x).chunk(3, dim=-1)
-    context = zero_is_hidden(*(split_heads(part, module.heads) for part in parts))
-    weights = module.projection.weight.chunk(module.heads, dim=-1)
-    pieces = zip(context.unbind(1), weights, strict=True)
-    return torch.stack([piece @ weight.mT for piece, weight in pieces], dim=1)
-
-
 def always_four_heads(module, x):
     module = deepcopy(module)
     module.heads = 4
@@ -630,8 +614,11 @@ def test_check_names_the_mistake(check, wrong, message):
     [
         (lambda m, x: contributions(m, x) + m.projection.bias, "each head added"),
         (rows_taken, "rows of weight were taken: it is (out, in)"),
-        (unmasked, "the mask is missing"),
-        (zeros_hidden, "don't sum to the output"),
+        (
+            lambda m, x: contributions(m, x, F.scaled_dot_product_attention),
+            "the mask is missing",
+        ),
+        (lambda m, x: contributions(m, x, zero_is_hidden), "don't sum to the output"),
         (lambda m, x: contributions(m, 2 * x), "don't sum to the output"),
         (lambda m, x: contributions(m, x).flip(1), "and yet it adds something"),
         (lambda m, x: contributions(m, x)[:, :1], "(B, H, T, C)"),

@@ -166,7 +166,8 @@ def _check_same(layer: nn.Module, x: Tensor) -> None:
     assert not odd, f"missing, shared or not as in Block: {', '.join(odd)}"
     ours.load_state_dict(layer.state_dict(), strict=False)
     x = torch.stack((x, x)).requires_grad_()
-    found, wanted = layer.train()(x[0]), ours(x[1])
+    found, y = layer.train()(x[0]), x[1] + ours.attention(ours.attention_norm(x[1]))
+    wanted = y + ours.mlp(ours.mlp_norm(y))  # not ours(x): this may be a check of Block
     (found.square() + wanted.square()).sum().backward()
     idle = [name for name, value in layer.named_parameters() if value.grad is None]
     assert not idle, f"never used: {', '.join(idle)}"
