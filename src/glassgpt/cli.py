@@ -112,7 +112,7 @@ Flag = Annotated[Maybe[bool], tyro.conf.FlagCreatePairsOff]  # there is no --no-
 Shard = Maybe[Literal["nothing", "optimizer", "model"]]
 
 
-def sizes(data: TokenData) -> str:
+def summary(data: TokenData) -> str:
     """A folder of tokens in a line.
 
     Book: 23_command_line.html#from-text-to-tokens
@@ -190,7 +190,7 @@ class Tokenize(Text):
         if os.path.lexists(self.out):  # before the learning
             raise FileExistsError(f"{self.out} exists already: choose another --out")
         tokenizer = self.ready_tokenizer() or self.learn_tokenizer()
-        print(sizes(self.encode(tokenizer, self.out)))
+        print(summary(self.encode(tokenizer, self.out)))
 
 
 SAID = {
@@ -321,7 +321,7 @@ class Train(Text):
             plan = replace(plan, model=replace(plan.model, vocab_size=size))
             data = TokenData.open(place) if place else self.encode(tokenizer, new)
             ours = not killed
-            print(sizes(data))
+            print(summary(data))
             print(plan.describe(), flush=True)
             if cards > 1:
                 print(f"{cards} processes share every batch; the time is that of one")
