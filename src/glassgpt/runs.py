@@ -262,8 +262,8 @@ def _parts(settings: dict[str, Any]) -> list[Any]:
     return [take(kind, settings) for kind in (training, Machine, Saving)]
 
 
-def _read_run(directory: Path) -> tuple[dict[str, Any], Any, Path, str]:
-    """Its settings by name; what it says of the model and the tokens."""
+def _read_run(directory: Path) -> tuple[dict[str, Any], Path, str]:
+    """Its settings by name, where its tokens are, and their fingerprint."""
     path = directory / "run.json"
     with blaming(path, "is damaged, start a new run"):
         content = json.loads(path.read_text("utf-8"))
@@ -271,7 +271,7 @@ def _read_run(directory: Path) -> tuple[dict[str, Any], Any, Path, str]:
         settings = {k: v for part in parts for k, v in content[part].items()}
         _parts(settings)  # raises for what can't be
         place = directory / content["data"]
-        return settings, content["model"], place, content["fingerprint"]
+        return settings, place, content["fingerprint"]
 
 
 def _find_tokens(place: Path, fingerprint: str) -> TokenData:
@@ -418,15 +418,13 @@ def resume_run(
     if not (directory / "run.json").exists():
         raise FileNotFoundError(f"{directory} holds no run: run.json is missing")
     with locked(directory):
-        before, described, place, fingerprint = _read_run(directory)
+        before, place, fingerprint = _read_run(directory)
         now = _changed(before, changes)
         training, machine, saving = _parts(now)
         tokens = _find_tokens(Path(data or place), fingerprint)
         if not (found := checkpoints_in(directory)):
             raise FileNotFoundError(f"{directory} has lost its checkpoints: start anew")
         model, tokenizer, state = read_checkpoint(found[-1])
-        if described != asdict(model.config):
-            raise ValueError(f"run.json describes another model than {found[-1]}")
         plan = Plan(model.config, training, machine, math.nan)
         trainer = make_trainer(plan, tokens, model)
         restore(trainer, state, found[-1])
