@@ -246,21 +246,6 @@ def test_a_model_that_transformers_enlarged(tmp_path):
         assert torch.allclose(larger(ids), theirs(ids).logits, atol=1e-4)
 
 
-@pytest.mark.parametrize("prefix", [True, False])
-def test_a_head_of_its_own_in_a_tied_model_is_refused(tmp_path, prefix):
-    save(tmp_path, random_gpt(), tokenizer_of())
-    path = tmp_path / "model.safetensors"
-    state = load_file(path)
-    if not prefix:
-        state = {n.removeprefix("transformer."): t for n, t in state.items()}
-    table = state["transformer.wte.weight" if prefix else "wte.weight"]
-    write_tensors(path, {**state, "lm_head.weight": table.clone()})
-    assert torch.equal(load(tmp_path)[0](IDS), random_gpt()(IDS))
-    write_tensors(path, {**state, "lm_head.weight": table.flip(0)})
-    with pytest.raises(ValueError, match="a head of its own, the config says tied"):
-        load(tmp_path)
-
-
 def in_several_files(folder):
     """A saved model as `transformers` writes large ones; the names of the files."""
     save(folder, random_gpt(), tokenizer_of())
