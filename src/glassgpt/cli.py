@@ -165,8 +165,7 @@ class Text:
         if self.tokenizer == "char":
             return CharTokenizer.train(piece for _, d in parts for piece in d.pieces())
         pieces = (p for split, d in parts if split == "train" for p in d.pieces())
-        size = 1024 if self.vocab_size is None else self.vocab_size
-        return BPETokenizer.train(pieces, size)
+        return BPETokenizer.train(pieces, self.vocab_size or 1024)
 
     def encode(self, tokenizer: Tokenizer, folder: str | Path) -> TokenData:
         """The texts in a new folder of token ids."""
@@ -358,10 +357,9 @@ class Train(Text):
             model.load_state_dict(weights)
         config = asdict(model.config)
         del config["vocab_size"]
-        recipe = "modern" if isinstance(model.config, ModernConfig) else "gpt2"
         # A tenth of the usual rate: what was learned should stay.
         usual = {"optimizer": "adamw", "learning_rate": 0.04 / model.config.width}
-        return model, theirs, {**usual, "recipe": recipe, **config}
+        return model, theirs, {**usual, **config}
 
 
 Weights = Literal["auto", "float32", "bfloat16", "float16", "int8"]
