@@ -1030,9 +1030,3 @@ def test_a_start_that_ends_at_its_first_word_leaves_nothing(
     with contextlib.suppress(OSError):
         full.close()
     assert not (tmp_path / "run").exists()
-
-
-def test_help_ends_in_a_terminal_of_three_columns(monkeypatch, process, capsys):
-    monkeypatch.setenv("COLUMNS", "3")
-    assert process("generate", "--help") == 0
-    assert "--prompt" in capsys.readouterr().out

@@ -695,8 +695,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with suppress(AttributeError):  # what others put there may lack it
             sys.stdout.reconfigure(errors="replace")
             sys.stdin.reconfigure(encoding="utf-8")
-        if shutil.get_terminal_size().columns < 40:  # tyro needs room
-            os.environ["COLUMNS"] = "40"
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
         if callable(signal.getsignal(signal.SIGINT)):  # else somebody ignores it
             signal.signal(signal.SIGINT, signal.default_int_handler)
