@@ -311,7 +311,7 @@ class Train(Text):
             values = usual | values
         size = (model.config if model else tokenizer or self).vocab_size or 1024
         cards = int(os.environ.get("WORLD_SIZE", 1))  # torchrun says it
-        plan = glassgpt.make_plan(size, cards=cards, **values)  # so does it
+        plan = glassgpt.make_plan(size, cards=cards, **values)  # refuses, too
         glassgpt.keep_freed_memory()
         ours = False  # what is in the folder
         try:
@@ -322,8 +322,6 @@ class Train(Text):
             ours = not killed
             print(summary(data))
             print(plan.describe(), flush=True)
-            if cards > 1:
-                print(f"{cards} processes share every batch; the time is that of one")
             out.mkdir(parents=True, exist_ok=True)
             write_file(out / ".command.json", json.dumps(asked).encode())
             how |= saving
