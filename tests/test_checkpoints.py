@@ -281,12 +281,6 @@ def test_a_strange_index_is_refused(tmp_path, text):
         load(place)
 
 
-def test_a_model_without_a_tokenizer_is_not_saved(tmp_path):
-    with pytest.raises(TypeError, match="a model is saved with its tokenizer"):
-        save(tmp_path / "z", random_gpt(), None)
-    assert not (tmp_path / "z").exists()
-
-
 @pytest.mark.parametrize(
     "text", [b"", b"[]", b'{"model_type": "gpt2"}', b"[" * 100_000, b"\xff\xfe\xfa"]
 )

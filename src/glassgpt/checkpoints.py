@@ -121,9 +121,9 @@ def save(directory: str | Path, model: GPT, tokenizer: Tokenizer) -> None:
     `transformers` reads the directory of a GPT-2 or a Llama with AutoModelForCausalLM
     and AutoTokenizer.
     Raises OSError where the disk is full or can't be written, FileExistsError for a
-    folder with anything in it but an older model, TypeError without a tokenizer,
-    ValueError for one of another model, for weights that are nan or infinite, for a
-    model made lighter, whose weights are gone, or what `torch.compile` returned.
+    folder with anything in it but an older model, ValueError for a tokenizer of another
+    model, for weights that are nan or infinite, for a model made lighter, whose weights
+    are gone, or what `torch.compile` returned.
 
     Book: 20_runs_that_survive.html#a-model-on-disk
     """
@@ -132,8 +132,6 @@ def save(directory: str | Path, model: GPT, tokenizer: Tokenizer) -> None:
     if due.keys() != dict(model.named_parameters()).keys():
         what = "weights are missing or have other names"
         raise ValueError(f"{what}: save the model before you lighten it or compile it")
-    if not isinstance(tokenizer, Tokenizer):
-        raise TypeError("a model is saved with its tokenizer: it is missing")
     if (ids := tokenizer.vocab_size) > (known := model.config.vocab_size):
         raise ValueError(f"the tokenizer has {ids} ids, the model only {known}")
     if not all(p.sum(dtype=torch.float32).isfinite() for p in model.parameters()):
