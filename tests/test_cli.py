@@ -412,8 +412,8 @@ def test_no_memory_is_no_fault_of_ours(monkeypatch, capsys):
     line = "raise RuntimeError('CUDA out of memory. Tried to allocate 20 GiB')"
     monkeypatch.setattr(cli.Generate, "run", in_a_file(monkeypatch, line))
     assert main(["generate", "shakespeare"]) == 2
-    wanted = "glassgpt: this does not fit into memory: use a smaller model\n"
-    assert sentence_in(capsys.readouterr().err) == wanted
+    wanted = "glassgpt: this does not fit into memory: use a smaller model"
+    assert wanted in sentence_in(capsys.readouterr().err)
 
 
 def test_what_the_package_refuses_is_a_mistake(monkeypatch, capsys):

@@ -987,11 +987,9 @@ def nan_grad(loss, model):
 
 
 def test_no_memory_says_what_to_do():
-    advised = memory_advice("take less")
-    with pytest.raises(MemoryError, match="memory: take less"), advised:
+    with pytest.raises(MemoryError, match="use a smaller"), memory_advice():
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to")
-    advised = memory_advice("take less")
-    with pytest.raises(RuntimeError, match="something else"), advised:
+    with pytest.raises(RuntimeError, match="something else"), memory_advice():
         raise RuntimeError("something else")
 
 

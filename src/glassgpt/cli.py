@@ -703,7 +703,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.simplefilter("always", UserWarning)
             warnings.showwarning = lambda message, *_: tell(str(message))
-            with team() as first, memory_advice("use a smaller model"):
+            with team() as first, memory_advice():
                 return (parse(arguments).run() or 0) if first else 0
     except BrokenPipeError:  # whoever read the output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -188,9 +188,7 @@ def stop_signals() -> Iterator[list[int]]:
 
 
 @contextmanager
-def memory_advice(
-    advice: str = "raise accumulate, or lower the model's context, width or layers",
-) -> Iterator[None]:
+def memory_advice() -> Iterator[None]:
     """Turn an allocator's failure into a MemoryError that says what to do.
 
     Book: 20_runs_that_survive.html#leaving-politely
@@ -201,6 +199,7 @@ def memory_advice(
         signs = "allocate memory|out of memory|ALLOC_FAILED|Invalid buffer"
         if not re.search(signs, str(error)):
             raise
+        advice = "use a smaller model or context, in training also a larger accumulate"
         raise MemoryError(f"this does not fit into memory: {advice}") from error
 
 
