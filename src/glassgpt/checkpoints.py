@@ -165,23 +165,20 @@ def write_model(directory: Path, model: GPT, tokenizer: Tokenizer) -> None:
     write_tensors(directory / "model.safetensors", state)
 
 
-def load_parameters(path: Path, config: GPTConfig) -> GPT:
-    """A GPT with the parameters of a safetensors file, after all shapes agree.
+def load_parameters(directory: Path, config: GPTConfig) -> GPT:
+    """A GPT with the parameters of a folder's safetensors, after all shapes agree.
 
-    path: of the file, or of an index that says in which files beside it they are.
-    Draws no random numbers. Raises ValueError for a damaged file and for one of another
-    model, before memory is taken for it.
+    They are in one file, or in several with numbers. Draws no random numbers. Raises
+    ValueError for a damaged file, and for one of another model before memory is taken
+    for it.
 
     Book: 20_runs_that_survive.html#a-model-on-disk
     """
     state: dict[str, Tensor] = {}
-    with blaming(path, "is missing, damaged or no safetensors file"):
-        names = [path.name]
-        if path.suffix == ".json":
-            index = json.loads(path.read_text("utf-8"))["weight_map"]
-            names = sorted(set(index.values()))
-        for name in names:
-            state |= load_file(path.with_name(name))  # mapped into memory, not read
+    parts = sorted(directory.glob("model-*-of-*.safetensors"))
+    for path in parts or [directory / "model.safetensors"]:
+        with blaming(path, "is missing, damaged or no safetensors file"):
+            state |= load_file(path)  # mapped into memory, not read
     if "wte.weight" in state:  # so in the file in which OpenAI's weights are shared
         body = state.keys() - {"lm_head.weight"}
         state |= {f"transformer.{name}": state.pop(name) for name in body}
@@ -215,7 +212,7 @@ def load(name: str | Path) -> tuple[GPT, Tokenizer]:
         directory = shipped.get(str(name)) or hub.find_model(str(name)) or directory
     if directory.suffix == ".gguf":
         return hub.load_gguf(directory)
-    path, index = directory / "config.json", directory / "model.safetensors.index.json"
+    path = directory / "config.json"
     if not path.exists():
         names = [*shipped, *hub.NAMES]
         hint = f"Give a run's folder, or a name: {', '.join(names)}"
@@ -229,5 +226,4 @@ def load(name: str | Path) -> tuple[GPT, Tokenizer]:
     if tokenizer.vocab_size > config.vocab_size:
         sizes = f"{tokenizer.vocab_size} ids, the model only {config.vocab_size}"
         raise ValueError(f"{directory} mixes two models: the tokenizer has {sizes}")
-    weights = index if index.exists() else directory / "model.safetensors"
-    return load_parameters(weights, config).eval(), tokenizer
+    return load_parameters(directory, config).eval(), tokenizer
