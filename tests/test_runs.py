@@ -887,19 +887,19 @@ def test_a_strange_run_json_is_refused(run, text):
 
 
 @pytest.mark.parametrize(
-    ("part", "name", "value", "message"),
+    ("part", "name", "value"),
     [
-        ("training", "steps", "12", "is damaged"),
-        ("training", "learning_rate", None, "is damaged"),
-        ("saving", "keep", 0, "is damaged"),
-        ("machine", "precision", [], "is damaged"),
+        ("training", "steps", "12"),
+        ("training", "learning_rate", None),
+        ("saving", "keep", 0),
+        ("machine", "precision", []),
     ],
 )
-def test_a_forged_run_json_is_refused(run, part, name, value, message):
+def test_a_forged_run_json_is_refused(run, part, name, value):
     content = json.loads((run / "run.json").read_text())
     content[part][name] = value
     (run / "run.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=name):
         resume(run)
 
 

@@ -253,12 +253,6 @@ def _write_run(run: Run, data: TokenData) -> None:
     write_json(run.directory / "run.json", content)
 
 
-def _parts(settings: dict[str, Any]) -> list[Any]:
-    """How to train, on what machine, and when to save. Raises ValueError."""
-    training = MuonConfig if "matrix_learning_rate" in settings else TrainConfig
-    return [take(kind, settings) for kind in (training, Machine, Saving)]
-
-
 def _read_run(directory: Path) -> tuple[dict[str, Any], Path, str]:
     """Its settings by name, where its tokens are, and their fingerprint."""
     path = directory / "run.json"
@@ -266,7 +260,6 @@ def _read_run(directory: Path) -> tuple[dict[str, Any], Path, str]:
         content = json.loads(path.read_text("utf-8"))
         parts = ("training", "machine", "saving")
         settings = {k: v for part in parts for k, v in content[part].items()}
-        _parts(settings)  # raises for what can't be
         place = directory / content["data"]
         return settings, place, content["fingerprint"]
 
@@ -417,7 +410,8 @@ def resume_run(
     with locked(directory):
         before, place, fingerprint = _read_run(directory)
         now = _changed(before, changes)
-        training, machine, saving = _parts(now)
+        kind = MuonConfig if "matrix_learning_rate" in now else TrainConfig
+        training, machine, saving = (take(k, now) for k in (kind, Machine, Saving))
         tokens = _find_tokens(Path(data or place), fingerprint)
         if not (found := checkpoints_in(directory)):
             raise FileNotFoundError(f"{directory} has lost its checkpoints: start anew")
