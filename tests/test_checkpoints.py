@@ -422,16 +422,10 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path, bad):
         load(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("name", "hint"),
-    [
-        ("gpt2-larg", 'Do you mean "gpt2-large"\\?'),
-        ("runs/mine", "Give a run's folder, or a name: shakespeare, smollm2, gpt2"),
-    ],
-)
-def test_a_name_of_nothing_gets_a_hint(name, hint):
+def test_a_name_of_nothing_gets_a_hint():
+    hint = "Give a run's folder, or a name: shakespeare, smollm2, gpt2"
     with pytest.raises(FileNotFoundError, match=f"holds no model.*{hint}"):
-        load(name)
+        load("runs/mine")
 
 
 def test_a_link_to_nothing_is_named(tmp_path):

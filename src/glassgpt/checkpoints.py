@@ -9,7 +9,6 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -214,12 +213,9 @@ def load(name: str | Path) -> tuple[GPT, Tokenizer]:
         return hub.load_gguf(directory)
     path = directory / "config.json"
     if not path.exists():
-        names = [*shipped, *hub.NAMES]
-        hint = f"Give a run's folder, or a name: {', '.join(names)}"
-        if near := get_close_matches(str(name), names, 1):
-            hint = f'Do you mean "{near[0]}"?'
+        names = ", ".join([*shipped, *hub.NAMES])
         what = f"{directory} holds no model: config.json is missing"
-        raise FileNotFoundError(f"{what}. {hint}")
+        raise FileNotFoundError(f"{what}. Give a run's folder, or a name: {names}")
     with blaming(path, "does not describe a GPT"):
         config = hub.config_from_json(json.loads(path.read_text("utf-8")))
     tokenizer = hub.read_tokenizer(directory / "tokenizer.json")
