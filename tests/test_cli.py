@@ -1007,19 +1007,6 @@ def test_a_program_with_strict_types(tmp_path):
         assert seen.endswith(due), code
 
 
-def test_a_closed_input_is_no_fault(made, monkeypatch, process):
-    monkeypatch.setattr(sys, "stdin", None)  # as under `<&-`
-    assert process("generate", made / "run", "--tokens", "2") == 0
-
-
-@pytest.mark.parametrize("stream", ["stdout", "stderr"])
-def test_a_closed_output_is_no_fault(made, tmp_path, monkeypatch, process, stream):
-    monkeypatch.setattr(sys, stream, None)
-    words = "train", "--data", made / "my.txt", "--tokenizer", "char", *TINY
-    assert process(*words, "--out", tmp_path / "run") == 0
-    assert process("generate", "no") == 2
-
-
 def test_a_start_that_ends_at_its_first_word_leaves_nothing(
     made, tmp_path, monkeypatch, process
 ):

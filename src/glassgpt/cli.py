@@ -687,9 +687,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     if arguments is None:
         arguments = sys.argv[1:]
-        for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-            if getattr(sys, name) is None:  # it was closed
-                setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
         with suppress(AttributeError):  # what others put there may lack it
             sys.stdout.reconfigure(errors="replace")
             sys.stdin.reconfigure(encoding="utf-8")
