@@ -310,13 +310,10 @@ def refuse_occupied(directory: Path) -> None:
     Book: 20_runs_that_survive.html#one-run-in-a-folder
     """
     if (directory / "run.json").exists():
-        raise FileExistsError(
-            f"{directory} holds a run: resume it, or name another folder"
-        )
+        raise FileExistsError(f"{directory} holds a run: resume it, or take another")
     for name in sorted(path.name for path in directory.glob("[!.]*")):
         if not re.fullmatch(r"data|checkpoint-00000000|.*\.partial(\.lock)?", name):
-            what = f"{directory} is not empty, {name} is in it"
-            raise FileExistsError(f"{what}: choose another folder")
+            raise FileExistsError(f"{directory} is not empty, {name} is in it")
 
 
 def _on_disk(data: TokenData, folder: Path, tokenizer: Tokenizer) -> TokenData:
