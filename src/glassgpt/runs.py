@@ -330,7 +330,6 @@ def _on_disk(data: TokenData, folder: Path, tokenizer: Tokenizer) -> TokenData:
     return found
 
 
-@memory_advice()
 def start_run(
     directory: str | Path,
     plan: Plan,
@@ -350,8 +349,8 @@ def start_run(
     (chapter 22). The folder has the best model, run.json, metrics.jsonl and the
     checkpoints. Ctrl-C, SIGTERM or SIGHUP finishes the step, writes a checkpoint and
     returns. Raises FileExistsError for a folder in use or not empty, TypeError or
-    ValueError for what doesn't fit together, FloatingPointError, MemoryError, and
-    OSError where the disk is full.
+    ValueError for what doesn't fit together, FloatingPointError, and OSError where the
+    disk is full.
 
     Book: 20_runs_that_survive.html#one-run-in-a-folder
     """
@@ -372,7 +371,6 @@ def start_run(
         return _go_on(run, on_record, progress)
 
 
-@memory_advice()
 def resume_run(
     directory: str | Path,
     data: str | Path | None = None,
