@@ -462,7 +462,7 @@ class Chat(Model):
         room = model.config.context - min(self.tokens, model.config.context // 2)
         by_hand, line, talk = sys.stdin.isatty(), self.system, []
         if by_hand:
-            self.say("/system TEXT sets the system line, /reset starts over")
+            print("(/system TEXT sets the system line, /reset starts over)")
         for said in self.lines(by_hand):
             word, _, rest = said.partition(" ")
             if word == "/reset":
@@ -480,15 +480,11 @@ class Chat(Model):
                     self.say(str(error))
                     continue
                 if lost := len(asked) - len(kept):
-                    self.say(f"the context is full: {lost} oldest turns are forgotten")
+                    print(f"({lost} oldest turns are forgotten)", file=sys.stderr)
                 settings = vars(self.sampling)
                 pieces = stream_answer(model, tokenizer, kept, self.tokens, **settings)
                 answer = self.show(pieces, by_hand)
                 talk = [*kept[len(head) :], {"role": "assistant", "content": answer}]
-
-    def say(self, what: str) -> None:
-        """A word to whoever sits there, which is no part of an answer."""
-        print(f"({what})", file=sys.stderr, flush=True)
 
     def lines(self, by_hand: bool) -> Iterator[str]:
         """What is typed or piped in, line by line."""
