@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import filecmp
 import hashlib
-import inspect
 import io
 import json
 import linecache
@@ -783,9 +782,6 @@ def test_help_shows_every_option_with_its_words(command, capsys, monkeypatch):
         for layers, heads, width in [*SIZES.values()][:2]:
             assert f"{layers}/{heads}/{width}" in sizes
         assert f"(default: {cli.suited()['steps']})" in shown
-        usual = inspect.signature(glassgpt.start_run).parameters
-        for name in ("checkpoint_every", "keep"):
-            assert getattr(cli.Choices, name) == usual[name].default
         assert "how many checkpoints stay (default: 2)" in shown
 
 

@@ -30,7 +30,7 @@ import glassgpt
 from glassgpt.chat import render, stream_answer, template_of
 from glassgpt.checkpoints import write_file
 from glassgpt.data import TokenData, read_documents, split_documents
-from glassgpt.device import RECIPES, SIZES, Machine, names
+from glassgpt.device import RECIPES, SIZES, Machine, names, take
 from glassgpt.generation import Sampling, stream_text
 from glassgpt.gpt import GPT
 from glassgpt.hub import read_tokenizer
@@ -44,7 +44,7 @@ Size = Literal[tuple(SIZES)]
 
 @dataclass
 class Choices:
-    """What `make_plan` and `start_run` take beside the fields of configurations.
+    """What `make_plan` takes beside the fields of configurations.
 
     Book: 23_command_line.html#given-or-not-given
     """
@@ -52,11 +52,9 @@ class Choices:
     size: Size | None = None  # layers/heads/width: 4/4/128, 6/6/384, then GPT-2's
     recipe: Literal[tuple(RECIPES)] = "gpt2"  # gpt2: what others can read, too
     optimizer: Literal["adamw", "muon"] | None = None  # default: muon for short runs
-    checkpoint_every: int = 250  # steps from one checkpoint to the next
-    keep: int = 2  # how many checkpoints stay
 
 
-KINDS = (Choices, ModernConfig, MuonConfig, Machine)
+KINDS = (Choices, ModernConfig, MuonConfig, Machine, Saving)
 
 
 def comments(kind: type) -> dict[str, str]:
@@ -299,9 +297,8 @@ class Train(Text):
         refuse_occupied(out)
         if os.path.lexists(out) and not out.is_dir():  # a file, or a link to nothing
             raise FileExistsError(f"{out} is no folder: choose another --out")
-        values, how = dict(self.settings), telling(self.shard)
-        saving = {k: values.pop(k, getattr(Choices, k)) for k in names(Saving)}
-        Saving(**saving)  # refuses what is wrong, before any work
+        saving = take(Saving, self.settings)  # refuses what is wrong, before any work
+        values = {k: v for k, v in self.settings.items() if k not in names(Saving)}
         model, tokenizer, place = None, self.ready_tokenizer(), self.tokens
         new, killed = out / "data", self.resume and began(out) == asked
         if killed and not place:  # that start had got so far
@@ -324,7 +321,7 @@ class Train(Text):
             print(plan.describe(), flush=True)
             out.mkdir(parents=True, exist_ok=True)
             write_file(out / ".command.json", json.dumps(asked).encode())
-            how |= saving
+            how = telling(self.shard) | vars(saving)
             return ended(glassgpt.start_run(out, plan, data, tokenizer, model, **how))
         finally:
             if ours and not (out / "run.json").exists():

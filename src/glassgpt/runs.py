@@ -38,13 +38,13 @@ from glassgpt.training import TrainConfig, Trainer, check_fit, train
 
 @dataclass(frozen=True)
 class Saving:
-    """Steps from one checkpoint to the next, and how many stay. Raises ValueError.
+    """When to save, and how much to keep. Raises ValueError for less than 1.
 
     Book: 20_runs_that_survive.html#a-checkpoint
     """
 
-    checkpoint_every: int
-    keep: int
+    checkpoint_every: int = 250  # steps from one checkpoint to the next
+    keep: int = 2  # how many checkpoints stay
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -336,8 +336,8 @@ def start_run(
     data: TokenData,
     tokenizer: Tokenizer,
     model: GPT | None = None,
-    checkpoint_every: int = 250,
-    keep: int = 2,
+    checkpoint_every: int = Saving.checkpoint_every,
+    keep: int = Saving.keep,
     on_record: OnRecord | None = None,
     progress: bool = True,
     make_trainer: MakeTrainer = Plan.trainer,
