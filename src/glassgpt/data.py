@@ -376,22 +376,18 @@ def _new_folder(directory: Path) -> Iterator[Path]:
         raise FileExistsError(f"{directory} exists already: choose another folder")
     beside = directory.with_name(f".{directory.name}.partial")
     beside.mkdir(parents=True, exist_ok=True)
-    lock, folder = FileLock(beside / "lock"), beside / "full"
-    lock.acquire(timeout=0)  # OSError while somebody else writes
-    try:
+    with FileLock(beside / "lock", timeout=0):  # OSError while somebody else writes
+        folder = beside / "full"
         shutil.rmtree(folder, ignore_errors=True)  # its writer was killed
         folder.mkdir()
-        yield folder
-        for path in folder.iterdir():  # the disk has every byte before the name counts
-            with open(path, "rb+") as file:
-                os.fsync(file)
-        folder.rename(directory)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        lock.release()
-        with suppress(OSError):  # somebody else writes there by now
-            (beside / "lock").unlink(missing_ok=True)
-            beside.rmdir()
+        try:
+            yield folder
+            for path in folder.iterdir():  # the disk has all bytes before the name
+                with open(path, "rb+") as file:
+                    os.fsync(file)
+            folder.rename(directory)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
 
 
 # Ids, in parts, each with the number of its characters, None if nobody knows.
