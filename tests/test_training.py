@@ -503,8 +503,6 @@ def test_what_does_not_fit_is_refused():
         trainer(data=TokenData.of(IDS, IDS[:5], 11))
     with pytest.raises(TypeError, match="take what `tokenize` returns"):
         trainer(data="my-tokens")
-    with pytest.raises(TypeError, match="must be a TrainConfig"):
-        trainer(config={"steps": 3})
 
 
 # The checks, with right and wrong answers.

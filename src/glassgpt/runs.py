@@ -356,7 +356,7 @@ def start_run(
     """
     directory, saving = Path(directory), Saving(checkpoint_every, keep)
     refuse_occupied(directory)
-    check_fit(on_paper(plan.model), data, plan.training)  # takes no memory
+    check_fit(on_paper(plan.model), data)  # takes no memory
     if tokenizer.vocab_size != data.vocab_size:
         sizes = f"{data.vocab_size} token ids and the tokenizer {tokenizer.vocab_size}"
         raise ValueError(f"the data has {sizes}: it is not the one that made them")

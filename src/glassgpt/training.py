@@ -158,15 +158,13 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
             part.training = mode
 
 
-def check_fit(model: GPT, data: TokenData, config: TrainConfig) -> None:
+def check_fit(model: GPT, data: TokenData) -> None:
     """Raise TypeError or ValueError for what can't be trained together.
 
     Book: 12_training.html#the-loop
     """
     if not isinstance(data, TokenData):
         raise TypeError("data must be a TokenData: take what `tokenize` returns")
-    if not isinstance(config, TrainConfig):
-        raise TypeError("config must be a TrainConfig")
     matrices = [p for p in model.blocks.parameters() if p.dim() > 1]
     if not matrices or not any(p.requires_grad for p in model.parameters()):
         raise ValueError("this is a model without weights that can be trained")
@@ -196,7 +194,7 @@ class Trainer:
         optimizers: Sequence[Optimizer] | None = None,
         loss: Loss | None = None,
     ):
-        check_fit(model, data, config)
+        check_fit(model, data)
         self.model, self.data, self.config = model, data, config
         self.optimizers = list(optimizers or make_optimizers(model, config))
         self.loss = loss or token_loss(model)
