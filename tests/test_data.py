@@ -599,12 +599,11 @@ def test_data_in_memory():
     assert data.train.characters is data.validation.characters is None
     data.verify()
     for bad in ([3], [-1]):
-        with pytest.raises(ValueError, match="whole numbers .N,. from 0 to 2, not"):
+        with pytest.raises(ValueError, match="whole numbers .N,. from 0 to 2"):
             TokenData.of([0], bad, 3)
-    with pytest.raises(ValueError, match=r"not float64 \(1,\) from 1.7 to 1.7"):
-        TokenData.of([1.7], [0], 3)
-    with pytest.raises(ValueError, match=r"not int64 \(1, 2\) from 0 to 1"):
-        TokenData.of([[0, 1]], [0], 3)
+    for bad in ([1.7], [[0, 1]]):
+        with pytest.raises(ValueError, match="whole numbers .N,. from 0 to 2"):
+            TokenData.of(bad, [0], 3)
     assert len(TokenData.of([0], [], 3).validation) == 0
     with pytest.raises(ValueError, match="in the part for validation, 1 tokens"):
         data.check_context(2)

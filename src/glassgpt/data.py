@@ -287,9 +287,7 @@ def _packed(ids: Ids, vocab_size: int) -> np.ndarray:
     packed = array.astype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
     same = np.array_equal(packed, array)  # whole numbers, and none is negative
     if array.ndim != 1 or not same or packed.max(initial=0) >= vocab_size:
-        found = f"{array.dtype} {array.shape} from {array.min()} to {array.max()}"
-        what = f"whole numbers (N,) from 0 to {vocab_size - 1}"
-        raise ValueError(f"ids must be {what}, not {found}")
+        raise ValueError(f"ids must be whole numbers (N,) from 0 to {vocab_size - 1}")
     return packed
 
 
