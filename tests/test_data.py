@@ -282,12 +282,6 @@ def test_other_collections_hold_out_every_tenth(tmp_path, bpe, count, held_out):
     assert bpe.decode(one.validation.ids) == wanted
 
 
-def test_more_held_out_than_learned_from_is_said(tmp_path, bpe):
-    place = files(tmp_path / "in", "short", "long " * 100)
-    with pytest.warns(UserWarning, match="more is held out.*name a short one last"):
-        tokenize(place, bpe, "out", progress=False)
-
-
 def test_equal_documents_never_stand_on_both_sides():
     documents = [Document("same", "same")] * 12 + [Document("other", "other")] * 12
     sides = {}

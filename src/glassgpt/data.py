@@ -434,8 +434,7 @@ def tokenize(
     """Read, split and encode texts, once, into a folder of ids, and open it.
 
     sources, skip: what `read_documents` takes. A document ends in `<|endoftext|>` where
-    the tokenizer has that token. Warns if more is held out than
-    learned from. Errors: those of `read_documents` and `write_tokens`.
+    the tokenizer has that token. Errors: those of `read_documents` and `write_tokens`.
 
     Book: 11_data.html#tokenizing-once
     """
@@ -453,8 +452,4 @@ def tokenize(
 
     with tqdm(unit=" characters", unit_scale=True, disable=not progress) as bar:
         splits = {split: encoded(split) for split in SPLITS}
-        data = write_tokens(directory, splits, tokenizer)
-    if len(data.validation) > len(data.train):
-        advice = "of few documents the last is held out, so name a short one last"
-        warnings.warn(f"more is held out than learned from: {advice}", stacklevel=2)
-    return data
+        return write_tokens(directory, splits, tokenizer)
