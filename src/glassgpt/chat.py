@@ -154,12 +154,10 @@ def add_roles(model: GPT, tokenizer: Tokenizer) -> tuple[GPT, Tokenizer]:
     due = [END_OF_TEXT, *GLASS.before.values(), GLASS.stop]
     names = dict.fromkeys([*tokenizer.special_tokens, *due])  # each once
     known = tokenizer.vocab_size
-    larger: Tokenizer
     if isinstance(tokenizer, BPETokenizer):
-        larger = BPETokenizer(tokenizer.merges, names)
+        larger: Tokenizer = BPETokenizer(tokenizer.merges, names)
     elif isinstance(tokenizer, CharTokenizer):
-        plain = range(known - len(tokenizer.special_tokens))
-        larger = CharTokenizer((tokenizer.decode([n]) for n in plain), names)
+        larger = CharTokenizer(tokenizer._symbols, names)
     else:
         raise ValueError(f"a {type(tokenizer).__name__} can't gain special tokens")
     model, size = copy.deepcopy(model), max(larger.vocab_size, model.config.vocab_size)
