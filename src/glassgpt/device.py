@@ -131,8 +131,7 @@ def short_attention(
 
     Book: 15_full_gpt.html#fused-attention
     """
-    same = mask is None and queries.shape == keys.shape
-    if not same or not torch.is_grad_enabled():
+    if mask is not None or queries.shape != keys.shape or not torch.is_grad_enabled():
         return fused_attention(queries, keys, values, mask, dropout)
     T, D = queries.shape[-2:]
     # -inf above the diagonal: adding it is cheaper than filling every head's scores in.
