@@ -14,8 +14,6 @@ from matplotlib.colors import to_rgb
 from glassgpt import figures
 from glassgpt.figures import (
     PALETTE,
-    Markup,
-    MovingFigure,
     Picture,
     bars,
     book_map,
@@ -109,7 +107,7 @@ def test_figure_leaves_the_settings_of_matplotlib_alone():
 def cell_texts(matrix, **options):
     fig, ax = figure()
     heatmap(ax, matrix, **options)
-    return re.findall(r">([^<>]+)</text>", show(fig, "a grid").drawing)
+    return re.findall(r">([^<>]+)</text>", show(fig, "a grid").content)
 
 
 def test_heatmap_prints_every_number_row_by_row():
@@ -203,7 +201,7 @@ def test_bars_say_what_is_wrong(values, message):
 def test_slider_draws_one_frame_for_each_value_and_shows_the_start():
     figure_ = moving(start=1)
     page = figure_._repr_html_()
-    assert isinstance(figure_, MovingFigure)
+    assert isinstance(figure_, Picture)
     frames = re.findall(
         r'<div class="glass-frame([^"]*)" data-value="(\w+)"( hidden)?>', page
     )
@@ -288,7 +286,7 @@ def test_a_live_figure_offers_its_still_and_its_widget():
 
 def test_a_live_figure_without_ipywidgets_is_its_still(monkeypatch):
     monkeypatch.setitem(sys.modules, "ipywidgets", None)
-    assert isinstance(live(drawn, told_live), Markup)
+    assert isinstance(live(drawn, told_live), Picture)
     still = moving()
     assert live(drawn, told_live, still) is still
 
@@ -356,8 +354,8 @@ def test_without_scripts_the_start_stands_still(browser):
 def test_the_line_about_trust_stands_once_and_shows_where_tags_are_stripped(browser):
     page, _ = two_sliders(browser)
     assert "Trust Notebook" not in page.locator("body").inner_text()
-    words = Markup("<p>x</p>", "words")
-    outer = Markup(words._repr_html_(), "around")
+    words = show("<p>x</p>", "words")
+    outer = live_model("next", "O", still=words)
     for picture in (moving(), show(line(), "a line"), words, outer):
         stripped = re.sub(r"</?template>| hidden", "", picture._repr_html_())
         page.set_content(stripped)
@@ -382,7 +380,7 @@ def told(number):
 
 
 def test_tokens_stand_in_boxes_and_are_escaped():
-    page = Markup(told(3), "four tokens")._repr_html_()
+    page = show(told(3), "four tokens")._repr_html_()
     assert re.findall(r"<i[^>]*>(.*?)</i>", page) == ["a", "&lt;b&gt;", "\u21b5", "c"]
     assert page.count("<br>") == 1
     assert page.count('<i class="glass-new"') == 1
@@ -409,7 +407,7 @@ def test_a_figure_of_text_moves_and_carries_its_style_once():
 
 
 def test_a_live_model_holds_its_still_and_escapes_its_prompt():
-    page = live_model("next", 'a "b"', still=Markup("<p>x</p>", "x"))._repr_html_()
+    page = live_model("next", 'a "b"', still=show("<p>x</p>", "x"))._repr_html_()
     assert '<glass-gpt show="next" prompt="a &quot;b&quot;" temperature="0.8">' in page
     assert "<p>x</p>" in page
 

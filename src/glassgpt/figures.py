@@ -68,35 +68,22 @@ _UNTRUSTED = (
 
 @dataclass(frozen=True, repr=False)
 class Picture:
-    """A drawing with alternative text, as the last line of a cell shows it.
+    """HTML with alternative text, as the last line of a cell shows it.
 
-    `drawing` is the inside of an SVG, `width` and `height` are its size in points, and
-    `alt` says in words what it shows.
+    `alt` says in words what it shows. `frames` are the pictures behind a slider.
 
     Book: a1_figures.html#from-figure-to-page
     """
 
-    drawing: str
-    width: float
-    height: float
+    content: str
     alt: str
+    frames: tuple[Any, ...] = ()
 
     def __repr__(self) -> str:
         return self.alt
 
     def _repr_html_(self) -> str:
-        low, high = 0.9 * self.width, 1.4 * self.width
-        return (
-            f'{_UNTRUSTED}<div class="glass-figure"'
-            ' style="overflow-x:auto;break-inside:avoid;font-size:0">'
-            '<svg xmlns="http://www.w3.org/2000/svg" role="img"'
-            f' aria-label="{html.escape(self.alt)}"'
-            f' viewBox="0 0 {self.width:g} {self.height:g}"'
-            ' style="display:block;margin:0 auto;height:auto;width:100%;'
-            f"min-width:{low:.0f}px;max-width:{high:.0f}px;"
-            'fill:currentColor;stroke-linejoin:round">'
-            f"{self.drawing}</svg></div>"
-        )
+        return self.content
 
 
 def _tidy_tag(match: re.Match) -> str:
@@ -126,7 +113,7 @@ def _tidy(svg: str, salt: str) -> str:
     return svg
 
 
-def show(drawn: Figure | str, alt: str, salt: str = "") -> Any:
+def show(drawn: Figure | str, alt: str, salt: str = "") -> Picture:
     """Turn a figure, or HTML, into a picture for the last line of a cell.
 
     `alt` says in words what the picture shows. `salt` makes equal figures differ in the
@@ -137,13 +124,23 @@ def show(drawn: Figure | str, alt: str, salt: str = "") -> Any:
     if not alt.strip():
         raise ValueError("a picture needs alternative text: say in words what it shows")
     if isinstance(drawn, str):
-        return Markup(drawn, alt)
+        return _described(drawn, alt, role="img")
     file = io.StringIO()
     # With a fixed salt and no date, the same code gives the same text.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "glassgpt"}):
         drawn.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     width, height = (round(72 * inches, 2) for inches in drawn.get_size_inches())
-    return Picture(_tidy(file.getvalue(), salt), width, height, alt)
+    page = (
+        f'{_UNTRUSTED}<div class="glass-figure"'
+        ' style="overflow-x:auto;break-inside:avoid;font-size:0">'
+        '<svg xmlns="http://www.w3.org/2000/svg" role="img"'
+        f' aria-label="{html.escape(alt)}" viewBox="0 0 {width:g} {height:g}"'
+        ' style="display:block;margin:0 auto;height:auto;width:100%;'
+        f"min-width:{0.9 * width:.0f}px;max-width:{1.4 * width:.0f}px;"
+        'fill:currentColor;stroke-linejoin:round">'
+        f"{_tidy(file.getvalue(), salt)}</svg></div>"
+    )
+    return Picture(page, alt)
 
 
 def heatmap(
@@ -276,27 +273,9 @@ def bars(
     ax.spines[:].set_visible(False)
 
 
-@dataclass(frozen=True, repr=False)
-class Markup:
-    """A picture made of HTML, with alternative text, as the last line of a cell.
-
-    `role` is how a screen reader takes it: "img" reads `alt` only, "navigation" reads
-    the links inside.
-
-    Book: a1_figures.html#pictures-made-of-text
-    """
-
-    content: str
-    alt: str
-    role: str = "img"
-
-    def __repr__(self) -> str:
-        return self.alt
-
-    def _repr_html_(self) -> str:
-        label = html.escape(self.alt)
-        opened = f'{_UNTRUSTED}<div role="{self.role}" aria-label="{label}">'
-        return opened + self.content.replace(_UNTRUSTED, "") + "</div>"
+def _described(content: str, alt: str, role: str) -> Picture:
+    opened = f'{_UNTRUSTED}<div role="{role}" aria-label="{html.escape(alt)}">'
+    return Picture(f"{opened}{content}</div>", alt)
 
 
 _TOKEN_STYLE = """<style>
@@ -427,45 +406,6 @@ def _control(label: str, value: Any, start: int, last: int, play: float) -> str:
     )
 
 
-@dataclass(frozen=True, repr=False)
-class MovingFigure:
-    """Pictures drawn ahead, one for each value of a slider; `slider` makes it.
-
-    As the last line of a cell it shows the frame `start` and a range input that works
-    by mouse, touch and keyboard, without a kernel. In print it shows the frame `start`.
-
-    Book: a1_figures.html#a-figure-that-moves
-    """
-
-    values: tuple
-    label: str
-    start: int
-    frames: tuple[Any, ...]
-    play: float = 0
-
-    def __repr__(self) -> str:
-        first, count = self.frames[self.start].alt, len(self.frames)
-        return f"{first} ({count} frames by {self.label})"
-
-    def _repr_html_(self) -> str:
-        name, value = _name(self.label), self.values[self.start]
-        group = f'<div class="glass-moving" role="group" aria-label="{name}">'
-        body = ""
-        for number, picture in enumerate(self.frames):
-            first = " glass-start" if number == self.start else ""
-            hidden = "" if first else " hidden"
-            given = f'data-value="{_name(self.values[number])}"{hidden}'
-            inside = picture._repr_html_()
-            body += f'<div class="glass-frame{first}" {given}>{inside}</div>'
-        last = len(self.frames) - 1
-        control = _control(self.label, value, self.start, last, self.play)
-        for once in (_TOKEN_STYLE, _UNTRUSTED):  # is enough for all frames
-            if once in body:
-                body = once + body.replace(once, "")
-        style = f"{_MOVING_STYLE}{_STILL_STYLE}\n</style>"
-        return style + group + body + control + "</div>"
-
-
 def slider(
     draw: Callable[[Any], Any],
     values: Sequence,
@@ -473,21 +413,30 @@ def slider(
     alt: Callable[[Any], str],
     start: int = 0,
     play: float = 0,
-) -> MovingFigure:
+) -> Picture:
     """Draw a figure for each value ahead, and show them behind a slider.
 
     `draw(value)` returns a figure or HTML that `alt(value)` is to describe, `label`
-    names the slider, and `start` is the index of the frame shown first. With `play`, a
-    button moves the slider every so many seconds.
+    names the slider, and `start` is the index of the frame shown first, and in print.
+    With `play`, a button moves the slider every so many seconds.
 
     Book: a1_figures.html#a-figure-that-moves
     """
-    values = tuple(values)
-    frames = tuple(
-        show(draw(value), alt(value), salt=f"{label} {number}")
-        for number, value in enumerate(values)
-    )
-    return MovingFigure(values, label, start, frames, play)
+    values, frames, body = list(values), [], ""
+    for number, value in enumerate(values):
+        picture = show(draw(value), alt(value), salt=f"{label} {number}")
+        kind, hidden = (" glass-start", "") if number == start else ("", " hidden")
+        given = f'data-value="{_name(value)}"{hidden}'
+        body += f'<div class="glass-frame{kind}" {given}>{picture.content}</div>'
+        frames.append(picture)
+    for once in (_TOKEN_STYLE, _UNTRUSTED):  # is enough for all frames
+        if once in body:
+            body = once + body.replace(once, "")
+    group = f'<div class="glass-moving" role="group" aria-label="{_name(label)}">'
+    control = _control(label, values[start], start, len(frames) - 1, play)
+    page = f"{_MOVING_STYLE}{_STILL_STYLE}\n</style>{group}{body}{control}</div>"
+    told = f"{frames[start].alt} ({len(frames)} frames by {label})"
+    return Picture(page, told, tuple(frames))
 
 
 @dataclass(frozen=True, repr=False)
@@ -566,7 +515,7 @@ def live(
 
 def live_model(
     show: str, prompt: str, temperature: float = 0.8, still: Any = None
-) -> Markup:
+) -> Picture:
     """The shipped model, alive in the published page; elsewhere a still stands for it.
 
     show: the panels, such as "tokens next" (chapter 19 has them all). prompt: the text
@@ -576,12 +525,12 @@ def live_model(
     """
     still = still or _next_tokens(prompt, temperature)
     given = f'prompt="{html.escape(prompt)}" temperature="{temperature:g}"'
-    inside = still._repr_html_()
+    inside = still.content.replace(_UNTRUSTED, "")
     element = f'<glass-gpt show="{show}" {given}>{inside}</glass-gpt>'
-    return Markup(element, repr(still), role="group")
+    return _described(element, still.alt, role="group")
 
 
-def _next_tokens(prompt: str, temperature: float) -> Markup:
+def _next_tokens(prompt: str, temperature: float) -> Picture:
     import torch
 
     from glassgpt.checkpoints import load
@@ -594,7 +543,7 @@ def _next_tokens(prompt: str, temperature: float) -> Markup:
     boxes = token_boxes([tokenizer.decode([n]) for n in ids])
     told = ", ".join(f"{text!r} {share:.0%}" for text, share in best)
     alt = f"The tokens of {prompt!r}. The likeliest next ones: {told}."
-    return Markup(boxes + guess_bars(best, limit=best[0][1]), alt)
+    return show(boxes + guess_bars(best, limit=best[0][1]), alt)
 
 
 # The page and the label of every chapter that the map shows.
@@ -645,7 +594,7 @@ transform:translateX(-50%);line-height:13px}
 </style>"""
 
 
-def book_map(here: int) -> Markup:
+def book_map(here: int) -> Picture:
     """The way of a text through the model, chapter by chapter; `here` is marked.
 
     Book: a1_figures.html#the-map-of-the-book
@@ -673,4 +622,4 @@ def book_map(here: int) -> Markup:
         f"You are in {place}."
     )
     content = f'{_MAP_STYLE}<div class="glass-map">{content}</div>'
-    return Markup(content, alt, role="navigation")
+    return _described(content, alt, role="navigation")
