@@ -440,38 +440,27 @@ def slider(
 
 
 @dataclass(frozen=True, repr=False)
-class Live:
-    """A still with controls that draw it again where a kernel runs; `live` makes it.
+class Live(Picture):
+    """A picture with controls that draw it again where a kernel runs; `live` makes it.
 
-    `panel` is the widget that shows in the still's place.
+    `panel` is the widget that shows in its place.
 
     Book: a1_figures.html#where-a-kernel-runs
     """
 
-    still: Any
-    panel: Any
-
-    def __repr__(self) -> str:
-        return repr(self.still)
+    panel: Any = None
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict:
-        return {
-            "text/plain": repr(self),
-            "text/html": self.still._repr_html_(),
-            "application/vnd.jupyter.widget-view+json": {
-                "version_major": 2,
-                "version_minor": 0,
-                "model_id": self.panel.model_id,
-            },
-        }
+        view = {"version_major": 2, "version_minor": 0, "model_id": self.panel.model_id}
+        return {"application/vnd.jupyter.widget-view+json": view}
 
 
 def live(
     draw: Callable[..., Any],
     alt: Callable[..., str],
-    still: Any = None,
+    still: Picture | None = None,
     **controls: Any,
-) -> Any:
+) -> Picture:
     """Draw a figure that has controls where a kernel runs, and stands still elsewhere.
 
     `draw` returns a figure or HTML, and `alt`, with the same arguments, says in words
@@ -483,7 +472,7 @@ def live(
     Book: a1_figures.html#where-a-kernel-runs
     """
 
-    def shown(**values: Any) -> Any:
+    def shown(**values: Any) -> Picture:
         return show(draw(**values), alt(**values), salt="live")
 
     start = {name: p.default for name, p in inspect.signature(draw).parameters.items()}
@@ -510,11 +499,12 @@ def live(
         control.style.description_width = "initial"
         control.layout = {"width": "30em", "max_width": "100%"}
         control.observe(redraw, "value")
-    return Live(still, ipywidgets.VBox([*inputs.values(), picture]))
+    panel = ipywidgets.VBox([*inputs.values(), picture])
+    return Live(still.content, still.alt, still.frames, panel)
 
 
 def live_model(
-    show: str, prompt: str, temperature: float = 0.8, still: Any = None
+    show: str, prompt: str, temperature: float = 0.8, still: Picture | None = None
 ) -> Picture:
     """The shipped model, alive in the published page; elsewhere a still stands for it.
 
