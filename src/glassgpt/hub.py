@@ -80,21 +80,27 @@ class Format:
         return value.T if turned else value
 
 
+_LAYERS = {  # ours, and those of GPT-2, of Llama, and of llama.cpp
+    "tokens": ("transformer.wte", "model.embed_tokens", "token_embd"),
+    "positions": ("transformer.wpe", "", "position_embd"),
+    "attention_norm": ("ln_1", "input_layernorm", "attn_norm"),
+    "attention.qkv": (
+        "attn.c_attn",
+        "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
+        "attn_qkv",
+    ),
+    "attention.projection": ("attn.c_proj", "self_attn.o_proj", "attn_output"),
+    "mlp_norm": ("ln_2", "post_attention_layernorm", "ffn_norm"),
+    "mlp.expand": ("mlp.c_fc", "mlp.gate_proj mlp.up_proj", "ffn_up"),
+    "mlp.projection": ("mlp.c_proj", "mlp.down_proj", "ffn_down"),
+    "norm": ("transformer.ln_f", "model.norm", "output_norm"),
+    "head": ("lm_head", "lm_head", "output"),
+}
+
 GPT2 = Format(
     kind="gpt2",
     block="transformer.h",
-    layers={
-        "tokens": "transformer.wte",
-        "positions": "transformer.wpe",
-        "attention_norm": "ln_1",
-        "attention.qkv": "attn.c_attn",
-        "attention.projection": "attn.c_proj",
-        "mlp_norm": "ln_2",
-        "mlp.expand": "mlp.c_fc",
-        "mlp.projection": "mlp.c_proj",
-        "norm": "transformer.ln_f",
-        "head": "lm_head",
-    },
+    layers={ours: theirs[0] for ours, theirs in _LAYERS.items()},
     keys={
         "vocab_size": "vocab_size",
         "context": "n_positions",
@@ -118,17 +124,7 @@ OURS = Format("glassgpt", "blocks")
 LLAMA = Format(
     kind="llama",
     block="model.layers",
-    layers={
-        "tokens": "model.embed_tokens",
-        "attention_norm": "input_layernorm",
-        "attention.qkv": "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
-        "attention.projection": "self_attn.o_proj",
-        "mlp_norm": "post_attention_layernorm",
-        "mlp.expand": "mlp.gate_proj mlp.up_proj",
-        "mlp.projection": "mlp.down_proj",
-        "norm": "model.norm",
-        "head": "lm_head",
-    },
+    layers={ours: theirs[1] for ours, theirs in _LAYERS.items()},
     keys={
         "vocab_size": "vocab_size",
         "context": "max_position_embeddings",
@@ -439,18 +435,7 @@ def pair_halves(rows: Tensor, head_width: int) -> Tensor:
 GGUF_GPT2 = Format(
     kind="gpt2",
     block="blk",
-    layers={
-        "tokens": "token_embd",
-        "positions": "position_embd",
-        "attention_norm": "attn_norm",
-        "attention.qkv": "attn_qkv",
-        "attention.projection": "attn_output",
-        "mlp_norm": "ffn_norm",
-        "mlp.expand": "ffn_up",
-        "mlp.projection": "ffn_down",
-        "norm": "output_norm",
-        "head": "output",
-    },
+    layers={ours: theirs[2] for ours, theirs in _LAYERS.items()},
     keys={
         "vocab_size": "vocab_size",
         "context": "context_length",
