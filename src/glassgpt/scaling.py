@@ -237,10 +237,9 @@ class _SlicesTrainer(ParallelTrainer):
     def whole_model(self) -> GPT:
         state = self._gather(dict(self.model.named_parameters()))
         model = on_paper(self.model.config)
-        if not self.rank:
-            model.load_state_dict(state, strict=False, assign=True)
-            if model.config.tied:
-                model.head.weight = model.tokens.weight
+        model.load_state_dict(state, strict=False, assign=True)
+        if model.config.tied:
+            model.head.weight = model.tokens.weight
         return model
 
 
