@@ -113,14 +113,13 @@ class Wanted:
 
     def pieces(self) -> Iterator[str]:
         """The text, as it comes."""
-        return until(self._decoded(), self.stops)
+        decoded = codecs.iterdecode(self._bytes(), "utf-8", errors="replace")
+        return until(decoded, self.stops)
 
-    def _decoded(self) -> Iterator[str]:
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    def _bytes(self) -> Iterator[bytes]:
         for step in self.steps:
             self.used += 1
-            yield decoder.decode(self.tokenizer.decode_bytes(step))
-        yield decoder.decode(b"", final=True)
+            yield self.tokenizer.decode_bytes(step)
         if self.used == self.limit:  # and `until` has not stopped before
             self.reason = "length"
 
