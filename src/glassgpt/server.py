@@ -73,10 +73,9 @@ class Wanted:
     def __init__(
         self, body: dict[str, Any], model: GPT, tokenizer: Tokenizer, chat: bool
     ):
-        if not isinstance(body, dict):
-            raise ValueError("a request is a JSON object")
+        body = {key: value for key, value in dict(body).items() if value is not None}
         for key, usual in USUAL.items():
-            if body.get(key) not in (None, usual):
+            if body.get(key, usual) != usual:
                 raise ValueError(f"{key} must be {usual} here: nothing else is done")
         self.in_pieces = bool(body.get("stream"))
         if chat:
@@ -92,19 +91,18 @@ class Wanted:
         room = model.config.context - len(self.ids)
         if room < 1:
             raise ValueError(f"the prompt has {len(self.ids)} tokens: too long")
-        limits = [body.get(key) for key in ("max_completion_tokens", "max_tokens")]
-        asked = next((n for n in limits if n is not None), 512)
+        asked = body.get("max_completion_tokens", body.get("max_tokens", 512))
         if not isinstance(asked, int) or asked < 0:
             raise ValueError(f"max_tokens: a number from 0 up, not {asked!r}")
         self.limit = min(asked, room)
         self.used, self.reason = 0, "stop"  # why the text ended
-        stops = body.get("stop") or []
+        stops = body.get("stop", [])
         stops = [stops] if isinstance(stops, str) else stops
         if not isinstance(stops, list) or not all(isinstance(s, str) for s in stops):
             raise ValueError("stop must be a text, or a list of texts")
         self.stops = [stop for stop in stops if stop]
         names = ("temperature", "top_k", "top_p", "seed")
-        settings = {name: body[name] for name in names if body.get(name) is not None}
+        settings = {name: body[name] for name in names if name in body}
         if settings.get("temperature") == 0:
             settings = {"top_k": 1}
         ends = tokenizer.special_tokens.values()
