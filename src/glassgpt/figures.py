@@ -160,14 +160,11 @@ def heatmap(
     in PALETTE or any color of matplotlib; `limit` is the number that gets the full
     color (default: the largest magnitude). Name the axes of `ax` before, so that the
     numbers are fitted to what is left. Raises ValueError if the matrix does not have
-    two axes or holds NaN, and if the labels do not fit.
+    two axes or holds NaN.
 
     Book: a1_figures.html#the-picture-of-a-matrix
     """
     numbers = _as_array(matrix, 2)
-    for labels, count in zip((rows, columns), numbers.shape, strict=True):
-        if labels is not None and len(labels) != count:
-            raise ValueError(f"{len(labels)} labels for {count} rows or columns")
     _set_up_grid(ax, numbers.shape, rows, columns)
     if title:
         ax.set_title(title, fontsize=11)
