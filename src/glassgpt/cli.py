@@ -163,7 +163,8 @@ class Text:
         if self.tokenizer == "char":
             return CharTokenizer.train(piece for _, d in parts for piece in d.pieces())
         pieces = (p for split, d in parts if split == "train" for p in d.pieces())
-        return BPETokenizer.train(pieces, self.vocab_size or 1024)
+        size = 1024 if self.vocab_size is None else self.vocab_size
+        return BPETokenizer.train(pieces, size)
 
     def encode(self, tokenizer: Tokenizer, folder: str | Path) -> TokenData:
         """The texts in a new folder of token ids."""
