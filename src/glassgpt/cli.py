@@ -475,7 +475,7 @@ class Chat(Model):
                 except ValueError as error:
                     if not by_hand:
                         raise
-                    self.say(str(error))
+                    print(f"({error})", file=sys.stderr)
                     continue
                 if lost := len(asked) - len(kept):
                     print(f"({lost} oldest turns are forgotten)", file=sys.stderr)
@@ -490,8 +490,7 @@ class Chat(Model):
             try:
                 yield input("> ")
             except KeyboardInterrupt:
-                print(file=sys.stderr)
-                self.say("Ctrl-D ends")
+                print("\n(Ctrl-D ends)", file=sys.stderr)
             except EOFError:
                 print()
                 return
