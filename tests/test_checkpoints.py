@@ -494,9 +494,46 @@ def under_one_name(path, content):
     flush(path.parent)
 
 
+def opening(mode, rename, other=lambda path: path.with_name(path.name + "~")):
+    """A write that is right if its mode and its other name are."""
+
+    def write(path, content):
+        partial = other(path)
+        try:
+            with open(partial, mode) as file:
+                file.write(content)
+            flush(partial)
+            rename(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+        flush(path.parent)
+
+    return write
+
+
+def through_os(old, new):
+    os.rename(old, new)
+
+
+def through_replace(old, new):
+    os.replace(old, new)
+
+
+@pytest.mark.parametrize("rename", [Path.rename, through_os, through_replace])
+def test_a_file_may_be_renamed_in_several_ways(rename):
+    checks.check_whole_file(opening("wb", rename))
+
+
 @pytest.mark.parametrize(
     ("write", "error", "message"),
     [
+        (opening("ab", through_os), AssertionError, "what a kill left"),
+        (opening("xb", through_os), AssertionError, "what a kill left"),
+        (
+            opening("wb", through_os, lambda path: path.with_suffix(".partial")),
+            AssertionError,
+            "share one other name",
+        ),
         (in_another_folder, AssertionError, "in another folder"),
         (after_the_old_one_is_gone, AssertionError, "the name belongs to no file"),
         (over_old_files_only, FileNotFoundError, "note.txt"),
@@ -506,6 +543,34 @@ def under_one_name(path, content):
 def test_a_write_at_a_wrong_place_is_caught(write, error, message):
     with pytest.raises(error, match=message):
         checks.check_whole_file(write)
+
+
+def save_and_zero(directory, model, tokenizer):
+    save(directory, model, tokenizer)
+    for parameter in model.parameters():
+        torch.nn.init.zeros_(parameter)
+
+
+def load_with_dropout(share):
+    def wrong(directory):
+        model, tokenizer = load(directory)
+        model.config = replace(model.config, dropout=share)
+        return model, tokenizer
+
+    return wrong
+
+
+@pytest.mark.parametrize(
+    ("pair", "message"),
+    [
+        ((save_and_zero, load), "saving changed the model"),
+        ((save, load_with_dropout(0.0)), "in place of"),
+        ((save, load_with_dropout(0.3)), "in place of"),
+    ],
+)
+def test_a_wrong_round_trip_is_caught(pair, message):
+    with pytest.raises(AssertionError, match=message):
+        checks.check_round_trip(pair)
 
 
 def test_a_file_system_that_flushes_no_folder_is_no_error(tmp_path):

@@ -277,6 +277,8 @@ def looked_up_and_thrown_away(content):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
+        (lambda content: list(only_strings_before(content)), "is no set"),
+        (lambda content: {"builtins.exec"}, "'MODULE exec' is not among"),
         (only_strings_before, "in place of"),
         (only_what_is_inside, "refers to tensors outside"),
         (looked_up_and_thrown_away, "imported, which runs its code"),
@@ -304,6 +306,30 @@ def test_a_state_that_is_taken_out_without_a_copy_is_caught():
 
     with pytest.raises(AssertionError, match="putting the walk away changed it"):
         checks.check_state((put_away_late, take_out))
+
+
+def test_a_state_of_which_there_is_only_one_is_caught():
+    only = {}
+
+    def put_away(walk):
+        deck, dice = list(walk.deck), walk.dice.get_state()
+        only.update(place=walk.place, momentum=walk.momentum, deck=deck, dice=dice)
+
+    def take_out(walk, state):
+        walk.place, walk.momentum, deck, dice = only.values()
+        walk.deck = list(deck)
+        walk.dice.set_state(dice)
+
+    with pytest.raises(AssertionError, match="after 0 steps.* deck|the dice were not"):
+        checks.check_state((put_away, take_out))
+
+
+def test_an_interval_a_little_too_long_is_caught():
+    def interval(cost, mean_time):
+        return math.sqrt(2 * cost * (mean_time + cost))
+
+    with pytest.raises(AssertionError, match="of the time"):
+        checks.check_interval(interval)
 
 
 def test_a_finished_run_resumes_to_itself(run):

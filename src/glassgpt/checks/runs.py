@@ -84,30 +84,37 @@ def check_whole_file(write: Callable[[Path, bytes], Any]) -> None:
     full = OSError(errno.ENOSPC, "No space left on device")
     with TemporaryDirectory() as place:
         partial = []
-        for name in ("list.txt", "note.txt"):
+        for name in ("note.json", "note.txt"):
             path = Path(place, name)
             path.write_bytes(b"old")
             calls = _watched_write(write, path)
             found = path.read_bytes()
             assert found == b"new", "the new content does not stand in the file"
             names = [call for call in calls if isinstance(call, str)]
-            assert names, (
-                "written in place: who is killed in the middle leaves half a file"
-            )
+            assert names, "written in place: a kill in the middle leaves half a file"
             flushed = [call[0] for call in calls[calls.index(names[-1]) + 1 :]]
             partial += names
             assert os.name != "posix" or os.stat(place).st_ino in flushed, (
                 "the folder was not flushed: after a power cut the old name can be back"
             )
         assert len({*partial}) > 1, "two files of a folder share one other name"
-        Path(place, "list.txt").unlink()
+        for name in partial:
+            Path(place, name).write_bytes(b"half of it")
+        path.write_bytes(b"old")
+        with suppress(FileExistsError):
+            write(path, b"new")
+        assert path.read_bytes() == b"new", (
+            "what a kill left under the other name is in the way of the next write"
+        )
+        for name in (*partial, "note.json"):
+            Path(place, name).unlink(missing_ok=True)
         path.unlink()
         write(path, b"new")  # where no file was
         assert path.read_bytes() == b"new", "a file that is new is not written"
-        for call in ("fsync", "replace"):
+        for names in (["fsync"], ["replace", "rename"]):
             path.write_bytes(b"old")
             try:
-                with patch.object(os, call, side_effect=full):
+                with patch.multiple(os, **dict.fromkeys(names, Mock(side_effect=full))):
                     write(path, b"new")
             except OSError:
                 pass
@@ -131,7 +138,8 @@ def check_round_trip(pair: tuple[Callable[..., Any], Callable[..., Any]]) -> Non
     for tied in (True, False):
         with torch.random.fork_rng([]), TemporaryDirectory() as place:
             torch.manual_seed(0)
-            model = GPT(GPTConfig(5, 8, layers=1, heads=2, width=4, tied=tied)).eval()
+            config = GPTConfig(5, 8, 1, heads=2, width=4, dropout=0.1, tied=tied)
+            model = GPT(config).eval()
             for parameter in model.parameters():
                 nn.init.normal_(parameter)
             wanted = model(ids)
@@ -142,12 +150,14 @@ def check_round_trip(pair: tuple[Callable[..., Any], Callable[..., Any]]) -> Non
                 "random numbers were drawn: a model that is loaded needs no start"
             )
             assert not again.training, "dropout is on: call eval()"
+            assert again.config == config, f"{again.config} in place of {config}"
             assert (again.head.weight is again.tokens.weight) == tied, (
                 "table and head have to share one tensor, or not, as before"
             )
             gap = (again(ids) - wanted).abs().max()
             assert gap < 0.1, "another function: a matrix was not transposed back?"
             assert gap == 0, f"logits differ by {gap:.1g}: something was rounded"
+            assert torch.equal(model(ids), wanted), "saving changed the model"
             assert same_tokenizer.encode("edcba") == [4, 3, 2, 1, 0], "other tokens"
 
 
@@ -284,7 +294,8 @@ def check_interval(interval: Callable[[float, float], float]) -> None:
 
     Book: 20_runs_that_survive.html#exercise-1-how-often
     """
-    for cost, mean_time in ((2.0, 86_400.0), (30.0, 3_600.0), (0.5, 10_000.0)):
+    cases = ((2.0, 86_400.0), (30.0, 3_600.0), (0.5, 10_000.0), (300.0, 3_600.0))
+    for cost, mean_time in cases:
         found = interval(cost, mean_time)
         assert found is not None, "nothing came back"
         due = math.sqrt(2 * cost * mean_time)
@@ -338,6 +349,7 @@ def check_state(pair: tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]) ->
         due = [getattr(whole, name) for name in names]
         due[2], dice = list(due[2]), whole.dice.get_state()
         state = state_of(whole)
+        state_of(Walk(seed=3))  # another's state must not take its place
         after = [getattr(whole, name) for name in names]
         assert after == due, "putting the walk away changed it: only look"
         same = torch.equal(whole.dice.get_state(), dice)
@@ -352,7 +364,9 @@ def check_state(pair: tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]) ->
                     f"after {steps} steps, taken out for the {time} time: {name} is "
                     f"{found}, not {value}"
                 )
-            assert torch.equal(other.dice.get_state(), dice), "the dice lie otherwise"
+            assert torch.equal(other.dice.get_state(), dice), (
+                "the dice were not put back: their next draws differ"
+            )
             for _ in range(6):
                 other.step()
             assert other.place == whole.place, "it went another way"
@@ -382,8 +396,9 @@ def check_names(names_in: Callable[[bytes], set[str]]) -> None:
         found = names_in(pickle.dumps(Bomb(), protocol))
         run = vars(glassgpt).pop("bomb", False)
         assert not run, "the pickle was run: look up nothing that it names"
+        assert isinstance(found, (set, frozenset)), f"{found} is no set"
         assert any(name.endswith(" exec") for name in found), (
-            f"protocol {protocol}: the call of exec was overlooked"
+            f"protocol {protocol}: 'MODULE exec' is not among {found}"
         )
         found = names_in(pickle.dumps(plain, protocol))
         assert found == set(), (
