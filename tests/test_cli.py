@@ -17,17 +17,19 @@ import signal
 import subprocess
 import sys
 import traceback
-from dataclasses import fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import TypedDict
 from unittest.mock import patch
 
 import address
 import nbformat
 import pytest
 import torch
+import tyro
 
 import glassgpt
-from glassgpt import GPT, GPTConfig, TokenData, cli, generate, load, render
+from glassgpt import GPT, GPTConfig, TokenData, TrainConfig, cli, generate, load, render
 from glassgpt.checkpoints import save
 from glassgpt.checks.cli import check_mistakes
 from glassgpt.cli import comments, main
@@ -341,19 +343,26 @@ def prints_usage(words):
     return code
 
 
-def hides_runtime_errors(words):
-    try:
-        return main(words)
-    except RuntimeError as error:
-        print(f"glassgpt: {error}", file=sys.stderr)
-        return 2
+def hides(kind):
+    def wrong(words):
+        try:
+            return main(words)
+        except kind as error:
+            print(f"glassgpt: {error}", file=sys.stderr)
+            return 2
+
+    return wrong
+
+
+HIDDEN = [RuntimeError, TypeError, AttributeError, IndexError, ZeroDivisionError]
+HIDDEN += [AssertionError]
 
 
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
         (prints_usage, "printed 'usage: .*' as a result"),
-        (hides_runtime_errors, "a fault, a RuntimeError, was hidden"),
+        *((hides(k), f"a fault, a {k.__name__}, was hidden") for k in HIDDEN),
         (takes_any_raise_for_ours, "a fault, a ValueError, was hidden"),
         (chatters, "more than a sentence"),
         (echoes, "did not say what was wrong"),
@@ -852,6 +861,84 @@ def test_the_programs_of_the_readme_run(made, tmp_path, monkeypatch, capsys):
     assert tokenizer.decode(answer[len(ids) :]) == "A small GPT."
 
 
+def check_in(cell):
+    """The check of an exercise, which stands in its chapter alone."""
+    cells = nbformat.read(ROOT / "book/23_command_line.ipynb", 4).cells
+    (source,) = (c.source for c in cells if c.id == cell)
+    return source.partition("grade(")[0]
+
+
+def given_in(config, words):
+    types = {each.name: each.type for each in fields(config)}
+    return tyro.cli(TypedDict("Given", types, total=False), args=words)
+
+
+def change(config, words):
+    """A solution of exercise 1; the wrong ones below break one rule each."""
+    return replace(config, **given_in(config, words))
+
+
+def change_by_default(config, words):
+    return tyro.cli(type(config), args=words, default=config)
+
+
+def defaults_for_the_rest(config, words):
+    return tyro.cli(type(config), args=words)
+
+
+def what_differs_from_the_defaults(config, words):
+    found, usual = tyro.cli(type(config), args=words), vars(type(config)())
+    return replace(config, **{k: v for k, v in vars(found).items() if v != usual[k]})
+
+
+def what_is_true(config, words):
+    found = given_in(config, words)
+    return replace(config, **{k: v for k, v in found.items() if v})
+
+
+def what_is_something(config, words):
+    found = given_in(config, words)
+    return replace(config, **{k: v for k, v in found.items() if v is not None})
+
+
+def in_place(config, words):
+    vars(config).update(given_in(config, words))
+    return config
+
+
+def as_a_dict(config, words):
+    return vars(config) | given_in(config, words)
+
+
+def of_one_class(config, words):
+    return replace(config, **given_in(TrainConfig(), words))
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (change, None),
+        (change_by_default, None),
+        (defaults_for_the_rest, "to is 'Ada', though nobody gave it"),
+        (what_differs_from_the_defaults, "to is 'Ben', but 'Ada' was given"),
+        (what_is_true, "to is 'Ben', but '' was given"),
+        (what_is_something, "weight is 0.5, but None was given"),
+        (in_place, "changed the object itself"),
+        (as_a_dict, "is no Letter"),
+        (of_one_class, "was refused"),
+        (lambda config, words: config, "pages is 3, but 5 was given"),
+    ],
+)
+def test_the_check_of_exercise_1(answer, said):
+    space = {name: globals()[name] for name in ("io", "contextlib", "shlex", "replace")}
+    space |= {"dataclass": dataclass, "TrainConfig": TrainConfig}
+    exec(check_in("exercise-change-check"), space)
+    if said is None:
+        return space["check_change"](answer)
+    with pytest.raises(AssertionError, match=said):
+        space["check_change"](answer)
+
+
 def count(words):
     """The solution of exercise 2; the wrong ones below break one rule each."""
     if len(words) != 1:
@@ -935,15 +1022,17 @@ def count_by_argparse(words):
         (count_what_exists, r"`count \.` ended in (IsADirectory|Permission)Error"),
         (count_nothing, "seven.txt` left with exit code 2"),
         (count_catching(OSError, ValueError), "a ValueError inside, was hidden"),
+        (
+            count_catching(OSError, UnicodeDecodeError, TypeError, AttributeError),
+            "a TypeError inside, was hidden",
+        ),
         (count_catching(OSError, UnicodeDecodeError), None),
         (lambda words: count_by_argparse(words) or 0, None),
     ],
 )
 def test_the_check_of_exercise_2(tmp_path, answer, said):
-    cells = nbformat.read(ROOT / "book/23_command_line.ipynb", 4).cells
-    (source,) = (c.source for c in cells if c.id == "exercise-main-check")
     space = {"folder": tmp_path, "io": io, "contextlib": contextlib, "patch": patch}
-    exec(source.partition("grade(")[0], space)
+    exec(check_in("exercise-main-check"), space)
     with contextlib.chdir(tmp_path):
         if said is None:
             return space["check_count_main"](answer)

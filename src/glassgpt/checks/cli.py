@@ -75,7 +75,9 @@ def check_mistakes(main: Callable[[list[str]], int]) -> None:
         def unread(*_: object) -> None:
             json.loads("")  # a ValueError that another library raises
 
-        for fault in (KeyError("ours"), RuntimeError("ours"), stumble, unread):
+        kinds = (KeyError, RuntimeError, TypeError, AttributeError, IndexError)
+        kinds += (ZeroDivisionError, AssertionError)
+        for fault in (*(kind("ours") for kind in kinds), stumble, unread):
             came = None
             with patch.object(CharTokenizer, "train", side_effect=fault):
                 try:
