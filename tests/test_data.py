@@ -410,6 +410,23 @@ def test_a_full_disk_leaves_nothing(tmp_path, bpe):
     assert not list(tmp_path.iterdir())
 
 
+def test_every_byte_is_on_the_disk_before_the_folder_has_its_name(bpe, monkeypatch):
+    """A power cut must not leave a tokens.json that names data that are gone."""
+    flushed = {}
+
+    def fsync(file):
+        assert not Path("out").exists()
+        status = os.fstat(file if isinstance(file, int) else file.fileno())
+        flushed[status.st_ino] = status.st_size
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_tokens("out", dict.fromkeys(module.SPLITS, parts([1, 2])), bpe)
+    found = {path: path.stat() for path in Path("out").iterdir()}
+    assert len(found) == 4
+    for path, status in found.items():
+        assert flushed.get(status.st_ino) == status.st_size, path
+
+
 def test_memory_stays_bounded(monkeypatch):
     """Learning the characters and encoding; to hold the text would take 4 MB."""
     monkeypatch.setattr(module, "PIECE", 1 << 14)

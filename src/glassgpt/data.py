@@ -372,6 +372,9 @@ def _new_folder(directory: Path) -> Iterator[Path]:
         folder.mkdir()
         try:
             yield folder
+            for path in folder.iterdir():  # the disk has all bytes before the name
+                with open(path, "rb+") as file:
+                    os.fsync(file)
             folder.rename(directory)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
