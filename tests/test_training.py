@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+import threading
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -247,6 +248,17 @@ def test_seed_and_step_decide_what_is_drawn():
     model = gpt()
     run(model, replace(CONFIG, evaluate_every=12, evaluation_crops=1), loss=dropping)
     assert len(set(drawn)) == len(drawn)  # each step drops other numbers
+
+
+def test_threads_that_train_at_once_do_not_disturb_each_other():
+    alone = weights(run(gpt(replace(SHAPE, dropout=0.5))))
+    models = [gpt(replace(SHAPE, dropout=0.5)) for _ in range(3)]
+    threads = [threading.Thread(target=run, args=(model,)) for model in models]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(weights(model), alone) for model in models)
 
 
 @pytest.mark.parametrize("cut", [4, 6])  # at a record and between two

@@ -2,6 +2,7 @@
 """Training: a loss, an optimizer, a schedule, and the loop."""
 
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -296,6 +297,9 @@ class Trainer:
         self.records, self.recent = list(state["records"]), list(state["recent"])
 
 
+_one_at_a_time = threading.RLock()  # all threads share PyTorch's random numbers
+
+
 @contextmanager
 def random_numbers(seed: Sequence[int], device: torch.device) -> Iterator[None]:
     """Let a seed alone decide what is drawn; the caller's random numbers stay.
@@ -303,7 +307,7 @@ def random_numbers(seed: Sequence[int], device: torch.device) -> Iterator[None]:
     Book: 12_training.html#the-loop
     """
     devices = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(devices, device_type=device.type):
+    with _one_at_a_time, torch.random.fork_rng(devices, device_type=device.type):
         # On a CPU `torch.manual_seed` would look for every kind of GPU, at each step.
         source = torch if devices else torch.default_generator
         source.manual_seed(int(np.random.default_rng(seed).integers(1 << 63)))
