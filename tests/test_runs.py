@@ -746,11 +746,14 @@ def test_a_run_of_another_machine(tmp_path, whole):
     content = json.loads((tmp_path / "cut" / "run.json").read_text())
     content["machine"] |= {"device": "cuda", "precision": "bfloat16"}
     (tmp_path / "cut" / "run.json").write_text(json.dumps(content))
-    lines, here = [], {"device": "cpu", "precision": "float32"}
-    with patch.object(runs, "pick_device", only_a_cpu):
+    lines = []
+    with (
+        patch.object(runs, "pick_device", only_a_cpu),
+        patch.object(runs, "pick_precision", lambda device: "float32"),
+    ):
         with pytest.raises(ValueError, match="no cuda here"):
-            resume(tmp_path / "cut")
-        resumed = resume(tmp_path / "cut", say=lines.append, **here)
+            resume(tmp_path / "cut", device="cuda")
+        resumed = resume(tmp_path / "cut", say=lines.append)
     assert lines == [
         "going on from checkpoint-00000005; device cpu (was cuda); "
         "precision float32 (was bfloat16)"

@@ -29,7 +29,7 @@ from glassgpt.checkpoints import (
     write_tensors,
 )
 from glassgpt.data import SPLITS, TokenData, _hash_of, write_tokens
-from glassgpt.device import Machine, Plan, on_paper, pick_device, take
+from glassgpt.device import Machine, Plan, on_paper, pick_device, pick_precision, take
 from glassgpt.gpt import GPT
 from glassgpt.modern import MuonConfig
 from glassgpt.tokens import Tokenizer
@@ -225,11 +225,21 @@ CHANGEABLE |= {"evaluate_every", "checkpoint_every", "keep", *vars(Machine())}
 
 
 def _changed(before: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Other settings. Raises ValueError for a change of what must stay."""
+    """Other settings, also where the device of before does not exist here.
+
+    Raises ValueError for a change of what must stay.
+    """
     if kept := sorted(changes.keys() - (CHANGEABLE & before.keys())):
         raise ValueError(f"a resumed run keeps its {', '.join(kept)}")
-    now = {**before, **changes}
-    return {**now, "device": str(pick_device(now["device"]))}  # refuses what isn't here
+    asked = changes.get("device")
+    try:
+        device = pick_device(asked or before["device"])
+    except ValueError:
+        device = pick_device(asked)  # the best one here, if none was asked for
+    now = {**before, **changes, "device": str(device)}
+    if "precision" not in changes and not before["device"].startswith(device.type):
+        now["precision"] = pick_precision(device)
+    return now
 
 
 def _write_run(run: Run, data: TokenData) -> None:
