@@ -71,8 +71,7 @@ def measure_flops(device: torch.device, dtype: torch.dtype) -> float:
 def pick_precision(device: torch.device) -> str:
     """The precision in which a device multiplies matrices best.
 
-    A GPU says it by its compute capability: 16 bits where it has tensor cores. A CPU
-    is measured.
+    A GPU says it by its compute capability: 16 bits from 7.0 on. A CPU is measured.
 
     Book: 15_full_gpt.html#what-the-machine-can-do
     """
@@ -221,7 +220,7 @@ def make_loss(model: GPT, machine: Machine) -> Loss:
     whole = compiled(plain, machine) if machine.compile == "all" else plain
 
     def loss(ids: Tensor, targets: Tensor) -> Tensor:
-        # From pinned memory a GPU fetches the batch while it computes.
+        # Pinned memory never moves, so a GPU can fetch from it while it computes.
         batch = (x.pin_memory() if cuda else x for x in (ids, targets))
         ids, targets = (x.to(device, non_blocking=cuda) for x in batch)
         # A compiled program would calculate the rotary tables in every kernel.
