@@ -301,8 +301,10 @@ def test_a_precision_without_units_is_given_up_after_small_products(monkeypatch)
 
 def test_a_start_measures_each_precision_once():
     measure_flops.cache_clear()
+    before = torch.get_rng_state()
     for _ in range(2):  # the command plans before it reads the text, and after
         make_plan(80, device="cpu")
+    assert torch.equal(torch.get_rng_state(), before)  # a run's own draws are left
     assert measure_flops.cache_info().misses == 2
     make_plan(90, device="cpu", precision="float32")
     assert measure_flops.cache_info().misses == 2

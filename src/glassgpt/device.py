@@ -54,13 +54,16 @@ def measure_flops(device: torch.device, dtype: torch.dtype) -> float:
     Book: 15_full_gpt.html#what-the-machine-can-do
     """
     rows, width = (8192, 4096) if device.type == "cuda" else (2048, 512)
-    weights = torch.ones(width, 4 * width, dtype=dtype, device=device)
+    # Not ones, which a GPU may multiply faster. The run's own draws stay as they are.
+    own = torch.Generator(device)
+    draw = partial(torch.randn, generator=own, dtype=dtype, device=device)
+    weights = draw(width, 4 * width)
     best = 0.0
     for part in (32, 256, rows):
         flops = 8 * part * width * width
         if best and 4 * flops / best > 0.4:
             break
-        x = torch.ones(part, width, dtype=dtype, device=device)
+        x = draw(part, width)
         for _ in range(4):
             began = time.perf_counter()
             (x @ weights)[0, 0].item()  # reading a number waits for the device
