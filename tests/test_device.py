@@ -22,11 +22,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from glassgpt import device as module
 from glassgpt.checks.device import (
-    check_days,
     check_fit_memory,
     check_padded_logits,
     check_rounding,
     check_scale,
+    check_step_memory,
 )
 from glassgpt.data import TokenData
 from glassgpt.device import (
@@ -185,6 +185,12 @@ def padded(value, multiple):
     return logits
 
 
+def bytes_of_a_step(each, kept=36, each_logit=12):
+    return lambda N, tokens, C, layers, V: (
+        each * N + tokens * (kept * C * layers + each_logit * V)
+    )
+
+
 @pytest.mark.parametrize(
     ("check", "wrong", "message"),
     [
@@ -203,9 +209,27 @@ def padded(value, multiple):
         (check_fit_memory, minding("recompute"), "only the rest may change"),
         (check_fit_memory, another_rate, "only accumulate may change"),
         (check_fit_memory, always_doubling, "split into too many parts"),
-        (check_days, lambda N, t, p, u: 6 * N * t / p / 86_400, "missing"),
-        (check_days, lambda N, t, p, u: 6 * N * t / (u * p), "seconds"),
-        (check_days, lambda N, t, p, u: 120 * N * N / (u * p) / 86_400, "days, not"),
+        (check_step_memory, bytes_of_a_step(16), "a copy of 16 bits"),
+        (check_step_memory, bytes_of_a_step(10), "two means"),
+        (check_step_memory, bytes_of_a_step(18, kept=64), "in float32"),
+        (check_step_memory, bytes_of_a_step(18, each_logit=4), "three times"),
+        (check_step_memory, bytes_of_a_step(18, each_logit=0), "are missing"),
+        (check_step_memory, bytes_of_a_step(18, kept=34), "bytes for"),
+        (
+            check_step_memory,
+            lambda N, t, C, L, V: 18 * N + t * L * (36 * C + 12 * V),
+            "logits come once",
+        ),
+        (
+            check_step_memory,
+            lambda N, tokens, *more: bytes_of_a_step(18)(N, 1, *more),
+            "one token's",
+        ),
+        (
+            check_step_memory,
+            lambda N, t, C, L, V: t * (18 * N + 36 * C * L + 12 * V),
+            "don't grow",
+        ),
         (check_scale, lambda scale, streak, finite: (scale, streak + 1), "halves"),
         (
             check_scale,

@@ -43,11 +43,11 @@ from glassgpt.checks.data import (
     check_split,
 )
 from glassgpt.checks.device import (
-    check_days,
     check_fit_memory,
     check_padded_logits,
     check_rounding,
     check_scale,
+    check_step_memory,
 )
 from glassgpt.checks.embeddings import (
     check_analogy,
@@ -225,7 +225,6 @@ __all__ = [
     "check_cosine_similarity",
     "check_cross_entropy",
     "check_cross_entropy_gradient",
-    "check_days",
     "check_each_alone",
     "check_early_logits",
     "check_embedding",
@@ -313,6 +312,7 @@ __all__ = [
     "check_split_words",
     "check_state",
     "check_state_dict",
+    "check_step_memory",
     "check_stop",
     "check_stop_learned",
     "check_stream",

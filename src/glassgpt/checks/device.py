@@ -86,29 +86,32 @@ def check_fit_memory(fit: Callable[[Plan, int, set[str]], Plan]) -> None:
         assert found == wanted, f"with {given} given, only the rest may change"
 
 
-def check_days(days: Callable[[float, float, float, float], float]) -> None:
-    """The days that training takes on a card of which a share is used.
+def check_step_memory(memory: Callable[[int, int, int, int, int], float]) -> None:
+    """Bytes of weights, gradients, means and activations in mixed precision.
 
-    days: called as days(N, tokens, peak, utilization).
+    memory: called as memory(N, tokens, C, layers, V).
 
     Book: 15_full_gpt.html#a-vocabulary-that-suits-the-units
     """
-    cases = ((1e9, 2e10, 1e15, 0.25), (3e8, 1e9, 2e14, 0.4))
-    for N, tokens, peak, utilization in cases:
-        wanted = 6 * N * tokens / (utilization * peak) / 86_400
-        found = days(N, tokens, peak, utilization)
+    for case in ((1_000_000, 4096, 128, 4, 500), (9_000, 64, 16, 3, 7_000)):
+        N, tokens, C, layers, V = case
+        fixed, blocks, logits = 18 * N, 36 * C * layers * tokens, 12 * V * tokens
+        wanted, found = fixed + blocks + logits, memory(*case)
         mistakes = [
-            (wanted / 3, "2 N is the forward pass: backward costs twice that on top"),
-            (wanted * 4 / 6, "4 N is the backward pass: forward costs 2 N more"),
-            (wanted * utilization, "the utilization is missing"),
-            (wanted * utilization**2, "divide by the utilization: less use, more days"),
-            (wanted * 24, "these are hours"),
-            (wanted * 60, "a day has 86,400 seconds"),
-            (wanted * 86_400, "these are seconds"),
+            (wanted - 2 * N, "mixed precision has a copy of 16 bits of each weight"),
+            (wanted - 8 * N, "AdamW keeps two means of each gradient"),
+            (wanted - logits, "the logits are missing"),
+            (wanted - logits * 2 // 3, "a logit is kept three times, 4 bytes each"),
+            (wanted + (layers - 1) * logits, "logits come once, not in each layer"),
+            (wanted + blocks * 28 // 36, "64 C is kept in float32"),
+            (wanted - blocks + blocks // layers, "one block is not all of them"),
+            (fixed + (blocks + logits) // tokens, "that is one token's"),
+            (fixed * tokens + blocks + logits, "parameters don't grow with the tokens"),
         ]
         for value, mistake in mistakes:
             assert abs(found / value - 1) > 1e-6, mistake
-        assert abs(found / wanted - 1) < 1e-6, f"{found:.3f} days, not {wanted:.3f}"
+        off = f"{found:,.0f} bytes for {case}, not {wanted:,}"
+        assert abs(found / wanted - 1) < 1e-6, off
 
 
 def check_scale(update: Callable[[float, int, bool], tuple[float, int]]) -> None:
