@@ -1,5 +1,6 @@
 """Speed: light layers beside heavy ones, the choice of a format, and the allocator."""
 
+import copy
 import subprocess
 import sys
 
@@ -150,6 +151,51 @@ def head_left_out(name, weight):
 def test_check_names_the_mistake(change, message):
     with pytest.raises(AssertionError, match=message):
         checks.check_light(in_int8(change))
+
+
+def rounded_in_float32(model, weights):
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Linear):
+            used = layer.weight.detach()
+            dtype = getattr(torch, weights)
+            used = back(used, 127) if weights == "int8" else used.to(dtype).float()
+            layer.weight = torch.nn.Parameter(used)
+    return model
+
+
+def test_check_refuses_what_is_rounded_but_not_lighter():
+    def wrong(model, weights):
+        return rounded_in_float32(copy.deepcopy(model), weights)
+
+    with pytest.raises(AssertionError, match="still in torch.float32"):
+        checks.check_light(wrong)
+    with pytest.raises(AssertionError, match="the model itself was changed"):
+        checks.check_light(rounded_in_float32)
+
+
+def right_anywhere(guess, own):
+    return own[: 1 + sum(a == b for a, b in zip(guess, own, strict=False))]
+
+
+def appended(guess, own):
+    right = [a == b for a, b in zip([*guess, None], own, strict=True)].index(False)
+    guess[right:] = own[right : right + 1]
+    return guess
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda guess, own: own, "in place of a wrong token"),
+        (lambda guess, own: own[: len(guess)], "without a draft"),
+        (lambda guess, own: own[: max(1, len(guess) - 1)], "the token after a right"),
+        (right_anywhere, "what follows a wrong token is dropped"),
+        (appended, "was changed"),
+    ],
+)
+def test_the_check_of_a_draft_names_the_mistake(wrong, message):
+    with pytest.raises(AssertionError, match=message):
+        checks.check_accept(wrong)
 
 
 def test_a_light_model_is_neither_trained_nor_saved_nor_made_lighter(tmp_path):

@@ -171,9 +171,9 @@ from glassgpt.checks.softmax import (
     check_softmax,
 )
 from glassgpt.checks.speed import (
+    check_accept,
     check_groups,
     check_light,
-    check_limit,
     check_round_rows,
 )
 from glassgpt.checks.tokens import (
@@ -202,6 +202,7 @@ __all__ = [
     "block_moments",
     "call",
     "catch",
+    "check_accept",
     "check_accumulation",
     "check_adamw",
     "check_add_positions",
@@ -249,7 +250,6 @@ __all__ = [
     "check_learn_merges",
     "check_ledger",
     "check_light",
-    "check_limit",
     "check_log_softmax",
     "check_lookup",
     "check_lost_time",

@@ -43,6 +43,9 @@ def check_round_rows(round_rows: Callable[[Tensor], tuple[Tensor, Tensor]]) -> N
 @torch.no_grad()
 def _check_layer(light: Any, linear: torch.nn.Linear, weights: str) -> None:
     """One layer with light weights against the one that it came from."""
+    for part in (*light.parameters(), *light.buffers()):
+        heavy = part.numel() >= linear.weight.numel() and part.itemsize > 2
+        assert not heavy, f"a matrix is still in {part.dtype}: rounded, but not lighter"
     zeros, ones = torch.zeros(1, linear.in_features), torch.eye(linear.in_features)
     found = (light(ones) - light(zeros)).T  # (out, in): the weights that it uses
     weight = linear.weight
@@ -72,8 +75,10 @@ def check_light(lighten: Callable[[GPT, str], Any]) -> None:
     ids = torch.tensor([[3, 1, 4, 1, 5]])
     model = _small_gpt().float()
     model.blocks[0].mlp.expand.weight[0] *= 1000
+    before = model(ids)
     for weights in ("bfloat16", "float16", "int8"):
         light = lighten(model, weights)
+        assert torch.equal(model(ids), before), "the model itself was changed"
         for name, layer in model.named_modules():
             if isinstance(layer, torch.nn.Linear):
                 _check_layer(light.get_submodule(name), layer, weights)
@@ -83,7 +88,6 @@ def check_light(lighten: Callable[[GPT, str], Any]) -> None:
         changes = lighten(model, weights)(ids).log_softmax(-1)
         gap = (changes - before.log_softmax(-1)).abs().mean().item()
         assert gap < most, f"{weights} changes log-probabilities by {gap:.3f}"
-        assert torch.equal(model(ids), before), "the model itself was changed"
     try:
         lighten(model, "int3")
     except ValueError:
@@ -91,20 +95,22 @@ def check_light(lighten: Callable[[GPT, str], Any]) -> None:
     raise AssertionError("unknown weights were accepted: raise a ValueError")
 
 
-def check_limit(limit: Callable[[float, float, float], float]) -> None:
-    """Tokens a second: the bandwidth in bytes, over the bytes of all numbers.
+def check_accept(accept: Callable[[list[int], list[int]], list[int]]) -> None:
+    """A draft is kept up to its first wrong token, where the model's own follows.
 
-    Book: 21_speed.html#exercise-1-what-is-possible
+    Book: 21_speed.html#exercise-1-what-is-kept-of-a-draft
     """
-    found = limit(1e9, 32, 8e9)
-    assert found != 0.25, "bits are not bytes: eight of them make one"
-    assert abs(found - 2) < 1e-6, f"1e9 numbers of 32 bits at 8 GB/s: 2, not {found}"
-    try:
-        found = limit(7e9, 4, 1e11)
-    except ZeroDivisionError:
-        found = math.inf
-    assert found != 28, "28.57 tokens a second, not 28: divide by /"
-    assert abs(found - 28.5714) < 1e-3, "four bits are half a byte"
+    for guess, own, wanted, why in (
+        ([], [7], [7], "without a draft the model's own token is written"),
+        ([5, 6], [6, 1, 4], [6], "in place of a wrong token stands the model's own"),
+        ([5, 6], [5, 6, 8], [5, 6, 8], "the token after a right draft is known, too"),
+        ([5, 6, 7], [5, 9, 7, 8], [5, 9], "what follows a wrong token is dropped"),
+    ):
+        lists = [*guess], [*own]
+        found = [*accept(*lists)]
+        assert lists == (guess, own), "a list that was given was changed"
+        case = f"of the draft {guess} beside {own}, {found} was kept, not {wanted}"
+        assert found == wanted, f"{case}: {why}"
 
 
 def check_groups(groups: Callable[[Tensor, int], tuple[Tensor, Tensor]]) -> None:
