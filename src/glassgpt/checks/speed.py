@@ -1,7 +1,6 @@
 # Written by tools/tangle.py from book/21_speed.ipynb: change it there.
 """Checks of light layers, and of the exercises on speed, that name the mistake."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
