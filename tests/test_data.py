@@ -754,6 +754,9 @@ WRONG = {
         (lambda ids, b, t, seed: package_batch(ids, b, t, seed % 20), "seeds 0 and 20"),
         (lambda ids, b, t, seed: package_batch(ids, b, t, seed % 7), "seeds 0 and 679"),
         (lambda ids, b, t, seed: package_batch(ids, b, t, 0), "the seed is ignored"),
+        (lambda ids, b, t, s: package_batch(ids, b, t, s // 2), "seeds 0 and 1 give"),
+        (lambda ids, b, t, s: package_batch(ids, b, t, s % 256), "seeds 0 and 256"),
+        (lambda ids, b, t, s: package_batch(ids, b, t, s % 1000), "seeds 0 and 1000"),
         (fresh, "a run could not resume"),
         (overwriting, "the ids themselves were changed"),
         (started(lambda r, n, b: r.integers(n - 1, size=b)), "off by one at the end"),
@@ -769,6 +772,14 @@ WRONG = {
             "follow from one another",
         ),
         (started(mirrored), "follow from one another"),
+        (
+            started(lambda r, n, b: [0, *r.integers(n, size=b - 1)]),
+            "don't all change with the seed",
+        ),
+        (
+            started(lambda r, n, b: r.integers(20, size=b) % n),  # 3 : 2
+            "not equally likely",
+        ),
         (
             started(lambda r, n, b: (r.integers(n) + np.arange(b)) % n),
             "equal distances",
@@ -790,6 +801,8 @@ WRONG = {
         (epochs(first_crop_first), "in the same half each time"),
         (epochs(half_by_half), "in the same half each time"),
         (epochs(lambda n, s, e, b: order(n, s, e % 2)), "epoch 2 repeats"),
+        (epochs(lambda n, s, e, b: order(n, s, e % 64)), "epoch 64 repeats"),
+        (epochs(lambda n, s, e, b: order(n, s, e % 128)), "epoch 128 repeats"),
         (epochs(lambda n, s, e, b: order(n // b * b, s, e)), "left out in every epoch"),
         (epochs(shuffled_in_batches), "put all crops into a new order"),
         (leftovers_carried_over, "drop the crops that are left over"),

@@ -64,12 +64,13 @@ def _draw(
     try:
         batch = random_batch(given, size, context, seed)
     except (IndexError, RuntimeError, ValueError) as error:
-        signs = ("out of bounds", "out of range", "equal size", "larger sample")
+        signs = ("larger", "out of bounds", "out of range", "equal size")
         if not any(sign in str(error) for sign in signs):
             raise
+        differ = "larger" in str(error)
+        why = "Must they all differ?" if differ else "Do they run past the end?"
         raise AssertionError(
-            f"crops of {context} from {len(ids)} ids: {error}. "
-            "Do they run past the end, or must they all differ?"
+            f"crops of {context} from {len(ids)} ids: {error}. {why}"
         ) from error
     assert (given == ids).all(), "the ids themselves were changed"
     assert len(batch) == 2, "return two tensors, the inputs and the targets"
@@ -127,6 +128,7 @@ def _check_chance(starts: Tensor) -> None:
             "come once each before one comes again",
         ),
         (_tied(starts, -1) or _tied(starts, 1), "follow from one another"),
+        ((starts == starts[0]).all(dim=0).any(), "don't all change with the seed"),
     ]
     for found, fault in faults:
         assert not found, f"the crops of a batch {fault}: draw each start by itself"
@@ -156,13 +158,16 @@ def check_batches(
         "the last crop never comes: N ids have N - T crops, off by one at the end"
     )
     assert not missing, f"crops that start at {missing} never come"
-    assert 105 < counts.min() <= counts.max() < 220, (  # 160 each, give or take 12
+    off = ((counts - 160) ** 2).sum() / 160  # chi-square
+    even = 105 < counts.min() <= counts.max() < 220 and off < 40
+    assert even, (
         f"not equally likely: of 1,280 draws start {int(counts.argmax())} has "
         f"{int(counts.max())}, start {int(counts.argmin())} has {int(counts.min())}"
     )
     _check_chance(starts.view(20, 64))
-    others = {97 * turn: batches[turn] for turn in range(1, 20)}
-    for seed, batch in ({20: _draw(random_batch, ids, 20)} | others).items():
+    others = {seed: _draw(random_batch, ids, seed) for seed in (1, 20, 256, 1000)}
+    others |= {97 * turn: batches[turn] for turn in range(1, 20)}
+    for seed, batch in others.items():
         assert not torch.equal(first, batch[0]), (
             f"seeds 0 and {seed} give the same batch: every seed is its own"
         )
@@ -254,7 +259,7 @@ def check_epochs(
             f"{length} ids make {crops} crops of 4 with their targets, and in {crops} "
             f"steps came only {len(set(found))}: permute, don't draw"
         )
-    numbers = [*range(24), 100, 1000]
+    numbers = [*range(24), 64, 100, 128, 1000]
     orders = [
         _epoch(epoch_batch, 50, 3, 0, range(4 * epoch, 4 * epoch + 4))
         for epoch in numbers
@@ -275,8 +280,8 @@ def check_epochs(
     for half in (slice(6), slice(6, 12)):
         met = {start for order in orders for start in order[half]}
         assert len(met) == 12, (
-            "in 26 epochs some crops came in the same half each time: put all crops"
-            " into a new order"
+            f"in {len(orders)} epochs some crops came in the same half each time: put "
+            "all crops into a new order"
         )
     assert late == orders[1][3:6], "step 5 differs when it is asked for first"
     _check_left_out(epoch_batch)
