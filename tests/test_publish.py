@@ -1,6 +1,7 @@
 """A published page, opened from the disk in a browser: it computes what we do."""
 
 import json
+import os
 import random
 from math import ceil
 
@@ -8,8 +9,10 @@ import pytest
 import torch
 
 import glassgpt
-from glassgpt.checks.publish import check_page_min_p, check_size
-from glassgpt.publish import LARGEST, page_model, publish
+from glassgpt.checks.publish import check_kept, check_page_min_p, check_size
+from glassgpt.generation import window_start
+from glassgpt.gpt import GPT, GPTConfig
+from glassgpt.publish import LARGEST, as_text, page_model, publish
 from glassgpt.tokens import BPETokenizer, CharTokenizer
 
 ASK = "(question) => document.querySelector('glass-gpt').ask(...question)"
@@ -413,6 +416,23 @@ def norms_padded_as_one(layers, width, vocabulary, context):
     return matrices + biases + (2 * layers + 1) * base64(2 * width, 4)
 
 
+def without(norms, layers, width, vocabulary, context):
+    """Right but for the biases, or for the norms of the blocks."""
+    model = GPT(GPTConfig(vocabulary, context, layers, 1, width))
+    lost = "_norm." if norms else "bias"
+    return sum(
+        sum(map(len, as_text(parameter).values()))
+        for name, parameter in model.named_parameters()
+        if lost not in name or (lost == "bias" and "norm" in name)
+    )
+
+
+def kept_in_place(old, new, context):
+    for ids in (old, new):
+        ids[:] = ids[window_start(len(ids), context) :]
+    return len(os.path.commonprefix([old, new]))
+
+
 def min_p(choices, share, least=None, total=None, order=1):
     """Right as it stands; the wrong ones differ in one thing."""
     least = share * choices[0]["probability"] if least is None else least
@@ -451,6 +471,8 @@ def test_the_right_min_p_passes():
     ("check", "wrong", "message"),
     [
         (check_size, padded_once, "padded by itself"),
+        (check_size, lambda *sizes: without(False, *sizes), "biases and norms"),
+        (check_size, lambda *sizes: without(True, *sizes), "two in a block"),
         (check_size, norms_padded_as_one, "7,872 characters, not 7,860"),
         (check_page_min_p, lambda c, s: min_p(c, s, least=s), "not share"),
         (check_page_min_p, lambda c, s: min_p(c, s, total=1), "sums to 0.85, not 1"),
@@ -460,6 +482,7 @@ def test_the_right_min_p_passes():
         (check_page_min_p, min_p_with_places_for_ids, "kept the places"),
         (check_page_min_p, min_p_of_nan, "begin with 0"),
         (check_page_min_p, min_p_all_alike, "by the same number"),
+        (check_kept, kept_in_place, "the lists given were changed"),
     ],
 )
 def test_a_wrong_answer_is_named(check, wrong, message):
