@@ -728,8 +728,45 @@ def shortened(documents):
     return [(s, Document(d.name, d.text[:50])) for s, d in split_documents(documents)]
 
 
+def by_names(documents):
+    """Documents of one name follow one another into one entry."""
+    named = {each.name: each for each in documents}
+    return split_documents(list(named.values()))
+
+
+def held_out_by_name(documents):
+    names = {each.name for side, each in split_documents(documents) if side != "train"}
+    return [("validation" if d.name in names else "train", d) for d in documents]
+
+
+def added_again(documents):
+    parts = split_documents(documents)
+    return parts + [("train", Document(d.name + " copy", d.text)) for _, d in parts]
+
+
+def in_16_bits(ids, size, context, seed):
+    starts = np.random.default_rng(seed).integers(len(ids) - context, size=size)
+    return rows_from(ids, context, starts.astype(ids.dtype).astype(int))
+
+
+def epoch_in_16_bits(ids, size, context, seed, step):
+    epoch, part = divmod(step, (len(ids) - 1) // context // size)
+    chosen = order((len(ids) - 1) // context, seed, epoch)[part * size :][:size]
+    places = chosen.astype(ids.dtype) * np.uint16(context)
+    return rows_from(ids, context, places.astype(int))
+
+
+def spread(random, crops, size):
+    """One start from each of `size` equal parts of the text, shuffled."""
+    places = (np.arange(size) + random.random(size)) / size * crops
+    return random.permutation(places.astype(int))
+
+
 WRONG = {
     "check_split": [
+        (by_names, "like the lines of a .jsonl file, some are lost"),
+        (held_out_by_name, "choose by number, not by name"),
+        (added_again, "20 documents became 40"),
         (by_lines, "hold out whole documents, not random lines"),
         (shortened, "play 0 is not whole"),
         (in_tens, "play 20 is on neither side"),
@@ -742,6 +779,9 @@ WRONG = {
         (lambda ds: random.sample(split_documents(ds), len(ds)), "splits differently"),
     ],
     "check_batches": [
+        (in_16_bits, "are places kept in 16 bits?"),
+        (started(lambda r, n, b: r.integers(min(n, 1000), size=b)), "only the first"),
+        (started(spread), "exactly 160 times"),
         (of_all(lambda x, y: (x, x)), "move them on by one"),
         (of_all(lambda x, y: (x, x + 1)), "the next id of the text"),
         (of_all(lambda x, y: (x,)), "return two tensors"),
@@ -790,6 +830,9 @@ WRONG = {
         ),
     ],
     "check_epochs": [
+        (epoch_in_16_bits, "are places kept in 16 bits?"),
+        (epochs(lambda n, s, e, b: order(n, s % 2, e)), "epoch 0 of seed 2 is epoch 0"),
+        (epochs(lambda n, s, e, b: order(n, s > 0, e)), "two of the seeds 1, 2, 256"),
         (drawn, "permute, don't draw"),
         (epochs(lambda n, *_: range(n)), "in the order of the text"),
         (epochs(lambda n, seed, *_: order(n, seed)), "same order"),

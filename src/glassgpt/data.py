@@ -90,8 +90,9 @@ HELD_OUT_PLAYS = ("much-ado-about-nothing", "richard-ii", "the-tempest", "macbet
 def split_documents(documents: Sequence[Document]) -> list[tuple[str, Document]]:
     """("train" or "validation", document) for whole documents; they never overlap.
 
-    Of the plays four are held out by name, of other collections every tenth document
-    (the last where there are fewer), of a single file its last tenth.
+    Of the plays four are held out by name, and none of other texts beside them; of
+    other collections every tenth document (the last where there are fewer), of a
+    single file its last tenth.
 
     Book: 11_data.html#whole-documents-are-held-out
     """

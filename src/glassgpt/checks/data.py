@@ -25,6 +25,14 @@ def check_split(
         lines = [[f"Play {k}, line {i}\n" for i in range(20)] for k in range(count)]
         plays = [Document(f"play {k}", "".join(text)) for k, text in enumerate(lines)]
         _check_parts(split, plays)
+    same = [Document("notes.jsonl", f"line {i}\n") for i in range(20)]
+    parts = list(split(same))
+    assert sorted(d.text for _, d in parts) == sorted(d.text for d in same), (
+        "of documents with one name, like the lines of a .jsonl file, some are lost"
+    )
+    assert len({side for side, _ in parts}) == 2, (
+        "documents with one name are all on one side: choose by number, not by name"
+    )
 
 
 def _check_parts(split: Callable, plays: Sequence[Document]) -> None:
@@ -45,6 +53,9 @@ def _check_parts(split: Callable, plays: Sequence[Document]) -> None:
         texts = [document.text for _, document in parts if document.name == play.name]
         assert texts, f"{play.name} is on neither side"
         assert texts == [play.text], f"{play.name} is not whole, or occurs twice"
+    assert len(parts) == len(plays), (
+        f"{len(plays)} documents became {len(parts)}: some are copies, or new"
+    )
     for side, names in sides.items():
         assert names, f"of {len(plays)} documents there is none for {side}"
     held_out = len(sides["validation"])
@@ -134,6 +145,14 @@ def _check_chance(starts: Tensor) -> None:
         assert not found, f"the crops of a batch {fault}: draw each start by itself"
 
 
+def _check_reach(random_batch: Callable) -> None:
+    """Batches come from all of a long text."""
+    ids = (np.arange(200_000) // 4).astype(np.uint16)
+    assert _draw(random_batch, ids, 0)[0].max() > 40_000, (
+        "of 200,000 ids only the first ones come: are places kept in 16 bits?"
+    )
+
+
 def check_batches(
     random_batch: Callable[[np.ndarray, int, int, int], tuple[Tensor, Tensor]],
 ) -> None:
@@ -165,6 +184,7 @@ def check_batches(
         f"{int(counts.max())}, start {int(counts.argmin())} has {int(counts.min())}"
     )
     _check_chance(starts.view(20, 64))
+    assert off > 0, "every start comes exactly 160 times: draw each start by itself"
     others = {seed: _draw(random_batch, ids, seed) for seed in (1, 20, 256, 1000)}
     others |= {97 * turn: batches[turn] for turn in range(1, 20)}
     for seed, batch in others.items():
@@ -177,6 +197,7 @@ def check_batches(
     assert any(starts.unique().numel() < 20 for starts in twice), (
         "in batches of 20 from 26 crops none comes twice: draw each start by itself"
     )
+    _check_reach(random_batch)
 
 
 def check_nats_per_character(
@@ -286,9 +307,16 @@ def check_epochs(
     assert late == orders[1][3:6], "step 5 differs when it is asked for first"
     _check_left_out(epoch_batch)
     for epoch in (0, 3):
-        other = _epoch(epoch_batch, 50, 3, 1, range(4 * epoch, 4 * epoch + 4))
-        assert other != orders[epoch], f"in epoch {epoch} the seed is ignored"
-        assert other not in orders, (
-            f"epoch {epoch} of seed 1 is epoch {numbers[orders.index(other)]} of"
-            " seed 0: use (seed, epoch)"
+        steps = range(4 * epoch, 4 * epoch + 4)
+        seeds = (1, 2, 256, 1000)
+        others = [_epoch(epoch_batch, 50, 3, seed, steps) for seed in seeds]
+        assert others[0] != orders[epoch], f"in epoch {epoch} the seed is ignored"
+        for seed, other in zip(seeds, others, strict=True):
+            assert other not in orders, (
+                f"epoch {epoch} of seed {seed} is epoch "
+                f"{numbers[orders.index(other)]} of seed 0: use (seed, epoch)"
+            )
+        assert len(set(map(tuple, others))) == 4, (
+            f"two of the seeds 1, 2, 256 and 1000 give the same epoch {epoch}"
         )
+    _check_reach(lambda *arguments: epoch_batch(*arguments, 0))
