@@ -6,6 +6,7 @@ import os
 import re
 from copy import deepcopy
 from dataclasses import asdict, replace
+from fractions import Fraction
 from pathlib import Path
 from shutil import which
 from unittest.mock import Mock, patch
@@ -116,7 +117,9 @@ def fast_cpu(monkeypatch):
 def test_checks_pass():
     check_padded_logits(padded_logits)
     check_fit_memory(fit_memory)
-    check_rounding(lambda x: round(x / spacing(x)) * spacing(x))
+    check_rounding(rounded)
+    for kind in (int, float, Fraction, torch.tensor):
+        check_step_memory(lambda *case, kind=kind: kind(bytes_due(*case)))
 
 
 def spacing(x):
@@ -164,9 +167,23 @@ def always_doubling(plan, memory, given):
     return replace(found, training=replace(found.training, accumulate=parts))
 
 
-def coarse_from_4_to_64(x):
-    step = spacing(x) * (4 if 4 <= x < 64 else 1)
+def rounded(x, coarse=1):
+    step = spacing(x) * coarse
     return round(x / step) * step
+
+
+def coarse_from_4_to_64(x):
+    return rounded(x, 4 if 4 <= x < 64 else 1)
+
+
+def in_one_part_first(plan, memory, given):
+    plan = replace(plan, training=replace(plan.training, accumulate=1))
+    return fit_memory(plan, memory, given)
+
+
+def kept_first(plan, memory, given):
+    plan = replace(plan, machine=replace(plan.machine, recompute=False))
+    return fit_memory(plan, memory, given)
 
 
 def another_rate(plan, memory, given):
@@ -191,13 +208,33 @@ def bytes_of_a_step(each, kept=36, each_logit=12):
     )
 
 
+bytes_due = bytes_of_a_step(18)
+
+
 @pytest.mark.parametrize(
     ("check", "wrong", "message"),
     [
         (check_padded_logits, padded(-math.inf, 8), "no multiple"),
         (check_padded_logits, padded(-math.inf, 256), "more than needed"),
         (check_padded_logits, lambda x, w: padded_logits(x, 2 * w), "logits differ"),
+        (
+            check_padded_logits,
+            lambda x, w: padded_logits(x.detach(), w),
+            "of x differs",
+        ),
+        (
+            check_padded_logits,
+            lambda x, w: padded_logits(x, w.detach()),
+            "of the table differs",
+        ),
+        (
+            check_padded_logits,
+            lambda x, w: padded_logits(x.flatten(0, -2), w),
+            r"\(6, 128\) for x \(2, 3, 8\)",
+        ),
         (check_fit_memory, whole_batch, "don't fit"),
+        (check_fit_memory, in_one_part_first, "must stay as it is"),
+        (check_fit_memory, kept_first, "must stay as it is"),
         (check_fit_memory, recomputing_first, "recompute only"),
         (check_fit_memory, never_refusing, "only the rest may change"),
         (
@@ -214,7 +251,10 @@ def bytes_of_a_step(each, kept=36, each_logit=12):
         (check_step_memory, bytes_of_a_step(18, kept=64), "in float32"),
         (check_step_memory, bytes_of_a_step(18, each_logit=4), "three times"),
         (check_step_memory, bytes_of_a_step(18, each_logit=0), "are missing"),
-        (check_step_memory, bytes_of_a_step(18, kept=34), "bytes for"),
+        (check_step_memory, bytes_of_a_step(18, kept=32), "bytes for"),
+        (check_step_memory, bytes_of_a_step(18, kept=34), "34 C is with norms"),
+        (check_step_memory, lambda *case: bytes_due(*case) / 1e9, "not GB"),
+        (check_step_memory, lambda *case: math.nan, "nan is no number"),
         (
             check_step_memory,
             lambda N, t, C, L, V: 18 * N + t * L * (36 * C + 12 * V),
@@ -249,7 +289,17 @@ def bytes_of_a_step(each, kept=36, each_logit=12):
             ),
             "no bounds",
         ),
+        (
+            check_scale,
+            lambda scale, streak, finite: (
+                ((scale * 2, 0) if streak == 1999 else (scale, streak + 1))
+                if finite
+                else (max(scale / 2, 1e-3), 0)
+            ),
+            "no bounds",
+        ),
         (check_rounding, lambda x: float(round(x)), "1.7 became 2.0"),
+        (check_rounding, lambda x: rounded(x, 2 if x < 1.1 else 1), "1.02 became"),
         (check_rounding, lambda x: x, "spacing"),
         (check_rounding, coarse_from_4_to_64, r"between 2\^2 and 2\^3 the spacing is"),
         (check_rounding, lambda x: torch.tensor(x).bfloat16().item(), "only once"),
@@ -811,14 +861,19 @@ def test_without_targets_the_loss_is_0_and_so_is_its_gradient():
     assert not model.tokens.weight.grad.any()
 
 
+def sources_of_the_chapter():
+    """The source of each cell by its id."""
+    path = Path(__file__).parents[1] / "book" / "15_full_gpt.ipynb"
+    cells = json.loads(path.read_text("utf-8"))["cells"]
+    return {cell["id"]: "".join(cell["source"]) for cell in cells}
+
+
 def test_the_chapter_shows_the_recorded_speeds():
     book = Path(__file__).parents[1] / "book"
     record = json.loads((book / "runs" / "speed.json").read_text("utf-8"))
     sizes = [record["tokens per second"][size] for size in ("small", "larger")]
-    chapter = json.loads((book / "15_full_gpt.ipynb").read_text("utf-8"))
-    sources = {cell["id"]: "".join(cell["source"]) for cell in chapter["cells"]}
     shown: dict = {}
-    exec(sources["faster-ladder"], shown)
+    exec(sources_of_the_chapter()["faster-ladder"], shown)
     for how, told in shown["SPEEDS"].items():
         memory = "kept" if how == "and memory kept" else "given back"
         dtype, *more = ("bfloat16, compiled" if memory == "kept" else how).split(", ")
@@ -828,6 +883,57 @@ def test_the_chapter_shows_the_recorded_speeds():
         assert speed == 1e9 * record["machine"][f"GFLOP/s {dtype}"]
     assert record["machine"]["threads"] == 2
     assert "avx512_bf16" in record["machine"]["16-bit units"]
+
+
+def on_another(**changed):
+    """A loss for another machine than the one that was asked for."""
+
+    def make(model, machine):
+        return make_loss(model, replace(machine, **changed))
+
+    return make
+
+
+def in_float16(model, machine):
+    narrow = {"float32": "float32", "bfloat16": "float16"}[machine.precision]
+    return make_loss(model, replace(machine, precision=narrow))
+
+
+def times(factor):
+    def make(model, machine):
+        loss = make_loss(model, machine)
+        return lambda ids, targets: factor(targets) * loss(ids, targets)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        on_another(precision="float32"),
+        on_another(recompute=False),
+        lambda model, machine: token_loss(model),
+        times(lambda targets: (targets != -100).float().mean()),  # counts all places
+        times(lambda targets: 0.999),
+        in_float16,
+        make_loss,
+    ],
+)
+def test_the_chapter_refuses_a_loss_of_another_machine(make):
+    sources = sources_of_the_chapter()
+    torch.manual_seed(0)
+    shown = {
+        "model": GPT(GPTConfig(80, context=64, layers=4, heads=4, width=128)),
+        "ids": torch.randint(80, (8, 64)),
+        **{"torch": torch, "Machine": Machine, "token_loss": token_loss},
+        "make_loss": make,
+    }
+    exec(sources["count-saved"], shown)
+    if make is make_loss:
+        exec(sources["make-loss-demo"], shown)
+        return
+    with pytest.raises(AssertionError):
+        exec(sources["make-loss-demo"], shown)
 
 
 def test_a_description():
