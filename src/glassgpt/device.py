@@ -223,7 +223,7 @@ def make_loss(model: GPT, machine: Machine) -> Loss:
     whole = compiled(plain, machine) if machine.compile == "all" else plain
 
     def loss(ids: Tensor, targets: Tensor) -> Tensor:
-        # Pinned memory never moves, so a GPU can fetch from it while it computes.
+        # From pinned memory, which never moves, a GPU fetches while the CPU goes on.
         batch = (x.pin_memory() if cuda else x for x in (ids, targets))
         ids, targets = (x.to(device, non_blocking=cuda) for x in batch)
         # A compiled program would calculate the rotary tables in every kernel.
