@@ -8,6 +8,7 @@ import pickle
 import struct
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 from glassgpt import hub
 from glassgpt.chat import GLASS
 from glassgpt.checkpoints import (
+    all_or_nothing,
     flush,
     load,
     save,
@@ -519,6 +521,31 @@ def through_replace(old, new):
     os.replace(old, new)
 
 
+def start_only(path, content):
+    write_file(path, content[:3])
+
+
+def as_text(path, content):
+    write_file(path, content.decode(errors="replace").encode())
+
+
+def without_looking(path, content):
+    """One call of the system, which may write less than all of it."""
+    with all_or_nothing(path) as partial, open(partial, "wb", buffering=0) as file:
+        file.write(content)
+
+
+def ignoring_a_full_disk(path, content):
+    with all_or_nothing(path) as partial, suppress(OSError):
+        partial.write_bytes(content)
+
+
+def cleaning_up_too_late(path, content):
+    partial = path.with_name(path.name + "~")
+    partial.write_bytes(content)
+    opening("r+b", through_os)(path, content)
+
+
 @pytest.mark.parametrize("rename", [Path.rename, through_os, through_replace])
 def test_a_file_may_be_renamed_in_several_ways(rename):
     checks.check_whole_file(opening("wb", rename))
@@ -538,6 +565,8 @@ def test_a_file_may_be_renamed_in_several_ways(rename):
         (after_the_old_one_is_gone, AssertionError, "the name belongs to no file"),
         (over_old_files_only, FileNotFoundError, "note.txt"),
         (under_one_name, AssertionError, "share one other name"),
+        (start_only, AssertionError, "the new content does not stand"),
+        (as_text, AssertionError, "the new content does not stand"),
     ],
 )
 def test_a_write_at_a_wrong_place_is_caught(write, error, message):
@@ -545,10 +574,46 @@ def test_a_write_at_a_wrong_place_is_caught(write, error, message):
         checks.check_whole_file(write)
 
 
+@pytest.mark.skipif(os.name != "posix", reason="limits no file")
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (without_looking, "a full disk was not reported"),
+        (ignoring_a_full_disk, "a full disk was not reported"),
+        (cleaning_up_too_late, "a full disk left something behind"),
+    ],
+)
+def test_a_disk_that_is_full_in_the_middle_is_noticed(write, message):
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with pytest.raises(AssertionError, match=message):
+        checks.check_whole_file(write)
+    assert resource.getrlimit(resource.RLIMIT_FSIZE) == before
+
+
 def save_and_zero(directory, model, tokenizer):
     save(directory, model, tokenizer)
     for parameter in model.parameters():
         torch.nn.init.zeros_(parameter)
+
+
+def save_for_use(directory, model, tokenizer):
+    save(directory, model.eval(), tokenizer)
+
+
+def save_frozen(directory, model, tokenizer):
+    save(directory, model.requires_grad_(False), tokenizer)
+
+
+def save_from_a_seed(directory, model, tokenizer):
+    torch.manual_seed(1)
+    save(directory, model, tokenizer)
+
+
+def load_frozen(directory):
+    model, tokenizer = load(directory)
+    return model.requires_grad_(False), tokenizer
 
 
 def load_with_dropout(share):
@@ -566,6 +631,10 @@ def load_with_dropout(share):
         ((save_and_zero, load), "saving changed the model"),
         ((save, load_with_dropout(0.0)), "in place of"),
         ((save, load_with_dropout(0.3)), "in place of"),
+        ((save_for_use, load), "saving switched dropout off"),
+        ((save_frozen, load), "saving froze the model"),
+        ((save_from_a_seed, load), "drawn or seeded"),
+        ((save, load_frozen), "it is frozen"),
     ],
 )
 def test_a_wrong_round_trip_is_caught(pair, message):

@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import textwrap
+import threading
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -161,25 +162,59 @@ def resume_with_any_tokens(*arguments, **options):
         return resume_run(*arguments, **options)
 
 
+def resume_without_an_end(*arguments, **options):
+    def write(run, write=runs.write_checkpoint):
+        if run.trainer.step < run.plan.training.steps:
+            write(run)
+
+    with patch.object(runs, "write_checkpoint", write):
+        return resume_run(*arguments, **options)
+
+
+def resume_and_append(*arguments, **options):
+    def write(path, content, write=runs.write_file):
+        old = path.read_bytes() if path.exists() else b""
+        write(path, old + content.splitlines(keepends=True)[-1])
+
+    with patch.object(runs, "write_file", write):
+        return resume_run(*arguments, **options)
+
+
+def resume_where_it_was(directory, data=None, **options):
+    if data:
+        raise ValueError("other tokens")
+    return resume_run(directory, **options)
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
         (resume_from_the_oldest, r"steps \[0, .*, not 3 to 7"),
         (resume_without_checkpoints, "wrote no checkpoint at step 6"),
         (resume_with_any_tokens, "other token was not noticed"),
+        (resume_without_an_end, "a run that was done trained again"),
+        (resume_and_append, r"metrics.jsonl has steps \[2, 4, 4, 6, 8, 8\]"),
+        (resume_where_it_was, "other tokens"),
     ],
 )
 def test_a_wrong_resume_is_caught(wrong, message):
-    with pytest.raises(AssertionError, match=message):
+    with pytest.raises((AssertionError, ValueError), match=message):
         checks.check_resume((start_run, wrong))
 
 
-def noting(second_acts, cleans_up, spares=lambda _, handler: handler == signal.SIG_IGN):
+def noting(
+    second_acts,
+    cleans_up,
+    spares=lambda _, handler: handler == signal.SIG_IGN,
+    threads=True,
+):
     """A `stop_signals` that may be wrong about the second signal, or about errors."""
 
     @contextmanager
     def stop():
         caught, numbers = [], (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        if threads and threading.current_thread() is not threading.main_thread():
+            numbers = ()
         before = {n: signal.getsignal(n) for n in numbers}
 
         def note(number, frame):
@@ -220,6 +255,17 @@ def test_stopping_wrongly_is_caught():
 
     with pytest.raises(AssertionError, match="an ignored signal"):
         checks.check_stop(noting(any_acts, cleans_up=True, spares=only_hangup))
+
+    def all_if_one_is_ignored(number, handler):
+        kinds = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        return signal.SIG_IGN in map(signal.getsignal, kinds)
+
+    with pytest.raises(AssertionError, match="SIGINT is ignored, SIGTERM has to be"):
+        checks.check_stop(
+            noting(any_acts, cleans_up=True, spares=all_if_one_is_ignored)
+        )
+    with pytest.raises(AssertionError, match="in a thread: signal only works in main"):
+        checks.check_stop(noting(any_acts, cleans_up=True, threads=False))
 
 
 def only_strings_before(content):
@@ -274,6 +320,58 @@ def looked_up_and_thrown_away(content):
     return names
 
 
+def harmless_unless(keeps):
+    """What a pickle looks up, where some names are left as they are."""
+
+    def names_in(content):
+        names = set()
+
+        class Reader(pickle.Unpickler):
+            def find_class(self, module, name):
+                names.add(f"{module} {name}")
+                found = getattr(sys.modules.get(module), name, Anything)
+                return found if keeps(name, found) else Anything
+
+            def persistent_load(self, pid):
+                return Anything()
+
+        Reader(io.BytesIO(content)).load()
+        return names
+
+    return names_in
+
+
+def global_names(*codes):
+    """What a pickle looks up, read code by code, by those that are given."""
+
+    def names_in(content):
+        names, stack, memory, mark = set(), [], {}, object()
+        for code, value, _ in pickletools.genops(content):
+            if code.name in codes:
+                names.add(value)
+            elif code.name == "STACK_GLOBAL":
+                names.add(" ".join(stack[-2:]))
+            if code.name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+                memory[len(memory) if value is None else int(value)] = stack[-1]
+                continue
+            before = list(code.stack_before)
+            if pickletools.markobject in before:
+                while stack.pop() is not mark:
+                    pass
+                before = before[: before.index(pickletools.markobject)]
+            del stack[len(stack) - len(before) :]
+            if "GET" in code.name:
+                value = memory[int(value)]
+            stack += [mark if code.name == "MARK" else value] * len(code.stack_after)
+        return names
+
+    return names_in
+
+
+def test_names_may_be_read_code_by_code():
+    checks.check_names(global_names("GLOBAL", "INST"))
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -282,6 +380,17 @@ def looked_up_and_thrown_away(content):
         (only_strings_before, "in place of"),
         (only_what_is_inside, "refers to tensors outside"),
         (looked_up_and_thrown_away, "imported, which runs its code"),
+        (global_names("GLOBAL"), "the opcode INST looks a name up"),
+        (
+            harmless_unless(lambda name, found: isinstance(found, type)),
+            "a class that is named was called",
+        ),
+        (
+            harmless_unless(
+                lambda name, _: name not in ("exec", "open", "system", "__import__")
+            ),
+            "a class that is named was called",
+        ),
     ],
 )
 def test_a_wrong_list_of_names_is_caught(wrong, message):

@@ -6,17 +6,20 @@
 import builtins
 import errno
 import io
+import json
 import math
 import os
 import pickle
 import signal
 import sys
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Thread
 from typing import Any
 from unittest.mock import Mock, patch
 
@@ -29,6 +32,8 @@ from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.modern import MuonConfig
 from glassgpt.tokens import CharTokenizer
 from glassgpt.training import TrainConfig, Trainer
+
+_NEW = bytes(range(256)) * 800  # no text, and too long for `_small_files`
 
 
 def _watched_write(write: Callable[[Path, bytes], Any], path: Path) -> list[Any]:
@@ -70,8 +75,21 @@ def _watched_write(write: Callable[[Path, bytes], Any], path: Path) -> list[Any]
         patch.object(os, "replace", renaming(os.replace)),
         patch.object(os, "rename", renaming(os.rename)),
     ):
-        write(path, b"new")
+        write(path, _NEW)
     return calls
+
+
+@contextmanager
+def _small_files() -> Iterator[None]:
+    """No file grows beyond 100 kB, as if the disk were full then; not on Windows."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def check_whole_file(write: Callable[[Path, bytes], Any]) -> None:
@@ -89,7 +107,7 @@ def check_whole_file(write: Callable[[Path, bytes], Any]) -> None:
             path.write_bytes(b"old")
             calls = _watched_write(write, path)
             found = path.read_bytes()
-            assert found == b"new", "the new content does not stand in the file"
+            assert found == _NEW, "the new content does not stand in the file"
             names = [call for call in calls if isinstance(call, str)]
             assert names, "written in place: a kill in the middle leaves half a file"
             flushed = [call[0] for call in calls[calls.index(names[-1]) + 1 :]]
@@ -102,20 +120,24 @@ def check_whole_file(write: Callable[[Path, bytes], Any]) -> None:
             Path(place, name).write_bytes(b"half of it")
         path.write_bytes(b"old")
         with suppress(FileExistsError):
-            write(path, b"new")
-        assert path.read_bytes() == b"new", (
+            write(path, _NEW)
+        assert path.read_bytes() == _NEW, (
             "what a kill left under the other name is in the way of the next write"
         )
         for name in (*partial, "note.json"):
             Path(place, name).unlink(missing_ok=True)
         path.unlink()
-        write(path, b"new")  # where no file was
-        assert path.read_bytes() == b"new", "a file that is new is not written"
+        write(path, _NEW)  # where no file was
+        assert path.read_bytes() == _NEW, "a file that is new is not written"
+        disks: list[Any] = [_small_files()] if find_spec("resource") else []
         for names in (["fsync"], ["replace", "rename"]):
+            fails = dict.fromkeys(names, Mock(side_effect=full))
+            disks.append(patch.multiple(os, **fails))
+        for full_disk in disks:
             path.write_bytes(b"old")
             try:
-                with patch.multiple(os, **dict.fromkeys(names, Mock(side_effect=full))):
-                    write(path, b"new")
+                with full_disk:
+                    write(path, _NEW)
             except OSError:
                 pass
             else:
@@ -143,12 +165,19 @@ def check_round_trip(pair: tuple[Callable[..., Any], Callable[..., Any]]) -> Non
             for parameter in model.parameters():
                 nn.init.normal_(parameter)
             wanted = model(ids)
-            save(place, model, tokenizer)
             before = torch.get_rng_state()
+            save(place, model.train(), tokenizer)
+            on = all(part.training for part in model.modules())
+            assert on, "saving switched dropout off: a run that saves goes on"
+            learns = all(parameter.requires_grad for parameter in model.parameters())
+            assert learns, "saving froze the model: a run that saves goes on"
+            model.eval()
             again, same_tokenizer = load(place)
             assert torch.equal(torch.get_rng_state(), before), (
-                "random numbers were drawn: a model that is loaded needs no start"
+                "random numbers were drawn or seeded: neither saving nor loading may"
             )
+            learns = all(parameter.requires_grad for parameter in again.parameters())
+            assert learns, "the model that was loaded can't learn: it is frozen"
             assert not again.training, "dropout is on: call eval()"
             assert again.config == config, f"{again.config} in place of {config}"
             assert (again.head.weight is again.tokens.weight) == tied, (
@@ -193,12 +222,32 @@ def check_stop(stop_signals: Callable[[], Any]) -> None:
                 "the handlers of before are not back" + " after an error" * bool(error)
             )
         for number in numbers:
-            signal.signal(number, signal.SIG_IGN)
+            handler = signal.signal(number, signal.SIG_IGN)
+            other = next(n for n in numbers if n != number)
             with stop_signals() as caught:
                 signal.raise_signal(number)
-            assert not caught, (
-                "an ignored signal, as SIGHUP is under nohup, stopped the run"
+                assert not caught, (
+                    "an ignored signal, as SIGHUP is under nohup, stopped the run"
+                )
+                signal.raise_signal(other)
+            name, noted = (signal.Signals(n).name for n in (number, other))
+            assert list(caught) == [other], (
+                f"where {name} is ignored, {noted} has to be noted all the same"
             )
+            signal.signal(number, handler)
+        refused: list[ValueError] = []
+
+        def in_a_thread() -> None:
+            try:
+                with stop_signals():
+                    pass
+            except ValueError as error:
+                refused.append(error)
+
+        thread = Thread(target=in_a_thread)
+        thread.start()
+        thread.join()
+        assert not refused, f"in a thread: {refused[0]}; there, set no handlers"
     finally:
         for number, handler in outside.items():
             signal.signal(number, handler)
@@ -214,8 +263,10 @@ def _after_cuts(
     dropout: float,
     muon: bool,
     cuts: tuple[int, ...] = (),
-) -> tuple[torch.Tensor, list[dict[str, float]], list[list[int]]]:
-    """Of a run that is cut off and resumed: weights, records, steps of each life."""
+) -> tuple[torch.Tensor, list[dict[str, float]], list[int], list[list[int]]]:
+    """Of a run that is cut off and resumed, and resumed once more when it is done:
+    weights, records, steps in metrics.jsonl, steps of each life.
+    """
     start, resume = pair
     data, tokenizer = TokenData.of(ids, ids, vocab_size=5), CharTokenizer("abcde")
     model = GPTConfig(5, context=4, layers=1, heads=1, width=8, dropout=dropout)
@@ -248,13 +299,16 @@ def _after_cuts(
         for _ in cuts:
             torch.manual_seed(9)
             run = live(resume, home, **quiet)
+        live(resume, home, home / "data", **quiet)  # nothing is left to do
+        lines = (home / "metrics.jsonl").read_text().splitlines()
+        written = [json.loads(line)["step"] for line in lines]
         other = [([*ids[:-1], (ids[-1] + 1) % 5], len(ids))]
         write_tokens(Path(place, "other"), dict.fromkeys(SPLITS, other), tokenizer)
         with suppress(ValueError):
             live(resume, home, Path(place, "other"), **quiet)
             raise AssertionError("one other token was not noticed: compare the data")
     weights = nn.utils.parameters_to_vector(run.trainer.model.parameters()).detach()
-    return weights, run.trainer.records, lives
+    return weights, run.trainer.records, written, lives
 
 
 def check_resume(pair: tuple[Callable[..., Any], Callable[..., Any]]) -> None:
@@ -273,15 +327,17 @@ def check_resume(pair: tuple[Callable[..., Any], Callable[..., Any]]) -> None:
         (text, 0.5, False, "dropout after resuming is another: seed it by the step"),
     ]
     for *case, mistake in cases:
-        resumed, found, lives = _after_cuts(pair, *case, cuts=(4, 8))
+        resumed, found, written, lives = _after_cuts(pair, *case, cuts=(4, 8))
         again = lives[1]
         assert again[:1] == [3], f"after the cut it took steps {again}, not 3 to 7"
         assert lives[2][:1] == [6], "the resumed run wrote no checkpoint at step 6"
-        whole, records, _ = _after_cuts(pair, *case)
+        assert not lives[3], "a run that was done trained again: save at its end, too"
+        whole, records, *_ = _after_cuts(pair, *case)
         gap = (whole - resumed).abs().max()
         assert gap < 1, "the weights of the checkpoint were not restored"
         steps, due = ([line["step"] for line in lines] for lines in (found, records))
         assert steps == due, f"the resumed run recorded steps {steps}, not {due}"
+        assert written == due, f"metrics.jsonl has steps {written}, not {due}"
         assert torch.equal(whole, resumed), mistake
         losses, due = ([r["train_loss"] for r in lines] for lines in (found, records))
         assert losses == due, "the losses since the last record were forgotten"
@@ -384,6 +440,12 @@ def check_names(names_in: Callable[[bytes], set[str]]) -> None:
         def __reduce__(self) -> tuple:
             return builtins.exec, ("import glassgpt; glassgpt.bomb = True",)
 
+    class Armed:
+        fired = False
+
+        def __init__(self, *arguments: Any):
+            Armed.fired = True
+
     class Outside(pickle.Pickler):
         def persistent_id(self, value: Any) -> str | None:
             return "0" if value is Outside else None
@@ -420,6 +482,11 @@ def check_names(names_in: Callable[[bytes], set[str]]) -> None:
     with patch.object(builtins, "open") as opened:
         names_in(b"c__builtin__\nopen\n(S'new.txt'\nS'w'\ntR.")
     assert not opened.called, "what is named was called: hand out something harmless"
+    with patch.object(glassgpt, "Armed", Armed, create=True):
+        names_in(b"cglassgpt\nArmed\n(tR.")
+    assert not Armed.fired, "a class that is named was called: it can do harm, too"
+    found = names_in(b"(S'x'\nios\nsystem\n.")
+    assert found == {"os system"}, f"{found}: the opcode INST looks a name up, too"
     finder = Mock(**{"find_spec.return_value": None})  # asked at every import
     finders = patch.object(sys, "meta_path", [finder, *sys.meta_path])
     with finders, suppress(ImportError):
