@@ -223,15 +223,15 @@ def check_stop(stop_signals: Callable[[], Any]) -> None:
             )
         for number in numbers:
             handler = signal.signal(number, signal.SIG_IGN)
-            other = next(n for n in numbers if n != number)
+            free = next(n for n in numbers if n != number)
             with stop_signals() as caught:
                 signal.raise_signal(number)
                 assert not caught, (
                     "an ignored signal, as SIGHUP is under nohup, stopped the run"
                 )
-                signal.raise_signal(other)
-            name, noted = (signal.Signals(n).name for n in (number, other))
-            assert list(caught) == [other], (
+                signal.raise_signal(free)
+            name, noted = (signal.Signals(n).name for n in (number, free))
+            assert list(caught) == [free], (
                 f"where {name} is ignored, {noted} has to be noted all the same"
             )
             signal.signal(number, handler)
