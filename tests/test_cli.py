@@ -336,6 +336,54 @@ def takes_any_raise_for_ours(words):
         return main(words)
 
 
+def takes_any_error_of_ours(words):
+    def is_mistake(error):
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        ours = Path(glassgpt.__file__).parent in Path(last.filename).parents
+        refused = ours and last.line.startswith("raise ")
+        return refused or isinstance(error, OSError)
+
+    with patch.object(cli, "is_mistake", is_mistake):
+        return main(words)
+
+
+def hides_while_it_parses(words):
+    try:
+        cli.parse(words)
+    except Exception as error:
+        print(f"glassgpt: {error}", file=sys.stderr)
+        return 2
+    return main(words)
+
+
+def hides_but_in_tokenize(words):
+    return main(words) if words[0] == "tokenize" else hides(Exception)(words)
+
+
+def changes_what_it_reads(words):
+    code = main(words)
+    if code == 2 and "picture.png" in words:
+        Path("picture.png").write_bytes(b"")
+    return code
+
+
+def says_the_same_of_all(words):
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+        code = main(words)
+    if code == 2:
+        said = "glassgpt: something is not right in this text:"
+        print(said, *words, file=sys.stderr)
+    return code
+
+
+def ends_well_where_no_command_is(words):
+    return main(words) if words[0].title() in vars(cli) else 0
+
+
+def passes_over_options(words):
+    return 0 if "--learning-pace" in words else main(words)
+
+
 def prints_usage(words):
     code = main(words)
     if code == 2:
@@ -362,8 +410,15 @@ HIDDEN += [AssertionError]
     ("wrong", "said"),
     [
         (prints_usage, "printed 'usage: .*' as a result"),
-        *((hides(k), f"a fault, a {k.__name__}, was hidden") for k in HIDDEN),
-        (takes_any_raise_for_ours, "a fault, a ValueError, was hidden"),
+        *((hides(k), f"hid a fault in .*, a {k.__name__}") for k in HIDDEN),
+        (takes_any_raise_for_ours, "hid a fault in .*, a ValueError"),
+        (takes_any_error_of_ours, "hid a fault in .*, a AttributeError"),
+        (hides_while_it_parses, "hid a fault in tyro.cli, a KeyError"),
+        (hides_but_in_tokenize, "hid a fault in glassgpt.load, a KeyError"),
+        (changes_what_it_reads, "changed picture.png"),
+        (says_the_same_of_all, "`glassgpt tain .*`: its sentence names no train"),
+        (ends_well_where_no_command_is, "`glassgpt tain .*` left with exit code 0"),
+        (passes_over_options, "--learning-pace 1 .*` left with exit code 0"),
         (chatters, "more than a sentence"),
         (echoes, "did not say what was wrong"),
         (refuses_everything, "names no missing.txt"),
@@ -914,6 +969,32 @@ def of_one_class(config, words):
     return replace(config, **given_in(TrainConfig(), words))
 
 
+def by_hand(config, words):
+    values = {}
+    while words:
+        name, *words = words
+        no, name = name.startswith("--no-"), name.removeprefix("--").removeprefix("no-")
+        kind = type(getattr(config, name))
+        if kind is bool:
+            values[name] = not no
+        else:
+            values[name] = None if words[0] == "None" else kind(words[0])
+            words = words[1:]
+    return replace(config, **values)
+
+
+def into_the_defaults(config, words):
+    new = type(config)()
+    for name, value in {**vars(config), **given_in(config, words)}.items():
+        object.__setattr__(new, name, value)
+    return new
+
+
+def what_is_not_true(config, words):
+    found = given_in(config, words)
+    return replace(config, **{k: v for k, v in found.items() if v is not True})
+
+
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
@@ -926,16 +1007,20 @@ def of_one_class(config, words):
         (in_place, "changed the object itself"),
         (as_a_dict, "is no Letter"),
         (of_one_class, "was refused"),
+        (by_hand, "no attribute 'batch-size'"),
+        (into_the_defaults, "missing .* required"),
+        (what_is_not_true, "tied is False, but True was given"),
         (lambda config, words: config, "pages is 3, but 5 was given"),
     ],
 )
 def test_the_check_of_exercise_1(answer, said):
     space = {name: globals()[name] for name in ("io", "contextlib", "shlex", "replace")}
     space |= {"dataclass": dataclass, "TrainConfig": TrainConfig}
+    space |= {"glassgpt": glassgpt}
     exec(check_in("exercise-change-check"), space)
     if said is None:
         return space["check_change"](answer)
-    with pytest.raises(AssertionError, match=said):
+    with pytest.raises((AssertionError, AttributeError, TypeError), match=said):
         space["check_change"](answer)
 
 
@@ -957,6 +1042,19 @@ def count_catching(*kinds):
             return 2
 
     return main
+
+
+def count_by_os(words):
+    if len(words) != 1:
+        return count(words)
+    try:
+        file = os.open(words[0], os.O_RDONLY)
+        print(len(os.read(file, 99).decode("utf-8")))
+        os.close(file)
+    except Exception as error:
+        print(f"count: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def count_with_a_traceback(words):
@@ -1026,6 +1124,11 @@ def count_by_argparse(words):
             count_catching(OSError, UnicodeDecodeError, TypeError, AttributeError),
             "a TypeError inside, was hidden",
         ),
+        *(
+            (count_catching(OSError, UnicodeDecodeError, k), "a .*, was hidden")
+            for k in (IndexError, AssertionError, ArithmeticError)
+        ),
+        (count_by_os, "a KeyError inside, was hidden"),
         (count_catching(OSError, UnicodeDecodeError), None),
         (lambda words: count_by_argparse(words) or 0, None),
     ],

@@ -6,10 +6,11 @@ import io
 import json
 import tempfile
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from unittest.mock import patch
 
-from glassgpt.tokens import CharTokenizer
+import glassgpt
 
 
 def call(main: Callable[[list[str]], int], words: list[str]) -> tuple[int, str, str]:
@@ -51,8 +52,10 @@ def check_mistakes(main: Callable[[list[str]], int]) -> None:
             "resume missing": "missing",
             "generate missing": "missing",
             "tokenize --data empty.txt --out new": "empty.txt",
+            "tain --data short.txt": "train",
+            "train --learning-pace 1 --out new": "--learning-rate",
         }
-        before = sorted(folder.rglob("*"))
+        before = {path: path.read_bytes() for path in folder.iterdir()}
         for line, named in mistakes.items():
             number, result, errors = call(main, line.split())
             said, own = f"`glassgpt {line}`", {*errors.split()} - {*line.split()}
@@ -65,26 +68,40 @@ def check_mistakes(main: Callable[[list[str]], int]) -> None:
             assert begun or not result, f"{said} printed {result!r} as a result"
             left = sorted({*folder.rglob("*")} - {*before})
             assert not left, f"{said} left {left[0].name} behind"
+            for path, content in before.items():
+                same = path.exists() and path.read_bytes() == content
+                assert same, f"{said} changed {path.name}"
         (folder / "long.txt").write_text("To be, or not to be\n" * 100)
         right = ["tokenize", "--data", "long.txt", "--tokenizer", "char"]
         right = [*right, "--out", "new"]
 
-        def stumble(*_: object) -> None:
+        def stumble(*_: object, **__: object) -> None:
             "text".index("T")  # raises a ValueError, and no line of ours refuses
 
-        def unread(*_: object) -> None:
-            json.loads("")  # a ValueError that another library raises
+        def unread(*_: object, **__: object) -> None:
+            json.loads("")  # a ValueError that another module raises
+
+        def misled(*_: object, **__: object) -> object:
+            return glassgpt.nowhere  # a `raise` of ours, and no mistake of the user
 
         kinds = (KeyError, RuntimeError, TypeError, AttributeError, IndexError)
         kinds += (ZeroDivisionError, AssertionError)
-        for fault in (*(kind("ours") for kind in kinds), stumble, unread):
+        faults = {kind("ours"): kind for kind in kinds}
+        faults |= {stumble: ValueError, unread: ValueError, misled: AttributeError}
+        places = {  # what is broken, and a line that uses it
+            "glassgpt.tokens.CharTokenizer.train": right,
+            "glassgpt.load": ["generate", "run"],
+            "tyro.cli": ["generate", "run"],
+        }
+        for (fault, kind), (place, line) in product(faults.items(), places.items()):
             came = None
-            with patch.object(CharTokenizer, "train", side_effect=fault):
+            with patch(place, side_effect=fault) as broken:
                 try:
-                    call(main, right)
+                    call(main, line)
                 except AssertionError as error:
                     came = error.__cause__
-            kind = type(fault) if isinstance(fault, Exception) else ValueError
-            assert isinstance(came, kind), f"a fault, a {kind.__name__}, was hidden"
+            hid = f"`glassgpt {line[0]}` hid a fault in {place}, a {kind.__name__}"
+            unused = line is not right and not broken.called
+            assert unused or isinstance(came, kind), hid
         assert call(main, right)[0] == 0, "a line without a mistake was refused"
         assert (folder / "new" / "tokens.json").exists(), "tokenize wrote no tokens"
