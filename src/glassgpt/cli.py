@@ -85,7 +85,8 @@ def given(wanted: set[str], usual: Callable[[], dict[str, Any]]) -> Any:
         for option in (each for each in fields(kind) if each.name in wanted):
             words, hint = about.get(option.name), partial(default_of, option)
             arg = tyro.conf.arg(help=words, help_behavior_hint=hint)
-            found[option.name] = Annotated[option.type, arg]
+            found[option.name] = Annotated[option.type, arg]  # a type and a note
+    # --steps, and not --settings.steps:
     return OmitArgPrefixes[TypedDict("Given", found, total=False)]
 
 
@@ -414,7 +415,7 @@ class Generate(Model):
                 settings["seed"] += 1
 
 
-# How a chat draws where nothing is said: as SmolLM2's makers advise.
+# How a chat draws where nothing is said: as in the example on SmolLM2's card.
 CAREFUL = Sampling(temperature=0.2, top_p=0.9)
 
 
