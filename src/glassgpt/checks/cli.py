@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import glassgpt
@@ -86,22 +87,22 @@ def check_mistakes(main: Callable[[list[str]], int]) -> None:
 
         kinds = (KeyError, RuntimeError, TypeError, AttributeError, IndexError)
         kinds += (ZeroDivisionError, AssertionError)
-        faults = {kind("ours"): kind for kind in kinds}
+        faults: dict[Any, type] = {kind("ours"): kind for kind in kinds}
         faults |= {stumble: ValueError, unread: ValueError, misled: AttributeError}
         places = {  # what is broken, and a line that uses it
             "glassgpt.tokens.CharTokenizer.train": right,
             "glassgpt.load": ["generate", "run"],
             "tyro.cli": ["generate", "run"],
         }
-        for (fault, kind), (place, line) in product(faults.items(), places.items()):
+        for (fault, kind), (place, words) in product(faults.items(), places.items()):
             came = None
             with patch(place, side_effect=fault) as broken:
                 try:
-                    call(main, line)
+                    call(main, words)
                 except AssertionError as error:
                     came = error.__cause__
-            hid = f"`glassgpt {line[0]}` hid a fault in {place}, a {kind.__name__}"
-            unused = line is not right and not broken.called
+            hid = f"`glassgpt {words[0]}` hid a fault in {place}, a {kind.__name__}"
+            unused = words is not right and not broken.called
             assert unused or isinstance(came, kind), hid
         assert call(main, right)[0] == 0, "a line without a mistake was refused"
         assert (folder / "new" / "tokens.json").exists(), "tokenize wrote no tokens"
