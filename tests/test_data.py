@@ -749,6 +749,14 @@ def in_16_bits(ids, size, context, seed):
     return rows_from(ids, context, starts.astype(ids.dtype).astype(int))
 
 
+def one_too_far(ids, size, context, seed):
+    """As the chapter's own class cuts its crops, with one start too many."""
+    starts = np.random.default_rng(seed).integers(len(ids) - context + 1, size=size)
+    rows = np.stack([ids[start : start + context + 1] for start in starts])
+    rows = torch.from_numpy(rows.astype(np.int64))
+    return rows[:, :-1], rows[:, 1:]
+
+
 def epoch_in_16_bits(ids, size, context, seed, step):
     epoch, part = divmod(step, (len(ids) - 1) // context // size)
     chosen = order((len(ids) - 1) // context, seed, epoch)[part * size :][:size]
@@ -801,6 +809,7 @@ WRONG = {
         (overwriting, "the ids themselves were changed"),
         (started(lambda r, n, b: r.integers(n - 1, size=b)), "off by one at the end"),
         (started(lambda r, n, b: r.integers(n + 1, size=b)), "run past the end"),
+        (one_too_far, "run past the end"),
         (started(lambda r, n, b: r.integers(n - 2, size=b)), "start at [6, 7]"),
         (started(lambda r, n, b: r.choice(n, b, False)), "all differ"),
         (started(lambda r, n, b: r.choice(n, b, b > n)), "none comes twice"),

@@ -249,6 +249,7 @@ bytes_due = bytes_of_a_step(18)
         (check_step_memory, bytes_of_a_step(16), "a copy of 16 bits"),
         (check_step_memory, bytes_of_a_step(10), "two means"),
         (check_step_memory, bytes_of_a_step(18, kept=64), "in float32"),
+        (check_step_memory, bytes_of_a_step(16, kept=64), "all in float32"),
         (check_step_memory, bytes_of_a_step(18, each_logit=4), "three times"),
         (check_step_memory, bytes_of_a_step(18, each_logit=0), "are missing"),
         (check_step_memory, bytes_of_a_step(18, kept=32), "bytes for"),

@@ -353,7 +353,7 @@ class Plan:
         On a CPU the products at their measured speed, and for each byte that is kept,
         two for each parameter a step, 1.2 nanoseconds; 1.3 times that in 16 bits, three
         quarters where it is compiled, divided by the root of the number of threads. On
-        a GPU a third of its speed is assumed.
+        cuda a third of its speed is assumed.
         """
         m, t, on = self.model, self.training, self.machine
         looks = t.steps // t.evaluate_every * t.evaluation_crops * m.context

@@ -75,7 +75,8 @@ def _draw(
     try:
         batch = random_batch(given, size, context, seed)
     except (IndexError, RuntimeError, ValueError) as error:
-        signs = ("larger", "out of bounds", "out of range", "equal size")
+        signs = ("larger", "out of bounds", "out of range", "equal size", "same shape")
+        signs += ("inhomogeneous", "expected sequence", "match exactly")
         if not any(sign in str(error) for sign in signs):
             raise
         differ = "larger" in str(error)

@@ -114,6 +114,7 @@ def check_step_memory(memory: Callable[[int, int, int, int, int], float]) -> Non
             (wanted + (layers - 1) * logits, "logits come once, not in each layer"),
             (wanted + blocks * 28 // 36, "64 C is kept in float32"),
             (wanted - blocks * 2 // 36, "34 C is with norms in 16 bits and dropout"),
+            (wanted - 2 * N + blocks * 28 // 36, "that is all in float32: 16 N, 64 C"),
             (wanted / 1e9, "bytes, not GB"),
             (wanted - blocks + blocks // layers, "one block is not all of them"),
             (fixed + (blocks + logits) // tokens, "that is one token's"),
