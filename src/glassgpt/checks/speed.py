@@ -16,50 +16,74 @@ def check_round_rows(round_rows: Callable[[Tensor], tuple[Tensor, Tensor]]) -> N
 
     Book: 21_speed.html#rounding-rows
     """
-    x = torch.tensor([[0.3, -1.27, 0.014, 0.88], [30.0, 127.0, 1.4, -88.6], [0.0] * 4])
+    x = torch.tensor([[0.3, -1.27, 0.0164, 0.88], [30.0, 127.0, 1.6, -88.4], [0.0] * 4])
+    x = torch.cat([x[:2], x[:1] / 1000, x[2:]])
     given = x.clone()
     whole, scale = round_rows(given)
     assert torch.equal(given, x), "the numbers given were changed: return new ones"
     assert whole.dtype == torch.int8, f"the numbers are stored as {whole.dtype}"
-    assert scale.numel() == 3, f"{scale.numel()} scales for 3 rows: one for each"
-    scale = scale.reshape(3, 1)
+    assert scale.numel() == 4, f"{scale.numel()} scales for 4 rows: one for each"
+    scale = scale.reshape(4, 1).float()
     fine = (scale > 0) & scale.isfinite()
     assert fine.all(), "every scale must be above 0, that of a row of zeros too"
     back = whole.float() * scale
-    assert whole[:2].abs().amax(1).tolist() == [127, 127], (
-        f"the largest of each row becomes {whole[:2].abs().amax(1).tolist()}, not 127: "
-        "has each row its own scale?"
-    )
     assert ((back - x).abs() <= 0.501 * scale).all(), (
         "a number is off by more than half its scale: round to the nearest"
     )
-    due = x[:2].abs().amax(1, keepdim=True) / 127
-    assert torch.allclose(scale[:2], due, rtol=2e-3, atol=0), (
-        f"scales {scale[:2, 0].tolist()}, not the largest of each row over 127"
+    most = whole[:3].abs().amax(1).tolist()
+    assert most == [127] * 3, (
+        f"the largest of each row becomes {most}, not 127: has each row its own scale?"
+    )
+    due = x[:3].abs().amax(1, keepdim=True) / 127
+    assert torch.allclose(scale[:3], due, rtol=2e-3, atol=0), (
+        f"scales {scale[:3, 0].tolist()}, not the largest of each row over 127"
     )
 
 
 @torch.no_grad()
 def _check_layer(light: Any, linear: torch.nn.Linear, weights: str) -> None:
     """One layer with light weights against the one that it came from."""
-    for part in (*light.parameters(), *light.buffers()):
-        heavy = part.numel() >= linear.weight.numel() and part.itemsize > 2
-        assert not heavy, f"a matrix is still in {part.dtype}: rounded, but not lighter"
-    zeros, ones = torch.zeros(1, linear.in_features), torch.eye(linear.in_features)
-    found = (light(ones) - light(zeros)).T  # (out, in): the weights that it uses
-    weight = linear.weight
+    eye, weight = torch.eye(linear.in_features), linear.weight
+    bias = torch.zeros(len(weight)) if linear.bias is None else linear.bias
+    found = light(torch.zeros_like(eye))
+    assert torch.allclose(found, bias, rtol=0.01, atol=0.01), "the bias is not added"
+    used = (light(eye) - bias).T  # (out, in): the weights that it uses
+    largest = weight.abs().amax(dim=1, keepdim=True)
     if weights != "int8":
-        wanted = weight.to(getattr(torch, weights)).float()
-        gap = (found - wanted).abs() / weight.abs().amax(dim=1, keepdim=True)
+        gap = (used - weight.to(getattr(torch, weights)).float()).abs() / largest
         assert gap.max() < 1e-4, f"the weights are not the nearest numbers in {weights}"
-        return
-    off = (found - weight).abs()
-    scale = weight.abs().amax(dim=1, keepdim=True) / 127
-    assert off.max() > 0.01 * scale.max(), "nothing was rounded to int8"
-    assert (off <= 0.51 * scale).all(), (
-        "a weight is off by more than half its row's scale: has each row its own, "
-        "does it reach 127, is it rounded to the nearest?"
-    )
+    else:
+        off, scale = (used - weight).abs(), largest / 127
+        assert off.max() > 0.01 * scale.max(), "nothing was rounded to int8"
+        assert (off <= 0.51 * scale).all(), (
+            "a weight is off by more than half its row's scale: has each row its own, "
+            "does it reach 127, is it rounded to the nearest?"
+        )
+        # Of each vector one number is 127 steps of its scale, and the next one 0.9.
+        sizes, next_one = (
+            2.0 ** (torch.arange(len(eye)) % 8)[:, None],
+            used.T.roll(1, 0),
+        )
+        found = light(sizes * (127 * eye + 0.9 * eye.roll(1, 0))) - bias
+        off = (found / sizes - 127 * used.T - 0.9 * next_one).abs()
+        assert (off <= 0.5 * next_one.abs() + 1e-3 * largest.T).all(), (
+            "a vector that comes in is rounded too roughly: has each its own scale, "
+            "does it reach 127, is it rounded to the nearest?"
+        )
+
+
+def _check_size(light: Any, linear: torch.nn.Linear) -> None:
+    """No tensor as large as the matrix, in 32 bits: not in what functions keep, too."""
+    held = [*light.parameters(), *light.buffers(), *vars(light).values()]
+    for part in vars(light).values():
+        cells = getattr(part, "__closure__", None) or ()
+        held += [cell.cell_contents for cell in cells]
+        held += getattr(part, "__defaults__", None) or ()
+    for part in held:
+        if isinstance(part, Tensor) and part.numel() >= linear.weight.numel():
+            assert part.itemsize <= 2, (
+                f"a matrix is still in {part.dtype}: rounded, but not lighter"
+            )
 
 
 @torch.no_grad()
@@ -72,15 +96,29 @@ def check_light(lighten: Callable[[GPT, str], Any]) -> None:
     Book: 21_speed.html#which-is-fastest-here
     """
     ids = torch.tensor([[3, 1, 4, 1, 5]])
-    model = _small_gpt().float()
+    model = _small_gpt().float().train()  # nothing is dropped: dropout is 0
     model.blocks[0].mlp.expand.weight[0] *= 1000
+    linear = {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, torch.nn.Linear)
+    }
+    for layer in linear.values():
+        if layer.bias is not None:
+            layer.bias.copy_(torch.linspace(-1, 1, len(layer.bias)))
     before = model(ids)
     for weights in ("bfloat16", "float16", "int8"):
         light = lighten(model, weights)
         assert torch.equal(model(ids), before), "the model itself was changed"
-        for name, layer in model.named_modules():
-            if isinstance(layer, torch.nn.Linear):
-                _check_layer(light.get_submodule(name), layer, weights)
+        left = all(part.training for part in model.modules())
+        left = left and all(part.requires_grad for part in model.parameters())
+        assert left, "the model itself was changed: it can no longer be trained"
+        for name, layer in linear.items():
+            _check_layer(light.get_submodule(name), layer, weights)
+        for name, layer in linear.items():
+            _check_size(light.get_submodule(name), layer)
+        ready = not any(part.training for part in light.modules())
+        assert ready, "what comes back is in training mode: call eval()"
     model = _small_gpt().float()
     before = model(ids)
     for weights, most in (("bfloat16", 0.1), ("float16", 0.01), ("int8", 0.3)):
@@ -101,9 +139,12 @@ def check_accept(accept: Callable[[list[int], list[int]], list[int]]) -> None:
     """
     for guess, own, wanted, why in (
         ([], [7], [7], "without a draft the model's own token is written"),
-        ([5, 6], [6, 1, 4], [6], "in place of a wrong token stands the model's own"),
+        ([5, 6], [6, 5, 4], [6], "in place of a wrong token stands the model's own"),
         ([5, 6], [5, 6, 8], [5, 6, 8], "the token after a right draft is known, too"),
+        ([4], [4, 4], [4, 4], "the token after a right draft is known, too"),
         ([5, 6, 7], [5, 9, 7, 8], [5, 9], "what follows a wrong token is dropped"),
+        ([0], [3, 0], [3], "what follows a wrong token is dropped"),
+        ([0, 5, 5], [0, 5, 9, 1], [0, 5, 9], "the draft's last token was wrong"),
     ):
         lists = [*guess], [*own]
         found = [*accept(*lists)]
