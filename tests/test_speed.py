@@ -233,8 +233,8 @@ def frozen(model, weights):
         (with_vectors(127, torch.trunc), "rounded too roughly"),
         (with_vectors(127, dim=(0, 1)), "rounded too roughly"),
         (without_bias, "the bias is not added"),
-        (frozen, "no longer be trained"),
-        (lambda model, weights: lighten(model.eval(), weights), "no longer be trained"),
+        (frozen, "eval mode, or frozen"),
+        (lambda model, weights: lighten(model.eval(), weights), "eval mode, or frozen"),
         (lambda model, weights: lighten(model, weights).train(), r"call eval\(\)"),
     ],
 )

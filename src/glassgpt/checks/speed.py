@@ -60,10 +60,8 @@ def _check_layer(light: Any, linear: torch.nn.Linear, weights: str) -> None:
             "does it reach 127, is it rounded to the nearest?"
         )
         # Of each vector one number is 127 steps of its scale, and the next one 0.9.
-        sizes, next_one = (
-            2.0 ** (torch.arange(len(eye)) % 8)[:, None],
-            used.T.roll(1, 0),
-        )
+        next_one = used.T.roll(1, 0)
+        sizes = 2.0 ** (torch.arange(len(eye)) % 8)[:, None]
         found = light(sizes * (127 * eye + 0.9 * eye.roll(1, 0))) - bias
         off = (found / sizes - 127 * used.T - 0.9 * next_one).abs()
         assert (off <= 0.5 * next_one.abs() + 1e-3 * largest.T).all(), (
@@ -110,9 +108,9 @@ def check_light(lighten: Callable[[GPT, str], Any]) -> None:
     for weights in ("bfloat16", "float16", "int8"):
         light = lighten(model, weights)
         assert torch.equal(model(ids), before), "the model itself was changed"
-        left = all(part.training for part in model.modules())
-        left = left and all(part.requires_grad for part in model.parameters())
-        assert left, "the model itself was changed: it can no longer be trained"
+        same = all(part.training for part in model.modules())
+        same = same and all(part.requires_grad for part in model.parameters())
+        assert same, "the model itself was changed: put into eval mode, or frozen"
         for name, layer in linear.items():
             _check_layer(light.get_submodule(name), layer, weights)
         for name, layer in linear.items():
