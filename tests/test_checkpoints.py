@@ -465,6 +465,21 @@ def test_what_is_not_flushed_is_caught(moments, message):
         checks.check_whole_file(write_flushing(*moments))
 
 
+def without_emptying_the_buffer(path, content):
+    """What Python still holds is not in the file when that is flushed."""
+    partial = path.with_name(path.name + "~")
+    with open(partial, "wb") as file:
+        file.write(content)
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    flush(path.parent)
+
+
+def test_a_flush_before_python_has_written_is_caught():
+    with pytest.raises(AssertionError, match="before all of it was flushed"):
+        checks.check_whole_file(without_emptying_the_buffer)
+
+
 def in_another_folder(path, content):
     with TemporaryDirectory() as place:
         partial = Path(place, path.name)

@@ -391,6 +391,11 @@ def prints_usage(words):
     return code
 
 
+def hides_in(command):
+    """A broad `except` around one command."""
+    return lambda words: (hides(Exception) if words[0] == command else main)(words)
+
+
 def hides(kind):
     def wrong(words):
         try:
@@ -415,6 +420,8 @@ HIDDEN += [AssertionError]
         (takes_any_error_of_ours, "hid a fault in .*, a AttributeError"),
         (hides_while_it_parses, "hid a fault in tyro.cli, a KeyError"),
         (hides_but_in_tokenize, "hid a fault in glassgpt.load, a KeyError"),
+        (hides_in("train"), "hid a fault in glassgpt.make_plan"),
+        (hides_in("resume"), "hid a fault in glassgpt.resume_run"),
         (changes_what_it_reads, "changed picture.png"),
         (says_the_same_of_all, "`glassgpt tain .*`: its sentence names no train"),
         (ends_well_where_no_command_is, "`glassgpt tain .*` left with exit code 0"),

@@ -93,6 +93,8 @@ def check_mistakes(main: Callable[[list[str]], int]) -> None:
             "glassgpt.tokens.CharTokenizer.train": right,
             "glassgpt.load": ["generate", "run"],
             "tyro.cli": ["generate", "run"],
+            "glassgpt.make_plan": ["train", "--data", "long.txt", "--out", "made"],
+            "glassgpt.resume_run": ["resume", "run"],
         }
         for (fault, kind), (place, words) in product(faults.items(), places.items()):
             came = None

@@ -87,7 +87,9 @@ def check_size(size: Callable[[int, int, int, int], int]) -> None:
         )
         if wanted != (padded_once := 4 * -(-stored_bytes // 3)):
             assert found != padded_once, "each parameter's base64 is padded by itself"
-        assert found == wanted, f"{wanted:,} characters, not {found:,}"
+        assert found == wanted, (
+            f"{wanted:,} characters, not {found:,}: is each text padded by itself?"
+        )
 
 
 def _candidates(logits: Tensor) -> list[dict[str, Any]]:

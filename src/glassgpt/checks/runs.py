@@ -36,7 +36,9 @@ from glassgpt.training import TrainConfig, Trainer
 _NEW = bytes(range(256)) * 800  # no text, and too long for `_small_files`
 
 
-def _watched_write(write: Callable[[Path, bytes], Any], path: Path) -> list[Any]:
+def _watched_write(
+    write: Callable[[Path, bytes], Any], path: Path, content: bytes
+) -> list[Any]:
     """The calls of a write that matter, in order: what was flushed or renamed."""
     calls: list[Any] = []
 
@@ -75,7 +77,7 @@ def _watched_write(write: Callable[[Path, bytes], Any], path: Path) -> list[Any]
         patch.object(os, "replace", renaming(os.replace)),
         patch.object(os, "rename", renaming(os.rename)),
     ):
-        write(path, _NEW)
+        write(path, content)
     return calls
 
 
@@ -102,12 +104,12 @@ def check_whole_file(write: Callable[[Path, bytes], Any]) -> None:
     full = OSError(errno.ENOSPC, "No space left on device")
     with TemporaryDirectory() as place:
         partial = []
-        for name in ("note.json", "note.txt"):
+        for name, new in (("note.json", b"{}"), ("note.txt", _NEW)):
             path = Path(place, name)
             path.write_bytes(b"old")
-            calls = _watched_write(write, path)
+            calls = _watched_write(write, path, new)
             found = path.read_bytes()
-            assert found == _NEW, "the new content does not stand in the file"
+            assert found == new, "the new content does not stand in the file"
             names = [call for call in calls if isinstance(call, str)]
             assert names, "written in place: a kill in the middle leaves half a file"
             flushed = [call[0] for call in calls[calls.index(names[-1]) + 1 :]]
