@@ -59,7 +59,10 @@ def test_second_run_gives_the_same_bytes(chapter):
 
 def test_no_widget_is_stored_beside_its_still(tmp_path):
     path = tmp_path / "live.ipynb"
-    made = "from glassgpt.figures import live\nlive(lambda n=1: '<p>', lambda n: 'one')"
+    made = (
+        "import ipywidgets\n\nclass Live(ipywidgets.IntSlider):\n"
+        "    def _repr_html_(self):\n        return '<p>'\n\nLive()"
+    )
     nbformat.write(tool.from_text(f"# %%\n{made}\n"), path)
     tool.run(path)
     notebook = nbformat.read(path, 4)

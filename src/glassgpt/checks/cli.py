@@ -6,7 +6,6 @@ import io
 import json
 import tempfile
 from collections.abc import Callable
-from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -89,14 +88,16 @@ def check_mistakes(main: Callable[[list[str]], int]) -> None:
         kinds += (ZeroDivisionError, AssertionError)
         faults: dict[Any, type] = {kind("ours"): kind for kind in kinds}
         faults |= {stumble: ValueError, unread: ValueError, misled: AttributeError}
-        places = {  # what is broken, and a line that uses it
-            "glassgpt.tokens.CharTokenizer.train": right,
+        others = {  # broken by a KeyError, and a line that uses it
             "glassgpt.load": ["generate", "run"],
             "tyro.cli": ["generate", "run"],
             "glassgpt.make_plan": ["train", "--data", "long.txt", "--out", "made"],
             "glassgpt.resume_run": ["resume", "run"],
         }
-        for (fault, kind), (place, words) in product(faults.items(), places.items()):
+        learning = "glassgpt.tokens.CharTokenizer.train"
+        tries = [(fault, kind, learning, right) for fault, kind in faults.items()]
+        tries += [(KeyError("ours"), KeyError, *other) for other in others.items()]
+        for fault, kind, place, words in tries:
             came = None
             with patch(place, side_effect=fault) as broken:
                 try:
