@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
@@ -272,6 +273,17 @@ def test_a_body_too_large_is_refused(address):
             except OSError:  # it hung up
                 break
     assert answer.startswith(b"HTTP/1.1 413") or 17 <= sent < 64
+
+
+def test_who_hangs_up_while_asking_leaves_no_traceback(shakespeare, capfd):
+    with running(make_app(*shakespeare, "shakespeare")) as address:
+        place = urlsplit(address)
+        with socket.create_connection((place.hostname, place.port), timeout=60) as line:
+            line.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n")
+            line.sendall(b'Content-Length: 1000\r\n\r\n{"prompt": "RO')
+            time.sleep(0.2)  # its question has begun
+        assert post(address, b"{}")[0] == 400  # the next one is served
+    assert "Traceback" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ try:
     from starlette.exceptions import HTTPException
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
-    from starlette.requests import Request
+    from starlette.requests import ClientDisconnect, Request
     from starlette.responses import JSONResponse, Response, StreamingResponse
     from starlette.routing import Route
 except ModuleNotFoundError as error:
@@ -191,11 +191,14 @@ def make_app(model: GPT, tokenizer: Tokenizer, name: str) -> Starlette:
         told = {"message": error.detail, "type": "invalid_request_error"}
         return JSONResponse({"error": told}, error.status_code)
 
+    async def gone(request: Request, error: Any) -> Response:
+        return Response(status_code=499)  # nobody is there to read it
+
     routes = [Route("/v1/models", models)]
     for path in ("/v1/completions", "/v1/chat/completions"):
         routes.append(Route(path, answer, methods=["POST"]))
     here = Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
-    refusals = {HTTPException: refuse}
+    refusals = {HTTPException: refuse, ClientDisconnect: gone}
     return Starlette(routes=routes, middleware=[here], exception_handlers=refusals)
 
 
