@@ -90,6 +90,8 @@ class Wanted:
         if room < 1:
             raise ValueError(f"the prompt has {len(self.ids)} tokens: too long")
         asked = body.get("max_completion_tokens", body.get("max_tokens", 512))
+        if not isinstance(asked, int) or asked < 0:
+            raise ValueError(f"max_tokens: a number from 0 up, not {asked!r}")
         self.limit = min(asked, room)
         self.used, self.reason = 0, "stop"  # why the text ended
         stops = body.get("stop", [])
