@@ -79,8 +79,10 @@ class Wanted:
                 raise ValueError(f"{key} must be {usual} here: nothing else is done")
         self.in_pieces = bool(body.get("stream"))
         if chat:
-            turns = [_plain(message) for message in body["messages"]]
-            self.ids, _ = render(turns, tokenizer, reply=True)
+            if not isinstance(messages := body["messages"], list):
+                raise ValueError("messages must be a list")
+            conversation = [_plain(message) for message in messages]
+            self.ids, _ = render(conversation, tokenizer, reply=True)
         else:
             prompt = body["prompt"]
             if not isinstance(prompt, str | list):
@@ -120,12 +122,16 @@ class Wanted:
             self.reason = "length"
 
 
-def _plain(message: dict[str, Any]) -> dict[str, Any]:
+def _plain(message: dict[str, Any]) -> dict[str, str]:
     """A message whose content is a text; a client may send a list of parts."""
-    content = message["content"]
-    if isinstance(content, list):
-        content = "".join(part["text"] for part in content)
-    return {**message, "content": content}
+    match message:
+        case {"role": str(role), "content": str(content)}:
+            return {"role": role, "content": content}
+        case {"role": str(role), "content": [*parts]}:
+            texts = [part.get("text") for part in parts if isinstance(part, dict)]
+            if len(texts) == len(parts) and all(isinstance(t, str) for t in texts):
+                return {"role": role, "content": "".join(texts)}
+    raise ValueError(f'a message is {{"role": ..., "content": TEXT}}, not {message!r}')
 
 
 def _choice(words: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
