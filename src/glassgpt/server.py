@@ -73,9 +73,10 @@ class Wanted:
     def __init__(
         self, body: dict[str, Any], model: GPT, tokenizer: Tokenizer, chat: bool
     ):
-        body = {key: value for key, value in dict(body).items() if value is not None}
+        if not isinstance(body, dict):
+            raise ValueError("a request is a JSON object")
         for key, usual in USUAL.items():
-            if body.get(key, usual) != usual:
+            if body.get(key) not in (None, usual):
                 raise ValueError(f"{key} must be {usual} here: nothing else is done")
         self.in_pieces = bool(body.get("stream"))
         if chat:
@@ -91,18 +92,19 @@ class Wanted:
         room = model.config.context - len(self.ids)
         if room < 1:
             raise ValueError(f"the prompt has {len(self.ids)} tokens: too long")
-        asked = body.get("max_completion_tokens", body.get("max_tokens", 512))
+        limits = [body.get(key) for key in ("max_completion_tokens", "max_tokens")]
+        asked = next((n for n in limits if n is not None), 512)
         if not isinstance(asked, int) or asked < 0:
             raise ValueError(f"max_tokens: a number from 0 up, not {asked!r}")
         self.limit = min(asked, room)
         self.used, self.reason = 0, "stop"  # why the text ended
-        stops = body.get("stop", [])
+        stops = body.get("stop") or []
         stops = [stops] if isinstance(stops, str) else stops
         if not isinstance(stops, list) or not all(isinstance(s, str) for s in stops):
             raise ValueError("stop must be a text, or a list of texts")
         self.stops = [stop for stop in stops if stop]
         names = ("temperature", "top_k", "top_p", "seed")
-        settings = {name: body[name] for name in names if name in body}
+        settings = {name: body[name] for name in names if body.get(name) is not None}
         if settings.get("temperature") == 0:
             settings = {"top_k": 1}
         ends = tokenizer.special_tokens.values()
