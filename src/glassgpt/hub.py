@@ -563,12 +563,14 @@ def write_gguf(
     """Write a model and its tokenizer as a GGUF file, for llama.cpp and Ollama.
 
     dtype: of the matrices, float16 or float32; vectors and the table of positions are
-    float32. Raises ValueError for a model that is neither a GPT-2 nor a Llama, and for
-    a tokenizer of characters.
+    float32. Raises ValueError for another dtype, for a model that is neither a GPT-2
+    nor a Llama, and for a tokenizer of characters.
 
     Book: 17_gpt2.html#gguf-export-for-laptops
     """
     config = model.config
+    if dtype not in ("float16", "float32"):
+        raise ValueError(f"dtype: float16 or float32, not {dtype!r}")
     if (theirs := _GGUF.get(format_of(config).kind)) is None:
         raise ValueError("llama.cpp knows GPT-2 and Llama, not this model")
     with whole_file(path) as unfinished:
