@@ -75,9 +75,11 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(logits, p):
         assert stays.all() or weights[stays].min() >= weights[~stays].max()
 
 
-def test_top_p_of_one_keeps_all():
+def test_top_p_at_its_ends():
     steep = torch.tensor([[20.0, 0.0]])  # the first share is rounded to 1
     assert keep_top_p(steep, 1.0).equal(steep)
+    kept = keep_top_p(torch.tensor([[1.0, 3.0, 2.0]]), 1e-46) > -math.inf
+    assert kept.tolist() == [[False, True, False]]
 
 
 @pytest.mark.parametrize(

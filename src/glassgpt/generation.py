@@ -42,6 +42,7 @@ def keep_top_p(logits: Tensor, top_p: float, temperature: float = 1.0) -> Tensor
     weights = softmax(ordered, temperature=temperature)
     before = weights.cumsum(dim=-1) - weights  # what the likelier ones have
     forbidden = (before >= top_p) & (top_p < 1)  # at p = 1 rounding forbids none
+    forbidden[..., 0] = False  # a p near 0 becomes 0: keep the first all the same
     ordered = ordered.masked_fill(forbidden, -math.inf)
     return torch.empty_like(logits).scatter(-1, order, ordered)
 
