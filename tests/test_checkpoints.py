@@ -26,6 +26,7 @@ from glassgpt.checkpoints import (
     load,
     save,
     write_file,
+    write_model,
     write_tensors,
 )
 from glassgpt.checks import runs as checks
@@ -418,6 +419,9 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path, bad):
     with pytest.raises(ValueError, match="has weights that are nan or infinite"):
         save(tmp_path / "new", model, tokenizer_of())
     assert not (tmp_path / "new").exists()
+    write_model(tmp_path, model, tokenizer_of())
+    with pytest.raises(ValueError, match="has weights that are nan or infinite"):
+        load(tmp_path)
 
 
 def test_a_name_of_nothing_gets_a_hint():

@@ -183,7 +183,10 @@ def load_parameters(directory: Path, config: GPTConfig) -> GPT:
     with blaming(path, "does not fit its config.json"):
         shapes = {name: tuple(value.shape) for name, value in state.items()}
         model = hub.fit(config, shapes, theirs)
-    return hub.fill(model, state.__getitem__, theirs)
+    hub.fill(model, state.__getitem__, theirs)
+    if not all(p.sum().isfinite() for p in model.parameters()):
+        raise ValueError(f"{path} has weights that are nan or infinite")
+    return model
 
 
 MODELS = Path(str(files("glassgpt")), "models")  # what comes with the package
