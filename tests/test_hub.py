@@ -695,6 +695,18 @@ def test_a_gguf_that_is_another_function_is_refused(
         glassgpt.load(path)
 
 
+def test_a_gguf_with_more_tokens_than_rows_is_refused(tokenizer, tmp_path):
+    model = random_model(llama())
+    write_gguf(tmp_path / "m", model, tokenizer)
+    fields = gguf.GGUFReader(tmp_path / "m").fields
+    more = {
+        f"tokenizer.ggml.{name}": fields[f"tokenizer.ggml.{name}"].contents() + [extra]
+        for name, extra in (("tokens", "tower"), ("token_type", 1))
+    }
+    with pytest.raises(ValueError, match="the tokenizer has 271 ids, the model 270"):
+        glassgpt.load(described(tmp_path / "m", model, tokenizer, **more))
+
+
 def test_without_the_library_a_good_gguf_is_not_called_damaged(
     tokenizer, tmp_path, monkeypatch
 ):

@@ -532,6 +532,9 @@ def load_gguf(path: Path) -> tuple[GPT, Tokenizer]:
         content["tied"] = "output.weight" not in shapes
         model = fit(read_config(theirs, content), shapes, theirs)
         tokenizer = _gguf_tokenizer(facts)
+        if tokenizer.vocab_size > model.config.vocab_size:
+            sizes = f"{tokenizer.vocab_size} ids, the model {model.config.vocab_size}"
+            raise ValueError(f"the tokenizer has {sizes}")
 
         def read(name: str) -> Tensor:
             part = tensors[name]
