@@ -129,14 +129,16 @@ def save(directory: str | Path, model: GPT, tokenizer: Tokenizer) -> None:
     directory = Path(directory)
     due = dict(on_paper(model.config).named_parameters())
     if due.keys() != dict(model.named_parameters()).keys():
-        raise ValueError("save the model before you lighten it or compile it")
+        what = "weights are missing or have other names"
+        raise ValueError(f"{what}: save the model before you lighten it or compile it")
     if (ids := tokenizer.vocab_size) > (known := model.config.vocab_size):
         raise ValueError(f"the tokenizer has {ids} ids, the model only {known}")
     if not all(p.sum(dtype=torch.float32).isfinite() for p in model.parameters()):
         raise ValueError("the model has weights that are nan or infinite")
     names = {path.name.removesuffix(".partial") for path in directory.glob("[!.]*")}
     if others := sorted(names - FILES):
-        raise FileExistsError(f"{directory} is not empty, {others[0]} is in it")
+        what = f"{directory} is not empty, {others[0]} is in it"
+        raise FileExistsError(f"{what}: use another folder")
     write_model(directory, model, tokenizer)
 
 

@@ -320,10 +320,13 @@ def refuse_occupied(directory: Path) -> None:
     Book: 20_runs_that_survive.html#one-run-in-a-folder
     """
     if (directory / "run.json").exists():
-        raise FileExistsError(f"{directory} holds a run: resume it, or take another")
+        raise FileExistsError(
+            f"{directory} holds a run: resume it, or name another folder"
+        )
     for name in sorted(path.name for path in directory.glob("[!.]*")):
         if not re.fullmatch(r"data|checkpoint-00000000|.*\.partial(\.lock)?", name):
-            raise FileExistsError(f"{directory} is not empty, {name} is in it")
+            what = f"{directory} is not empty, {name} is in it"
+            raise FileExistsError(f"{what}: choose another folder")
 
 
 def _on_disk(data: TokenData, folder: Path, tokenizer: Tokenizer) -> TokenData:
