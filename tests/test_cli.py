@@ -357,7 +357,7 @@ def hides_while_it_parses(words):
 
 
 def hides_but_in_tokenize(words):
-    return main(words) if words[0] == "tokenize" else hides(Exception)(words)
+    return main(words) if words[0] == "tokenize" else catching(main, Exception)(words)
 
 
 def changes_what_it_reads(words):
@@ -391,20 +391,23 @@ def prints_usage(words):
     return code
 
 
-def hides_in(command):
-    """A broad `except` around one command."""
-    return lambda words: (hides(Exception) if words[0] == command else main)(words)
+def catching(program, *kinds):
+    """A program that takes errors of these kinds for mistakes."""
 
-
-def hides(kind):
     def wrong(words):
         try:
-            return main(words)
-        except kind as error:
+            return program(words)
+        except kinds as error:
             print(f"glassgpt: {error}", file=sys.stderr)
             return 2
 
     return wrong
+
+
+def hides_in(command):
+    """A broad `except` around one command."""
+    broad = catching(main, Exception)
+    return lambda words: (broad if words[0] == command else main)(words)
 
 
 HIDDEN = [RuntimeError, TypeError, AttributeError, IndexError, ZeroDivisionError]
@@ -415,7 +418,7 @@ HIDDEN += [AssertionError]
     ("wrong", "said"),
     [
         (prints_usage, "printed 'usage: .*' as a result"),
-        *((hides(k), f"hid a fault in .*, a {k.__name__}") for k in HIDDEN),
+        *((catching(main, k), f"hid a fault in .*, a {k.__name__}") for k in HIDDEN),
         (takes_any_raise_for_ours, "hid a fault in .*, a ValueError"),
         (takes_any_error_of_ours, "hid a fault in .*, a AttributeError"),
         (hides_while_it_parses, "hid a fault in tyro.cli, a KeyError"),
@@ -1040,17 +1043,6 @@ def count(words):
     return 0
 
 
-def count_catching(*kinds):
-    def main(words):
-        try:
-            return count(words)
-        except kinds as error:
-            print(f"count: {error}", file=sys.stderr)
-            return 2
-
-    return main
-
-
 def count_by_os(words):
     if len(words) != 1:
         return count(words)
@@ -1126,17 +1118,17 @@ def count_by_argparse(words):
         (count_and_hide_well, "was hidden"),
         (count_what_exists, r"`count \.` ended in (IsADirectory|Permission)Error"),
         (count_nothing, "seven.txt` left with exit code 2"),
-        (count_catching(OSError, ValueError), "a ValueError inside, was hidden"),
+        (catching(count, OSError, ValueError), "a ValueError inside, was hidden"),
         (
-            count_catching(OSError, UnicodeDecodeError, TypeError, AttributeError),
+            catching(count, OSError, UnicodeDecodeError, TypeError, AttributeError),
             "a TypeError inside, was hidden",
         ),
         *(
-            (count_catching(OSError, UnicodeDecodeError, k), "a .*, was hidden")
+            (catching(count, OSError, UnicodeDecodeError, k), "a .*, was hidden")
             for k in (IndexError, AssertionError, ArithmeticError)
         ),
         (count_by_os, "a KeyError inside, was hidden"),
-        (count_catching(OSError, UnicodeDecodeError), None),
+        (catching(count, OSError, UnicodeDecodeError), None),
         (lambda words: count_by_argparse(words) or 0, None),
     ],
 )

@@ -622,8 +622,9 @@ def test_what_has_no_gguf_is_refused(tokenizer, tmp_path):
     letters = CharTokenizer([chr(300 + n) for n in range(270)])
     with pytest.raises(ValueError, match="of byte pairs"):
         write_gguf(tmp_path / "m", random_model(BOTH[0]), letters)
-    with pytest.raises(ValueError, match="float16 or float32"):
-        write_gguf(tmp_path / "m", random_model(BOTH[0]), tokenizer, "q4")
+    for dtype in ("q4", "int8", "float64"):  # whole numbers would be zeros
+        with pytest.raises(ValueError, match="float16 or float32"):
+            write_gguf(tmp_path / "m", random_model(BOTH[0]), tokenizer, dtype)
     with pytest.raises(OSError, match="name a file"):
         write_gguf(tmp_path, random_model(BOTH[0]), tokenizer)
     assert not list(tmp_path.iterdir())

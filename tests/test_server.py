@@ -209,6 +209,7 @@ def test_nobody_forges_a_turn(chat, talker):
         ({"temperature": "hot"}, "temperature"),
         ({"max_tokens": -1}, "max_tokens: a number from 0 up"),
         ({"max_tokens": "many"}, "max_tokens: a number from 0 up"),
+        ({"max_tokens": 1.5}, "max_tokens: a number from 0 up"),
         ({"prompt": ""}, "at least one token"),
         ({"prompt": "a " * 400}, "too long"),
         ({"prompt": ["a", "b"]}, "a prompt must be a list of ids"),
@@ -242,7 +243,10 @@ def post(address, body, path="/v1/completions", **headers):
     return response.status, response.read()
 
 
-@pytest.mark.parametrize("body", [b"", b"[]", b"\xff", b"[" * 100_000, b"{}"])
+PAIRS = b'[["prompt", "a"], ["max_tokens", 1]]'  # dict() would take them
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", PAIRS, b"\xff", b"[" * 100_000, b"{}"])
 def test_what_is_no_request_is_refused(address, body):
     status, content = post(address, body)
     assert status == 400

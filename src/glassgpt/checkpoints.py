@@ -187,7 +187,7 @@ def load_parameters(directory: Path, config: GPTConfig) -> GPT:
         model = hub.fit(config, shapes, theirs)
     hub.fill(model, state.__getitem__, theirs)
     if not all(p.sum().isfinite() for p in model.parameters()):
-        raise ValueError(f"{path} has weights that are nan or infinite")
+        raise ValueError(f"{directory} has weights that are nan or infinite")
     return model
 
 

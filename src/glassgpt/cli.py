@@ -479,7 +479,8 @@ class Chat(Model):
                     print(f"({error})", file=sys.stderr)
                     continue
                 if lost := len(asked) - len(kept):
-                    print(f"({lost} oldest turns are forgotten)", file=sys.stderr)
+                    told = f"the context is full: {lost} oldest turns are forgotten"
+                    print(f"({told})", file=sys.stderr)
                 settings = vars(self.sampling)
                 pieces = stream_answer(model, tokenizer, kept, self.tokens, **settings)
                 answer = self.show(pieces, by_hand)
