@@ -182,7 +182,7 @@ def load_parameters(directory: Path, config: GPTConfig) -> GPT:
         body = state.keys() - {"lm_head.weight"}
         state |= {f"transformer.{name}": state.pop(name) for name in body}
     theirs = hub.OURS if "tokens.weight" in state else hub.format_of(config)
-    with blaming(path, "does not fit its config.json"):
+    with blaming(directory, "does not fit its config.json"):
         shapes = {name: tuple(value.shape) for name, value in state.items()}
         model = hub.fit(config, shapes, theirs)
     hub.fill(model, state.__getitem__, theirs)
