@@ -2,7 +2,10 @@
 """The hub: models and tokenizers of other programs in, ours out."""
 
 import json
+import math
+import mmap
 import re
+import struct
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -490,22 +493,57 @@ def _gguf_tokenizer(facts: dict[str, Any]) -> ForeignTokenizer:
     return ForeignTokenizer(inner.to_str())
 
 
-def _gguf_file(gguf: Any, path: Path) -> Any:
-    """A file as the library reads it, but three times as fast.
+class _Fields:
+    """What stands one after another at the start of a GGUF file."""
 
-    A vocabulary is 100,000 slices of the file; slices of a plain array cost less.
-    """
+    codes = dict(zip((*range(8), 10, 11, 12), "BbHhIif?Qqd", strict=True))
 
-    class Reader(gguf.GGUFReader):
-        @property
-        def data(self) -> np.ndarray:
-            return self.plain
+    def __init__(self, content: mmap.mmap):
+        self.content, self.place = content, 0
 
-        @data.setter
-        def data(self, mapped: np.memmap) -> None:
-            self.plain = np.asarray(mapped)
+    def number(self, code: str) -> Any:
+        (value,) = struct.unpack_from(f"<{code}", self.content, self.place)
+        self.place += struct.calcsize(f"<{code}")
+        return value
 
-    return Reader(path)
+    def text(self) -> str:
+        length = self.number("Q")
+        self.place += length
+        return self.content[self.place - length : self.place].decode()
+
+    def value(self, kind: int) -> Any:
+        if kind == 8:
+            return self.text()
+        if kind == 9:
+            kind, length = self.number("I"), self.number("Q")
+            return [self.value(kind) for _ in range(length)]
+        return self.number(self.codes[kind])
+
+
+def _read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, tuple], dict[str, Any]]:
+    """The fields of a GGUF file; its tensors' shapes; their kinds and bytes, unread."""
+    gguf = _library("gguf")  # it knows how many bytes each kind takes
+    with path.open("rb") as file:
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    fields = _Fields(content)
+    if fields.number("4s") != b"GGUF" or fields.number("I") not in (2, 3):
+        raise ValueError("it does not begin with GGUF and version 2 or 3")
+    tensors, count = fields.number("Q"), fields.number("Q")
+    facts = {fields.text(): fields.value(fields.number("I")) for _ in range(count)}
+    shapes, places = {}, {}
+    for _ in range(tensors):
+        name, axes = fields.text(), fields.number("I")
+        shapes[name] = tuple(fields.number("Q") for _ in range(axes))[::-1]
+        kind = gguf.GGMLQuantizationType(fields.number("I"))
+        places[name] = kind, fields.number("Q")
+    edge, stored = facts.get("general.alignment", 32), {}
+    start = math.ceil(fields.place / edge) * edge
+    for name, (kind, place) in places.items():
+        numbers, size = gguf.GGML_QUANT_SIZES[kind]
+        length = math.prod(shapes[name]) // numbers * size
+        data = np.frombuffer(content, np.uint8, length, start + place)
+        stored[name] = kind.name, data.reshape(*shapes[name][:-1], -1)  # (rows, bytes)
+    return facts, shapes, stored
 
 
 def load_gguf(path: Path) -> tuple[GPT, Tokenizer]:
@@ -516,14 +554,11 @@ def load_gguf(path: Path) -> tuple[GPT, Tokenizer]:
 
     Book: 17_gpt2.html#a-whole-gguf-file
     """
-    gguf, _ = _library("gguf"), _library("tokenizers")  # missing isn't damaged
+    _library("gguf"), _library("tokenizers")  # missing isn't damaged
     try:
-        file = _gguf_file(gguf, path)
-        facts = {name: part.contents() for name, part in file.fields.items()}
-        tensors = {part.name: part for part in file.tensors}
-        if sum(int(part.n_bytes) for part in file.tensors) > path.stat().st_size:
+        facts, shapes, stored = _read_gguf(path)
+        if sum(data.nbytes for _, data in stored.values()) > path.stat().st_size:
             raise ValueError("several tensors have the same bytes")
-        shapes = {n: tuple(t.shape[::-1].tolist()) for n, t in tensors.items()}
         kind = facts["general.architecture"]
         if (theirs := _GGUF.get(kind)) is None:
             raise ValueError(f"its architecture is {kind!r}, not gpt2 or llama")
@@ -537,11 +572,10 @@ def load_gguf(path: Path) -> tuple[GPT, Tokenizer]:
             raise ValueError(f"the tokenizer has {sizes}")
 
         def read(name: str) -> Tensor:
-            part = tensors[name]
-            return torch.from_numpy(unpack(part.tensor_type.name, part.data))
+            return torch.from_numpy(unpack(*stored[name]))
 
         return fill(model, read, theirs).eval(), tokenizer
-    except Exception as error:  # whatever a broken file makes the library stumble over
+    except Exception as error:  # whatever a broken file makes the code stumble over
         raise ValueError(f"{path} is damaged or foreign: {error!r}") from error
 
 
