@@ -655,6 +655,83 @@ def test_gguf_files_that_attack(tokenizer, tmp_path):
         forged(good.replace(text, other), tmp_path)
 
 
+def with_field(good, key, kind, value):
+    """A file with one more field before its own, and another that keeps the places."""
+    (count,) = struct.unpack("<Q", good[16:24])
+    field = struct.pack("<Q", len(key)) + key + struct.pack("<I", kind) + value
+    text = bytes(-(len(field) + 21) % 32)  # of a field named x
+    filler = struct.pack("<QcIQ", 1, b"x", 8, len(text)) + text
+    added = field + filler
+    return good[:16] + struct.pack("<Q", count + 2) + added + good[24:]
+
+
+@pytest.mark.parametrize(
+    ("key", "kind", "value", "message"),
+    [
+        (b"general.architecture", 8, struct.pack("<Q5s", 5, b"llama"), "there twice"),
+        (b"general.alignment", 4, struct.pack("<I", 3), "no power of two"),
+        (b"general.alignment", 5, struct.pack("<i", -32), "no power of two"),
+        (b"general.alignment", 9, struct.pack("<IQ", 4, 0), "no power of two"),
+    ],
+)
+def test_a_gguf_field_that_cannot_be_right(key, kind, value, message, llama_gguf):
+    good = llama_gguf.read_bytes()
+    llama_gguf.write_bytes(with_field(good, key, kind, value))
+    with pytest.raises(ValueError, match=message):
+        glassgpt.load(llama_gguf)
+
+
+@pytest.fixture
+def llama_gguf(tokenizer, tmp_path):
+    write_gguf(tmp_path / "m.gguf", random_model(llama()), tokenizer, "float32")
+    return tmp_path / "m.gguf"
+
+
+@pytest.mark.parametrize("key", [b"glassgpt", b"llama.glassgpt", b"llama.new"])
+def test_a_gguf_field_of_nobody_changes_nothing(key, llama_gguf):
+    """Such as one that would make the norm another."""
+    good, (model, _) = llama_gguf.read_bytes(), glassgpt.load(llama_gguf)
+    texts = b"".join(struct.pack("<Q", len(t)) + t for t in (b"norm", b"layer"))
+    value = struct.pack("<IQIQ", 9, 1, 8, 2) + texts
+    llama_gguf.write_bytes(with_field(good, key, 9, value))
+    assert torch.equal(glassgpt.load(llama_gguf)[0](IDS), model(IDS))
+
+
+def test_a_gguf_may_leave_out_what_is_usual(tokenizer, tmp_path):
+    model, path = random_model(llama(key_value_heads=4)), tmp_path / "m.gguf"
+    write_gguf(path, model, tokenizer, "float32")
+    content = path.read_bytes()
+    for key in (b"rope.freq_base", b"attention.head_count_kv"):
+        assert key in content
+        content = content.replace(key, key[:-1] + b"_")
+    path.write_bytes(content)
+    assert torch.equal(glassgpt.load(path)[0](IDS), model(IDS))
+
+
+def place_of(part):
+    """Where a file says where a tensor is."""
+    return part.field.offset + sum(each.nbytes for each in part.field.parts[:-1])
+
+
+def test_a_tensor_in_anothers_place_is_refused(llama_gguf):
+    """It would be read, and the model be a little worse."""
+    good = bytearray(llama_gguf.read_bytes())
+    norms = [
+        part for part in gguf.GGUFReader(llama_gguf).tensors if "norm" in part.name
+    ]
+    one, other = (slice(start := place_of(part), start + 8) for part in norms[:2])
+    good[one], good[other] = good[other], good[one]
+    llama_gguf.write_bytes(good)
+    with pytest.raises(ValueError, match="norm.weight is at [0-9]+, not at"):
+        glassgpt.load(llama_gguf)
+
+
+def test_a_tensor_of_many_axes_takes_no_time(tmp_path):
+    axes = 1_000_000  # the product of their sizes would take hours
+    content = struct.pack("<4sIQQQcI", b"GGUF", 3, 1, 0, 1, b"x", axes)
+    forged(content + b"\xff" * 8 * axes, tmp_path)
+
+
 def described(path, model, tokenizer, **changes):
     """A good file, in which some fields are others."""
     write_gguf(path, model, tokenizer, "float32")
@@ -723,13 +800,12 @@ def test_tensors_that_share_their_bytes_are_refused(tokenizer, tmp_path, monkeyp
     good = bytearray((tmp_path / "m.gguf").read_bytes())
     reader = gguf.GGUFReader(tmp_path / "m.gguf")
     for part in reader.tensors:
-        place = part.field.offset + sum(p.nbytes for p in part.field.parts[:-1])
-        struct.pack_into("<Q", good, place, 0)
+        struct.pack_into("<Q", good, place_of(part), 0)
     largest = max(int(part.n_bytes) for part in reader.tensors)
     monkeypatch.setattr("glassgpt.hub.unpack", None)  # nothing may be read
     path = tmp_path / "forged.gguf"
     path.write_bytes(good[: reader.data_offset + largest])
-    with pytest.raises(ValueError, match="several tensors have the same bytes"):
+    with pytest.raises(ValueError, match="weight is at 0, not at "):
         glassgpt.load(path)
 
 

@@ -496,7 +496,7 @@ def _gguf_tokenizer(facts: dict[str, Any]) -> ForeignTokenizer:
 class _Fields:
     """What stands one after another at the start of a GGUF file."""
 
-    codes = dict(zip((*range(8), 10, 11, 12), "BbHhIif?Qqd", strict=True))
+    codes = dict(enumerate("BbHhIif?__Qqd"))  # 8 and 9, texts and lists, are below
 
     def __init__(self, content: mmap.mmap):
         self.content, self.place = content, 0
@@ -533,14 +533,21 @@ def _read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, tuple], dict[str, 
     shapes, places = {}, {}
     for _ in range(tensors):
         name, axes = fields.text(), fields.number("I")
+        if axes > 4 or name in shapes:
+            raise ValueError(f"{name} has {axes} axes, or is there twice")
         shapes[name] = tuple(fields.number("Q") for _ in range(axes))[::-1]
         kind = gguf.GGMLQuantizationType(fields.number("I"))
         places[name] = kind, fields.number("Q")
     edge, stored = facts.get("general.alignment", 32), {}
-    start = math.ceil(fields.place / edge) * edge
+    if len(facts) < count or edge not in [1 << n for n in range(32)]:
+        raise ValueError("a field is there twice, or its alignment is no power of two")
+    start, due = math.ceil(fields.place / edge) * edge, 0
     for name, (kind, place) in places.items():
         numbers, size = gguf.GGML_QUANT_SIZES[kind]
         length = math.prod(shapes[name]) // numbers * size
+        if place != due:
+            raise ValueError(f"{name} is at {place}, not at {due}")
+        due += math.ceil(length / edge) * edge
         data = np.frombuffer(content, np.uint8, length, start + place)
         stored[name] = kind.name, data.reshape(*shapes[name][:-1], -1)  # (rows, bytes)
     return facts, shapes, stored
@@ -557,12 +564,14 @@ def load_gguf(path: Path) -> tuple[GPT, Tokenizer]:
     _library("gguf"), _library("tokenizers")  # missing isn't damaged
     try:
         facts, shapes, stored = _read_gguf(path)
-        if sum(data.nbytes for _, data in stored.values()) > path.stat().st_size:
-            raise ValueError("several tensors have the same bytes")
         kind = facts["general.architecture"]
         if (theirs := _GGUF.get(kind)) is None:
             raise ValueError(f"its architecture is {kind!r}, not gpt2 or llama")
         content = {k.removeprefix(f"{kind}."): _rounded(v) for k, v in facts.items()}
+        content.pop("glassgpt", None)  # ours, in a config.json alone
+        keys = {"attention.head_count_kv": content["attention.head_count"]}
+        keys |= {"rope.freq_base": 1e4}  # files leave out what is usual
+        content = keys | content
         content["vocab_size"] = shapes["token_embd.weight"][0]
         content["tied"] = "output.weight" not in shapes
         model = fit(read_config(theirs, content), shapes, theirs)
@@ -581,7 +590,7 @@ def load_gguf(path: Path) -> tuple[GPT, Tokenizer]:
 
 def _rounded(value: Any) -> Any:
     """A float32 such as 9.99999975e-06 as the number that was meant."""
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+    return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
 def end_of(tokenizer: Tokenizer) -> str | None:
