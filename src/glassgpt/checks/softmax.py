@@ -247,7 +247,7 @@ def check_masked_softmax(masked_softmax: Callable[[Tensor, Tensor], Tensor]) -> 
 
 
 def check_cross_entropy_gradient(gradient: Callable[[Tensor, Tensor], Tensor]) -> None:
-    """The gradient of the mean cross-entropy is (p - one-hot) / T, as autograd says.
+    """The gradient of the mean cross-entropy is (p - one-hot) / T.
 
     Book: 05_softmax.html#exercises
     """
@@ -273,7 +273,7 @@ def check_cross_entropy_gradient(gradient: Callable[[Tensor, Tensor], Tensor]) -
     for value, mistake in mistakes:
         assert not _close(result, value), mistake
     gap = (result - wanted).abs().max().item()
-    assert gap < 1e-5, f"differs from autograd by {gap:.1e}"
+    assert gap < 1e-5, f"differs from PyTorch's by {gap:.1e}"
     assert gradient(1000 * logits, targets).isfinite().all(), (
         "logits near 1000 give nan: subtract the maximum, as softmax does"
     )
