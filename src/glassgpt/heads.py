@@ -42,8 +42,8 @@ def fused_attention(
     queries: (B, H, T, D); keys, values: (B, H, S, D), or with G heads, each for H / G
     neighbors. Without a mask it is causal, and the queries are the last T of S
     positions. A mask (bool, True = may look, broadcast to (B, H, T, S)) replaces the
-    causal one. dropout: the share of weights set to zero. Returns the contexts
-    (B, H, T, D). Source: Dao et al. (2022).
+    causal one. dropout: the share of attention weights set to zero. Returns the
+    contexts (B, H, T, D). Source: Dao et al. (2022).
 
     Book: 07_multi_head_attention.html#two-ways-one-result
     """
@@ -63,8 +63,8 @@ class MultiHeadAttention(nn.Module):
     """Causal self-attention with several heads: (B, T, C) in and out.
 
     width: C, a multiple of heads, or it raises ValueError. dropout: the share of
-    weights set to zero in training. Source: Vaswani et al. (2017); layout of the
-    weights as in GPT-2.
+    attention weights set to zero in training. Source: Vaswani et al. (2017); layout of
+    the parameters as in GPT-2.
 
     Book: 07_multi_head_attention.html#the-module
     """
