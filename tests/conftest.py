@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from browser import FLAGS, find_browser
+from hypothesis import settings
 from xdist.scheduler import LoadFileScheduling
 
 if os.name == "nt":  # the texts that tests write have the same bytes everywhere
@@ -19,6 +20,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 if hasattr(signal, "SIGHUP"):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
+settings.register_profile("no clock", deadline=None)
+settings.load_profile("no clock")
 ROOT = Path(__file__).parent.parent
 
 

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from glassgpt.attention import attention, causal_mask
@@ -42,7 +42,6 @@ def test_package_passes_its_checks():
     masked=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-@settings(deadline=None)
 def test_equals_torch_on_random_shapes(
     leading, queries, keys, width, values, masked, seed
 ):

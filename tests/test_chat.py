@@ -407,7 +407,7 @@ def theirs(tokenizer, model, tmp_path_factory):
     return transformers.AutoTokenizer.from_pretrained(folder)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(talk=conversations(ROLE), reply=st.booleans())
 def test_transformers_gives_the_same_ids_and_mask(theirs, tokenizer, talk, reply):
     ids, mask = render(talk, tokenizer, reply)
@@ -418,7 +418,7 @@ def test_transformers_gives_the_same_ids_and_mask(theirs, tokenizer, talk, reply
     assert [bool(flag) for flag in found["assistant_masks"]] == mask
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, suppress_health_check=list(HealthCheck))
 @given(talk=conversations(ANY_ROLE))
 def test_what_one_refuses_the_other_refuses(theirs, tokenizer, talk):
     from jinja2 import TemplateError
@@ -432,7 +432,7 @@ def test_what_one_refuses_the_other_refuses(theirs, tokenizer, talk):
         assert theirs.apply_chat_template(talk)["input_ids"] == ids
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, suppress_health_check=list(HealthCheck))
 @given(talk=conversations(ROLE))
 def test_no_content_becomes_a_special_token(tokenizer, talk):
     ids, mask = render(talk, tokenizer)
@@ -592,7 +592,7 @@ def rendered(draw):
     return ids, draw(st.lists(st.booleans(), min_size=size, max_size=size))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(rendered(), min_size=1, max_size=12), st.integers(2, 40))
 def test_packing_keeps_every_target_once(talks, context):
     talks.append(([1, 2], [True, True]))
@@ -612,7 +612,7 @@ def test_packing_keeps_every_target_once(talks, context):
     assert all(used), "an empty row"
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=30))
 def test_positions_and_mask_agree_with_a_loop(row):
     positions, mask = separate(torch.tensor([row]), 0)

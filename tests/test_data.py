@@ -135,7 +135,7 @@ SPACES = "ab'é1!. \t\n\r\x0b\x1c\x1f\x85\xa0\u2003\u2028\u3000\u200d🗼"
 
 
 @given(st.one_of(st.text(SPACES, max_size=60), st.text()), st.integers(1, 9))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_pieces_join_to_the_file_and_encode_as_the_whole(text, size):
     text = text.replace("\0", "").encode(errors="ignore").decode()
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
@@ -284,7 +284,7 @@ def test_equal_documents_never_stand_on_both_sides():
 
 
 @given(st.text(st.sampled_from("a é€🗼\n\r"), min_size=1, max_size=60))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_a_single_file_is_cut_between_characters(text):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "text"
@@ -527,7 +527,7 @@ def test_damaged_json(folder, content):
 
 
 @given(st.integers(1, 12), st.integers(1, 6), st.integers(1, 5), st.integers(0, 2**31))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_crops_are_runs_of_the_text(length, context, batch_size, seed):
     tokens = Tokens(100 + np.arange(length))
     if length <= context:

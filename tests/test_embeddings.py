@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -27,7 +27,6 @@ def test_package_passes_its_checks():
 
 
 @given(st.lists(sizes, min_size=1, max_size=4), seeds, st.data())
-@settings(deadline=None)
 def test_cosine_equals_torch_for_broadcast_shapes(shape, seed, data):
     dim = data.draw(st.integers(-len(shape), len(shape) - 1))
     ones = data.draw(st.lists(st.booleans(), min_size=len(shape), max_size=len(shape)))
@@ -46,7 +45,6 @@ def test_cosine_equals_torch_for_broadcast_shapes(shape, seed, data):
         max_size=8,
     )
 )
-@settings(deadline=None)
 def test_cosine_of_a_vector_with_itself_is_one_or_zero(numbers):
     vector = torch.tensor(numbers)
     expected = 1.0 if vector.any() else 0.0

@@ -102,7 +102,7 @@ def test_filters_at_their_edges():
     assert (keep_top_p(high, 0.9)[0] > -math.inf).tolist() == [True, True, False]
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(
     ROWS,
     st.floats(1e-30, 1e30),
@@ -209,7 +209,7 @@ def test_the_cache_changes_nothing(model, length):
         assert generate(writer, prompt, 12, **how) == wanted
 
 
-@settings(deadline=None, max_examples=8)
+@settings(max_examples=8)
 @given(
     st.lists(
         st.lists(st.integers(0, 10), min_size=1, max_size=12), min_size=2, max_size=4

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -85,7 +85,6 @@ def test_checks_leave_the_random_state_alone():
 
 
 @given(few, few, few, few, seeds)
-@settings(deadline=None)
 def test_split_and_merge_are_inverse(B, T, H, size, seed):
     x = random_tensor(B, T, H * size, seed=seed)
     heads = split_heads(x, H)
@@ -102,7 +101,6 @@ def test_split_takes_memory_that_is_not_contiguous():
 
 
 @given(few, few, st.integers(1, 9), few, seeds)
-@settings(deadline=None)
 def test_loop_product_and_kernel_are_equal(B, H, T, size, seed):
     q, k, v = (random_tensor(B, H, T, size, seed=seed + i) for i in range(3))
     wanted = one_by_one(q, k, v)
@@ -119,7 +117,6 @@ def test_gradients_equal_the_plain_version():
 
 
 @given(few, st.integers(1, 5), st.integers(1, 5), seeds)
-@settings(deadline=None)
 def test_a_mask_alone_decides(H, T, S, seed):
     q = random_tensor(2, H, T, 4, seed=seed)
     k, v = (random_tensor(2, H, S, 4, seed=seed + i) for i in (1, 2))
@@ -131,7 +128,6 @@ def test_a_mask_alone_decides(H, T, S, seed):
 
 
 @given(few, st.integers(1, 6), st.integers(0, 6), seeds)
-@settings(deadline=None)
 def test_without_a_mask_queries_are_the_last_positions(H, T, earlier, seed):
     """A single query, too, and as many queries as keys."""
     S = T + earlier

@@ -94,7 +94,7 @@ def configs(draw):
     return ModernConfig(**{**LLAMA_CHOICES, **options, **sizes})
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(configs(), st.integers(0, 1000))
 def test_exported_it_is_the_same_function(config, seed):
     assert checks.parity_gap(export, config, seed) < 1e-9
@@ -300,7 +300,7 @@ def test_an_old_file_is_read(tokenizer, tmp_path):
     assert first.decode(first.encode(text)) == text
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.text(), st.integers(0, 10))
 def test_every_text_survives_a_foreign_tokenizer(text, place):
     foreign = THEIRS

@@ -151,7 +151,7 @@ def test_exponents_that_were_not_searched_are_refused():
 exponents = st.floats(0.2, 1.0)
 
 
-@settings(deadline=None, max_examples=5)
+@settings(max_examples=5)
 @given(st.floats(0.5, 3), st.floats(0.2, 2), exponents, st.floats(0.2, 2), exponents)
 def test_a_law_without_noise_is_found(E, a, alpha, b, beta):
     N, D = (x.ravel() for x in np.meshgrid(np.geomspace(1e4, 1e6, 6), [1e5, 1e6, 1e7]))

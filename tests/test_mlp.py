@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -40,7 +40,6 @@ def test_checks_leave_the_random_state_alone():
 
 
 @given(st.lists(numbers, min_size=1, max_size=5))
-@settings(deadline=None)
 def test_gelu_equals_torch(values):
     x = torch.tensor(values, dtype=torch.float64)
     wanted = F.gelu(x, approximate="tanh")
@@ -48,7 +47,6 @@ def test_gelu_equals_torch(values):
 
 
 @given(numbers)
-@settings(deadline=None)
 def test_gelu_by_the_equation(z):
     inner = math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)
     wanted = z / 2 * (1 + math.tanh(inner))

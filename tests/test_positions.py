@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from glassgpt.checks import positions as checks
@@ -18,7 +18,6 @@ def test_package_passes_its_checks():
 
 
 @given(st.integers(1, 40), st.integers(1, 12))
-@settings(deadline=None)
 def test_sinusoids_equal_the_formula(context, hands):
     width = 2 * hands
     got = sinusoidal_positions(context, width)
@@ -38,7 +37,6 @@ def test_far_positions_stay_right():
 
 
 @given(st.integers(0, 500), st.integers(0, 500), st.integers(0, 500))
-@settings(deadline=None)
 def test_dot_products_depend_on_the_distance_alone(s, t, shift):
     P = sinusoidal_positions(1001, 16)
     moved = P[s + shift] @ P[t + shift]

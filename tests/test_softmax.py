@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from glassgpt.checks import softmax as checks
@@ -27,7 +27,6 @@ def test_package_passes_its_checks():
 
 
 @given(shapes, seeds, st.data())
-@settings(deadline=None)
 def test_softmax_equals_torch_on_every_axis(shape, seed, data):
     dim = data.draw(st.integers(-len(shape), len(shape) - 1))
     temperature = data.draw(st.floats(0.01, 100))
@@ -44,7 +43,6 @@ def test_softmax_equals_torch_on_every_axis(shape, seed, data):
     st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1),
     st.floats(min_value=0, exclude_min=True, allow_infinity=False),
 )
-@settings(deadline=None)
 def test_softmax_is_finite_for_any_finite_scores_and_temperature(scores, temperature):
     probabilities = softmax(torch.tensor(scores), temperature=temperature)
     assert probabilities.isfinite().all()
@@ -65,7 +63,6 @@ def test_one_score_alone_has_no_gradient(monkeypatch):
 
 
 @given(shapes, seeds)
-@settings(deadline=None)
 def test_gradients_equal_torch(shape, seed):
     x = random_scores(shape, seed).requires_grad_()
     weights = random_scores(shape, seed + 1)
@@ -116,7 +113,6 @@ def test_integers_are_refused(function):
 
 
 @given(st.lists(st.integers(1, 4), max_size=3), st.integers(1, 7), seeds, st.data())
-@settings(deadline=None)
 def test_cross_entropy_equals_torch(shape, vocabulary, seed, data):
     logits = random_scores((*shape, vocabulary), seed).requires_grad_()
     some = st.sampled_from([-100, *range(vocabulary)])

@@ -440,7 +440,7 @@ def test_grade_tells_an_error_of_the_attempt_from_one_of_the_check(capsys):
 
 
 @given(texts)
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_any_text_survives(trained, gpt2, text):
     for tokenizer in (trained, gpt2):
         ids = tokenizer.encode(text)
@@ -450,13 +450,13 @@ def test_any_text_survives(trained, gpt2, text):
 
 
 @given(st.lists(st.integers(0, 50256), max_size=30))
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 def test_any_ids_decode(gpt2, ids):
     assert gpt2.decode(ids) == gpt2.decode_bytes(ids).decode(errors="replace")
 
 
 @given(st.text(max_size=50))
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 def test_characters_survive(text):
     if text:
         tokenizer = CharTokenizer.train(text)
@@ -468,7 +468,7 @@ def test_characters_survive(text):
 
 
 @given(texts)
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_gpt2_equals_tiktoken(gpt2, original, text):
     assert gpt2.encode(text) == original.encode_ordinary(text)
 
@@ -513,7 +513,7 @@ def learned_by(peer):
 
 
 @given(st.lists(st.one_of(alphabet, short), max_size=4), st.integers(257, 300))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @pytest.mark.filterwarnings("ignore:the text has too few pairs")
 def test_training_breaks_ties_as_tokenizers_does(several, vocab_size):
     ours = BPETokenizer.train(iter(several), vocab_size)
@@ -521,7 +521,7 @@ def test_training_breaks_ties_as_tokenizers_does(several, vocab_size):
 
 
 @given(st.dictionaries(st.text("abc", max_size=12), st.integers(1, 5), max_size=8))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_learning_equals_recounting_everything(counts):
     words = [(byte_ids(word), times) for word, times in counts.items()]
     merges = []
@@ -547,7 +547,7 @@ def one_at_a_time(ids, merges):
 
 
 @given(st.text("abc", max_size=400), st.integers(0, 40))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @pytest.mark.filterwarnings("ignore:the text has too few pairs")
 def test_merging_everywhere_equals_one_at_a_time(word, number):
     pairs = learn_merges({"abcabcaabbcc": 1, "bcbcacab": 2, word[:30]: 1}, number)
@@ -589,7 +589,7 @@ def test_coarse_and_fine_cut_agree_about_white_space():
 
 
 @given(st.lists(texts, max_size=4))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_words_are_counted_as_they_are_cut(several):
     counts = {}
     for text in several:

@@ -97,7 +97,7 @@ def test_possible_settings_pass_and_those_of_later_chapters_are_validated():
     st.sampled_from(["cosine", "linear", "stable"]),
     st.floats(0, 1),
 )
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 def test_every_rate_is_a_share(steps, warmup, schedule, final):
     config = TrainConfig(
         steps=steps, warmup=warmup, schedule=schedule, final_rate=final
