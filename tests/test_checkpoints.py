@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -421,6 +421,24 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path, bad):
     assert not (tmp_path / "new").exists()
     write_model(tmp_path, model, tokenizer_of())
     with pytest.raises(ValueError, match="has weights that are nan or infinite"):
+        load(tmp_path)
+
+
+def test_a_disk_that_gets_full_leaves_the_older_model(tmp_path, monkeypatch):
+    """Its weights would get the newer one's tokenizer."""
+    older = random_gpt(), tokenizer_of()
+    save(tmp_path, *older)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr("glassgpt.checkpoints.save_file", Mock(side_effect=full))
+    with pytest.raises(OSError, match="No space left"):
+        save(tmp_path, random_gpt(seed=1), CharTokenizer([*"abc"]))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_run_without_a_model_says_so(tmp_path):
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="not evaluated yet: resume it, or"):
         load(tmp_path)
 
 

@@ -147,21 +147,29 @@ def write_model(directory: Path, model: GPT, tokenizer: Tokenizer) -> None:
 
     Book: 20_runs_that_survive.html#a-model-on-disk
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    parts, end = tokenizer_files(tokenizer), hub.end_of(tokenizer)
-    if "chat_template.jinja" not in parts:  # of an older model
-        (directory / "chat_template.jinja").unlink(missing_ok=True)
-    for name, content in parts.items():
-        write_file(directory / name, content.encode())
-    about: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    about |= dict.fromkeys(("bos_token", "eos_token"), end)
-    about |= {"model_max_length": model.config.context}
-    about |= {"clean_up_tokenization_spaces": False}
-    write_json(directory / "tokenizer_config.json", about)
-    config = hub.config_to_json(model.config, tokenizer.special_tokens.get(end or ""))
-    write_json(directory / "config.json", config)
-    state = hub.to_theirs(model, hub.format_of(model.config))
-    write_tensors(directory / "model.safetensors", state)
+    new = directory / ".new"  # a disk that gets full changes nothing of an older model
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    try:
+        parts, end = tokenizer_files(tokenizer), hub.end_of(tokenizer)
+        for name, content in parts.items():
+            write_file(new / name, content.encode())
+        about: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        about |= dict.fromkeys(("bos_token", "eos_token"), end)
+        about |= {"model_max_length": model.config.context}
+        about |= {"clean_up_tokenization_spaces": False}
+        write_json(new / "tokenizer_config.json", about)
+        ends = tokenizer.special_tokens.get(end or "")
+        write_json(new / "config.json", hub.config_to_json(model.config, ends))
+        state = hub.to_theirs(model, hub.format_of(model.config))
+        write_tensors(new / "model.safetensors", state)
+        if "chat_template.jinja" not in parts:
+            (directory / "chat_template.jinja").unlink(missing_ok=True)
+        for path in new.iterdir():
+            path.replace(directory / path.name)
+        flush(directory)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def load_parameters(directory: Path, config: GPTConfig) -> GPT:
@@ -213,6 +221,11 @@ def load(name: str | Path) -> tuple[GPT, Tokenizer]:
         return hub.load_gguf(directory)
     path = directory / "config.json"
     if not path.exists():
+        if (directory / "run.json").exists():
+            what = (
+                "is a run that was not evaluated yet: resume it, or name a checkpoint"
+            )
+            raise FileNotFoundError(f"{directory} {what} in it")
         names = ", ".join([*shipped, *hub.NAMES])
         what = f"{directory} holds no model: config.json is missing"
         raise FileNotFoundError(f"{what}. Give a run's folder, or a name: {names}")
