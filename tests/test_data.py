@@ -197,6 +197,18 @@ def test_a_folder_is_read_in_order_without_hidden_and_empty_files(tmp_path):
     assert [each.name for each in read_documents("in")] == ["a.txt", "b.txt", "c.txt"]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no such places")
+@pytest.mark.parametrize("kind", ["pipe", "link to nothing"])
+def test_what_is_no_file_is_not_left_out_silently(kind, tmp_path):
+    """Or a run would learn from half of the texts."""
+    (tmp_path / "a.txt").write_text("a text")
+    other = tmp_path / "other"
+    os.mkfifo(other) if kind == "pipe" else other.symlink_to("nowhere")
+    for sources in ([other], [tmp_path / "a.txt", other], [f"{tmp_path}/*"]):
+        with pytest.raises(ValueError, match="other is a pipe, a device or a link"):
+            read_documents(*sources)
+
+
 def test_links_are_followed_and_no_place_is_read_twice(tmp_path):
     files(tmp_path / "books", TEXT)
     files(tmp_path / "in").joinpath("a.txt").write_text(TEXT)
@@ -245,7 +257,7 @@ def test_a_source_that_does_not_exist(name):
 def test_nothing_to_read(tmp_path):
     files(tmp_path / "in", "")
     os.mkfifo(tmp_path / "in" / "pipe")
-    for sources in (["in"], ["in/pipe"], []):
+    for sources in (["in"], []):
         with pytest.raises(ValueError, match="no text in it"):
             read_documents(*sources)
 

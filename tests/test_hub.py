@@ -630,6 +630,31 @@ def test_what_has_no_gguf_is_refused(tokenizer, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), 1e5])
+def test_what_is_no_number_goes_into_no_gguf(number, tokenizer, tmp_path):
+    model = random_model(llama())
+    model.blocks[0].mlp.expand.weight.data[0, 0] = number
+    with pytest.raises(ValueError, match="ffn_gate.weight is nan or inf.*float16"):
+        write_gguf(tmp_path / "m.gguf", model, tokenizer)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_gguf_of_nan_is_refused(llama_gguf):
+    reader = gguf.GGUFReader(llama_gguf)
+    good = bytearray(llama_gguf.read_bytes())
+    (norm,) = [part for part in reader.tensors if part.name == "output_norm.weight"]
+    struct.pack_into("<f", good, norm.data_offset, float("nan"))
+    llama_gguf.write_bytes(good)
+    with pytest.raises(ValueError, match="weights that are nan or infinite"):
+        glassgpt.load(llama_gguf)
+
+
+def test_no_gguf_has_more_tokens_than_rows(tokenizer, tmp_path):
+    model = random_model(replace(llama(), vocab_size=200))
+    with pytest.raises(ValueError, match="the tokenizer has 270 ids, the model 200"):
+        write_gguf(tmp_path / "m.gguf", model, tokenizer)
+
+
 def forged(content, tmp_path):
     path = tmp_path / "forged.gguf"
     path.write_bytes(content)

@@ -234,6 +234,10 @@ def _documents(source: str | Path, seen: set[str]) -> Iterator[Document]:
     elif not places:
         what = 'is neither a file, nor a folder, nor "shakespeare"'
         raise FileNotFoundError(f"{str(source)[:60] or 'an empty name'} {what}")
+    for place in places:
+        if not (os.path.isfile(place) or os.path.isdir(place)):
+            what = "is a pipe, a device or a link to nothing: give a file"
+            raise ValueError(f"{place} {what}")
     for path in _files(map(Path, places), seen):
         with open(path, "rb") as file:
             lines = path.suffix == ".jsonl"  # each is a document

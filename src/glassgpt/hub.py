@@ -583,7 +583,10 @@ def load_gguf(path: Path) -> tuple[GPT, Tokenizer]:
         def read(name: str) -> Tensor:
             return torch.from_numpy(unpack(*stored[name]))
 
-        return fill(model, read, theirs).eval(), tokenizer
+        fill(model, read, theirs)
+        if not all(p.sum().isfinite() for p in model.parameters()):
+            raise ValueError("weights that are nan or infinite")
+        return model.eval(), tokenizer
     except Exception as error:  # whatever a broken file makes the code stumble over
         raise ValueError(f"{path} is damaged or foreign: {error!r}") from error
 
@@ -619,6 +622,8 @@ def write_gguf(
         raise ValueError(f"dtype: float16 or float32, not {dtype!r}")
     if (theirs := _GGUF.get(format_of(config).kind)) is None:
         raise ValueError("llama.cpp knows GPT-2 and Llama, not this model")
+    if (ids := tokenizer.vocab_size) > config.vocab_size:
+        raise ValueError(f"the tokenizer has {ids} ids, the model {config.vocab_size}")
     with whole_file(path) as unfinished:
         writer = _library("gguf").GGUFWriter(unfinished, theirs.kind)
         values = values_of(config)
@@ -635,7 +640,10 @@ def write_gguf(
         for name, value in to_theirs(model, theirs).items():
             matrix = value.dim() > 1 and name != "position_embd.weight"
             kept = getattr(torch, dtype) if matrix else torch.float32
-            writer.add_tensor(name, value.detach().cpu().to(kept).contiguous().numpy())
+            stored = value.detach().cpu().to(kept).contiguous()
+            if not stored.isfinite().all():
+                raise ValueError(f"{name} is nan or infinite, or too large for {kept}")
+            writer.add_tensor(name, stored.numpy())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
