@@ -502,7 +502,7 @@ def check_gradient(combine: Callable[[list[Tensor], list[int]], Tensor]) -> None
         given = [one.clone() for one in ones[: len(targets)]]
         pairs = list(zip(given, targets, strict=True))
         wanted = sum(one * n for one, n in pairs) / sum(targets)
-        found = combine(given, targets)
+        found = torch.as_tensor(combine(given, targets)).to(wanted)
         means = sum(ones[: len(targets)]) / len(targets)
         same = all(map(torch.equal, given, ones))
         assert same, "a gradient that was given was changed"
@@ -513,12 +513,13 @@ def check_gradient(combine: Callable[[list[Tensor], list[int]], Tensor]) -> None
         assert torch.allclose(found, wanted), what
     empty = ones[0] * math.nan
     for given, targets in (([ones[0], empty], [4, 0]), ([empty, ones[0]], [0, 4])):
-        found, what = combine(given, targets), f"with {targets} targets"
+        found = torch.as_tensor(combine(given, targets)).to(empty)
+        what = f"with {targets} targets"
         assert not found.isnan().any(), (
             f"{what}, 0 times nan is nan: leave out who has none"
         )
         assert torch.allclose(found, ones[0]), f"{what}, who has none counts"
-    found = combine([ones[0], empty], [4, 1])
+    found = torch.as_tensor(combine([ones[0], empty], [4, 1]))
     assert found.isnan().all(), "nan of a process with targets is a fault: show it"
 
 
