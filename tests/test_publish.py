@@ -397,11 +397,15 @@ def test_no_text_can_end_the_script(tmp_path):
     assert json.loads(stored) == page_model(model, odd, prompt="</script>")
 
 
-def padded_once(layers, width, vocabulary, context):
+def without_base64(layers, width, vocabulary, context):
     matrices = layers * 12 * width**2 + (vocabulary + context) * width
     rows = layers * 9 * width + vocabulary + context
     vectors = layers * 13 * width + 2 * width
-    return 4 * ceil((matrices + 4 * rows + 4 * vectors) / 3)
+    return matrices + 4 * rows + 4 * vectors
+
+
+def padded_once(*sizes):
+    return 4 * ceil(without_base64(*sizes) / 3)
 
 
 def norms_padded_as_one(layers, width, vocabulary, context):
@@ -471,6 +475,7 @@ def test_the_right_min_p_passes():
     ("check", "wrong", "message"),
     [
         (check_size, padded_once, "padded by itself"),
+        (check_size, without_base64, "these are bytes"),
         (check_size, lambda *sizes: without(False, *sizes), "biases and norms"),
         (check_size, lambda *sizes: without(True, *sizes), "two in a block"),
         (check_size, norms_padded_as_one, "7,872 characters, not 7,860"),

@@ -139,7 +139,7 @@ function openTokenizer({ bytes, characters, merges, special }) {
 
 function mergeWord(ids, becomes) {
   const born = (left, right) => becomes.get(`${left} ${right}`) ?? Infinity;
-  for (;;) {
+  while (true) {
     const pairs = ids.map((id, i) => born(ids[i - 1], id));
     const first = pairs.reduce((a, b) => Math.min(a, b), Infinity);
     if (first === Infinity) return ids;
