@@ -639,6 +639,11 @@ def test_what_is_no_number_goes_into_no_gguf(number, tokenizer, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_missing_gguf_is_missing(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.gguf"):
+        glassgpt.load(tmp_path / "none.gguf")
+
+
 def test_a_gguf_of_nan_is_refused(llama_gguf):
     reader = gguf.GGUFReader(llama_gguf)
     good = bytearray(llama_gguf.read_bytes())

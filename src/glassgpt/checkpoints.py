@@ -162,11 +162,11 @@ def write_model(directory: Path, model: GPT, tokenizer: Tokenizer) -> None:
         ends = tokenizer.special_tokens.get(end or "")
         write_json(new / "config.json", hub.config_to_json(model.config, ends))
         state = hub.to_theirs(model, hub.format_of(model.config))
-        write_tensors(new / "model.safetensors", state)
-        if "chat_template.jinja" not in parts:
+        write_tensors(new / (weights := "model.safetensors"), state)
+        for name in (*parts, "tokenizer_config.json", "config.json", weights):
+            (new / name).replace(directory / name)
+        if "chat_template.jinja" not in parts:  # of an older model
             (directory / "chat_template.jinja").unlink(missing_ok=True)
-        for path in new.iterdir():
-            path.replace(directory / path.name)
         flush(directory)
     finally:
         shutil.rmtree(new, ignore_errors=True)

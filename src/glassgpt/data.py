@@ -234,10 +234,10 @@ def _documents(source: str | Path, seen: set[str]) -> Iterator[Document]:
     elif not places:
         what = 'is neither a file, nor a folder, nor "shakespeare"'
         raise FileNotFoundError(f"{str(source)[:60] or 'an empty name'} {what}")
-    for place in places:
-        if not (os.path.isfile(place) or os.path.isdir(place)):
-            what = "is a pipe, a device or a link to nothing: give a file"
-            raise ValueError(f"{place} {what}")
+    named = str(source) in map(str, places)  # and not found by a pattern
+    if named and not (os.path.isfile(source) or os.path.isdir(source)):
+        what = "is a pipe, a device or a link to nothing: give a file"
+        raise ValueError(f"{source} {what}")
     for path in _files(map(Path, places), seen):
         with open(path, "rb") as file:
             lines = path.suffix == ".jsonl"  # each is a document
@@ -251,7 +251,8 @@ def read_documents(*sources: str | Path, skip: bool = False) -> list[Document]:
 
     A line of a .jsonl file is a document, {"text": "..."}. Hidden and empty files are
     left out, and with `skip` what isn't text, with a warning that names the files.
-    Raises FileNotFoundError for what doesn't exist, ValueError for what isn't text.
+    Raises FileNotFoundError for what doesn't exist, ValueError for what isn't text, a
+    pipe among them.
 
     Book: 11_data.html#text-in-pieces
     """

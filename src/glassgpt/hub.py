@@ -544,6 +544,8 @@ def _read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, tuple], dict[str, 
     start, due = math.ceil(fields.place / edge) * edge, 0
     for name, (kind, place) in places.items():
         numbers, size = gguf.GGML_QUANT_SIZES[kind]
+        if shapes[name][-1] % numbers:
+            raise ValueError(f"{name} has rows that end within a block")
         length = math.prod(shapes[name]) // numbers * size
         if place != due:
             raise ValueError(f"{name} is at {place}, not at {due}")
@@ -557,7 +559,7 @@ def load_gguf(path: Path) -> tuple[GPT, Tokenizer]:
     """The model and the tokenizer of a GGUF file, as llama.cpp uses them.
 
     Raises ValueError for a damaged file and for what isn't GPT-2 or a Llama, before
-    memory is taken for it.
+    memory is taken for it; for weights that are nan or infinite.
 
     Book: 17_gpt2.html#a-whole-gguf-file
     """
@@ -587,6 +589,8 @@ def load_gguf(path: Path) -> tuple[GPT, Tokenizer]:
         if not all(p.sum().isfinite() for p in model.parameters()):
             raise ValueError("weights that are nan or infinite")
         return model.eval(), tokenizer
+    except FileNotFoundError:
+        raise
     except Exception as error:  # whatever a broken file makes the code stumble over
         raise ValueError(f"{path} is damaged or foreign: {error!r}") from error
 
@@ -613,7 +617,8 @@ def write_gguf(
 
     dtype: of the matrices, float16 or float32; vectors and the table of positions are
     float32. Raises ValueError for another dtype, for a model that is neither a GPT-2
-    nor a Llama, and for a tokenizer of characters.
+    nor a Llama, for weights that are nan, infinite or too large for the dtype, and for
+    a tokenizer of characters or of a larger model.
 
     Book: 17_gpt2.html#gguf-export-for-laptops
     """
