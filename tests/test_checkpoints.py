@@ -438,7 +438,7 @@ def test_a_disk_that_gets_full_leaves_the_older_model(tmp_path, monkeypatch):
 
 def test_a_run_without_a_model_says_so(tmp_path):
     (tmp_path / "run.json").write_text("{}")
-    with pytest.raises(FileNotFoundError, match="not evaluated yet: resume it, or"):
+    with pytest.raises(FileNotFoundError, match="without an evaluation: resume it, or"):
         load(tmp_path)
 
 

@@ -162,8 +162,8 @@ def write_model(directory: Path, model: GPT, tokenizer: Tokenizer) -> None:
         ends = tokenizer.special_tokens.get(end or "")
         write_json(new / "config.json", hub.config_to_json(model.config, ends))
         state = hub.to_theirs(model, hub.format_of(model.config))
-        write_tensors(new / (weights := "model.safetensors"), state)
-        for name in (*parts, "tokenizer_config.json", "config.json", weights):
+        write_tensors(new / "model.safetensors", state)
+        for name in FILES - {"chat_template.jinja", "README.md"} | parts.keys():
             (new / name).replace(directory / name)
         if "chat_template.jinja" not in parts:  # of an older model
             (directory / "chat_template.jinja").unlink(missing_ok=True)
@@ -193,10 +193,8 @@ def load_parameters(directory: Path, config: GPTConfig) -> GPT:
     with blaming(directory, "does not fit its config.json"):
         shapes = {name: tuple(value.shape) for name, value in state.items()}
         model = hub.fit(config, shapes, theirs)
-    hub.fill(model, state.__getitem__, theirs)
-    if not all(p.sum().isfinite() for p in model.parameters()):
-        raise ValueError(f"{directory} has weights that are nan or infinite")
-    return model
+    with blaming(directory, "can't be used"):
+        return hub.fill(model, state.__getitem__, theirs)
 
 
 MODELS = Path(str(files("glassgpt")), "models")  # what comes with the package
@@ -222,9 +220,7 @@ def load(name: str | Path) -> tuple[GPT, Tokenizer]:
     path = directory / "config.json"
     if not path.exists():
         if (directory / "run.json").exists():
-            what = (
-                "is a run that was not evaluated yet: resume it, or name a checkpoint"
-            )
+            what = "is a run without an evaluation: resume it, or name a checkpoint"
             raise FileNotFoundError(f"{directory} {what} in it")
         names = ", ".join([*shipped, *hub.NAMES])
         what = f"{directory} holds no model: config.json is missing"

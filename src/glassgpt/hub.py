@@ -271,6 +271,8 @@ def fit(
 def fill(model: GPT, read: Read, theirs: Format) -> GPT:
     """The same model with its numbers, which `read` returns for each of their names.
 
+    Raises ValueError where some are nan or infinite.
+
     Book: 17_gpt2.html#loading-every-name-and-shape-is-checked
     """
     names = [name for name, _ in model.named_parameters()]
@@ -278,6 +280,8 @@ def fill(model: GPT, read: Read, theirs: Format) -> GPT:
     model.load_state_dict(state, strict=False, assign=True)
     if model.config.tied:
         model.head.weight = model.tokens.weight
+    if not all(p.sum().isfinite() for p in model.parameters()):
+        raise ValueError("it has weights that are nan or infinite")
     return model
 
 
@@ -585,10 +589,7 @@ def load_gguf(path: Path) -> tuple[GPT, Tokenizer]:
         def read(name: str) -> Tensor:
             return torch.from_numpy(unpack(*stored[name]))
 
-        fill(model, read, theirs)
-        if not all(p.sum().isfinite() for p in model.parameters()):
-            raise ValueError("weights that are nan or infinite")
-        return model.eval(), tokenizer
+        return fill(model, read, theirs).eval(), tokenizer
     except FileNotFoundError:
         raise
     except Exception as error:  # whatever a broken file makes the code stumble over
