@@ -156,7 +156,19 @@ MISTAKES = {
     "no steps": ([*MY, "--steps", "0"], "glassgpt: --steps must be"),
     "unknown device": ([*MY, "--device", "abacus"], "abacus"),
     "diverging": ([*MY, "--learning-rate", "1e9"], "resume new --learning-rate"),
-    "small vocabulary": ([*MY, "--tokenizer", "bpe", "--vocab-size", "5"], "too small"),
+    "small vocabulary": (
+        [*MY, "--tokenizer", "bpe", "--vocab-size", "5"],
+        "--vocab-size 5 is",
+    ),
+    "another optimizer's option": (
+        [*MY, "--optimizer", "adamw", "--matrix-learning-rate", "1"],
+        "has no --matrix-learning-rate",
+    ),
+    "all dropped": ([*MY, "--dropout", "1"], "--dropout must lie in [0, 1)"),
+    "more parts than rows": (
+        [*MY, "--accumulate", "5"],
+        "--accumulate can't exceed --batch-size: no",
+    ),
     "a size of characters": ([*MY, "--vocab-size", "300"], "--tokenizer bpe"),
     "missing tokenizer": (
         [*MY, "--tokenizer", "nonsense"],
@@ -188,6 +200,10 @@ MISTAKES = {
         "--data",
     ),
     "from a model with a width": ([*FROM, "--width", "8"], "leave out --width"),
+    "from a model with a longer context": (
+        [*FROM, "--context", "17"],
+        "--context must be at most 16",
+    ),
     "from no model": ([*FROM, "--init-from", "notes"], "config.json is missing"),
     "from a model, other tokens": (
         ["train", "--data", "tokens", "--init-from", "shakespeare", "--out", "new"],
@@ -214,7 +230,7 @@ MISTAKES = {
 # What was typed wrong, and words of the sentence that answers.
 WRONG_WORDS = {
     "misspelled command": (["trian"], "trian. Do you mean train? See glassgpt --help"),
-    "unknown choice": ([*MY, "--optimizer", "adam"], "Expected one of ("),
+    "unknown choice": ([*MY, "--optimizer", "adam"], "one of ('adamw', 'muon')."),
     "no command": (["xyz"], "Do you mean train or resume or generate"),
     "unknown option": ([*MY, "--learning-pace", "1"], "Do you mean --learning-rate"),
     "unknown option of none": (["--versoin"], "Unrecognized options: --versoin"),
@@ -619,8 +635,8 @@ def test_a_start_that_is_stopped_leaves_nothing(
 ):
     line = ["train", "--data", made / "my.txt", "--tokenizer", "char", *TINY]
     monkeypatch.setattr(f"glassgpt.{place}", lambda *_, **__: signal.raise_signal(stop))
-    assert process(*line, "--out", tmp_path / "run") == 128 + stop
-    assert not (tmp_path / "run").exists()
+    assert process(*line, "--out", tmp_path / "runs" / "new") == 128 + stop
+    assert not [*tmp_path.iterdir()]
 
 
 def test_one_line_begins_again_after_a_kill_before_the_run(made, tmp_path, monkeypatch):
@@ -656,6 +672,19 @@ def test_fine_tuning_may_have_a_dropout_of_its_own(made, run, tmp_path):
     assert equal(weights(tmp_path / "tuned" / "checkpoint-00000000"), weights(run))
     model = load(tmp_path / "tuned")[0]
     assert model.config.dropout == model.blocks[0].attention.dropout == 0.5
+
+
+@pytest.mark.parametrize("recipe", ["gpt2", "modern"])
+def test_fine_tuning_may_have_a_shorter_context(made, recipe, tmp_path):
+    long, short = tmp_path / "long", tmp_path / "short"
+    words = ["train", "--data", made / "my.txt", "--device", "cpu"]
+    assert glass(*words, *TINY[:-2], "--recipe", recipe, "--out", long) == 0
+    shorter = ["--init-from", long, "--context", "8", "--out", short]
+    assert glass(*words, *shorter, "--steps", "2") == 0
+    before, after = load(long)[0], load(short / "checkpoint-00000000")[0]
+    assert after.config == replace(before.config, context=8)
+    ids = torch.arange(8)[None]
+    assert equal({"": after(ids)}, {"": before(ids)})
 
 
 def test_evaluate_gives_the_loss_of_every_token(made, tmp_path, capsys):

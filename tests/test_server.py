@@ -68,7 +68,11 @@ def expected(model, tokenizer, ids, tokens):
 
 
 def test_the_models_are_listed(client):
-    assert [model.id for model in client.models.list()] == ["shakespeare"]
+    (listed,) = client.models.list()
+    assert listed.id == "shakespeare"
+    assert client.models.retrieve("shakespeare") == listed
+    with pytest.raises(openai.NotFoundError, match="the model here is shakespeare"):
+        client.models.retrieve("hamlet")
 
 
 def test_a_completion_is_that_of_generate(client, shakespeare):
@@ -85,8 +89,13 @@ def test_a_completion_is_that_of_generate(client, shakespeare):
     assert "".join(event.choices[0].text for event in events) == due
     assert [e.choices[0].finish_reason for e in events[-2:]] == [None, "length"]
     assert len(events) > 8
-    ids = client.completions.create(**options | {"prompt": tokenizer.encode(prompt)})
-    assert ids.choices[0].text == due
+    counting = {"stream": True, "stream_options": {"include_usage": True}}
+    *counted, last = client.completions.create(**options, **counting)
+    assert "".join(event.choices[0].text for event in counted) == due
+    assert (last.choices, last.usage) == ([], answer.usage)
+    for same in (tokenizer.encode(prompt), [prompt]):
+        again = client.completions.create(**options | {"prompt": same})
+        assert again.choices[0].text == due
     hot = client.completions.create(
         **options | {"temperature": 9, "extra_body": {"top_k": 1}}
     )
@@ -172,6 +181,14 @@ def test_a_conversation_is_rendered_and_answered(chat, talker):
     assert "".join(e.choices[0].delta.content or "" for e in events) == due
     assert events[0].choices[0].delta.role == "assistant"
     assert events[-1].choices[0].finish_reason in ("length", "stop")
+    newer = [{**talk[0], "role": "developer"}, *HELLO]
+    answer = chat.chat.completions.create(
+        **options | {"messages": newer}, max_tokens=25
+    )
+    assert answer.choices[0].message.content == due
+    counting = {"stream": True, "stream_options": {"include_usage": True}}
+    *_, last = chat.chat.completions.create(**options, **counting, max_tokens=25)
+    assert (last.choices, last.usage) == ([], answer.usage)
     parts = [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]
     both = [
         chat.chat.completions.create(**options | {"messages": m}, max_tokens=25)

@@ -796,8 +796,9 @@ def test_the_name_of_a_file_is_refused(kind, tmp_path, monkeypatch):
         ["my.", "txt"], *size
     ).encode("my")
     Path("my.txt").write_text("a tower")
-    with pytest.raises(ValueError, match="'my.txt' is a file: give its text"):
-        kind.train("my.txt", *size)
+    for name in ("my.txt", Path("my.txt")):
+        with pytest.raises(ValueError, match="'my.txt' is a file: give its text"):
+            kind.train(name, *size)
     kind.train("a tower" * 100_000, *size)  # longer than any name may be
     kind.train("a\0b", *size)
 

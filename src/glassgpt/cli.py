@@ -297,6 +297,7 @@ class Train(Text):
     def start(self, out: Path, asked: dict[str, Any]) -> int:
         """Plan, tokenize, train. Where no run begins, nothing is left behind."""
         refuse_occupied(out)
+        new_folders = [p for p in (out, *out.parents) if not p.exists()]
         if os.path.lexists(out) and not out.is_dir():  # a file, or a link to nothing
             raise FileExistsError(f"{out} is no folder: choose another --out")
         saving = take(Saving, self.settings)  # refuses what is wrong, before any work
@@ -330,8 +331,9 @@ class Train(Text):
                 (out / ".command.json").unlink(missing_ok=True)
                 if not self.tokens:
                     shutil.rmtree(new)
-            with suppress(OSError):
-                out.rmdir()  # where it is empty
+            with suppress(OSError):  # one of them isn't empty
+                for folder in new_folders:
+                    folder.rmdir()
 
     def origin(
         self, tokenizer: Tokenizer | None, asked: dict[str, Any]
@@ -341,16 +343,21 @@ class Train(Text):
         tokenizer: of the tokens, where there are some; it must be the model's.
         """
         model, theirs = glassgpt.load(str(self.init_from))
-        own = {*names(ModernConfig), "size", "recipe", "tokenizer"} - {"dropout"}
+        free = {"dropout", "context"}  # no part of the weights
+        own = {*names(ModernConfig), "size", "recipe", "tokenizer"} - free
         if wrong := _flags(own & asked.keys()):
             raise ValueError(f"{self.init_from} brings its own: leave out {wrong}")
         both = (tokenizer or theirs, theirs)
         one, two = ([t.decode_bytes([n]) for n in range(t.vocab_size)] for t in both)
         if one != two:
             raise ValueError(f"{self.tokens}: another tokenizer than {self.init_from}")
-        if "dropout" in asked:  # it is no part of the weights
-            weights = model.state_dict()
-            model = build(replace(model.config, dropout=asked["dropout"]))
+        if changed := {name: asked[name] for name in free & asked.keys()}:
+            config, weights = replace(model.config, **changed), model.state_dict()
+            if config.context > (longest := model.config.context):
+                raise ValueError(f"context must be at most {longest}, the model's own")
+            if (table := weights.get("positions.weight")) is not None:
+                weights["positions.weight"] = table[: config.context]
+            model = build(config)
             model.load_state_dict(weights)
         config = asdict(model.config)
         del config["vocab_size"]
@@ -611,6 +618,8 @@ def in_a_sentence(box: str, words: Sequence[str]) -> str:
     number = r"Error parsing (--[\w-]+): .*('.*').*"  # Python's words about int()
     wrong = re.sub(number, r"\1 can't be \2", wrong).rstrip(".")
     wrong = re.sub("Error parsing sampling: |'None', |, 'None'", "", wrong)
+    choices = r"(?<=one of \().*(?=\))"  # in another order each time
+    wrong = re.sub(choices, lambda m: ", ".join(sorted(m[0].split(", "))), wrong)
     typed, near = (re.findall(r"--[\w-]+", " ".join(each)) for each in (words, more))
     meant = " or ".join(sorted({*near} - {*typed}))
     return f"{wrong}. Do you mean {meant}?" if meant else f"{wrong}."
@@ -706,6 +715,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not is_mistake(error):
             raise
         # An option's name as it is typed: --batch-size, not batch_size.
-        said = re.sub(r"^\w+(?= must be )", lambda name: _flags([name[0]]), str(error))
+        options = names(*KINDS, Sampling)
+        known, long = ("|".join(o for o in options if part in o) for part in ("", "_"))
+        pattern = rf"^({known})\b|(?<!\S)({long})\b"
+        said = re.sub(pattern, lambda name: _flags([name[0]]), str(error))
         tell(said or type(error).__name__)
         return 2

@@ -79,16 +79,21 @@ class Wanted:
             if body.get(key) not in (None, usual):
                 raise ValueError(f"{key} must be {usual} here: nothing else is done")
         self.in_pieces = bool(body.get("stream"))
+        options = body.get("stream_options")
+        self.counted = isinstance(options, dict) and options.get("include_usage")
         if chat:
             if not isinstance(messages := body["messages"], list):
                 raise ValueError("messages must be a list")
             conversation = [_plain(message) for message in messages]
             self.ids, _ = render(conversation, tokenizer, reply=True)
         else:
-            prompt = body["prompt"]
-            if not isinstance(prompt, str | list):
-                raise ValueError("prompt must be a text, or a list of ids")
-            self.ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+            match body["prompt"]:
+                case str(prompt) | [str(prompt)]:
+                    self.ids = tokenizer.encode(prompt)
+                case list(ids):
+                    self.ids = ids
+                case _:
+                    raise ValueError("prompt must be a text, or a list of ids")
         room = model.config.context - len(self.ids)
         if room < 1:
             raise ValueError(f"the prompt has {len(self.ids)} tokens: too long")
@@ -123,10 +128,17 @@ class Wanted:
         if self.used == self.limit:  # and `until` has not stopped before
             self.reason = "length"
 
+    def usage(self) -> dict[str, int]:
+        """How many tokens were read, and written so far."""
+        counts = {"prompt_tokens": len(self.ids), "completion_tokens": self.used}
+        return {**counts, "total_tokens": sum(counts.values())}
+
 
 def _plain(message: dict[str, Any]) -> dict[str, str]:
     """A message whose content is a text; a client may send a list of parts."""
     match message:
+        case {"role": "developer"}:  # OpenAI's newer word for it
+            return _plain({**message, "role": "system"})
         case {"role": str(role), "content": str(content)}:
             return {"role": role, "content": content}
         case {"role": str(role), "content": [*parts]}:
@@ -189,13 +201,15 @@ def make_app(model: GPT, tokenizer: Tokenizer, name: str) -> Starlette:
         text = "".join([piece async for piece in pieces(request, wanted)])
         message = {"message": {"role": "assistant", "content": text}}
         choice = _choice(message if chat else {"text": text}, wanted.reason)
-        usage = {"prompt_tokens": len(wanted.ids), "completion_tokens": wanted.used}
-        usage["total_tokens"] = sum(usage.values())
-        return JSONResponse({**frame, "choices": [choice], "usage": usage})
+        return JSONResponse({**frame, "choices": [choice], "usage": wanted.usage()})
 
     async def models(request: Request) -> Response:
-        model = {"id": name, "object": "model", "created": 0, "owned_by": "glassgpt"}
-        return JSONResponse({"object": "list", "data": [model]})
+        one = {"id": name, "object": "model", "created": 0, "owned_by": "glassgpt"}
+        every = {"object": "list", "data": [one]}
+        asked = request.path_params.get("name")
+        if asked not in (None, name):
+            raise HTTPException(404, f"the model here is {name}")
+        return JSONResponse(one if asked else every)
 
     async def refuse(request: Request, error: Any) -> Response:
         told = {"message": error.detail, "type": "invalid_request_error"}
@@ -204,7 +218,7 @@ def make_app(model: GPT, tokenizer: Tokenizer, name: str) -> Starlette:
     async def gone(request: Request, error: Any) -> Response:
         return Response(status_code=499)  # nobody is there to read it
 
-    routes = [Route("/v1/models", models)]
+    routes = [Route(f"/v1/models{end}", models) for end in ("", "/{name}")]
     for path in ("/v1/completions", "/v1/chat/completions"):
         routes.append(Route(path, answer, methods=["POST"]))
     here = Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
@@ -217,15 +231,18 @@ async def _events(
 ) -> AsyncIterator[str]:
     """The pieces of an answer as server-sent events, one a line, each in a frame."""
 
-    def event(words: dict[str, Any], reason: str | None = None) -> str:
-        return f"data: {json.dumps({**frame, 'choices': [_choice(words, reason)]})}\n\n"
+    def event(*choices: dict[str, Any], **more: Any) -> str:
+        return f"data: {json.dumps({**frame, 'choices': choices, **more})}\n\n"
 
     if chat:
-        yield event({"delta": {"role": "assistant", "content": ""}})
+        yield event(_choice({"delta": {"role": "assistant", "content": ""}}))
     async for piece in pieces:
         if piece:
-            yield event({"delta": {"content": piece}} if chat else {"text": piece})
-    yield event({"delta": {}} if chat else {"text": ""}, wanted.reason)
+            words = {"delta": {"content": piece}} if chat else {"text": piece}
+            yield event(_choice(words))
+    yield event(_choice({"delta": {}} if chat else {"text": ""}, wanted.reason))
+    if wanted.counted:
+        yield event(usage=wanted.usage())
     yield "data: [DONE]\n\n"
 
 

@@ -143,8 +143,8 @@ def learn_merges(counts: Mapping[str, int], number: int) -> list[Pair]:
 
 def _texts(text: Texts) -> Iterable[str]:
     """One text or several to learn from. Raises ValueError for the name of a file."""
-    if isinstance(text, str) and os.path.isfile(text):
-        raise ValueError(f"{text!r} is a file: give its text, not its name")
+    if isinstance(text, str | os.PathLike) and os.path.isfile(text):
+        raise ValueError(f"{str(text)!r} is a file: give its text, not its name")
     return [text] if isinstance(text, str) else text
 
 
