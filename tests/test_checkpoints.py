@@ -145,7 +145,7 @@ def test_missing_files_are_named(tmp_path):
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="has 98 ids, the model only 97"):
+    with pytest.raises(ValueError, match="has 98 ids, the model 97"):
         save(tmp_path, random_gpt(), tokenizer_of(98))
     save(tmp_path, random_gpt(), tokenizer_of())
     tokenizer_of(98).save(tmp_path / "tokenizer.json")

@@ -131,8 +131,7 @@ def save(directory: str | Path, model: GPT, tokenizer: Tokenizer) -> None:
     if due.keys() != dict(model.named_parameters()).keys():
         what = "weights are missing or have other names"
         raise ValueError(f"{what}: save the model before you lighten it or compile it")
-    if (ids := tokenizer.vocab_size) > (known := model.config.vocab_size):
-        raise ValueError(f"the tokenizer has {ids} ids, the model only {known}")
+    hub.require_fit(tokenizer, model.config)
     if not all(p.sum(dtype=torch.float32).isfinite() for p in model.parameters()):
         raise ValueError("the model has weights that are nan or infinite")
     names = {path.name.removesuffix(".partial") for path in directory.glob("[!.]*")}
@@ -228,7 +227,6 @@ def load(name: str | Path) -> tuple[GPT, Tokenizer]:
     with blaming(path, "does not describe a GPT"):
         config = hub.config_from_json(json.loads(path.read_text("utf-8")))
     tokenizer = hub.read_tokenizer(directory / "tokenizer.json")
-    if tokenizer.vocab_size > config.vocab_size:
-        sizes = f"{tokenizer.vocab_size} ids, the model only {config.vocab_size}"
-        raise ValueError(f"{directory} mixes two models: the tokenizer has {sizes}")
+    with blaming(directory, "mixes two models"):
+        hub.require_fit(tokenizer, config)
     return load_parameters(directory, config).eval(), tokenizer

@@ -365,6 +365,15 @@ def read_tokenizer(path: str | Path) -> Tokenizer:
             raise ValueError(f"{path} is damaged: {other}") from error
 
 
+def require_fit(tokenizer: Tokenizer, config: GPTConfig) -> None:
+    """Raise ValueError for a tokenizer with more ids than a model knows.
+
+    Book: 17_gpt2.html#agreement-4-tokenizer-json-the-same-tokens
+    """
+    if (ids := tokenizer.vocab_size) > (known := config.vocab_size):
+        raise ValueError(f"the tokenizer has {ids} ids, the model {known}")
+
+
 NAMES = ("smollm2", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
 
@@ -582,9 +591,7 @@ def load_gguf(path: Path) -> tuple[GPT, Tokenizer]:
         content["tied"] = "output.weight" not in shapes
         model = fit(read_config(theirs, content), shapes, theirs)
         tokenizer = _gguf_tokenizer(facts)
-        if tokenizer.vocab_size > model.config.vocab_size:
-            sizes = f"{tokenizer.vocab_size} ids, the model {model.config.vocab_size}"
-            raise ValueError(f"the tokenizer has {sizes}")
+        require_fit(tokenizer, model.config)
 
         def read(name: str) -> Tensor:
             return torch.from_numpy(unpack(*stored[name]))
@@ -628,8 +635,7 @@ def write_gguf(
         raise ValueError(f"dtype: float16 or float32, not {dtype!r}")
     if (theirs := _GGUF.get(format_of(config).kind)) is None:
         raise ValueError("llama.cpp knows GPT-2 and Llama, not this model")
-    if (ids := tokenizer.vocab_size) > config.vocab_size:
-        raise ValueError(f"the tokenizer has {ids} ids, the model {config.vocab_size}")
+    require_fit(tokenizer, config)
     with whole_file(path) as unfinished:
         writer = _library("gguf").GGUFWriter(unfinished, theirs.kind)
         values = values_of(config)
