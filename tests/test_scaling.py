@@ -425,7 +425,7 @@ def test_what_cannot_work_is_refused_before_it_begins(of_two):
 def test_a_mistake_is_said_once_and_all_end(of_two, folder):
     (code, said), others = of_two["mistaken"]
     assert code == 2
-    assert said.count("glassgpt: width 33 is no multiple of") == 1
+    assert said.count("glassgpt: --width 33 is no multiple of") == 1
     assert others == (0, "")
     assert not (folder / "none").exists()
 
