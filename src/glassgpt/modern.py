@@ -64,7 +64,7 @@ def squared_relu(x: Tensor) -> Tensor:
 
 
 def swiglu(x: Tensor) -> Tensor:
-    """SiLU of the first half of x (..., 2 N), times the second half: (..., N).
+    """SiLU of the first half of the last axis of x, times the second half.
 
     Source: Shazeer (2020).
 
@@ -316,9 +316,9 @@ def orthogonalize(
 ) -> Tensor:
     """Bring the singular values of each matrix near 1; their directions stay.
 
-    matrices: N of one shape (R, C), or a tensor (N, R, C). rounds: of the iteration.
-    dtype: in which to multiply. Returns (N, R, C) in that precision. A value of at
-    least 0.01 of its matrix's norm ends between 0.6 and 1.3 after 4 or 5 rounds.
+    matrices: of one shape, or stacked along a first axis, as what is returned.
+    rounds: of the iteration. dtype: in which to multiply, and of the result. A value of
+    at least 0.01 of its matrix's norm ends between 0.6 and 1.3 after 4 or 5 rounds.
     Source: Jordan et al. (2024), Newton-Schulz iteration; Zhang et al. (2026).
 
     Book: 14_after_gpt2.html#singular-values-without-computing-them
@@ -327,7 +327,7 @@ def orthogonalize(
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
     for done in range(0, rounds, 2):
-        square = x @ x.mT  # (N, R, R)
+        square = x @ x.mT
         change = _quintic(square)
         if done + 1 < rounds:  # change S change is the second round's X X^T
             change = _quintic(change @ square @ change) @ change
