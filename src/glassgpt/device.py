@@ -373,7 +373,7 @@ class Plan:
     def memory(self) -> int:
         """About how many bytes of tensors it will need at its peak.
 
-        16 for every parameter (weight, gradient, AdamW's two means), 18 in 16 bits. For
+        16 for every parameter (weight, gradient, AdamW's moments), 18 in 16 bits. For
         every token what the blocks keep, and 12 a logit. With recomputation one
         block's, and the 4 C that flow into each. Compiled programs take less.
         """

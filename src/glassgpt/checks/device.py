@@ -95,7 +95,7 @@ def check_fit_memory(fit: Callable[[Plan, int, set[str]], Plan]) -> None:
 
 
 def check_step_memory(memory: Callable[[int, int, int, int, int], float]) -> None:
-    """Bytes of weights, gradients, means and activations in mixed precision.
+    """Bytes of weights, gradients, moments and activations in mixed precision.
 
     memory: called as memory(N, tokens, C, layers, V).
 
@@ -108,7 +108,7 @@ def check_step_memory(memory: Callable[[int, int, int, int, int], float]) -> Non
         assert isfinite(found), f"{found} is no number of bytes"
         mistakes = [
             (wanted - 2 * N, "mixed precision has a copy of 16 bits of each weight"),
-            (wanted - 8 * N, "AdamW keeps two means of each gradient"),
+            (wanted - 8 * N, "AdamW keeps two moments of each gradient"),
             (wanted - logits, "the logits are missing"),
             (wanted - logits * 2 // 3, "a logit is kept three times, 4 bytes each"),
             (wanted + (layers - 1) * logits, "logits come once, not in each layer"),
