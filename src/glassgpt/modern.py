@@ -64,7 +64,7 @@ def squared_relu(x: Tensor) -> Tensor:
 
 
 def swiglu(x: Tensor) -> Tensor:
-    """SiLU of the first half of the last axis of x, times the second half.
+    """SiLU of the first half of x (..., 2 n), times the second half: (..., n).
 
     Source: Shazeer (2020).
 
