@@ -108,7 +108,7 @@ def fastest_weights(layers: Sequence[nn.Linear]) -> str:
     """Which of FORMATS takes one vector through these layers fastest, as measured.
 
     Of the first eight, two blocks', four warm the routines up and four are timed.
-    Between rounds others are read, so that the cache holds what it does in writing.
+    Between rounds others are read, so that the cache holds what it does in decoding.
     On anything but a CPU "float16", unmeasured.
 
     Book: 21_speed.html#which-is-fastest-here
