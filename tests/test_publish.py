@@ -353,6 +353,24 @@ def test_a_model_of_characters_and_one_that_chats(browser, tmp_path):
     assert page.trouble == []
 
 
+@pytest.mark.parametrize("system", ["", "Be brief."])
+def test_chatml_has_its_own_system_line(browser, tmp_path, system):
+    """Where the reader writes none, the page adds the one that Python adds."""
+    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = BPETokenizer([], marks)
+    model = GPT(GPTConfig(len(tokenizer), 256, 1, 2, 8))
+    publish(model, tokenizer, tmp_path / "page.html")
+    page = opened(browser, tmp_path / "page.html")
+    asked = {"role": "user", "content": "Hi <|im_end|>"}
+    figure = "document.querySelector('glass-gpt')"
+    talk = f"([system, asked]) => {figure}.conversation(system, [], asked)"
+    found, _ = page.evaluate(talk, [system, asked])
+    turns = [{"role": "system", "content": system}, asked] if system else [asked]
+    assert found == glassgpt.render(turns, tokenizer, reply=True)[0]
+    assert page.trouble == []
+    page.close()
+
+
 def test_what_a_page_cannot_run_is_refused_and_nothing_is_written(
     tmp_path, shakespeare
 ):

@@ -97,7 +97,7 @@ def tokenizer_data(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def chat_data(tokenizer: Tokenizer) -> dict[str, Any] | None:
-    """The marks of a model's chat template as ids, or None where it knows no roles.
+    """A model's chat template, its marks as ids, or None where it knows no roles.
 
     Book: 19_publishing.html#byte-pairs
     """
@@ -110,7 +110,8 @@ def chat_data(tokenizer: Tokenizer) -> dict[str, Any] | None:
         return tokenizer.encode(text, allow_special=True)
 
     before = {role: ids(mark) for role, mark in template.before.items()}
-    return {"before": before, "stop": ids(template.stop), "after": ids(template.after)}
+    marks = {"stop": ids(template.stop), "after": ids(template.after)}
+    return {"before": before, **marks, "usual": template.default_system}
 
 
 def model_script(model: GPT, tokenizer: Tokenizer, **settings: str) -> str:

@@ -116,6 +116,7 @@ function openModel({ config, weights }) {
   return model;
 }
 
+// GPT-2's words: the flag g finds all matches, u allows \p.
 const SPACE = "\\p{White_Space}";
 const OTHER = `[^${SPACE}\\p{L}\\p{N}]`;
 const WORD = new RegExp(
@@ -128,7 +129,7 @@ function openTokenizer({ bytes, characters, merges, special }) {
   const symbols = bytes ?? characters; // what the first ids stand for
   const idOf = new Map(symbols.map((symbol, id) => [symbol, id]));
   const pieces = symbols.map((symbol) => (bytes ? [symbol] : utf8(symbol)));
-  const becomes = new Map();
+  const becomes = new Map(); // keys like "5 7": two equal arrays are two keys
   for (const [left, right] of merges) {
     becomes.set(`${left} ${right}`, pieces.length);
     pieces.push([...pieces[left], ...pieces[right]]);
@@ -143,11 +144,13 @@ function mergeWord(ids, becomes) {
     const pairs = ids.map((id, i) => born(ids[i - 1], id));
     const first = pairs.reduce((a, b) => Math.min(a, b), Infinity);
     if (first === Infinity) return ids;
-    ids = ids.reduce((merged, id) => {
-      if (born(merged[merged.length - 1], id) === first) merged[merged.length - 1] = first;
+    const merged = [];
+    for (const id of ids) {
+      const last = merged.length - 1;
+      if (born(merged[last], id) === first) merged[last] = first;
       else merged.push(id);
-      return merged;
-    }, []);
+    }
+    ids = merged;
   }
 }
 
@@ -161,10 +164,14 @@ function encode(text, { bytes, idOf, becomes }) {
 }
 
 function decode(ids, { pieces }) {
-  return new TextDecoder("utf-8", { ignoreBOM: true }).decode(Uint8Array.from(ids.flatMap((id) => pieces[id])));
+  const bytes = Uint8Array.from(ids.flatMap((id) => pieces[id]));
+  return new TextDecoder("utf-8", { ignoreBOM: true }).decode(bytes);
 }
 
-function render(turns, { before, stop, after }, tokenizer) {
+function render(turns, { before, stop, after, usual }, tokenizer) {
+  if (usual !== null && turns[0].role !== "system") {
+    turns = [{ role: "system", content: usual }, ...turns];
+  }
   const written = ({ role, content }) =>
     [...before[role], ...encode(content, tokenizer), ...stop, ...after];
   return [...turns.flatMap(written), ...before.assistant];
