@@ -136,6 +136,8 @@ def test_there_and_back_is_exact(tmp_path, config):
     assert not again.training
     assert tokenizer.vocab_size == 97
     assert torch.equal(again(IDS), model(IDS))
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1  # the library would make the weights private
     again(IDS).sum().backward()  # ready to be trained on
 
 

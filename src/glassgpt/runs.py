@@ -244,11 +244,10 @@ def _changed(before: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 def _write_run(run: Run, data: TokenData) -> None:
     """Write run.json, which makes a folder a run."""
-    plan, place = run.plan, data.directory.resolve()
+    place = data.directory.resolve()
     own = place == run.directory.resolve() / "data"  # its own moves with it
-    content: dict[str, Any] = {"model": asdict(plan.model)}
-    content |= {"training": asdict(plan.training)}
-    content |= {"machine": asdict(plan.machine), "saving": asdict(run.saving)}
+    content = asdict(run.plan) | {"saving": asdict(run.saving)}
+    del content["peak_flops"]  # of this machine
     content |= {"data": "data" if own else str(place), "fingerprint": data.fingerprint}
     write_json(run.directory / "run.json", content)
 
@@ -258,8 +257,7 @@ def _read_run(directory: Path) -> tuple[dict[str, Any], Path, str]:
     path = directory / "run.json"
     with blaming(path, "is damaged, start a new run"):
         content = json.loads(path.read_text("utf-8"))
-        parts = ("training", "machine", "saving")
-        settings = {k: v for part in parts for k, v in content[part].items()}
+        settings = content["training"] | content["machine"] | content["saving"]
         place = directory / content["data"]
         return settings, place, content["fingerprint"]
 
