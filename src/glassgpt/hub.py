@@ -65,22 +65,22 @@ class Format:
         else:
             parts = value.chunk(len(names))
         pairs = zip(names, parts, strict=True)
-        return {n: self._turn(n, part, config) for n, part in pairs}
+        return {n: self._arrange(n, part, config) for n, part in pairs}
 
     def take(self, name: str, read: Read, config: GPTConfig) -> Tensor:
         """The inverse: one of our parameters, copied from theirs."""
         names = self.names(name)
-        return torch.cat([self._turn(n, read(n), config, back=True) for n in names])
+        return torch.cat([self._arrange(n, read(n), config, back=True) for n in names])
 
-    def _turn(
+    def _arrange(
         self, name: str, value: Tensor, config: GPTConfig, back: bool = False
     ) -> Tensor:
-        """A tensor with rows reordered or turned, where the format wants it."""
+        """A tensor with rows reordered or transposed, where the format wants it."""
         if name.split(".")[-2] in self.neighbors:
             reorder = pair_halves if back else pair_neighbors
             value = reorder(value, config.width // config.heads)
-        turned = self.transposed and name.startswith(self.block) and value.dim() == 2
-        return value.T if turned else value
+        flip = self.transposed and name.startswith(self.block) and value.dim() == 2
+        return value.T if flip else value
 
 
 _LAYERS = {  # ours, and those of GPT-2, of Llama, and of llama.cpp
@@ -236,8 +236,8 @@ def read_config(theirs: Format, content: dict[str, Any]) -> GPTConfig:
             own[name] = content[key]
     llama = theirs.kind == "llama"
     config = ModernConfig(**{**LLAMA_CHOICES, **own}) if llama else GPTConfig(**own)
-    turning = {"rope.dimension_count": (config.width // config.heads,)}  # all columns
-    for key, allowed in {**theirs.options, **turning}.items():
+    rotated = {"rope.dimension_count": (config.width // config.heads,)}  # all columns
+    for key, allowed in {**theirs.options, **rotated}.items():
         if (value := content.get(key)) not in (None, *allowed):
             raise ValueError(f"its {key} is {value!r}, not {allowed[0]!r}")
     return config

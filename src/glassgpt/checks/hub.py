@@ -223,16 +223,16 @@ def check_q4_0(unpack: Callable[[np.ndarray], np.ndarray]) -> None:
     _check_kind(unpack, "Q4_0")
 
 
-def _scores(rows: list[Tensor], x: Tensor, width: int, turn: Callable) -> Tensor:
+def _scores(rows: list[Tensor], x: Tensor, width: int, rotate: Callable) -> Tensor:
     """Scores (H, T, T) of x (T, C), with rows of queries (H D, C) and keys (G D, C)."""
     parts = ((x @ part.T).view(len(x), -1, width).transpose(0, 1) for part in rows)
     tables = [t.double() for t in rotary_tables(torch.arange(len(x)), width)]
-    queries, keys = (turn(part, *tables) for part in parts)
+    queries, keys = (rotate(part, *tables) for part in parts)
     return queries @ keys.repeat_interleave(len(queries) // len(keys), 0).mT
 
 
 def _neighbors(y: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions where each column turns with its neighbor."""
+    """Rotary positions where each column rotates with its neighbor."""
     a, b = y[..., ::2], y[..., 1::2]
     return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
 
