@@ -332,6 +332,8 @@ def make_trainer(
     shard: what they divide, "nothing", "optimizer" (if None) or "model". Raises
     ValueError for fewer rows than processes, for a device on which processes can't
     exchange numbers, for float16, and where Muon would have to work on slices.
+    With dropout each process draws masks of its own, so another number of them is
+    another run.
 
     Book: 22_many_machines.html#a-whole-run
     """

@@ -84,16 +84,16 @@ def table_slice() -> list[list[int]]:
     return [list(table.shape), list(table.to_local().shape)]
 
 
-def block_moments() -> list[tuple[str, int]]:
-    """How many numbers of the first block's weights lie here, by moment of a step.
+def block_times() -> list[tuple[str, int]]:
+    """How many numbers of the first block's weights lie here, and when in a step.
 
     Book: 22_many_machines.html#dividing-the-model
     """
     trainer = _small_run(scaling.FSDPTrainer, layers=3)
     first, found = trainer.model.blocks[0], []
 
-    def note(moment: str) -> Callable[..., None]:
-        return lambda *_: found.append((moment, _weights_here(first)))
+    def note(when: str) -> Callable[..., None]:
+        return lambda *_: found.append((when, _weights_here(first)))
 
     note("before the step")()
     for place, block in enumerate(trainer.model.blocks):
