@@ -158,6 +158,15 @@ def detaches_the_logits_alone(model, ids, edit=None):
     return {n: v if n == "logits" else v.requires_grad_() for n, v in seen.items()}
 
 
+def ledger_with_a_view_of_the_bias(model, seen):
+    parts = ledger(model, seen)
+    for layer, block in enumerate(model.blocks):
+        if (bias := block.attention.projection.bias) is not None:
+            with torch.no_grad():  # which a view of a parameter ignores
+                parts[f"{layer}.bias"] = bias.expand_as(parts["embedding"])
+    return parts
+
+
 def with_a_graph(tool):
     """The tool of the package, but with gradients."""
     return getattr(tool, "__wrapped__", tool)
@@ -226,6 +235,7 @@ def gradients_stay_on():
         (checks.check_trace, turns_gradients_off, "gradients are left off"),
         (checks.check_trace, detaches_the_logits_alone, "no gradients"),
         (checks.check_ledger, with_a_graph(ledger), "no gradients"),
+        (checks.check_ledger, ledger_with_a_view_of_the_bias, "detach parameters'"),
         (checks.check_attribute, with_a_graph(attribute), "no gradients"),
         (checks.check_sources, sources_with_a_graph, "no gradients"),
         (checks.check_without, without_by_the_end_of_the_name, "1[01].contexts must"),

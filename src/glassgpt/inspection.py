@@ -19,7 +19,7 @@ See = Callable[[str, Tensor], Tensor]  # of a name and an activation
 
 
 def _watched(layer: int, see: See) -> Callable[..., Tensor]:
-    """Attention by chapter 6's function, which shows each of its steps."""
+    """Chapter 6's attention, without dropout, which shows each of its steps."""
 
     def attend(
         queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, _: float
@@ -48,13 +48,13 @@ def watch(model: GPT, see: See) -> Iterator[None]:
 
         def output(name: str, part: nn.Module) -> None:
             hook = part.register_forward_hook(lambda _part, _in, out: see(name, out))
-            undo.callback(hook.remove)
+            undo.enter_context(hook)  # which removes it at the end
 
         def entry(name: str, part: nn.Module) -> None:
             hook = part.register_forward_pre_hook(
                 lambda _part, inputs: (see(name, inputs[0]), *inputs[1:])
             )
-            undo.callback(hook.remove)
+            undo.enter_context(hook)
 
         entry("embedding", model.blocks[0])
         block: Any
@@ -105,11 +105,10 @@ def ledger(model: GPT, seen: Mapping[str, Tensor]) -> dict[str, Tensor]:
     parts = {"embedding": seen["embedding"]}
     block: Any
     for layer, block in enumerate(model.blocks):
-        projection = block.attention.projection
-        contexts = seen[f"{layer}.contexts"].unbind(1)  # H of (B, T, D)
-        matrices = projection.weight.chunk(len(contexts), dim=1)  # H of (C, D)
-        for head, (context, matrix) in enumerate(zip(contexts, matrices, strict=True)):
-            parts[f"{layer}.head.{head}"] = context @ matrix.T
+        contexts, projection = seen[f"{layer}.contexts"], block.attention.projection
+        matrices = projection.weight.chunk(contexts.shape[1], dim=1)  # H of (C, D)
+        for head, matrix in enumerate(matrices):
+            parts[f"{layer}.head.{head}"] = contexts[:, head] @ matrix.T
         if (bias := projection.bias) is not None:
             parts[f"{layer}.bias"] = bias.detach().expand_as(parts["embedding"])
         parts[f"{layer}.mlp"] = seen[f"{layer}.mlp"]
@@ -134,11 +133,12 @@ def attribute(
     norm: Any = model.norm
     if isinstance(norm, nn.LayerNorm):  # it subtracts the mean of each part
         parts = {name: x - x.mean(-1, keepdim=True) for name, x in parts.items()}
-    size = torch.stack(list(parts.values())).sum(0).square().mean(-1) + norm.eps
+    stream: Any = sum(parts.values())
+    s = (stream.square().mean(-1) + norm.eps).sqrt()
     toward = direction if norm.weight is None else direction * norm.weight
-    shares = {name: part @ toward / size.sqrt() for name, part in parts.items()}
+    shares = {name: part @ toward / s for name, part in parts.items()}
     if (bias := getattr(norm, "bias", None)) is not None:
-        shares["norm.bias"] = (bias @ direction).expand_as(size)
+        shares["norm.bias"] = (bias @ direction).expand_as(s)
     return shares
 
 
@@ -146,7 +146,7 @@ def without(heads: Iterable[tuple[int, int]], usual: Mapping[str, Tensor]) -> Se
     """An edit for `trace` that lets heads (layer, head) say only what they usually say.
 
     usual: a trace of other texts; its mean over texts and positions takes the place of
-    a head's contexts.
+    a head's contexts. Raises KeyError or IndexError, at once, for heads that it lacks.
 
     Book: 18_looking_inside.html#proof-by-removal
     """
@@ -182,9 +182,9 @@ def logit_lens(model: GPT, stream: Tensor) -> Tensor:
 def fit_lens(stream: Tensor, final: Tensor) -> Callable[[Tensor], Tensor]:
     """The function x A + b that brings a stream (B, T, C) nearest to the final one.
 
-    By least squares; try it on texts that it did not see. Raises ValueError unless
-    there are more than C + 1 positions. Source: Belrose et al. (2023), who fit the
-    probabilities instead.
+    By least squares; try it on texts that it did not see. On a GPU the stream must vary
+    in all C directions. Raises ValueError unless there are more than C + 1 positions.
+    Source: Belrose et al. (2023), who fit the probabilities instead.
 
     Book: 18_looking_inside.html#when-does-it-know
     """
@@ -204,7 +204,6 @@ def induction_scores(seen: Mapping[str, Tensor]) -> Tensor:
 
     Book: 18_looking_inside.html#watch-an-ability-appear
     """
-    weights = [value for name, value in seen.items() if name.endswith(".weights")]
-    P = weights[0].shape[-1] // 2
-    ahead = torch.stack(weights).diagonal(1 - P, -2, -1)  # (L, B, H, P + 1)
-    return ahead[..., 1:].mean(dim=(1, 3))
+    weights = torch.stack([w for name, w in seen.items() if name.endswith(".weights")])
+    P = weights.shape[-1] // 2
+    return weights.diagonal(1 - P, -2, -1)[..., 1:].mean((1, 3))  # of (L, B, H, P)

@@ -70,7 +70,7 @@ def check_trace(trace: Callable[..., dict[str, Tensor]]) -> None:
 
 def _check_plain(found: dict[str, Tensor]) -> None:
     graphs = any(value.requires_grad for value in found.values())
-    assert not graphs, "no gradients: use `torch.no_grad`"
+    assert not graphs, "no gradients: use `torch.no_grad`, and detach parameters' views"
 
 
 def _check_left(model: Any, modes: list[bool], attends: list[Any], when: str) -> None:
