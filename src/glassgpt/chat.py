@@ -75,7 +75,7 @@ def render(conversation: Conversation, tokenizer: Any, reply: bool = False) -> R
     conversation: turns {"role": "system", "user" or "assistant", "content": text}.
     tokenizer: one with the special tokens of a `Template`. reply: end with the role
     token after which the assistant answers. No content becomes a special token.
-    Raises ValueError for another role, a turn without text, or no turn at all.
+    Raises ValueError for any other turn, and for none at all.
 
     Book: 16_chat.html#roles-nobody-can-forge
     """
@@ -145,7 +145,8 @@ def add_roles(model: GPT, tokenizer: Tokenizer) -> tuple[GPT, Tokenizer]:
     """A copy of a model, and a tokenizer, that have the special tokens of a chat.
 
     What they have already stays, and so do all ids. A new row in the tables, or one to
-    spare, is the mean of the others. Source: Hewitt (2021).
+    spare, is the mean of the others. A tokenizer with ChatML's tokens gets ours, too,
+    and is from then on written with ours. Source: Hewitt (2021).
     Raises ValueError for a tokenizer of another package.
 
     Book: 16_chat.html#new-rows-in-the-table
@@ -214,20 +215,18 @@ def separate(ids: Tensor, separator: int) -> tuple[Tensor, Tensor]:
 
     Book: 16_chat.html#conversations-that-don-t-see-each-other
     """
-    ends = (ids == separator).long()
-    number = ends.cumsum(dim=1) - ends  # of the conversation; its end belongs to it
     column = torch.arange(ids.shape[1], device=ids.device)
-    # Behind each end one begins; (1, 0) puts a zero in front.
-    first = F.pad(ends[:, :-1] * column[1:], (1, 0)).cummax(dim=1).values
-    same = number[:, :, None] == number[:, None, :]  # (B, T, T)
-    return column - first, (same & (column[:, None] >= column))[:, None]
+    begins = F.pad(ids[:, :-1] == separator, (1, 0))  # (1, 0) puts a False in front
+    first = (column * begins).cummax(dim=1).values
+    same = first[:, :, None] == first[:, None, :]  # (B, T, T)
+    return column - first, same.tril()[:, None]
 
 
 def chat_loss(model: GPT, separator: int) -> Loss:
     """The mean cross-entropy of packed ids and targets (B, T), in nats a target.
 
     separator: the id between conversations, which don't see each other. Without any
-    target the loss is 0. For `Trainer` and `evaluate`.
+    target the loss is 0. For `Trainer` and `evaluate`. Batches may lie on any device.
 
     Book: 16_chat.html#the-loss-and-its-weight
     """
@@ -258,7 +257,10 @@ class Packed(Tokens):
         return count_targets(self.targets)
 
     def starts(self, context: int) -> int:
-        """How many rows there are. Raises ValueError where a model can't take them."""
+        """How many rows there are.
+
+        Raises ValueError for rows longer than the context, or without any target.
+        """
         if (long := self.inputs.shape[1]) > context:
             raise ValueError(f"rows of {long} tokens don't fit a context of {context}")
         if not len(self):
@@ -268,7 +270,10 @@ class Packed(Tokens):
     def random_batch(
         self, batch_size: int, context: int, seed: int | Sequence[int]
     ) -> Batch:
-        """Inputs and targets (B, T), by (seed, step): every row once an epoch."""
+        """Inputs and targets (B, T), by (seed, step): every row once an epoch.
+
+        A seed alone means step 0.
+        """
         seed, step = (seed, 0) if isinstance(seed, int) else seed
         count = len(self.inputs)
         epoch, place = divmod(step * batch_size, count)
@@ -280,7 +285,10 @@ class Packed(Tokens):
     def fixed_batches(
         self, crops: int, context: int, batch_size: int
     ) -> Iterator[Batch]:
-        """At most `crops` rows at equal distances, the same every time, in batches."""
+        """At most `crops` rows, the same every time, in batches.
+
+        They lie at equal distances, from the first to the last.
+        """
         last = len(self.inputs) - 1
         rows = np.linspace(0, last, min(crops, last + 1)).astype(np.int64)
         for some in torch.from_numpy(rows).split(batch_size):
@@ -325,8 +333,8 @@ def to_jinja(template: Template, escaped: Sequence[str] = ()) -> str:
     """A template as `transformers` has it, a program in Jinja.
 
     Between {% generation %} and {% endgeneration %} stands what is learned. Other roles
-    and contents that aren't text raise an error. escaped: names of special tokens that
-    contents may spell; see `tokenizer_files`.
+    and contents that aren't text raise an error. escaped: special tokens that contents
+    may spell; each one's first character gets an escape. See `tokenizer_files`.
 
     Book: 16_chat.html#in-the-usual-stack
     """
@@ -350,7 +358,8 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
     `transformers` gives the ids and the assistant's mask of `render` (with ChatML, but
     for contents that begin with white space; and a tokenizer of others with a
     normalizer of its own has no place for the second half). Raises ValueError for a
-    special token that an escape can't break.
+    special token that an escape can't break: of one character, with a "1" in front or
+    U+FDD0 anywhere, or one that begins with a mark of the template.
 
     Book: 16_chat.html#a-template-that-can-t-be-forged
     """
