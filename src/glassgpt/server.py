@@ -136,16 +136,15 @@ class Wanted:
 
 def _plain(message: dict[str, Any]) -> dict[str, str]:
     """A message whose content is a text; a client may send a list of parts."""
-    match message:
-        case {"role": "developer"}:  # OpenAI's newer word for it
-            return _plain({**message, "role": "system"})
-        case {"role": str(role), "content": str(content)}:
-            return {"role": role, "content": content}
-        case {"role": str(role), "content": [*parts]}:
-            texts = [part.get("text") for part in parts if isinstance(part, dict)]
-            if len(texts) == len(parts) and all(isinstance(t, str) for t in texts):
-                return {"role": role, "content": "".join(texts)}
-    raise ValueError(f'a message is {{"role": ..., "content": TEXT}}, not {message!r}')
+    try:
+        role, content = message["role"], message["content"]
+        if isinstance(content, list):
+            content = "".join(part["text"] for part in content)
+    except (KeyError, TypeError):  # a picture, or no message
+        due = '{"role": ..., "content": TEXT}'
+        raise ValueError(f"a message is {due}; of parts, only texts are read") from None
+    # developer is OpenAI's newer word for it
+    return {"role": "system" if role == "developer" else role, "content": content}
 
 
 def _choice(words: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
@@ -164,6 +163,10 @@ def make_app(model: GPT, tokenizer: Tokenizer, name: str) -> Starlette:
     Book: 17_gpt2.html#a-server
     """
     turns = CapacityLimiter(1)
+
+    def refuse_pages(request: Request) -> None:
+        if "origin" in request.headers:
+            raise HTTPException(403, "web pages may not ask")
 
     async def read(request: Request, chat: bool) -> Wanted:
         content = b""
@@ -187,8 +190,7 @@ def make_app(model: GPT, tokenizer: Tokenizer, name: str) -> Starlette:
             yield piece
 
     async def answer(request: Request) -> Response:
-        if "origin" in request.headers:
-            raise HTTPException(403, "web pages may not ask")
+        refuse_pages(request)
         chat = request.url.path.endswith("chat/completions")
         wanted = await read(request, chat)
         kind = "chat.completion" if chat else "text_completion"
@@ -204,6 +206,7 @@ def make_app(model: GPT, tokenizer: Tokenizer, name: str) -> Starlette:
         return JSONResponse({**frame, "choices": [choice], "usage": wanted.usage()})
 
     async def models(request: Request) -> Response:
+        refuse_pages(request)
         one = {"id": name, "object": "model", "created": 0, "owned_by": "glassgpt"}
         every = {"object": "list", "data": [one]}
         asked = request.path_params.get("name")
