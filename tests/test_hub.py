@@ -418,9 +418,7 @@ def test_a_wrong_tokenizer_is_caught(wrong, message):
 
 def test_a_tokenizer_of_ids_with_holes_is_refused_before_they_are_filled():
     content = json.loads(FOREIGN)
-    content["model"]["vocab"]["a"] = (
-        10**6
-    )  # no more: code that fills them must fail soon
+    content["model"]["vocab"]["a"] = 10**6  # what fills the holes must fail soon
     with pytest.raises(ValueError, match="its ids have holes"):
         ForeignTokenizer(json.dumps(content))
 
