@@ -607,8 +607,8 @@ glassgpt train --help lists its options. Book: https://glassgpt.github.io/glassg
 def in_a_sentence(box: str, words: Sequence[str]) -> str:
     """What tyro's box says of words that it refused, and the options it suggests.
 
-    In a frame, in a terminal with colors, and with lines between, it has a title, what
-    is wrong, what is near it, and where the help is.
+    In a frame, in a terminal with colors, and with lines (of ─ or -) between, it has a
+    title, what is wrong, what is near it, and where the help is.
 
     Book: 23_command_line.html#mistakes-get-a-sentence
     """
@@ -663,8 +663,8 @@ def parse(words: Sequence[str]) -> Any:
 def is_mistake(error: BaseException) -> bool:
     """Whether a user can mend it: the system's answer, or a `raise` of this package.
 
-    So can what isn't UTF-8. Everything else, such as a ValueError that some library
-    raised, is a fault of ours.
+    So can what isn't UTF-8, read or written. Everything else, such as a ValueError that
+    some library raised, is a fault of ours.
 
     Book: 23_command_line.html#mistakes-get-a-sentence
     """

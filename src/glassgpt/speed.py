@@ -62,7 +62,7 @@ def int8_product(weight: Tensor, bias: Tensor) -> Product:
 
 
 def half_product(weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Product:
-    """x times the weights (out, in) in 16 bits, plus the bias (out,).
+    """x times the weights (out, in) in 16 bits, plus the bias (out,) in 32.
 
     Book: 21_speed.html#a-light-layer
     """
@@ -171,7 +171,7 @@ def keep_freed_memory() -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     libc = ctypes.CDLL(None)
-    trim_threshold, mmap_max = -1, -4  # names of the options in malloc.h
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX
     if not (libc.mallopt(mmap_max, 0) and libc.mallopt(trim_threshold, -1)):
         return False
     trim = cache(partial(libc.malloc_trim, 0))
