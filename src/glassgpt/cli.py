@@ -289,7 +289,7 @@ class Train(Text):
         begun = began(out)
         other = {k for k, v in asked.items() if begun.get(k) != v}
         if kept := _flags(other - CHANGEABLE):
-            advice = f"leave it out, or use `glassgpt resume {quote(str(out))}`"
+            advice = f"type what began it, or `glassgpt resume {quote(str(out))}`"
             raise ValueError(f"{out} did not begin with this {kept}: {advice}")
         changes = {k: v for k, v in asked.items() if k in CHANGEABLE}
         return Resume(str(out), None, self.shard, changes).run()
