@@ -108,6 +108,20 @@ def started_apart():
     return {name: value.detach() for name, value in model.named_parameters()}
 
 
+def loads_moments():
+    """Of which parameters each optimizer loads moments, and of which there are some."""
+    trainer, given = _small_run(scaling.ShardedOptimizerTrainer), []
+    trainer.take_step()
+    states = [trainer.state_dict()]
+    dist.broadcast_object_list(states, 0)
+    for optimizer in trainer.optimizers:
+        optimizer.register_load_state_dict_pre_hook(
+            lambda _, state: given.append([*state["state"]])
+        )
+    trainer.load_state_dict(states[0])
+    return given, [sorted(saved["state"]) for saved in states[0]["optimizers"]]
+
+
 class ReadsItsOwnLosses(scaling.ParallelTrainer):
     read_losses = Trainer.read_losses
 
@@ -183,6 +197,14 @@ class CountsAtLeastOne(scaling.ParallelTrainer):
         super().backward(loss * self.factor)
 
 
+class KeepsTheTablesWhole(scaling.FSDPTrainer):
+    """After the forward pass, as PyTorch does it by default with the last group."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.loss.set_reshard_after_forward(False, recurse=False)
+
+
 # Each with the number of the check's case that names it, not counting the first.
 MISTAKES = [
     (ReadsItsOwnLosses, 1, "rank 0 reads a loss of .*: add up"),
@@ -195,6 +217,7 @@ MISTAKES = [
     (ForgetsMoments, 5, "is off by .*: saved and loaded"),
     (DividesTheEvaluation, 1, "rank 0 evaluates to"),
     (CountsAtLeastOne, 6, "is off by .*: with a process that has no targets"),
+    (KeepsTheTablesWhole, 7, "is off by .*: evaluated between two steps"),
 ]
 
 
@@ -212,6 +235,7 @@ REFUSED = [
     ("optimizer", 1, False, "float32", "a batch of 1 rows is too small"),
     ("model", 4, True, "float32", "takes the optimizer adamw"),
     ("optimizer", 4, False, "float16", "need the precision bfloat16"),
+    ("optimiser", 4, False, "float32", "not 'optimiser'"),
 ]
 
 
@@ -238,6 +262,8 @@ def test_one_process_is_a_trainer_as_before():
     with team() as leads:
         assert leads
         assert type(make_trainer(plan, data, shard="model")) is Trainer
+        with pytest.raises(ValueError, match="not 'optimiser'"):
+            make_trainer(plan, data, shard="optimiser")
 
 
 def test_what_is_divided_decides_who_trains(monkeypatch):
@@ -317,12 +343,13 @@ def of_two(folder):
 @pytest.fixture(scope="module")
 def of_three(folder, of_two):
     calls = [(everything, CASES[3]), (with_dropout,), (started_apart,)]
+    calls += [(loads_moments,)]
     calls += [(each_of_two, kind.__name__, number) for kind, number, _ in MISTAKES]
     calls += [(_each_case, "glassgpt.scaling", name) for name in PASSED]
     calls += [(train_in, str(folder / shard), 30, shard) for shard in SHARDS]
     calls += [(commanded, str(folder), f"{RESUME} --steps 100000", True)]
     found = run_processes(3, in_turn, str(folder), calls)
-    names = ["ways", "dropout", "apart"]
+    names = ["ways", "dropout", "apart", "loads"]
     names += [*(kind.__name__ for kind, *_ in MISTAKES), *PASSED, *SHARDS, "stopped"]
     return dict(zip(names, zip(*found, strict=True), strict=True))
 
@@ -358,6 +385,13 @@ def test_processes_drop_different_numbers(of_three):
 def test_all_begin_with_the_weights_of_rank_0(of_three):
     first, *others = of_three["apart"]
     assert all(gap(first, other) == 0 for other in others)
+
+
+def test_a_process_loads_no_moments_of_others(of_three):
+    _, wanted = of_three["loads"][0]
+    for number, places in enumerate(wanted):
+        given = (place for mine, _ in of_three["loads"] for place in mine[number])
+        assert sorted(given) == places
 
 
 @pytest.mark.parametrize(("kind", "number", "why"), MISTAKES)

@@ -35,6 +35,7 @@ def connect(**meeting: Any) -> None:
         # The line to itself: gloo may not find this computer by its name.
         loopback = "lo0" if sys.platform == "darwin" else "lo"
         env.setdefault("GLOO_SOCKET_IFNAME", loopback)
+    # A day, since rank 0 may have a corpus to encode before its first order.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, **{"timeout": timedelta(days=1), **meeting})
 
@@ -58,10 +59,15 @@ def run_processes(number: int, function: Callable[..., Any], *arguments: Any) ->
 
 
 def _enter(rank: int, number: int, place: str, function: Any, arguments: Any) -> None:
+    """Join, compute, leave the result in a file; one thread each, to share the cores.
+
+    The all-reduce waits until all are there: one that left while others still connect
+    would cut them off.
+    """
     torch.set_num_threads(1)
     meeting = {"init_method": Path(place, "meeting").as_uri(), "rank": rank}
     connect(world_size=number, timeout=timedelta(minutes=3), **meeting)
-    dist.all_reduce(torch.zeros(1))  # who left now would cut off the others
+    dist.all_reduce(torch.zeros(1))
     torch.save(function(*arguments), Path(place, f"{rank}.pt"))
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -180,18 +186,20 @@ class ShardedOptimizerTrainer(DDPTrainer):
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
         for saved in state["optimizers"]:
-            everyone: list[Any] = [None] * self.world
-            dist.gather_object(saved["state"], None if self.rank else everyone)
-            parts = (part for part in everyone if part)
-            saved["state"] = {k: v for part in parts for k, v in part.items()}
+            own = saved["state"].items()  # what is sent from a card arrives on one
+            here = {k: {n: v.cpu() for n, v in moments.items()} for k, moments in own}
+            everyone: list[Any] = [{}] * self.world
+            dist.gather_object(here, None if self.rank else everyone)
+            saved["state"] = {k: v for part in everyone for k, v in part.items()}
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        for optimizer in self.optimizers:
-            for parameter in list(optimizer.state):
-                if self.owners[parameter] != self.rank:
-                    del optimizer.state[parameter]
+        optimizers = []  # own moments alone: a card may have no room to load all
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            order = [p for group in optimizer.param_groups for p in group["params"]]
+            own = [k for k in saved["state"] if self.owners[order[k]] == self.rank]
+            optimizers.append({"state": {k: saved["state"][k] for k in own}})
+        super().load_state_dict({**state, "optimizers": optimizers})
 
 
 class _SlicesTrainer(ParallelTrainer):
@@ -246,9 +254,8 @@ class _SlicesTrainer(ParallelTrainer):
 class FSDPTrainer(_SlicesTrainer):
     """Every process keeps a slice of each parameter, gradient and moment: FSDP2.
 
-    A block's weights are gathered before it computes, and dropped after it. Not for
-    Muon, which needs whole matrices. slices: the kind of device where they lie, if the
-    model that is given begins elsewhere.
+    Not for Muon, which needs whole matrices. slices: the kind of device where they lie,
+    if the model that is given begins elsewhere.
 
     Book: 22_many_machines.html#dividing-the-model
     """
@@ -258,15 +265,15 @@ class FSDPTrainer(_SlicesTrainer):
         from torch.distributed.fsdp import fully_shard
 
         super().__init__(*arguments, **named)
-        names = {p: name for name, p in self.model.named_parameters()}
+        before = list(self.model.parameters())
         self.loss = whole = _LossModule(self.model, self.loss)
         mesh = init_device_mesh(slices or self.device.type, (self.world,))
         for module in (*self.model.blocks, whole):
             fully_shard(module, mesh=mesh, reshard_after_forward=True)
-        sliced = dict(self.model.named_parameters())
+        sliced = dict(zip(before, self.model.parameters(), strict=True))
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["params"] = [sliced[names[p]] for p in group["params"]]
+                group["params"] = [sliced[p] for p in group["params"]]
         self.device = next(self.model.parameters()).device
 
     def backward(self, loss: Tensor) -> None:
@@ -330,13 +337,15 @@ def make_trainer(
     """`Plan.trainer`, with all processes where there are several; for `start_run`.
 
     shard: what they divide, "nothing", "optimizer" (if None) or "model". Raises
-    ValueError for fewer rows than processes, for a device on which processes can't
-    exchange numbers, for float16, and where Muon would have to work on slices.
+    ValueError for another one, fewer rows than processes, a device on which processes
+    can't exchange numbers, float16, and where Muon would have to work on slices.
     With dropout each process draws masks of its own, so another number of them is
     another run.
 
     Book: 22_many_machines.html#a-whole-run
     """
+    if (shard := shard or "optimizer") not in (*SHARDS, "model"):
+        raise ValueError(f"shard is nothing, optimizer or model, not {shard!r}")
     if not dist.is_initialized() or (world := dist.get_world_size()) == 1:
         return plan.trainer(data, model)
     if (rows := plan.training.batch_size) < world:
@@ -347,7 +356,6 @@ def make_trainer(
         raise ValueError("several processes need the precision bfloat16 or float32")
     if shard == "model" and isinstance(plan.training, MuonConfig):
         raise ValueError("to divide the model takes the optimizer adamw")
-    shard = shard or "optimizer"
     place = data.directory.resolve() if data.directory else data
     _order("begin", plan, place, shard)
     return Conductor(_begin(plan, data, shard, model))
@@ -384,7 +392,7 @@ def team() -> Iterator[bool]:
         try:
             yield True
         except (RuntimeError, MemoryError, KeyboardInterrupt):
-            raise  # in the middle of a step, perhaps, where nobody listens
+            raise  # in the middle of a step, perhaps, where nobody awaits an order
         except BaseException:
             _order()
             raise
@@ -397,7 +405,7 @@ def team() -> Iterator[bool]:
 
 
 def _follow() -> None:
-    """Do what rank 0 says, until it says nothing."""
+    """Do what rank 0 says, until it says nothing, whatever signal or nan comes."""
     trainer: Any = None
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, name):  # Windows has no SIGHUP
@@ -414,9 +422,9 @@ def _follow() -> None:
 class StreamedTokens(Tokens):
     """Tokens in shards, of which one is here at a time: for corpora larger than a disk.
 
-    shards: addresses, say; `fetch` turns one into ids. steps_each: how many steps learn
-    from a shard before the next. In each round every shard comes once. Seed and step
-    alone decide, so a run goes on with nothing else saved.
+    shards: addresses, say; `fetch` turns one into ids, the first at once, so that the
+    context can be checked. steps_each: how many steps learn from a shard before the
+    next. In each round every shard comes once. Seed and step alone decide which.
 
     Book: 22_many_machines.html#a-corpus-larger-than-your-disk
     """

@@ -222,14 +222,22 @@ _CASES: dict[str, dict[str, Any]] = {
     " pass)": {"rows": 8, "accumulate": 2},
     "saved and loaded: weights and moments have to come back": {"loaded": True},
     "with a process that has no targets: it adds nothing": {"rows": 3, "masked": True},
+    "evaluated between two steps, which has to change nothing": {"evaluated": True},
 }
 Ended = tuple[dict[str, Tensor], list[float]]
 
 
-def _ends(kind: Any, steps: int = 3, loaded: bool = False, **how: Any) -> Ended:
+def _ends(
+    kind: Any,
+    steps: int = 3,
+    loaded: bool = False,
+    evaluated: bool = False,
+    **how: Any,
+) -> Ended:
     """Weights and moments after some steps, as they are saved, and the losses.
 
     The last loss is that of the evaluation. loaded: halfway into another trainer.
+    evaluated: before the last step, too.
     """
     trainer, losses = _small_run(kind, **how), []
     for step in range(steps):
@@ -238,6 +246,8 @@ def _ends(kind: Any, steps: int = 3, loaded: bool = False, **how: Any) -> Ended:
             if dist.is_initialized():
                 dist.broadcast_object_list(states, 0)  # rank 0 has it whole
             (trainer := _small_run(kind, **how)).load_state_dict(states[0])
+        if evaluated and step == 2:
+            trainer.evaluate()
         trainer.take_step()
         losses.append(trainer.read_losses())
     losses.append(trainer.evaluate()["validation_loss"])
