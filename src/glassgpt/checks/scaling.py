@@ -283,7 +283,7 @@ def check_parallel(kind: type[Trainer]) -> None:
     """Three processes end with the weights of one, to 1e-12 in 64 bits.
 
     With them: moments, losses, the weights at the start, dropout, and a run that is
-    saved and loaded.
+    saved and loaded, or evaluated, between two steps.
     kind: a class of a module, called as `ParallelTrainer` is.
 
     Book: 22_many_machines.html#one-check-six-ways
