@@ -146,6 +146,8 @@ MISTAKES = {
     "empty text": (["train", "--data", "empty.txt", *NEW], "empty.txt has no text"),
     "texts twice": ([*MY, "--data", "my.txt"], "name all texts behind one --data"),
     "missing text": (["train", "--data", "missing.txt", *NEW], "missing.txt"),
+    "a text called as an option": (["train", "--data", "size.txt"], ": size.txt is"),
+    "a model called as an option": (["generate", "seed"], ": seed holds no model"),
     "short text": (["train", "--data", "short.txt", *NEW], "allow no crops of 16"),
     "picture": (
         ["train", "--data", "picture.png", *NEW],
@@ -234,7 +236,10 @@ WRONG_WORDS = {
     "no command": (["xyz"], "Do you mean train or resume or generate"),
     "unknown option": ([*MY, "--learning-pace", "1"], "Do you mean --learning-rate"),
     "unknown option of none": (["--versoin"], "Unrecognized options: --versoin"),
-    "unknown size": ([*MY, "--size", "huge"], "'huge' for argument '--size'"),
+    "unknown size": (
+        [*MY, "--size", "huge"],
+        "one of ('large', 'medium', 'micro', 'mini', 'small', 'xl').",
+    ),
     "unknown weights": ([*WRITE, "--weights", "int3"], "int3"),
     "a text without --data": (
         ["train", "my.txt", "--steps", "3"],

@@ -5,6 +5,7 @@ import os
 import random
 import struct
 import sys
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -418,9 +419,13 @@ def test_a_wrong_tokenizer_is_caught(wrong, message):
 
 def test_a_tokenizer_of_ids_with_holes_is_refused_before_they_are_filled():
     content = json.loads(FOREIGN)
-    content["model"]["vocab"]["a"] = 10**6  # what fills the holes must fail soon
+    content["model"]["vocab"]["a"] = 10**6
+    tracemalloc.start()
     with pytest.raises(ValueError, match="its ids have holes"):
         ForeignTokenizer(json.dumps(content))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10**7
 
 
 def test_half_a_character_is_refused():

@@ -233,6 +233,7 @@ def test_nobody_forges_a_turn(chat, talker):
         ({"prompt": ["a", "b"]}, "a prompt must be a list of ids"),
         ({"prompt": None}, "prompt must be a text"),
         ({"stop": 5}, "stop must be a text"),
+        ({"stream_options": 5}, "stream_options must be an object"),
         ({"stop": [5]}, "stop must be a text"),
     ],
 )

@@ -146,7 +146,7 @@ def add_roles(model: GPT, tokenizer: Tokenizer) -> tuple[GPT, Tokenizer]:
 
     What they have already stays, and so do all ids. A new row in the tables, or one to
     spare, is the mean of the others. A tokenizer with ChatML's tokens gets ours, too,
-    and is from then on written with ours. Source: Hewitt (2021).
+    and its conversations are from then on written with them. Source: Hewitt (2021).
     Raises ValueError for a tokenizer of another package.
 
     Book: 16_chat.html#new-rows-in-the-table

@@ -289,7 +289,7 @@ class Train(Text):
         begun = began(out)
         other = {k for k, v in asked.items() if begun.get(k) != v}
         if kept := _flags(other - CHANGEABLE):
-            advice = f"type what began it, or `glassgpt resume {quote(str(out))}`"
+            advice = f"type what began it, or use `glassgpt resume {quote(str(out))}`"
             raise ValueError(f"{out} did not begin with this {kept}: {advice}")
         changes = {k: v for k, v in asked.items() if k in CHANGEABLE}
         return Resume(str(out), None, self.shard, changes).run()
@@ -343,7 +343,7 @@ class Train(Text):
         tokenizer: of the tokens, where there are some; it must be the model's.
         """
         model, theirs = glassgpt.load(str(self.init_from))
-        free = {"dropout", "context"}  # no part of the weights
+        free = {"dropout", "context"}  # what may be another here
         own = {*names(ModernConfig), "size", "recipe", "tokenizer"} - free
         if wrong := _flags(own & asked.keys()):
             raise ValueError(f"{self.init_from} brings its own: leave out {wrong}")
@@ -663,8 +663,8 @@ def parse(words: Sequence[str]) -> Any:
 def is_mistake(error: BaseException) -> bool:
     """Whether a user can mend it: the system's answer, or a `raise` of this package.
 
-    So can what isn't UTF-8, read or written. Everything else, such as a ValueError that
-    some library raised, is a fault of ours.
+    What isn't UTF-8, read or written, counts, too. Everything else, such as a
+    ValueError that some library raised, is a fault of ours.
 
     Book: 23_command_line.html#mistakes-get-a-sentence
     """
@@ -717,7 +717,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # An option's name as it is typed: --batch-size, not batch_size.
         options = names(*KINDS, Sampling)
         known, long = ("|".join(o for o in options if part in o) for part in ("", "_"))
-        pattern = rf"^({known})\b|(?<!\S)({long})\b"
-        said = re.sub(pattern, lambda name: _flags([name[0]]), str(error))
+        pattern, said = rf"^({known})(?= )|(?<!\S)({long})(?![\w./])", str(error)
+        if not isinstance(error, OSError):  # which begins with the name of a file
+            said = re.sub(pattern, lambda name: _flags([name[0]]), said)
         tell(said or type(error).__name__)
         return 2

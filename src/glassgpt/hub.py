@@ -208,7 +208,8 @@ def config_to_json(config: GPTConfig, end: int | None = None) -> dict[str, Any]:
 def config_from_json(content: dict[str, Any]) -> GPTConfig:
     """The inverse, also for what `transformers` wrote.
 
-    Raises ValueError for an architecture or an option that isn't ours.
+    Raises ValueError for an architecture or an option that isn't ours, and for sizes
+    that are missing or make no sense.
 
     Book: 17_gpt2.html#agreement-3-config-json-the-same-function
     """
@@ -225,12 +226,14 @@ def config_from_json(content: dict[str, Any]) -> GPTConfig:
     except KeyError as error:
         raise ValueError(f"{error} is missing") from None
     except (AttributeError, TypeError) as error:
-        raise ValueError(f"a value of it makes no sense: {error}") from None
+        raise ValueError(f"it makes no sense: {error}") from None
     raise ValueError(f"its model_type is {kind!r}, not gpt2 or llama")
 
 
 def read_config(theirs: Format, content: dict[str, Any]) -> GPTConfig:
-    """A configuration from their keys. Raises ValueError where it isn't ours.
+    """A configuration from their keys.
+
+    Raises ValueError where it isn't ours, KeyError where a size is missing.
 
     Book: 17_gpt2.html#agreement-3-config-json-the-same-function
     """

@@ -35,8 +35,8 @@ def connect(**meeting: Any) -> None:
         # The line to itself: gloo may not find this computer by its name.
         loopback = "lo0" if sys.platform == "darwin" else "lo"
         env.setdefault("GLOO_SOCKET_IFNAME", loopback)
-    # A day, since rank 0 may have a corpus to encode before its first order.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    # A day, since rank 0 may have a corpus to encode before its first order.
     dist.init_process_group(backend, **{"timeout": timedelta(days=1), **meeting})
 
 
@@ -186,7 +186,8 @@ class ShardedOptimizerTrainer(DDPTrainer):
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
         for saved in state["optimizers"]:
-            own = saved["state"].items()  # what is sent from a card arrives on one
+            own = saved["state"].items()
+            # In main memory: what is sent from a card arrives on a card.
             here = {k: {n: v.cpu() for n, v in moments.items()} for k, moments in own}
             everyone: list[Any] = [{}] * self.world
             dist.gather_object(here, None if self.rank else everyone)

@@ -79,8 +79,10 @@ class Wanted:
             if body.get(key) not in (None, usual):
                 raise ValueError(f"{key} must be {usual} here: nothing else is done")
         self.in_pieces = bool(body.get("stream"))
-        options = body.get("stream_options")
-        self.counted = isinstance(options, dict) and options.get("include_usage")
+        options = body.get("stream_options") or {}
+        if not isinstance(options, dict):
+            raise ValueError("stream_options must be an object")
+        self.counted = bool(options.get("include_usage"))
         if chat:
             if not isinstance(messages := body["messages"], list):
                 raise ValueError("messages must be a list")
@@ -143,7 +145,7 @@ def _plain(message: dict[str, Any]) -> dict[str, str]:
     except (KeyError, TypeError):  # a picture, or no message
         due = '{"role": ..., "content": TEXT}'
         raise ValueError(f"a message is {due}; of parts, only texts are read") from None
-    # developer is OpenAI's newer word for it
+    # developer: OpenAI's newer word for system
     return {"role": "system" if role == "developer" else role, "content": content}
 
 
