@@ -37,14 +37,14 @@ def clean_play(markdown: str) -> str:
     text = text.replace("sha$l", "shall").replace("_Burthen _\\[", "_Burthen ")
     text = re.sub(r"& [cC](?![A-Za-z])", "&c", text)
     # Line ends, headings, speakers.
-    text = re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)
+    text = "\n".join(line.rstrip(" \t") for line in text.split("\n"))
     text = re.sub(r"^#+ +", "", text, flags=re.MULTILINE)
     text = re.sub(r"^\*\*(.+?):?\*\*$", r"\1:", text, flags=re.MULTILINE)
     # A direction is _set so_ or *so*, and has brackets of its own here and there.
-    text = re.sub(r"[_*]*\\?\[([^\]]*)\][_*]*", r"[\1]", text)
-    text = re.sub(r"([_*])([^_*\[\]]+)\1", r"[\2]", text)
     text = text.replace("\\", "")
-    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+    text = re.sub(r"\][_*]+", "]", re.sub(r"[_*]+\[", "[", text))
+    text = re.sub(r"([_*])([^_*\[\]]+)\1", r"[\2]", text)
+    return re.sub(r"\n\n\n+", "\n\n", text).strip() + "\n"
 
 
 @dataclass(frozen=True)
