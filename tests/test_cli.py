@@ -124,6 +124,7 @@ def stage(made, tmp_path_factory):
     (folder / "short.txt").write_text("To be, or not to be\n")
     (folder / "one.txt").write_text("a")
     (folder / "picture.png").write_bytes(PNG)
+    (folder / "keep").mkdir()
     (folder / "notes").mkdir()
     (folder / "notes" / "mine.txt").write_text("mine\n")
     (folder / "dangling").symlink_to("nowhere")
@@ -147,6 +148,7 @@ MISTAKES = {
     "texts twice": ([*MY, "--data", "my.txt"], "name all texts behind one --data"),
     "missing text": (["train", "--data", "missing.txt", *NEW], "missing.txt"),
     "a text called as an option": (["train", "--data", "size.txt"], ": size.txt is"),
+    "a folder called as an option": (["train", "--data", "keep"], ": keep has no text"),
     "a model called as an option": (["generate", "seed"], ": seed holds no model"),
     "short text": (["train", "--data", "short.txt", *NEW], "allow no crops of 16"),
     "picture": (
