@@ -270,6 +270,7 @@ class FSDPTrainer(_SlicesTrainer):
         self.loss = whole = _LossModule(self.model, self.loss)
         mesh = init_device_mesh(slices or self.device.type, (self.world,))
         for module in (*self.model.blocks, whole):
+            # The last group, too: else it would stay whole after an evaluation.
             fully_shard(module, mesh=mesh, reshard_after_forward=True)
         sliced = dict(zip(before, self.model.parameters(), strict=True))
         for optimizer in self.optimizers:
