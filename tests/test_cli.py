@@ -159,7 +159,18 @@ MISTAKES = {
     "far too many layers": ([*MY, "--layers", "100000000"], "lower width, layers"),
     "no steps": ([*MY, "--steps", "0"], "glassgpt: --steps must be"),
     "unknown device": ([*MY, "--device", "abacus"], "abacus"),
-    "diverging": ([*MY, "--learning-rate", "1e9"], "resume new --learning-rate"),
+    "diverging": (
+        [*MY, "--optimizer", "adamw", "--learning-rate", "1e9"],
+        "resume new --learning-rate ..., or resume_run(..., learning_rate=...)",
+    ),
+    "diverging with Muon": (
+        [*MY, "--optimizer", "muon", "--matrix-learning-rate", "1e25"],
+        "--matrix-learning-rate ..., or resume_run(..., learning_rate=..., matrix_lea",
+    ),
+    "thirty thousand years": (
+        [*MY, "--steps", "1000000000000000000"],
+        "the run would take over 30,000 years: lower its steps, --batch-size or",
+    ),
     "small vocabulary": (
         [*MY, "--tokenizer", "bpe", "--vocab-size", "5"],
         "--vocab-size 5 is",
@@ -284,7 +295,7 @@ def test_a_mistake_gets_a_sentence(stage, monkeypatch, capsys, mistake):
     before = hashes(stage)
     assert glass(*words) == 2
     assert expected in sentence_in(capsys.readouterr().err)
-    if mistake == "diverging":  # fails in training, and leaves the run that began
+    if mistake.startswith("diverging"):  # fails in training, and leaves the run that began
         shutil.rmtree(stage / "new")
     assert hashes(stage) == before
     assert not (stage / "new").exists()

@@ -538,5 +538,8 @@ def make_plan(
         # To compile the whole model takes longer.
         scope = "all" if cuda or plan.seconds > 600 else "blocks"
         plan = replace(plan, machine=replace(machine, compile=scope))
+    if plan.seconds > 1e12:  # what comes out of a slip of the hand
+        slow = "the run would take over 30,000 years"
+        raise ValueError(f"{slow}: lower its steps, batch_size or evaluation_crops")
     memory = 0.85 * memory_of(chosen) * (cards if cuda else 1)
     return fit_memory(plan, memory, given)

@@ -302,9 +302,11 @@ def _go_on(run: Run, on_record: OnRecord | None, progress: bool) -> Run:
         with stop_signals() as caught:
             train(run.trainer, after_step, progress)
     except FloatingPointError as error:
-        how = f"glassgpt resume {directory} --learning-rate ..."
-        how = f"go on with a lower rate: {how}, or resume_run(..., learning_rate=...)"
-        raise FloatingPointError(f"{error}; {how}") from error
+        rates = [k for k in asdict(run.plan.training) if k.endswith("learning_rate")]
+        options = " ".join(f"--{rate.replace('_', '-')} ..." for rate in rates)
+        call = f"resume_run(..., {', '.join(f'{rate}=...' for rate in rates)})"
+        how = f"with lower rates: glassgpt resume {directory} {options}, or {call}"
+        raise FloatingPointError(f"{error}; go on {how}") from error
     if not (directory / "model.safetensors").exists():  # stopped early
         write_model(directory, run.trainer.model, run.tokenizer)
     return run
