@@ -295,7 +295,9 @@ def test_a_mistake_gets_a_sentence(stage, monkeypatch, capsys, mistake):
     before = hashes(stage)
     assert glass(*words) == 2
     assert expected in sentence_in(capsys.readouterr().err)
-    if mistake.startswith("diverging"):  # fails in training, and leaves the run that began
+    if mistake.startswith(
+        "diverging"
+    ):  # fails in training, and leaves the run that began
         shutil.rmtree(stage / "new")
     assert hashes(stage) == before
     assert not (stage / "new").exists()
@@ -638,6 +640,13 @@ def test_a_run_that_no_line_began_is_resumed_by_its_folder(run, capsys):
     (run / ".command.json").unlink()
     assert glass("train", "--tokenizer", "char", *TINY, "--out", run, "--resume") == 2
     assert f"or use `glassgpt resume {run}`" in sentence_in(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "7"])
+def test_what_began_a_run_may_be_damaged(run, capsys, text):
+    (run / ".command.json").write_text(text)
+    assert glass("train", "--tokenizer", "char", *TINY, "--out", run, "--resume") == 2
+    assert ".command.json is damaged, start" in sentence_in(capsys.readouterr().err)
 
 
 def test_the_tokenizer_of_a_run(made, tmp_path):

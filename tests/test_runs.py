@@ -728,8 +728,9 @@ def test_other_tokens_are_refused(tmp_path, run):
 def test_damage_of_tokens_is_not_blamed_on_the_run(run):
     path = run / "data" / "train.bin"
     path.write_bytes(path.read_bytes()[:-1] + b"\x01")
-    with pytest.raises(ValueError, match=r"train\.bin is damaged"):
+    with pytest.raises(ValueError, match=r"train\.bin is damaged") as told:
         resume(run)
+    assert "run.json" not in str(told.value)
 
 
 def test_tokens_are_hashed_on_resuming_only(tmp_path):

@@ -28,7 +28,7 @@ from tyro.conf import OmitArgPrefixes, Positional, subcommand
 
 import glassgpt
 from glassgpt.chat import render, stream_answer, template_of
-from glassgpt.checkpoints import write_file
+from glassgpt.checkpoints import blaming, write_file
 from glassgpt.data import TokenData, read_documents, split_documents
 from glassgpt.device import RECIPES, SIZES, Machine, names, take
 from glassgpt.generation import Sampling, stream_text
@@ -253,7 +253,8 @@ def began(out: Path) -> dict[str, Any]:
     Book: 23_command_line.html#a-run-and-going-on-with-it
     """
     file = out / ".command.json"
-    return json.loads(file.read_bytes()) if file.exists() else {}
+    with blaming(file, "is damaged, start a new run"):
+        return dict(json.loads(file.read_bytes())) if file.exists() else {}
 
 
 def _flags(names: Iterable[str]) -> str:
@@ -718,7 +719,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = names(*KINDS, Sampling)
         known, long = ("|".join(o for o in options if part in o) for part in ("", "_"))
         first = rf"^({known})(?= must | can't | is one of | \d)"
-        pattern, said = rf"{first}|(?<!\S)({long})(?![\w./])", str(error)
+        pattern, said = rf"{first}|(?<!\S)({long})(?![\w./=])", str(error)
         if not isinstance(error, OSError):  # which begins with the name of a file
             said = re.sub(pattern, lambda name: _flags([name[0]]), said)
         tell(said or type(error).__name__)

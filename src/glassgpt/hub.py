@@ -280,12 +280,18 @@ def fit(
 def fill(model: GPT, read: Read, theirs: Format) -> GPT:
     """The same model with its numbers, which `read` returns for each of their names.
 
-    Raises ValueError where some are nan or infinite.
+    Raises ValueError where some are nan or infinite, or of a type of integers.
 
     Book: 17_gpt2.html#loading-every-name-and-shape-is-checked
     """
-    names = [name for name, _ in model.named_parameters()]
-    state = {name: theirs.take(name, read, model.config).float() for name in names}
+    state = {}
+    for name, _ in model.named_parameters():
+        numbers = theirs.take(name, read, model.config)
+        if not numbers.is_floating_point():
+            raise ValueError(
+                f"{name} has {numbers.dtype}, and no floating-point numbers"
+            )
+        state[name] = numbers.float()
     model.load_state_dict(state, strict=False, assign=True)
     if model.config.tied:
         model.head.weight = model.tokens.weight
