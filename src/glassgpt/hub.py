@@ -288,9 +288,7 @@ def fill(model: GPT, read: Read, theirs: Format) -> GPT:
     for name, _ in model.named_parameters():
         numbers = theirs.take(name, read, model.config)
         if not numbers.is_floating_point():
-            raise ValueError(
-                f"{name} has {numbers.dtype}, and no floating-point numbers"
-            )
+            raise ValueError(f"{name} has {numbers.dtype}, no floating-point numbers")
         state[name] = numbers.float()
     model.load_state_dict(state, strict=False, assign=True)
     if model.config.tied:
