@@ -28,7 +28,7 @@ from glassgpt.checkpoints import (
     write_model,
     write_tensors,
 )
-from glassgpt.data import SPLITS, TokenData, _hash_of, write_tokens
+from glassgpt.data import SPLITS, TokenData, Tokens, _hash_of, write_tokens
 from glassgpt.device import Machine, Plan, on_paper, pick_device, pick_precision, take
 from glassgpt.gpt import GPT
 from glassgpt.modern import MuonConfig
@@ -334,6 +334,8 @@ def _on_disk(data: TokenData, folder: Path, tokenizer: Tokenizer) -> TokenData:
     if data.directory:
         return data
     parts = {split: getattr(data, split) for split in SPLITS}
+    if any(type(part) is not Tokens for part in parts.values()):
+        raise TypeError("a run keeps its tokens: train on a stream with a Trainer")
     if not folder.exists():  # else a start was killed after it
         splits = {split: [(part.ids, part.characters)] for split, part in parts.items()}
         return write_tokens(folder, splits, tokenizer)
