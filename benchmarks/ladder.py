@@ -55,6 +55,7 @@ BRANCHES: dict[str, tuple[str, dict[str, Any]]] = {  # from a rung, changed
     "1 key-value head of 4": ("squared ReLU", {"key_value_heads": 1}),
     "untied head, random start": ("zero projections", {
         "tied": False, "random_head": True}),
+    "Muon, random start": ("Muon", {"zero_projections": False}),
 }  # fmt: skip
 
 

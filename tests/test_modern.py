@@ -506,6 +506,7 @@ def test_the_text_says_what_the_ladder_shows(recorded):
         ("untied head, random start", 0.01, 2),
         ("untied head", 0.17, 2),
         ("Muon, tied head", 0.0, 2),
+        ("Muon, random start", 0.0, 2),
     ):
         assert round(gains[name], digits) == change, name
     for name, mean in (
@@ -553,6 +554,7 @@ def test_the_text_says_what_pairs_of_one_seed_show(recorded):
         assert low <= min(changes[name]) <= max(changes[name]) <= high
     assert [c > 0 for c in changes["RMS norm, no biases"]] == [False, True, True]
     assert [round(c, 2) for c in changes["untied head, random start"]] == [0.02, 0, 0]
+    assert [c > 0 for c in changes["Muon, random start"]] == [False, False, True]
 
 
 def test_training_may_use_rotary_tables_that_writing_made():
