@@ -187,7 +187,7 @@ MISTAKES = {
     "a size of characters": ([*MY, "--vocab-size", "300"], "--tokenizer bpe"),
     "missing tokenizer": (
         [*MY, "--tokenizer", "nonsense"],
-        "--tokenizer nonsense is neither bpe, char, gpt2 nor a tokenizer.json",
+        "--tokenizer nonsense is neither bpe, char, gpt2, a tokenizer.json nor a",
     ),
     "tokens with a tokenizer": (
         ["train", "--data", "tokens", *NEW],
@@ -649,6 +649,13 @@ def test_what_began_a_run_may_be_damaged(run, capsys, text):
     assert ".command.json is damaged, start" in sentence_in(capsys.readouterr().err)
 
 
+def test_the_tokenizer_of_a_name(made, tmp_path):
+    words = ["--data", made / "my.txt", "--tokenizer", "shakespeare"]
+    assert glass("tokenize", *words, "--out", tmp_path / "tokens") == 0
+    shipped = Path(glassgpt.__file__).parent / "models/shakespeare/tokenizer.json"
+    assert filecmp.cmp(shipped, tmp_path / "tokens/tokenizer.json", shallow=False)
+
+
 def test_the_tokenizer_of_a_run(made, tmp_path):
     words = ["--data", made / "my.txt", "--tokenizer", made / "run"]
     assert glass("tokenize", *words, "--out", tmp_path / "tokens") == 0
@@ -928,7 +935,7 @@ def test_the_help_of_chat_names_what_can_be_typed_in_it(capsys):
     assert glass("chat", "--help") == 0
     shown = capsys.readouterr().out
     assert "/system TEXT" in shown
-    assert "(default: 0.2)" in shown
+    assert "(default: 0.01)" in shown
     assert "Book:" not in shown
 
 

@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -44,6 +45,7 @@ from glassgpt.runs import (
     resume_run,
     start_run,
 )
+from glassgpt.scaling import StreamedTokens
 from glassgpt.tokens import CharTokenizer
 from glassgpt.training import TrainConfig
 
@@ -731,6 +733,14 @@ def test_damage_of_tokens_is_not_blamed_on_the_run(run):
     with pytest.raises(ValueError, match=r"train\.bin is damaged") as told:
         resume(run)
     assert "run.json" not in str(told.value)
+
+
+def test_a_stream_is_refused(tmp_path):
+    """A run would keep the shard that it holds, and go on from that alone."""
+    stream = StreamedTokens(range(4), lambda shard: np.arange(100) % 11, steps_each=2)
+    with pytest.raises(TypeError, match="train on a stream with a Trainer"):
+        start(tmp_path / "run", data=replace(DATA, train=stream))
+    assert not (tmp_path / "run" / "run.json").exists()
 
 
 def test_tokens_are_hashed_on_resuming_only(tmp_path):
