@@ -458,7 +458,7 @@ def test_no_cell_stored_an_error(path):
 EVERYDAY = {"attention", "bias", "block", "context", "head", "key", "query", "value"}
 EVERYDAY |= {"loss", "norm", "targets", "temperature", "token", "overflow"}
 # What the reader brings from school, and what one page names before it defines it.
-EVERYDAY |= {"chain rule", "rotary positions", "checkpoint", "Muon"}
+EVERYDAY |= {"chain rule", "rotary positions", "checkpoint", "Muon", "shape", "entropy"}
 
 
 def glossary():
