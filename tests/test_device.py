@@ -247,6 +247,7 @@ bytes_due = bytes_of_a_step(18)
         (check_fit_memory, another_rate, "only accumulate may change"),
         (check_fit_memory, always_doubling, "split into too many parts"),
         (check_step_memory, bytes_of_a_step(16), "a copy of 16 bits"),
+        (check_step_memory, bytes_of_a_step(14), "the gradients are missing"),
         (check_step_memory, bytes_of_a_step(10), "two moments"),
         (check_step_memory, bytes_of_a_step(18, kept=64), "in float32"),
         (check_step_memory, bytes_of_a_step(16, kept=64), "all in float32"),

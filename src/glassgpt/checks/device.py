@@ -108,6 +108,7 @@ def check_step_memory(memory: Callable[[int, int, int, int, int], float]) -> Non
         assert isfinite(found), f"{found} is no number of bytes"
         mistakes = [
             (wanted - 2 * N, "mixed precision has a copy of 16 bits of each weight"),
+            (wanted - 4 * N, "the gradients are missing: 4 bytes a parameter"),
             (wanted - 8 * N, "AdamW keeps two moments of each gradient"),
             (wanted - logits, "the logits are missing"),
             (wanted - logits * 2 // 3, "a logit is kept three times, 4 bytes each"),
