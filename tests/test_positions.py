@@ -254,7 +254,7 @@ def test_right_steps_pass(right):
          ValueError), "2 to 4 of 4 rows: say"),
         (checks.check_shift_matrix, lambda d, c: shift()(d, 8), "not (4, 4)"),
         (checks.check_shift_matrix, two_rows, "position 57 times"),
-        (checks.check_shift_matrix, lambda d, c: shift()(d, 8)[:c, :c], "each turns at"),
+        (checks.check_shift_matrix, lambda d, c: shift()(d, 8)[:c, :c], "hand 0"),
         (checks.check_shift_matrix, shift(sign=-1), "the wrong way"),
         (checks.check_shift_matrix, shift(unit=2.0), "is not position 21"),
         (checks.check_shift_matrix, lambda d, c: torch.eye(c), "is not position"),
