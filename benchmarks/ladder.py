@@ -170,7 +170,10 @@ class Ladder:
 
 
 def write(ladder: Ladder, steps: int) -> None:
-    """book/runs/ladder.json and the table in README.md."""
+    """book/runs/ladder.json and the table in README.md.
+
+    What was made later, on another day, has its date and engine added by hand.
+    """
     here = machine() | {"command": f"python benchmarks/ladder.py --steps {steps}"}
     here = {key: value for key, value in here.items() if "GFLOP" not in key}
     entries = ladder.result()
