@@ -215,6 +215,14 @@ def test_the_page_has_the_recorded_runs():
         assert count(config) == (run["parameters"], run["flops_per_token"])
 
 
+def test_the_page_has_the_measured_losses():
+    measured = recorded("prediction")["measured"]
+    cells = json.loads((ROOT / "book" / "24_scaling_laws.ipynb").read_text("utf-8"))
+    found = {cell["id"]: "".join(cell["source"]) for cell in cells["cells"]}
+    for name, key in (("HELD_OUT", "validation_loss"), ("TRAINING", "train_loss")):
+        assert f"{name} = {measured[key]}" in found["measured-run"]
+
+
 def test_the_prediction_follows_from_the_runs():
     foretold, record = recorded("prediction"), recorded("scaling")
     few = [r for r in record["runs"] if r["budget"] < 1e13 and r["steps"] >= 60]

@@ -668,6 +668,12 @@ def test_saving_and_loading(kind, tmp_path, trained):
         assert again.encode("a tower") == ours.encode("a tower")
 
 
+def test_symbols_in_any_order_keep_their_ids(tmp_path):
+    path = tmp_path / "new" / "folders" / "tokenizer.json"
+    CharTokenizer([*"cab"]).save(path)
+    assert CharTokenizer.load(path).encode("abc") == [1, 2, 0]
+
+
 def test_loading_as_the_wrong_class(tmp_path, trained):
     trained.save(tmp_path / "t.json")
     with pytest.raises(ValueError, match="holds a BPETokenizer"):
