@@ -187,7 +187,7 @@ MISTAKES = {
     "a size of characters": ([*MY, "--vocab-size", "300"], "--tokenizer bpe"),
     "missing tokenizer": (
         [*MY, "--tokenizer", "nonsense"],
-        "--tokenizer nonsense is neither bpe, char, gpt2, a tokenizer.json nor a",
+        "--tokenizer is bpe, char, gpt2, a tokenizer.json or a model: nonsense holds",
     ),
     "tokens with a tokenizer": (
         ["train", "--data", "tokens", *NEW],
@@ -295,9 +295,7 @@ def test_a_mistake_gets_a_sentence(stage, monkeypatch, capsys, mistake):
     before = hashes(stage)
     assert glass(*words) == 2
     assert expected in sentence_in(capsys.readouterr().err)
-    if mistake.startswith(
-        "diverging"
-    ):  # fails in training, and leaves the run that began
+    if "diverging" in mistake:  # fails in training, and leaves the run that began
         shutil.rmtree(stage / "new")
     assert hashes(stage) == before
     assert not (stage / "new").exists()
@@ -646,7 +644,12 @@ def test_a_run_that_no_line_began_is_resumed_by_its_folder(run, capsys):
 def test_what_began_a_run_may_be_damaged(run, capsys, text):
     (run / ".command.json").write_text(text)
     assert glass("train", "--tokenizer", "char", *TINY, "--out", run, "--resume") == 2
-    assert ".command.json is damaged, start" in sentence_in(capsys.readouterr().err)
+    assert "glassgpt resume" in sentence_in(capsys.readouterr().err)
+
+
+def test_no_network_for_a_tokenizer_is_said(made, capsys):
+    assert glass("tokenize", "--data", made / "my.txt", "--tokenizer", "gpt2-xl") == 2
+    assert "load it once with a network" in sentence_in(capsys.readouterr().err)
 
 
 def test_the_tokenizer_of_a_name(made, tmp_path):

@@ -153,12 +153,13 @@ class Text:
             return None
         path = place or Path(kind)
         path = path / "tokenizer.json" if path.is_dir() else path
-        if path.exists():
+        if path.is_file() and path.suffix != ".gguf":
             return read_tokenizer(path)
-        with suppress(FileNotFoundError):
+        try:
             return glassgpt.load(kind)[1]
-        known = "neither bpe, char, gpt2, a tokenizer.json nor a model"
-        raise FileNotFoundError(f"--tokenizer {path} is {known}")
+        except FileNotFoundError as error:
+            known = "bpe, char, gpt2, a tokenizer.json or a model"
+            raise FileNotFoundError(f"--tokenizer is {known}: {error}") from None
 
     def learn_tokenizer(self) -> Tokenizer:
         """A new tokenizer. What is held out teaches byte pairs nothing."""
@@ -255,7 +256,7 @@ def began(out: Path) -> dict[str, Any]:
     Book: 23_command_line.html#a-run-and-going-on-with-it
     """
     file = out / ".command.json"
-    with blaming(file, "is damaged, start a new run"):
+    with blaming(file, f"is damaged: try `glassgpt resume {quote(str(out))}`"):
         return dict(json.loads(file.read_bytes())) if file.exists() else {}
 
 

@@ -280,7 +280,7 @@ def fit(
 def fill(model: GPT, read: Read, theirs: Format) -> GPT:
     """The same model with its numbers, which `read` returns for each of their names.
 
-    Raises ValueError where some are nan or infinite, or of a type of integers.
+    Raises ValueError where some are nan or infinite, or no floating-point numbers.
 
     Book: 17_gpt2.html#loading-every-name-and-shape-is-checked
     """

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -305,8 +306,8 @@ def _go_on(run: Run, on_record: OnRecord | None, progress: bool) -> Run:
         rates = [k for k in asdict(run.plan.training) if k.endswith("learning_rate")]
         options = " ".join(f"--{rate.replace('_', '-')} ..." for rate in rates)
         call = f"resume_run(..., {', '.join(f'{rate}=...' for rate in rates)})"
-        how = f"with lower rates: glassgpt resume {directory} {options}, or {call}"
-        raise FloatingPointError(f"{error}; go on {how}") from error
+        how = f"at a lower rate: glassgpt resume {quote(str(directory))} {options}"
+        raise FloatingPointError(f"{error}; go on {how}, or {call}") from error
     if not (directory / "model.safetensors").exists():  # stopped early
         write_model(directory, run.trainer.model, run.tokenizer)
     return run
