@@ -77,6 +77,12 @@ def written(directory):
 # The plays.
 
 
+def test_tokens_say_how_many_they_are():
+    data = TokenData.of(np.zeros(12_345, int), [0, 1], 2)
+    assert repr(data.train) == "Tokens(12,345 ids)"
+    assert repr(data.train) in repr(data)
+
+
 def test_plays_keep_their_text_and_lose_their_notation(plays):
     assert len(plays) == 38
     text = "".join(play.text for play in plays)

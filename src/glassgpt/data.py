@@ -120,6 +120,9 @@ class Tokens:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self):,} ids)"
+
     def starts(self, context: int) -> int:
         """How many crops there are: N - T. Raises ValueError where there is none."""
         if not 0 < context < len(self):
