@@ -208,10 +208,8 @@ def test_a_reader_writes_and_looks(browser, romeo):
     chosen = page.locator("[aria-selected=true]")
     page.wait_for_function("document.querySelector('glass-gpt').text.position === 2")
     assert chosen.inner_text() == "ul"
-    assert (
-        "\u201cul\u201d looks at"
-        in page.locator("section", has_text="Attention").inner_text()
-    )
+    attention = page.locator("section", has_text="Attention")
+    attention.get_by_text("\u201cul\u201d looks at").wait_for()  # drawn a moment later
     page.get_by_role("slider", name="head").press("ArrowRight")
     page.get_by_role("slider", name="top-k").press("Home")
     page.get_by_text("Tokens that can be drawn: 1", exact=True).wait_for()
