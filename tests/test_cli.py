@@ -647,6 +647,14 @@ def test_what_began_a_run_may_be_damaged(run, capsys, text):
     assert "glassgpt resume" in sentence_in(capsys.readouterr().err)
 
 
+def test_tokens_without_their_tokenizer_are_named(made, tmp_path, capsys):
+    shutil.copytree(made / "run" / "data", tmp_path / "tokens")
+    (tmp_path / "tokens" / "tokenizer.json").unlink()
+    line = ["train", "--data", tmp_path / "tokens", "--out", tmp_path / "new"]
+    assert glass(*line) == 2
+    assert str(Path("tokens", "tokenizer.json")) in sentence_in(capsys.readouterr().err)
+
+
 def test_no_network_for_a_tokenizer_is_said(made, capsys):
     assert glass("tokenize", "--data", made / "my.txt", "--tokenizer", "gpt2-xl") == 2
     assert "load it once with a network" in sentence_in(capsys.readouterr().err)

@@ -153,7 +153,7 @@ class Text:
             return None
         path = place or Path(kind)
         path = path / "tokenizer.json" if path.is_dir() else path
-        if path.is_file() and path.suffix != ".gguf":
+        if place or (path.is_file() and path.suffix != ".gguf"):
             return read_tokenizer(path)
         try:
             return glassgpt.load(kind)[1]

@@ -306,7 +306,7 @@ def _go_on(run: Run, on_record: OnRecord | None, progress: bool) -> Run:
         rates = [k for k in asdict(run.plan.training) if k.endswith("learning_rate")]
         options = " ".join(f"--{rate.replace('_', '-')} ..." for rate in rates)
         call = f"resume_run(..., {', '.join(f'{rate}=...' for rate in rates)})"
-        how = f"at a lower rate: glassgpt resume {quote(str(directory))} {options}"
+        how = f"with glassgpt resume {quote(str(directory))} {options}"
         raise FloatingPointError(f"{error}; go on {how}, or {call}") from error
     if not (directory / "model.safetensors").exists():  # stopped early
         write_model(directory, run.trainer.model, run.tokenizer)
