@@ -31,7 +31,7 @@ from glassgpt.chat import (
 )
 from glassgpt.checks import chat as checks
 from glassgpt.modern import LLAMA_CHOICES, ModernConfig, ModernGPT
-from glassgpt.tokens import BPETokenizer, CharTokenizer, load_tokenizer
+from glassgpt.tokens import BPETokenizer, CharTokenizer, Tokenizer
 from glassgpt.training import TrainConfig, count_targets, evaluate
 
 MARKS = ["<|endoftext|>", *GLASS.before.values(), GLASS.stop]
@@ -536,7 +536,7 @@ def test_a_saved_chat_model_loads_again(tmp_path, tokenizer, model):
     broken["normalizer"]["normalizers"].append({"type": "NFC"})
     path.write_text(json.dumps(broken), "utf-8")
     with pytest.raises(ValueError, match="normalizer"):
-        load_tokenizer(path)
+        Tokenizer.load(path)
     assert list(tokenizer_files(BPETokenizer([], []))) == ["tokenizer.json"]
 
 

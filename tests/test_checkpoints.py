@@ -20,16 +20,9 @@ from safetensors.torch import load_file, save_file
 
 from glassgpt import hub
 from glassgpt.chat import GLASS
-from glassgpt.checkpoints import (
-    all_or_nothing,
-    flush,
-    load,
-    save,
-    write_file,
-    write_model,
-    write_tensors,
-)
+from glassgpt.checkpoints import load, save, write_model, write_tensors
 from glassgpt.checks import runs as checks
+from glassgpt.files import all_or_nothing, flush, write_file
 from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.modern import ModernConfig, build
 from glassgpt.tokens import BPETokenizer, CharTokenizer

@@ -131,13 +131,6 @@ def _any_counts(ids):
     return any(i != -100 for i in ids)
 
 
-def test_cross_entropy_ignores_the_index_it_is_given():
-    logits = random_scores((3, 4), 0)
-    targets = torch.tensor([0, 2, 0])
-    wanted = F.cross_entropy(logits, targets, ignore_index=0)
-    assert cross_entropy(logits, targets, ignore_index=0) == wanted
-
-
 def test_an_ignored_position_with_impossible_scores_does_no_harm():
     logits = torch.tensor([[0.0, 0.0], [math.nan, 0.0]], requires_grad=True)
     loss = cross_entropy(logits, torch.tensor([0, -100]))

@@ -28,10 +28,10 @@ from glassgpt.checks.grading import catch, grade
 from glassgpt.tokens import (
     BPETokenizer,
     CharTokenizer,
+    Tokenizer,
     byte_ids,
     count_words,
     learn_merges,
-    load_tokenizer,
     merge_pair,
     merge_word,
     split_words,
@@ -573,7 +573,7 @@ def test_tokenizers_reads_the_file(kind, trained, tmp_path):
         assert peer.decode(ours.encode(text), skip_special_tokens=False) == text
         peer.encode_special_tokens = False
     peer.save(str(tmp_path / "again.json"))
-    again = load_tokenizer(tmp_path / "again.json")
+    again = Tokenizer.load(tmp_path / "again.json")
     assert type(again) is type(ours)
     assert tokens._as_json(again) == tokens._as_json(ours)
 
@@ -662,7 +662,7 @@ def test_saving_and_loading(kind, tmp_path, trained):
     ours.save(path)
     ours.save(str(path))
     assert [file.name for file in path.parent.iterdir()] == ["tokenizer.json"]
-    for again in (load_tokenizer(path), kind.load(str(path))):
+    for again in (Tokenizer.load(path), kind.load(str(path))):
         assert type(again) is kind
         assert tokens._as_json(again) == tokens._as_json(ours)
         assert again.encode("a tower") == ours.encode("a tower")
@@ -682,8 +682,8 @@ def test_loading_as_the_wrong_class(tmp_path, trained):
 
 def test_missing_file_and_folder(tmp_path, trained):
     with pytest.raises(FileNotFoundError, match="nowhere.json"):
-        load_tokenizer(tmp_path / "nowhere.json")
-    for use in (load_tokenizer, trained.save):
+        Tokenizer.load(tmp_path / "nowhere.json")
+    for use in (Tokenizer.load, trained.save):
         with pytest.raises(OSError, match=tmp_path.name):
             use(tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -722,10 +722,10 @@ def test_damaged_files_are_refused(kind, tmp_path, trained):
     for name, text in damaged(json.loads(path.read_text("utf-8"))):
         path.write_text(text, "utf-8")
         with pytest.raises(ValueError, match="tokenizer.json is damaged or foreign"):
-            pytest.fail(f"{name}: {load_tokenizer(path)} was loaded")
+            pytest.fail(f"{name}: {Tokenizer.load(path)} was loaded")
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="tokenizer.json"):
-        load_tokenizer(path)
+        Tokenizer.load(path)
 
 
 def test_interrupted_writing_keeps_the_old_file(tmp_path, trained, monkeypatch):
@@ -737,7 +737,7 @@ def test_interrupted_writing_keeps_the_old_file(tmp_path, trained, monkeypatch):
         raise OSError("no space left")
 
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "write_text", fail)
+        patched.setattr(Path, "write_bytes", fail)
         with pytest.raises(OSError, match="no space left"):
             CharTokenizer.train("tower").save(path)
     assert path.read_bytes() == old
@@ -861,7 +861,7 @@ def test_a_link_stays_and_what_is_no_file_is_refused(tmp_path):
     (tmp_path / "link").symlink_to("real.json")
     tokenizer.save(tmp_path / "link")
     assert (tmp_path / "link").is_symlink()
-    assert load_tokenizer(tmp_path / "real.json").encode("ab") == [0, 1]
+    assert Tokenizer.load(tmp_path / "real.json").encode("ab") == [0, 1]
     os.mkfifo(tmp_path / "pipe")
     for place in (tmp_path, tmp_path / "pipe", "/dev/null"):
         with pytest.raises(OSError, match="name a file"):

@@ -81,7 +81,7 @@ from glassgpt.scaling import (
 )
 from glassgpt.softmax import cross_entropy, log_softmax, softmax
 from glassgpt.speed import keep_freed_memory, lighten
-from glassgpt.tokens import BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer
+from glassgpt.tokens import BPETokenizer, CharTokenizer, Tokenizer
 from glassgpt.training import TrainConfig, Trainer, evaluate, train
 
 __version__ = "0.1.0"
@@ -151,7 +151,6 @@ __all__ = [
     "BPETokenizer",
     "CharTokenizer",
     "Tokenizer",
-    "load_tokenizer",
     "Run",
     "resume_run",
     "start_run",

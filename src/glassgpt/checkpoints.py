@@ -3,9 +3,7 @@
 
 """Models on disk, as safetensors and JSON, which other programs can read."""
 
-import errno
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,67 +19,9 @@ from torch import Tensor
 from glassgpt import hub
 from glassgpt.chat import tokenizer_files
 from glassgpt.device import on_paper
+from glassgpt.files import all_or_nothing, flush, write_file, write_json
 from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.tokens import Tokenizer
-
-
-def flush(path: Path) -> None:
-    """Wait until the disk has the bytes of a file, or the names in a folder.
-
-    Raises OSError. Windows and some file systems of networks flush no folder.
-
-    Book: 20_runs_that_survive.html#write-flush-rename
-    """
-    folder = path.is_dir()
-    if folder and os.name != "posix":
-        return
-    number = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
-    try:
-        os.fsync(number)
-    except OSError as error:
-        if not folder or error.errno not in (errno.EBADF, errno.EINVAL):
-            raise
-    finally:
-        os.close(number)
-
-
-@contextmanager
-def all_or_nothing(path: Path) -> Iterator[Path]:
-    """Yield another name, for a file or a folder to write; then flush and rename it.
-
-    Raises OSError where the disk is full or can't be written; what is old stays.
-
-    Book: 20_runs_that_survive.html#write-flush-rename
-    """
-    partial = path.with_name(path.name + ".partial")
-    try:
-        yield partial
-        flush(partial)
-        os.replace(partial, path)
-        flush(path.parent)
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"{path} could not be written: {error}") from error
-    finally:  # it would fill a full disk; Ctrl-C, too, leaves nothing
-        shutil.rmtree(partial, ignore_errors=True)
-        if partial.is_file():
-            partial.unlink()
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write all of a file or nothing. Raises OSError, as `all_or_nothing`.
-
-    Book: 20_runs_that_survive.html#write-flush-rename
-    """
-    with all_or_nothing(path) as partial:
-        partial.write_bytes(content)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """The same for what JSON can say.
-
-    Book: 20_runs_that_survive.html#write-flush-rename
-    """
-    write_file(path, json.dumps(content, indent=1).encode())
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -93,7 +33,10 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     with all_or_nothing(path) as partial:
         partial.touch()
         mode = partial.stat().st_mode  # the library makes it private
-        save_file(tensors, partial, metadata={"format": "pt"})
+        try:
+            save_file(tensors, partial, metadata={"format": "pt"})
+        except SafetensorError as error:  # the disk is full
+            raise OSError(error) from error
         partial.chmod(mode)
 
 

@@ -28,9 +28,10 @@ from tyro.conf import OmitArgPrefixes, Positional, subcommand
 
 import glassgpt
 from glassgpt.chat import render, stream_answer, template_of
-from glassgpt.checkpoints import blaming, write_file
+from glassgpt.checkpoints import blaming
 from glassgpt.data import TokenData, read_documents, split_documents
 from glassgpt.device import RECIPES, SIZES, Machine, names, take
+from glassgpt.files import write_file
 from glassgpt.generation import Sampling, stream_text
 from glassgpt.gpt import GPT
 from glassgpt.hub import read_tokenizer

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from glassgpt.chat import template_of, to_jinja
 from glassgpt.device import on_paper
+from glassgpt.files import all_or_nothing
 from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.modern import LLAMA_CHOICES, ModernConfig
-from glassgpt.tokens import _SYMBOLS, UNESCAPE, Tokenizer, whole_file
+from glassgpt.tokens import _SYMBOLS, UNESCAPE, Tokenizer
 
 Read = Callable[[str], Tensor]  # a tensor by its name
 
@@ -647,7 +648,8 @@ def write_gguf(
     if (theirs := _GGUF.get(format_of(config).kind)) is None:
         raise ValueError("llama.cpp knows GPT-2 and Llama, not this model")
     require_fit(tokenizer, config)
-    with whole_file(path) as unfinished:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with all_or_nothing(path) as unfinished:
         writer = _library("gguf").GGUFWriter(unfinished, theirs.kind)
         values = values_of(config)
         keys = {"hidden": "feed_forward_length", **theirs.keys}

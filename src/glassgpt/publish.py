@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from glassgpt.chat import template_of
+from glassgpt.files import write_file
 from glassgpt.gpt import GPT
-from glassgpt.tokens import BPETokenizer, CharTokenizer, Tokenizer, whole_file
+from glassgpt.tokens import BPETokenizer, CharTokenizer, Tokenizer
 
 
 def as_text(parameter: Tensor, weights: str = "int8") -> dict[str, str]:
@@ -189,5 +190,5 @@ def publish(
         model=script,
         page=page_script(),
     )
-    with whole_file(path) as unfinished:
-        unfinished.write_text(text, "utf-8")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, text.encode())

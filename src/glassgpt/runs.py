@@ -19,18 +19,10 @@ import numpy as np
 from filelock import FileLock, Timeout
 from safetensors.torch import load_file
 
-from glassgpt.checkpoints import (
-    all_or_nothing,
-    blaming,
-    flush,
-    load,
-    write_file,
-    write_json,
-    write_model,
-    write_tensors,
-)
+from glassgpt.checkpoints import blaming, load, write_model, write_tensors
 from glassgpt.data import SPLITS, TokenData, Tokens, _hash_of, write_tokens
 from glassgpt.device import Machine, Plan, on_paper, pick_device, pick_precision, take
+from glassgpt.files import all_or_nothing, flush, write_file, write_json
 from glassgpt.gpt import GPT
 from glassgpt.modern import MuonConfig
 from glassgpt.tokens import Tokenizer

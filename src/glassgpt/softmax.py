@@ -51,16 +51,16 @@ def log_softmax(x: Tensor, dim: int = -1) -> Tensor:
     return (below - log_sum_exp).to(x.dtype)
 
 
-def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """The mean surprise at the targets, in nats: a scalar.
 
-    logits: (..., V) scores; targets: (...) int64 ids from 0 to V - 1, or ignore_index
+    logits: (..., V) scores; targets: (...) int64 ids from 0 to V - 1, or -100
     where a position doesn't count. If none counts, the mean is nan.
     Raises what PyTorch does for shapes that don't fit and ids outside the vocabulary:
     IndexError or RuntimeError. Surprise and its mean: Shannon (1948).
 
     Book: 05_softmax.html#the-equation
     """
-    counted = targets != ignore_index
+    counted = targets != -100
     log_probabilities = log_softmax(logits[counted])  # (N, V)
     return -log_probabilities.gather(-1, targets[counted].unsqueeze(-1)).mean()

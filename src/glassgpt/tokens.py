@@ -10,7 +10,6 @@ import re
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from itertools import chain, pairwise
@@ -19,6 +18,8 @@ from pathlib import Path
 from typing import Any, Self
 
 import regex
+
+from glassgpt.files import write_file
 
 Pair = tuple[int, int]
 Texts = str | Iterable[str]
@@ -148,27 +149,6 @@ def _texts(text: Texts) -> Iterable[str]:
     return [text] if isinstance(text, str) else text
 
 
-@contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
-    """Another name, for a file to write; it gets its own when it is whole.
-
-    A link stays, and folders that are missing are made. Raises OSError for a folder,
-    a device or a pipe.
-
-    Book: 02_tokens.html#the-tokenizers-of-the-package
-    """
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise OSError(f"{path} is a folder, a device or a pipe: name a file")
-    path = Path(os.path.realpath(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield unfinished
-        unfinished.replace(path)
-    finally:  # where the disk was full
-        unfinished.unlink(missing_ok=True)
-
-
 class Tokenizer:
     """A vocabulary: tokens, then special tokens. Base of the two tokenizers.
 
@@ -233,8 +213,8 @@ class Tokenizer:
 
     def save(self, path: str | Path) -> None:
         """Write a `tokenizer.json`, whole or not at all; missing folders are made."""
-        with whole_file(path) as unfinished:
-            unfinished.write_text(self.to_json(), "utf-8")
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, self.to_json().encode())
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -264,9 +244,6 @@ class Tokenizer:
         if not isinstance(tokenizer, cls):
             raise ValueError(f"{path} holds a {type(tokenizer).__name__}")
         return tokenizer
-
-
-load_tokenizer = Tokenizer.load
 
 
 class CharTokenizer(Tokenizer):
