@@ -11,7 +11,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -75,7 +74,7 @@ def save(directory: str | Path, model: GPT, tokenizer: Tokenizer) -> None:
         what = "weights are missing or have other names"
         raise ValueError(f"{what}: save the model before you lighten it or compile it")
     hub.require_fit(tokenizer, model.config)
-    if not all(p.sum(dtype=torch.float32).isfinite() for p in model.parameters()):
+    if not all(p.isfinite().all() for p in model.parameters()):
         raise ValueError("the model has weights that are nan or infinite")
     names = {path.name.removesuffix(".partial") for path in directory.glob("[!.]*")}
     if others := sorted(names - FILES):
@@ -105,8 +104,8 @@ def write_model(directory: Path, model: GPT, tokenizer: Tokenizer) -> None:
         write_json(new / "config.json", hub.config_to_json(model.config, ends))
         state = hub.to_theirs(model, hub.format_of(model.config))
         write_tensors(new / "model.safetensors", state)
-        for name in FILES - {"chat_template.jinja", "README.md"} | parts.keys():
-            (new / name).replace(directory / name)
+        for path in [*new.iterdir()]:
+            path.replace(directory / path.name)
         if "chat_template.jinja" not in parts:  # of an older model
             (directory / "chat_template.jinja").unlink(missing_ok=True)
         flush(directory)
