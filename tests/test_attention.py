@@ -447,7 +447,7 @@ WRONG = [
     ("check_attention", other_context, "context is weights @ values"),
     ("check_attention", mixed_types, "it makes torch.float32"),
     ("check_attention", lambda q, k, v, mask=None: (v, v), "weights have shape"),
-    ("check_attention", lambda *given: attention(*given)[0], "return two things"),
+    ("check_attention", lambda *given: attention(*given)[0], "return a tuple"),
     ("check_attention", unscaled_with_mask, "the scale is the same"),
     ("check_causal_mask", lambda size: square(size).triu(), "is transposed"),
     ("check_causal_mask", lambda size: square(size).triu(1), "True marks the future"),

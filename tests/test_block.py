@@ -9,6 +9,8 @@ from torch import nn
 
 from glassgpt.block import Block, layer_norm
 from glassgpt.checks import block as checks
+from glassgpt.heads import MultiHeadAttention
+from glassgpt.mlp import MLP
 
 shapes = st.lists(st.integers(1, 5), min_size=1, max_size=4)
 seeds = st.integers(0, 2**31)
@@ -451,6 +453,38 @@ def test_a_right_block_passes_however_it_starts():
     for seed in range(30):
         torch.manual_seed(seed)
         checks.check_block(Block)
+
+
+class AttentionThatDrops(MultiHeadAttention):
+    def __init__(self, width, heads, dropout=0.0):
+        super().__init__(width, heads, dropout)
+        self.last = nn.Dropout(dropout)
+
+    def forward(self, x, mask=None, cache=None):
+        return self.last(super().forward(x, mask, cache))
+
+
+class MLPThatDrops(MLP):
+    def __init__(self, width, dropout):
+        super().__init__(width)
+        self.last = nn.Dropout(dropout)
+
+    def forward(self, x):
+        return self.last(super().forward(x))
+
+
+class NanoBlock(Block):
+    """As in nanoGPT: dropout stands at the end of each part, not in the block."""
+
+    def __init__(self, width, heads, dropout=0.0):
+        super().__init__(width, heads, dropout)
+        self.attention = AttentionThatDrops(width, heads, dropout)
+        self.mlp = MLPThatDrops(width, dropout)
+        self.dropout = nn.Identity()
+
+
+def test_dropout_may_stand_in_the_parts():
+    checks.check_block(NanoBlock)
 
 
 @pytest.mark.parametrize(

@@ -454,7 +454,7 @@ WRONG = [
     ),
     ("check_shared_weight", without(open=1), "but ReLU is flat there"),
     ("check_shared_weight", clipped_scores, "b: no ReLU on the scores"),
-    ("check_shared_weight", gate_of_w, "b: w x + b is above 0"),
+    ("check_shared_weight", gate_of_w, "b: ReLU lets the gradient through"),
     ("check_shared_weight", absolute, "the gradient of b is"),
     ("check_shared_weight", through_relu, "b: multiply by the derivative of ReLU"),
     ("check_shared_weight", exchanged_factor, "b: the sign is wrong, or w multiplies"),

@@ -202,7 +202,7 @@ def test_right_steps_pass(right):
          lambda t, c: sinusoidal_positions(t, c).T, "shape"),
         (checks.check_sinusoidal_positions, sinusoids(math.pi / 180), "degrees"),
         (checks.check_sinusoidal_positions, sinusoids(2.0), "2.0000 a position"),
-        (checks.check_sinusoidal_positions, sinusoids(first=1), "position 0 is"),
+        (checks.check_sinusoidal_positions, sinusoids(first=1), "count from 0"),
         (checks.check_sinusoidal_positions, sinusoids(base=100.0), "its speed"),
         (checks.check_sinusoidal_positions,
          sinusoids(dtype=torch.bfloat16), "imprecise"),
@@ -231,7 +231,7 @@ def test_right_steps_pass(right):
         (checks.check_add_positions, lambda i, x, p, start: embed(
             i, x, p, start).squeeze(1), "ids (2, 1) give (2, 2)"),
         (checks.check_add_positions, lambda i, x, p, start: torch.tensor(
-            embed(i, x, p, start).tolist()), "no gradient reaches the tables"),
+            embed(i, x, p, start).tolist()), "no gradient reaches one of the tables"),
         (checks.check_add_positions, row_by_row, "a table that was given has changed"),
         (checks.check_add_positions, spoiling(0), "has changed"),
         (checks.check_add_positions, spoiling(1), "has changed"),

@@ -124,15 +124,20 @@ def _check_parts(dropping: nn.Module, share: float, x: Tensor) -> None:
     )
     sent, found = {"mask": torch.ones(5, 5, dtype=torch.bool), "cache": object()}, {}
 
-    def attend(x: Tensor, mask: Any = None, cache: Any = None) -> Tensor:
-        found.update(attention=x, mask=mask, cache=cache)
-        return x
+    def look(part: nn.Module, given: tuple, named: dict[str, Any]) -> tuple:
+        found.update(zip(("attention", "mask", "cache"), given, strict=False))
+        found.update({"attention" if k == "x" else k: v for k, v in named.items()})
+        return (found["attention"],), {}  # the mask and the cache are no real ones
 
-    dropping.attention.forward = attend
+    # Attention is x; dropout of what it adds may stand in it, as in nanoGPT.
+    dropping.attention.register_forward_pre_hook(look, with_kwargs=True)
+    dropping.attention.projection.forward = lambda contexts: found["attention"]
     dropping.mlp.forward = lambda x: found.setdefault("mlp", x)
     dropping(x, **sent)
     for name in sent:
-        assert found[name] is sent[name], f"attention must get the {name} as its {name}"
+        assert found.get(name) is sent[name], (
+            f"attention must get the {name} as its {name}"
+        )
     for name in ("attention", "mlp"):
         assert torch.allclose(found[name], getattr(dropping, f"{name}_norm")(x)), (
             f"{name} reads other vectors in training: drop what a part adds, at once"

@@ -164,6 +164,10 @@ def _known_mistakes(module: nn.Module, x: Tensor, heads: int) -> dict[str, Tenso
         B, T, C = part.shape
         return list(part.reshape(B, heads, T, C // heads).unbind(1))
 
+    def by_position(part: Tensor, heads: int) -> list[Tensor]:
+        B, T, C = part.shape
+        return list(part.reshape(B, T, heads, C // heads).unbind(1))
+
     def by_reshape(pieces: list[Tensor]) -> Tensor:
         return torch.stack(pieces, 1).reshape(x.shape)
 
@@ -177,6 +181,14 @@ def _known_mistakes(module: nn.Module, x: Tensor, heads: int) -> dict[str, Tenso
         "the mask is missing": steps["mask"],
         "the mask is transposed: words see the future": {
             "may_look": lambda T: causal_mask(T).mT
+        },
+        "the mask is inverted: True means 'may look'": {
+            "may_look": lambda T: ~causal_mask(T)
+        },
+        "split: T and H were not swapped, so heads look at heads": {
+            "split": by_position,
+            "merge": by_reshape,
+            "may_look": lambda T: None,
         },
         "split: view(B, H, T, D) mixes positions, swap T and H": steps["split"],
         "merge: swap T and H back before the reshape": steps["merge"],
@@ -245,7 +257,7 @@ def _sharing_refused(
     query: Tensor, key: Tensor, *args: Any, enable_gqa: bool = False, **options: Any
 ) -> Tensor:
     contexts = _kernel(query, key, *args, enable_gqa=enable_gqa, **options)
-    H, G = query.shape[1], key.shape[1]
+    H, G = query.shape[-3], key.shape[-3]
     assert not enable_gqa, f"PyTorch shared {G} keys: bring them to {H} heads yourself"
     return contexts
 

@@ -186,7 +186,11 @@ def check_shared_weight(gradients: Callable[..., tuple]) -> None:
                     (first * w + second) * h,
                     "multiply by the derivative of ReLU, not by ReLU(w x + b)",
                 ),
-                (0, "w x + b is above 0, where ReLU lets the gradient through"),
+                (
+                    0,
+                    "ReLU lets the gradient through, w x + b is above 0; and the first"
+                    " score is w h, so h gets from it times w",
+                ),
                 (p[0] * w + second, "the target's score gets p minus 1"),
                 (first * w + p[0], "each score gets its own probability"),
                 (first * w * second, "over two paths, add"),
@@ -222,5 +226,6 @@ def check_shared_weight(gradients: Callable[..., tuple]) -> None:
                 (clipped["xwb".index(name)], "no ReLU on the scores"),
                 (-wanted, "the sign is wrong"),
             ]:
-                assert abs(ours - value) > 1e-9, f"{where} {name}: {mistake}"
+                same = abs(ours - value) <= 1e-9
+                assert not same, f"{where} {name}: {mistake}"
             raise AssertionError(f"{where} {name} is {wanted:.4f}, not {ours:.4f}")

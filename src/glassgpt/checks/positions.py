@@ -21,6 +21,7 @@ def check_sinusoidal_positions(positions: Callable[[int, int], Tensor]) -> None:
     expect_tensor(got)
     got = got.double()
     assert got.shape == (4000, 6), f"positions(4000, 6) has shape {tuple(got.shape)}"
+    assert abs(got[0, 0] - math.sin(1)) > 1e-3, "row 0 holds position 1: count from 0"
     first = [round(number, 3) for number in got[0].tolist()]
     assert first == [0, 1, 0, 1, 0, 1], (
         f"position 0 is {first}, not 0 1 0 1 0 1: sines in even columns, cosines in odd"
@@ -75,7 +76,13 @@ def check_add_positions(embed: Callable[[Tensor, Tensor, Tensor, int], Tensor]) 
             "a table that was given has changed: add to a copy of its rows"
         )
         assert got.shape == (B, T, 2), f"ids ({B}, {T}) give {tuple(got.shape)}"
-        assert got.requires_grad, "no gradient reaches the tables: don't detach them"
+        reached = got.requires_grad and all(
+            part is not None and part.any()
+            for part in torch.autograd.grad(
+                got.sum(), (tokens, positions), allow_unused=True
+            )
+        )
+        assert reached, "no gradient reaches one of the tables: don't detach them"
         assert start == 0 or not torch.equal(got, tokens[ids] + positions[:T]), (
             "start is ignored: the first token stands at position start"
         )

@@ -96,6 +96,8 @@ def _check_temperature(softmax: Callable[..., Tensor]) -> None:
             softmax(x, temperature=bad)
         except ValueError:
             continue
+        except AssertionError:
+            pass  # optimized Python leaves `assert` away
         raise AssertionError(f"temperature={bad} must raise ValueError")
 
 
@@ -127,9 +129,9 @@ def check_log_softmax(log_softmax: Callable[..., Tensor]) -> None:
     assert large.isfinite().all(), (
         "scores near 1000 give inf or nan: forgot to subtract the maximum"
     )
-    small = log_softmax(torch.tensor([0.0, 200.0]))[0].item()
-    assert abs(abs(small) - 200) < 1e-3, (
-        f"the log of a tiny probability is {small:.4g}, not -200: subtract the log of"
+    small = log_softmax(torch.tensor([0.0, 2000.0]))[0].item()
+    assert abs(abs(small) - 2000) < 1e-2, (
+        f"the log of a tiny probability is {small:.4g}, not -2000: subtract the log of"
         " the sum from the scores instead of taking the log of softmax"
     )
     assert log_softmax(torch.tensor([-1000.0, -1001.0])).isfinite().all(), (
@@ -266,6 +268,8 @@ def check_cross_entropy_gradient(gradient: Callable[[Tensor, Tensor], Tensor]) -
         (-wanted, "the sign is wrong: this is one-hot - p"),
         (-6 * wanted, "the sign is wrong, and the sum is not divided by T"),
         (6 * wanted, "the gradient of the sum: divide by the number of positions"),
+        (1.5 * wanted, "divided by V: divide by T, the number of positions"),
+        (wanted / 4, "divided by T and by V: divide by T only"),
         (p / 6, "p alone doesn't know the target: subtract 1 there"),
         (p, "p alone doesn't know the target: subtract 1 there, then divide by T"),
         (every_row / 6, "1 was subtracted at every target in every row: one a row"),
@@ -312,8 +316,13 @@ def check_one_pass(one_pass: Callable[[Iterable[Tensor]], Tensor]) -> None:
 
     x = torch.tensor([0.0, 1.0, 2.0, 2.5, 1000.0, 1001.0])
     for scores in (x[:4], x[:4].flip(0), x, x.flip(0), x[:4] - 2000, x.repeat(9)):
-        found, low = torch.as_tensor(one_pass(chunks(scores))), scores.max() < 0
-        wanted, listed = torch.logsumexp(scores, 0), scores.tolist()
+        listed, low = scores.tolist(), scores.max() < 0
+        try:
+            found = torch.as_tensor(one_pass(chunks(scores)))
+        except ValueError as error:
+            assert not low, f"{listed}: {error}: start with the peak -inf"
+            raise
+        wanted = torch.logsumexp(scores, 0)
         assert not found.isnan(), (
             f"{listed} gives nan: multiply the old sum by exp(old peak - new peak), not"
             " the other way round"
