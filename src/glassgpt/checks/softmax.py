@@ -320,8 +320,10 @@ def check_one_pass(one_pass: Callable[[Iterable[Tensor]], Tensor]) -> None:
         try:
             found = torch.as_tensor(one_pass(chunks(scores)))
         except ValueError as error:
-            assert not low, f"{listed}: {error}: start with the peak -inf"
-            raise
+            if not low:
+                raise
+            advice = "start with the peak -inf, for all scores may be low"
+            raise AssertionError(f"{listed}: {error}: {advice}") from error
         wanted = torch.logsumexp(scores, 0)
         assert not found.isnan(), (
             f"{listed} gives nan: multiply the old sum by exp(old peak - new peak), not"
