@@ -125,6 +125,13 @@ def stays_on_an_error(model, ids, edit=None):
         raise
 
 
+def scales_the_queries(model, ids, edit=None):
+    """Products of queries and keys stay, so the weights do not tell."""
+    seen = trace(model, ids, edit)
+    seen["0.queries"], seen["0.keys"] = 2 * seen["0.queries"], seen["0.keys"] / 2
+    return seen
+
+
 def with_gradients(model, ids, edit=None):
     seen = trace(model, ids, edit)
     return {name: value.requires_grad_() for name, value in seen.items()}
@@ -244,6 +251,7 @@ def gradients_stay_on():
         (checks.check_trace, edits_all_but("weights"), "1.weights must go on"),
         (checks.check_trace, stays_on_an_error, "hooks are left .* raises an error"),
         (checks.check_trace, with_gradients, "no gradients"),
+        (checks.check_trace, scales_the_queries, "0.queries is not what its"),
         (checks.check_ledger, swapped_biases, "0.bias is not layer 0's own"),
     ],
 )

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glassgpt.gpt import GPTConfig
+from glassgpt.gpt import GPT, GPTConfig
+from glassgpt.heads import split_heads
 from glassgpt.inspection import See, ledger, trace
 from glassgpt.modern import LLAMA_CHOICES, ModernConfig, build
 
@@ -109,6 +110,11 @@ def _check_equations(model: Any, seen: dict[str, Tensor]) -> None:
                 "mlp": block.mlp.projection(at["hidden"]),
                 "stream": x + at["attention"] + at["mlp"],
             }
+            if type(model) is GPT:  # without rotary positions
+                thirds = block.attention.qkv(at["attention_norm"]).chunk(3, dim=-1)
+                names = ("queries", "keys", "values")
+                parts = (split_heads(part, block.attention.heads) for part in thirds)
+                equations = dict(zip(names, parts, strict=True)) | equations
         for name, value in equations.items():
             assert _near(at[name], value), (
                 f"{layer}.{name} is not what its equation says"
