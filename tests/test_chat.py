@@ -268,8 +268,8 @@ class Growing(Trainer):
             constant(requires_grad=True),
             "no parameter has a gradient",
         ),
-        ("check_apart", scaled(0), "the loss is 0.0000"),
-        ("check_apart", late, "the loss is"),
+        ("check_apart", scaled(0), "has the loss 0.0000"),
+        ("check_apart", late, "has the loss"),
         ("check_apart", undropped, "turns dropout off"),
         ("check_weighing", Idle, "a whole batch moves the weights elsewhere"),
         ("check_weighing", Summing, "a whole batch moves the weights elsewhere"),
@@ -904,7 +904,7 @@ def test_the_chapter_shows_the_record():
     assert shown["ways"] == named["ways"]
     assert shown["other_ways"] == named["other ways"]
     for found in named["right"].values():
-        assert "in {}, {} and {}".format(*found) in sources["after-table"]
+        assert "{}, {} and {}".format(*found) in sources["after-table"]
     record = record["masks"]
     assert f"steps={record['steps'][-1]}," in sources["train"]
     for name in ("answers", "everything"):

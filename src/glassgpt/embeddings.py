@@ -29,8 +29,7 @@ def nearest_neighbors(vector: Tensor, table: Tensor, k: int) -> tuple[Tensor, Te
 
     Book: 03_embeddings.html#nearest-neighbors
     """
-    similarities, ids = cosine_similarity(table, vector).topk(k)
-    return similarities, ids
+    return cosine_similarity(table, vector).topk(k)
 
 
 class Embedding(nn.Module):

@@ -39,8 +39,7 @@ class GPTConfig:
                 raise ValueError(f"{name} must be {wanted}, not {size!r}")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is no multiple of {self.heads} heads")
-        number = isinstance(self.dropout, int | float)
-        if not number or not 0 <= self.dropout < 1:
+        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), not {self.dropout!r}")
 
 

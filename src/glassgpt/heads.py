@@ -49,10 +49,10 @@ def fused_attention(
     """
     T, S = queries.shape[-2], keys.shape[-2]
     causal = False  # right for one query, the last: nothing to hide from it
-    if mask is None and T == S:
+    if mask is None and T == S:  # in an `if`: compiled, T == S is no bool
         causal = True
     elif mask is None and T > 1:
-        mask = causal_mask(S, device=keys.device)[S - T :]
+        mask = causal_mask(S, device=keys.device)[-T:]
     shared = queries.shape[-3] != keys.shape[-3]
     return F.scaled_dot_product_attention(
         queries, keys, values, mask, dropout, is_causal=causal, enable_gqa=shared

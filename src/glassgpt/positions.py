@@ -16,8 +16,7 @@ def sinusoidal_positions(context: int, width: int) -> Tensor:
     """
     if width % 2:
         raise ValueError(f"width is {width}, but columns come in pairs: make it even")
-    columns = torch.arange(0, width, 2)  # 2 i
-    speeds = 10000.0 ** (-columns / width)
+    speeds = 10000.0 ** (-torch.arange(0, width, 2) / width)
     angles = torch.arange(context)[:, None] * speeds
     # (T, C/2, 2) flattens to sine, cosine, sine, cosine ...
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)

@@ -218,7 +218,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read a `tokenizer.json` that `save` wrote; gives the class that wrote it.
+        """Read a `tokenizer.json` that `save` wrote, of characters or byte pairs.
 
         Raises FileNotFoundError if there is none, and ValueError if the file is damaged
         or describes another kind of tokenizer.

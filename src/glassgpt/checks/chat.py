@@ -260,6 +260,12 @@ def check_apart(make_loss: MakeLoss) -> None:
             return (loss(inputs, targets) * (targets != -100).sum()).item()
 
     loss = make_loss(model, _SEPARATOR)
+    row = pack([one], 48, _SEPARATOR)
+    found, due = (nats(*row).item() for nats in (loss, chat_loss(model, _SEPARATOR)))
+    assert abs(found - due) < 1e-9, (
+        f"one conversation alone has the loss {found:.4f}, not {due:.4f}: divide the"
+        " sum by the number of targets"
+    )
     quiet = two[0], [False] * 25
     other = [(token + 1) % 256 for token in two[0]], [False] * 25
     gap = abs(total(quiet, one) - total(other, one))

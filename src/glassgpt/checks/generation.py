@@ -101,8 +101,12 @@ def _appended(cache: Any, part: Tensor) -> Tensor | None:
 
 
 def _check_overflow(cache: Callable[[int], Any], context: int) -> None:
-    """What doesn't fit is refused, by a cache half full and by a full one."""
+    """What doesn't fit is refused, by a cache empty, half full or full."""
     kept, x = cache(context), torch.arange(16.0 * context).view(1, 2, -1, 4)
+    took = _appended(cache(context), x[:, :, : context + 1])
+    assert took is None, (
+        f"an empty cache of {context} took {context + 1}: raise a ValueError"
+    )
     for start, end in ((0, 3), (3, context)):
         found, wanted = _appended(kept, x[:, :, start:end]), x[:, :, :end]
         same = found is not None and torch.equal(found, torch.stack((wanted, -wanted)))
