@@ -181,6 +181,15 @@ def chopped(talks, context, separator):
     return pack(parts, context, separator)
 
 
+def summed(model, end):
+    """Not divided by anything."""
+
+    def loss(ids, targets):
+        return chat_loss(model, end)(ids, targets) * (targets != -100).sum()
+
+    return loss
+
+
 def late(model, end):
     """Targets one place later."""
     return lambda ids, targets: chat_loss(model, end)(ids, targets.roll(1, dims=1))
@@ -268,8 +277,9 @@ class Growing(Trainer):
             constant(requires_grad=True),
             "no parameter has a gradient",
         ),
-        ("check_apart", scaled(0), "has the loss 0.0000"),
-        ("check_apart", late, "has the loss"),
+        ("check_apart", scaled(0), "the loss is 0.0000"),
+        ("check_apart", late, "alone, in one row"),
+        ("check_apart", summed, "divide by the number of targets"),
         ("check_apart", undropped, "turns dropout off"),
         ("check_weighing", Idle, "a whole batch moves the weights elsewhere"),
         ("check_weighing", Summing, "a whole batch moves the weights elsewhere"),

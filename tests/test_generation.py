@@ -525,6 +525,13 @@ class FullOnlyWhenFull(GrowingCache):
         return self.length >= self.context
 
 
+class PieceByPiece(GrowingCache):
+    """Looks at the piece alone, not at what it holds."""
+
+    def full(self, new):
+        return new > self.context
+
+
 class EightForAll(GrowingCache):
     def full(self, new):
         return self.length + new > 8
@@ -639,6 +646,7 @@ WRONG = [
     ("check_sample", one_limit(lambda limits: limits[0]), "its own logits and limit"),
     ("check_sample", one_limit(torch.min), "its own logits and limit"),
     ("check_sample", one_count, "its own logits and limit"),
+    ("check_cache", PieceByPiece, "cache of 6 that holds 3 took 4 more"),
     ("check_cache", FullOnlyWhenFull, "an empty cache of 6 took 7"),
     ("check_cache", FullWithAnIndexError, "IndexError('full'): raise a ValueError"),
     ("check_cache", EightForAll, "an empty cache of 6 took 7"),

@@ -76,7 +76,7 @@ def save(directory: str | Path, model: GPT, tokenizer: Tokenizer) -> None:
     hub.require_fit(tokenizer, model.config)
     if not all(p.isfinite().all() for p in model.parameters()):
         raise ValueError("the model has weights that are nan or infinite")
-    names = {path.name.removesuffix(".partial") for path in directory.glob("[!.]*")}
+    names = {p.name for p in directory.glob("[!.]*") if p.suffix != ".partial"}
     if others := sorted(names - FILES):
         what = f"{directory} is not empty, {others[0]} is in it"
         raise FileExistsError(f"{what}: use another folder")

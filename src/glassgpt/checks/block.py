@@ -127,7 +127,7 @@ def _check_parts(dropping: nn.Module, share: float, x: Tensor) -> None:
     def look(part: nn.Module, given: tuple, named: dict[str, Any]) -> tuple:
         found.update(zip(("attention", "mask", "cache"), given, strict=False))
         found.update({"attention" if k == "x" else k: v for k, v in named.items()})
-        return (found["attention"],), {}  # the mask and the cache are no real ones
+        return (found["attention"], None, None), {}  # what was sent is no real mask
 
     # Attention is x; dropout of what it adds may stand in it, as in nanoGPT.
     dropping.attention.register_forward_pre_hook(look, with_kwargs=True)
