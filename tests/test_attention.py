@@ -237,6 +237,11 @@ def copied(queries, pairs):
     return kept_for_later(queries, copies)
 
 
+def scaling_in_place(queries, pairs):
+    queries /= math.sqrt(queries.shape[-1])
+    return streaming(queries, pairs, root=1.0)
+
+
 def streaming(
     queries, pairs, root=None, dtype=None, rescale=True, peaks=True, start=-math.inf
 ):
@@ -490,6 +495,7 @@ WRONG = [
         "no number",
     ),
     ("check_streaming_attention", kept_for_later, "numbers more are kept"),
+    ("check_streaming_attention", scaling_in_place, "the queries have changed"),
     ("check_streaming_attention", copied, "numbers more are kept"),
     ("check_streaming_attention", last_only, "only the last chunk"),
     ("check_streaming_attention", averaged, "divide once, at the end"),

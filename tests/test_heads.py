@@ -310,6 +310,20 @@ def module_of(split=split_heads, merge=merge_heads, attend=fused_attention, **ch
     return Made
 
 
+def looking_ahead(q, k, v):
+    """PyTorch's True means hidden elsewhere; here it means: may look."""
+    return attention(q, k, v, ~causal_mask(q.shape[-2]))[0]
+
+
+def unswapped(x, heads):
+    B, T, C = x.shape
+    return x.reshape(B, T, heads, C // heads)
+
+
+def unswapped_merge(x):
+    return x.flatten(2)
+
+
 def wrong_root(q, k, v):
     return fused_attention(q / math.sqrt(q.shape[1]), k, v)
 
@@ -497,6 +511,12 @@ WRONG = [
     ("check_fused_attention", first_rows, "are the last positions, not the first"),
     ("check_fused_attention", zero_is_hidden, "differs from the plain attention"),
     ("check_multi_head", module_of(split=reshape_split), "split: view(B, H, T, D)"),
+    ("check_multi_head", module_of(attend=looking_ahead), "the mask is inverted"),
+    (
+        "check_multi_head",
+        module_of(unswapped, unswapped_merge, F.scaled_dot_product_attention),
+        "heads look at heads",
+    ),
     ("check_multi_head", module_of(merge=reshape_merge), "merge: swap T and H back"),
     (
         "check_multi_head",

@@ -232,6 +232,10 @@ def test_right_steps_pass(right):
             i, x, p, start).squeeze(1), "ids (2, 1) give (2, 2)"),
         (checks.check_add_positions, lambda i, x, p, start: torch.tensor(
             embed(i, x, p, start).tolist()), "no gradient reaches one of the tables"),
+        (checks.check_add_positions, lambda i, x, p, start: embed(
+            i, x.detach(), p, start), "no gradient reaches one of the tables"),
+        (checks.check_add_positions, lambda i, x, p, start: embed(
+            i, x, p.detach(), start), "no gradient reaches one of the tables"),
         (checks.check_add_positions, row_by_row, "a table that was given has changed"),
         (checks.check_add_positions, spoiling(0), "has changed"),
         (checks.check_add_positions, spoiling(1), "has changed"),

@@ -272,8 +272,18 @@ def one_pass(chunks, peak=-math.inf, inverse=False, moving=True):
     return peak + total.log()
 
 
-def score_by_score(chunks):
-    peak, total = -math.inf, 0.0
+def asserting(x, dim=-1, temperature=1.0):
+    """Its guard is gone under `python -O`."""
+    assert temperature > 0
+    return softmax(x, dim, temperature)
+
+
+def from_zero(chunks):
+    return score_by_score((chunk.tolist() for chunk in chunks), peak=0.0)
+
+
+def score_by_score(chunks, peak=-math.inf):
+    total = 0.0
     for chunk in chunks:
         for score in chunk:
             higher = max(score, peak)
@@ -319,6 +329,18 @@ WRONG = [
     ),
     ("check_softmax", lambda x, dim=-1: x.exp() / x.exp().sum(), "whole table"),
     ("check_softmax", lambda x, dim=-1: x.exp(), "row 0 sums to 11.107"),
+    ("check_softmax", asserting, "must raise ValueError"),
+    ("check_one_pass", from_zero, "math domain error: start with the peak -inf"),
+    (
+        "check_cross_entropy_gradient",
+        lambda x, y: (softmax(x) - F.one_hot(y, 4)) / x.shape[1],
+        "divided by V: divide by T",
+    ),
+    (
+        "check_cross_entropy_gradient",
+        lambda x, y: (softmax(x) - F.one_hot(y, 4)) / x.numel(),
+        "divided by T and by V",
+    ),
     (
         "check_softmax",
         lambda x, dim=-1: normalized(x.exp()),

@@ -132,6 +132,25 @@ def words_glued(counts, number):
     return learn_merges({"".join(word * n for word, n in counts.items()): 1}, number)
 
 
+def ties_by_spelling(counts, number):
+    """Learns plainly; of equal counts the pair that is spelled first wins."""
+    words = [(byte_ids(word), times) for word, times in counts.items()]
+    spelled = dict(enumerate(tokens._BYTES[i : i + 1] for i in range(256)))
+    merges = []
+    for new in range(256, 256 + number):
+        pairs = Counter()
+        for word, times in words:
+            for pair in pairwise(word):
+                pairs[pair] += times
+        if not pairs:
+            break
+        best = min(pairs, key=lambda p: (-pairs[p], [spelled[one] for one in p]))
+        spelled[new] = b"".join(spelled[one] for one in best)
+        words = [(merge_pair(word, best, new), times) for word, times in words]
+        merges.append(best)
+    return merges
+
+
 def pairs_counted_once(counts, number):
     pairs = Counter()
     for word, times in counts.items():
@@ -256,6 +275,7 @@ WRONG = [
     (checks.check_learn_merges, pairs_counted_once, "count again"),
     (checks.check_learn_merges, pairs_once_in_a_word, "counts twice"),
     (checks.check_learn_merges, ties_by_largest, "smallest"),
+    (checks.check_learn_merges, ties_by_spelling, "not the spelling"),
     (
         checks.check_learn_merges,
         learning_with("pairs[pair] < -promised", "False"),  # the queue is out of date
