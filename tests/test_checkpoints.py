@@ -393,6 +393,16 @@ def test_a_model_is_not_saved_among_other_things(tmp_path, name):
     assert torch.equal(load(tmp_path / "model")[0](IDS), random_gpt()(IDS))
 
 
+def test_two_who_write_one_file_have_names_of_their_own(tmp_path):
+    path = tmp_path / "note.json"
+    with all_or_nothing(path) as one, all_or_nothing(path) as other:
+        one.write_text("one")
+        other.write_text("other")
+        assert one.read_text() == "one"
+    assert path.read_text() == "one"  # the last to end
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_model_is_saved_over_an_older_one(tmp_path):
     """Beside its card, after a kill, and with nothing of the older one left."""
     speaking = BPETokenizer([], [GLASS.stop, *GLASS.before.values()])

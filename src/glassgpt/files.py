@@ -37,19 +37,16 @@ def flush(path: Path) -> None:
 def all_or_nothing(path: str | Path) -> Iterator[Path]:
     """Yield another name, for a file or a folder to write; then flush and rename it.
 
-    A link stays a link, and folders above are made. Raises OSError where the disk is
-    full or can't be written, and where a folder, a device or a pipe has the name; what
-    is old stays.
+    A link stays a link. Raises OSError where the disk is full or can't be written, and
+    where a folder, a device or a pipe has the name; what is old stays.
 
     Book: 20_runs_that_survive.html#write-flush-rename
     """
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():
         raise OSError(f"{path} is a folder, a device or a pipe: name a file")
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f"{path.name}.{os.urandom(4).hex()}.partial")
     try:
-        if not path.parent.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
         flush(partial)
         os.replace(partial, path)

@@ -190,4 +190,5 @@ def publish(
         model=script,
         page=page_script(),
     )
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_file(path, text.encode())

@@ -213,6 +213,7 @@ class Tokenizer:
 
     def save(self, path: str | Path) -> None:
         """Write a `tokenizer.json`, whole or not at all; missing folders are made."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         write_file(path, self.to_json().encode())
 
     @classmethod
