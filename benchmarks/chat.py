@@ -221,9 +221,8 @@ def measure(model, tokenizer, examined):
     return {key: round(value.item(), 4) for key, value in found.items()}
 
 
-def system(steps=200, every=40):
-    """How much a system line does, step by step of fine-tuning on speeches."""
-    model, tokenizer, _ = beginning()
+def replies():
+    """(name, cue, reply) of the sixty who speak most, where both are short."""
     speech = re.compile(r"^([A-Z][A-Z .'-]+):\n(.+?)(?=\n\n|\Z)", re.M | re.S)
     plays = [speech.findall(play.text) for play in shakespeare()]
     counts = Counter(name for speeches in plays for name, _ in speeches)
@@ -233,12 +232,24 @@ def system(steps=200, every=40):
         for (_, cue), (name, reply) in zip(speeches, speeches[1:], strict=False):
             if name in cast and max(len(cue), len(reply)) < 400:
                 pairs.append((name, cue, reply))
+    return pairs
+
+
+def examined_of(pairs):
+    """Of the held-out pairs those of the eight who are compared."""
+    return [pair for pair in pairs[9::10] if pair[0] in STARS]
+
+
+def system(steps=200, every=40):
+    """How much a system line does, step by step of fine-tuning on speeches."""
+    model, tokenizer, _ = beginning()
+    pairs = replies()
     kept = [pair for n, pair in enumerate(pairs) if n % 10 != 9]
     lessons = [scene(name if n % 5 else None, *r) for n, (name, *r) in enumerate(kept)]
     held_out = [scene(*pair) for pair in pairs[9::10]]
     data = [rows(talks, tokenizer, context=256) for talks in (lessons, held_out)]
     data = TokenData(*data, tokenizer.vocab_size, "")
-    examined = [pair for pair in pairs[9::10] if pair[0] in STARS]
+    examined = examined_of(pairs)
     found = [{"step": 0, **measure(model.eval(), tokenizer, examined)}]
     trainer = trainer_of(data, steps, every, batch_size=16, rate=2e-3)
 
@@ -249,7 +260,9 @@ def system(steps=200, every=40):
             print(found[-1], trainer.records[-1]["validation_loss"], flush=True)
 
     glassgpt.train(trainer, look)
-    return {"speeches": len(examined), "pairs": len(pairs), "curve": found}
+    ((_, most),) = Counter(name for name, *_ in examined).most_common(1)
+    counts = {"speeches": len(examined), "most": most, "pairs": len(pairs)}
+    return {**counts, "curve": found}
 
 
 def main():

@@ -277,8 +277,8 @@ class Growing(Trainer):
             constant(requires_grad=True),
             "no parameter has a gradient",
         ),
-        ("check_apart", scaled(0), "the loss is 0.0000"),
-        ("check_apart", late, "alone, in one row"),
+        ("check_apart", scaled(0), "has the loss 0.0000"),
+        ("check_apart", late, "one conversation alone has the loss"),
         ("check_apart", summed, "divide by the number of targets"),
         ("check_apart", undropped, "turns dropout off"),
         ("check_weighing", Idle, "a whole batch moves the weights elsewhere"),
@@ -902,6 +902,7 @@ def test_the_chapter_shows_the_record():
     ends = [tuple(point[key] for key in keys) for point in (curve[0], curve[-1])]
     assert shown["GAINS"] == ends
     assert shown["REPLIES"] == record["system"]["speeches"]
+    assert shown["FALSTAFF"] == record["system"]["most"]
     before, after = (
         len(record["manner"][f"capitals {x}"]) for x in ("before", "after")
     )

@@ -1083,6 +1083,7 @@ def test_a_full_disk_leaves_the_checkpoints_before(tmp_path, call, which, whole)
     assert call == "fsync" or left == []  # a name that may be back keeps its files
     for path in checkpoints_in(tmp_path / "run"):
         read_checkpoint(path)
+    (tmp_path / "run" / "metrics.jsonl.0a.partial").write_text("killed in it")
     assert torch.equal(weights(whole), weights(resume(tmp_path / "run")))
     assert list((tmp_path / "run").glob("*.partial")) == []
 

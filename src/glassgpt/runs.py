@@ -78,8 +78,8 @@ def _drop(directory: Path, checkpoints: list[Path]) -> None:
     for path in checkpoints:
         path.rename(path.with_suffix(".partial"))
     flush(directory)
-    for leftover in directory.glob("checkpoint-*.partial"):
-        shutil.rmtree(leftover)
+    for leftover in directory.glob("*.partial"):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
 def write_checkpoint(run: Run) -> None:

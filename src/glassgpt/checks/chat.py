@@ -263,8 +263,9 @@ def check_apart(make_loss: MakeLoss) -> None:
     row = pack([one], 48, _SEPARATOR)
     found, due = (nats(*row).item() for nats in (loss, chat_loss(model, _SEPARATOR)))
     summed = abs(found - due * (row[1] != -100).sum().item()) < 1e-6
-    advice = "divide by the number of targets" if summed else "alone, in one row"
-    assert abs(found - due) < 1e-9, f"the loss is {found:.4f}, not {due:.4f}: {advice}"
+    wrong = f"one conversation alone has the loss {found:.4f}, not {due:.4f}"
+    wrong += ": divide by the number of targets" if summed else ""
+    assert abs(found - due) < 1e-9, wrong
     quiet = two[0], [False] * 25
     other = [(token + 1) % 256 for token in two[0]], [False] * 25
     gap = abs(total(quiet, one) - total(other, one))
