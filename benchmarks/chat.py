@@ -235,11 +235,6 @@ def replies():
     return pairs
 
 
-def examined_of(pairs):
-    """Of the held-out pairs those of the eight who are compared."""
-    return [pair for pair in pairs[9::10] if pair[0] in STARS]
-
-
 def system(steps=200, every=40):
     """How much a system line does, step by step of fine-tuning on speeches."""
     model, tokenizer, _ = beginning()
@@ -249,7 +244,7 @@ def system(steps=200, every=40):
     held_out = [scene(*pair) for pair in pairs[9::10]]
     data = [rows(talks, tokenizer, context=256) for talks in (lessons, held_out)]
     data = TokenData(*data, tokenizer.vocab_size, "")
-    examined = examined_of(pairs)
+    examined = [pair for pair in pairs[9::10] if pair[0] in STARS]
     found = [{"step": 0, **measure(model.eval(), tokenizer, examined)}]
     trainer = trainer_of(data, steps, every, batch_size=16, rate=2e-3)
 
