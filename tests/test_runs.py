@@ -1141,7 +1141,7 @@ def test_no_memory_says_what_to_do():
 
 
 def test_what_a_killed_start_leaves_is_no_obstacle(tmp_path):
-    for name in ("data.partial", "data.partial.lock", "run.json.partial", ".lock"):
+    for name in ("data.0a.partial", "run.json.0b.partial", ".lock"):
         (tmp_path / name).write_text("")
     (tmp_path / "checkpoint-00000000").mkdir()
     refuse_occupied(tmp_path)

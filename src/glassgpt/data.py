@@ -8,10 +8,9 @@ import importlib.util
 import json
 import os
 import re
-import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from glob import glob
 from itertools import accumulate, pairwise
@@ -20,10 +19,10 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from filelock import FileLock
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from glassgpt.files import all_or_nothing
 from glassgpt.tokens import Tokenizer
 
 
@@ -368,27 +367,6 @@ class TokenData:
                 raise ValueError(f"in the part for {split}, {error}") from None
 
 
-@contextmanager
-def _new_folder(directory: Path) -> Iterator[Path]:
-    """A folder to fill: it gets its name when it is full, and goes when that fails."""
-    if os.path.lexists(directory):
-        raise FileExistsError(f"{directory} exists already: choose another folder")
-    beside = directory.with_name(f".{directory.name}.partial")
-    beside.mkdir(parents=True, exist_ok=True)
-    with FileLock(beside / "lock", timeout=0):  # OSError while somebody else writes
-        folder = beside / "full"
-        shutil.rmtree(folder, ignore_errors=True)  # its writer was killed
-        folder.mkdir()
-        try:
-            yield folder
-            for path in folder.iterdir():  # the disk has all bytes before the name
-                with open(path, "rb+") as file:
-                    os.fsync(file)
-            folder.rename(directory)
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
-
-
 # Ids, in parts, each with the number of its characters, None if nobody knows.
 Encoded = Iterable[tuple[Ids, int | None]]
 
@@ -407,7 +385,10 @@ def write_tokens(
     """
     size = tokenizer.vocab_size
     facts: dict[str, Any] = {"vocab_size": size, "dtype": str(_packed([], size).dtype)}
-    with _new_folder(Path(directory)) as folder:
+    if os.path.lexists(directory):
+        raise FileExistsError(f"{directory} exists already: choose another folder")
+    with all_or_nothing(directory) as folder:
+        folder.mkdir()
         for split in SPLITS:
             tokens, characters = 0, 0
             with open(folder / f"{split}.bin", "wb") as file:

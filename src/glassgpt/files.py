@@ -37,8 +37,9 @@ def flush(path: Path) -> None:
 def all_or_nothing(path: str | Path) -> Iterator[Path]:
     """Yield another name, for a file or a folder to write; then flush and rename it.
 
-    A link stays a link. Raises OSError where the disk is full or can't be written, and
-    where a folder, a device or a pipe has the name; what is old stays.
+    Missing folders above it are made, and a link stays a link. Raises OSError where the
+    disk is full or can't be written, and where a folder, a device or a pipe has the
+    name; what is old stays.
 
     Book: 20_runs_that_survive.html#write-flush-rename
     """
@@ -47,8 +48,10 @@ def all_or_nothing(path: str | Path) -> Iterator[Path]:
         raise OSError(f"{path} is a folder, a device or a pipe: name a file")
     partial = path.with_name(f"{path.name}.{os.urandom(4).hex()}.partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
-        flush(partial)
+        for part in (*partial.glob("*"), partial):  # what a folder holds, then itself
+            flush(part)
         os.replace(partial, path)
         flush(path.parent)
     except OSError as error:

@@ -648,7 +648,6 @@ def write_gguf(
     if (theirs := _GGUF.get(format_of(config).kind)) is None:
         raise ValueError("llama.cpp knows GPT-2 and Llama, not this model")
     require_fit(tokenizer, config)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     with all_or_nothing(path) as unfinished:
         writer = _library("gguf").GGUFWriter(unfinished, theirs.kind)
         values = values_of(config)

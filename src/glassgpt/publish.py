@@ -190,5 +190,4 @@ def publish(
         model=script,
         page=page_script(),
     )
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_file(path, text.encode())

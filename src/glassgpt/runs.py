@@ -317,7 +317,7 @@ def refuse_occupied(directory: Path) -> None:
             f"{directory} holds a run: resume it, or name another folder"
         )
     for name in sorted(path.name for path in directory.glob("[!.]*")):
-        if not re.fullmatch(r"data|checkpoint-00000000|.*\.partial(\.lock)?", name):
+        if not re.fullmatch(r"data|checkpoint-00000000|.*\.partial", name):
             what = f"{directory} is not empty, {name} is in it"
             raise FileExistsError(f"{what}: choose another folder")
 

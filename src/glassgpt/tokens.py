@@ -213,7 +213,6 @@ class Tokenizer:
 
     def save(self, path: str | Path) -> None:
         """Write a `tokenizer.json`, whole or not at all; missing folders are made."""
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
         write_file(path, self.to_json().encode())
 
     @classmethod
