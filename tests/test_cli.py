@@ -78,13 +78,14 @@ def process(monkeypatch):
     before = [signal.getsignal(number) for number in numbers]
 
     def start(*words):
+        died_of = []
         monkeypatch.setattr(sys, "argv", ["glassgpt", *map(str, words)])
+        monkeypatch.setattr(os, "kill", lambda _, number: died_of.append(number))
         # As while PyTorch loads: `main` has to put it back.
         signal.signal(signal.SIGINT, lambda *_: pytest.fail("left at once"))
-        try:
-            return main()
-        except SystemExit as leaving:
-            return leaving.code
+        code = main()
+        assert died_of == ([code - 128] if code > 128 and os.name == "posix" else [])
+        return code
 
     yield start
     for number, handler in zip(numbers, before, strict=True):
@@ -871,7 +872,7 @@ def test_ctrl_c_while_the_libraries_load_is_quiet(tmp_path, library, code, quiet
     command = [sys.executable, "-c", code] if code else [SCRIPT, "--version"]
     done = subprocess.run(command, env=env, capture_output=True)
     if quiet:
-        assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
+        assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")
     else:
         assert b"KeyboardInterrupt" in done.stderr
 
@@ -891,6 +892,38 @@ def test_output_that_nobody_reads_any_more_is_no_mistake(made, monkeypatch, caps
         monkeypatch.setattr(sys, "stdout", pipe)
         assert glass("generate", made / "run", "--tokens", "3") == 141
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize(
+    ("output", "code", "said"),
+    [("| true", 141, 0), ("> /dev/full", 2, 1)],
+    ids=["nobody reads", "a full disk"],
+)
+@pytest.mark.parametrize("words", ["--version", "--help"])
+def test_output_that_can_not_be_written(words, output, code, said):
+    """Known before the end, where Python would say 120 and print a traceback."""
+    variables = {**os.environ, "PYTHON": sys.executable}
+    variables.pop("PYTHONUNBUFFERED", None)  # with it, nothing would wait in a buffer
+    line = f'"$PYTHON" -m glassgpt {words} {output}; exit ${{PIPESTATUS[0]}}'
+    done = subprocess.run(["bash", "-c", line], env=variables, capture_output=True)
+    assert (done.returncode, len(done.stderr.splitlines())) == (code, said)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
+def test_ctrl_c_ends_the_loop_of_a_shell():
+    """bash goes on after a command that exits with 130, and not after one that died."""
+    line = '"$PYTHON" -m glassgpt generate shakespeare --tokens 500'
+    loop = f'for i in 1 2; do {line}; echo "it goes on after $?"; done'
+    start = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL);"
+    start += "os.setsid(); os.execvp('bash', ['bash', '-c', sys.argv[1]])"
+    words, variables = [sys.executable, "-c", start, loop], {"PYTHON": sys.executable}
+    how = {"env": os.environ | variables, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(words, **how) as shell:
+        assert len(shell.stdout.read(20)) == 20  # the first one is writing
+        os.killpg(shell.pid, signal.SIGINT)
+        assert "it goes on" not in shell.stdout.read()
+        assert shell.wait() == -signal.SIGINT
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs signals")

@@ -7,7 +7,6 @@ Every line of this package comes from a chapter of the book of the same name, an
 docstring ends in the page and section that explain it.
 """
 
-import os
 import signal
 import sys
 from importlib import import_module
@@ -18,7 +17,7 @@ from typing import Any
 _line, _handler = " ".join(sys.orig_argv), signal.getsignal(signal.SIGINT)
 _command = Path(sys.argv[0]).stem == "glassgpt" or "-m glassgpt" in _line
 if _command and _handler is signal.default_int_handler:
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from glassgpt.attention import attention, causal_mask
 from glassgpt.block import Block, layer_norm

@@ -683,13 +683,37 @@ def is_mistake(error: BaseException) -> bool:
     return system or (refused and isinstance(error, kinds))
 
 
+def as_a_process(main: Callable[[Sequence[str]], int]) -> int:
+    """Run the words of this process, and die of the signal that stopped it, if one did.
+
+    A shell ends its loop when a command dies of Ctrl-C, not when one exits with 130.
+
+    Book: 23_command_line.html#when-a-signal-ends-it
+    """
+    with suppress(AttributeError):  # what others put there may lack it
+        # A line is written at once, so what is wrong with the output is known in time.
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)
+        sys.stdin.reconfigure(encoding="utf-8")
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    if signal.getsignal(signal.SIGINT) not in (signal.SIG_IGN, None):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        code = main(sys.argv[1:])
+    except SystemExit as leaving:  # after --help, and at SIGTERM
+        code = int(leaving.code or 0)
+    if code > 128 and os.name == "posix":
+        signal.signal(code - 128, signal.SIG_DFL)
+        os.kill(os.getpid(), code - 128)
+    return code
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 2, and a sentence, for a mistake.
 
-    arguments: if None, those of this process, whose signals are then ours, too. Leaves
-    with SystemExit after --help and at SIGTERM.
+    arguments: if None, this process is the command: its signals are ours, and one that
+    stops it ends the process. Leaves with SystemExit after --help.
 
-    Book: 23_command_line.html#mistakes-get-a-sentence
+    Book: 23_command_line.html#when-a-signal-ends-it
     """
 
     @cache  # nothing is said twice
@@ -697,13 +721,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"glassgpt: {message}", file=sys.stderr)
 
     if arguments is None:
-        arguments = sys.argv[1:]
-        with suppress(AttributeError):  # what others put there may lack it
-            sys.stdout.reconfigure(errors="replace")
-            sys.stdin.reconfigure(encoding="utf-8")
-        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-        if callable(signal.getsignal(signal.SIGINT)):  # else somebody ignores it
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        return as_a_process(main)
     try:
         if [*arguments] == ["--version"]:
             print(glassgpt.__version__)
@@ -714,7 +732,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with team() as first, memory_advice():
                 return (parse(arguments).run() or 0) if first else 0
     except BrokenPipeError:  # whoever read the output has gone, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt:
         return 130
@@ -730,3 +747,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             said = re.sub(pattern, lambda name: _flags([name[0]]), said)
         tell(said or type(error).__name__)
         return 2
+    finally:
+        try:
+            print(end="", flush=True)
+        except OSError:  # nobody reads it, or the disk is full: all is said by now
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
