@@ -1,6 +1,8 @@
 """Positions: the formula, precision, and checks that name the mistake."""
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -273,3 +275,14 @@ def test_right_steps_pass(right):
 def test_checks_name_the_mistake(check, wrong, message, capsys):
     catch(check, wrong)
     assert message in capsys.readouterr().out
+
+
+def test_the_chapter_shows_the_record():
+    book = Path(__file__).parent.parent / "book"
+    record = json.loads((book / "runs" / "positions.json").read_text("utf-8"))
+    chapter = json.loads((book / "04_positions.ipynb").read_text("utf-8"))
+    sources = {cell["id"]: "".join(cell["source"]) for cell in chapter["cells"]}
+    shown: dict = {"torch": torch}
+    exec(sources["swapped-record"] + "\n" + sources["lengths-record"], shown)
+    assert shown["SWAPPED"] == record["swapped"]["loss"]
+    assert shown["LENGTHS"] == record["lengths"]["loss"]
