@@ -372,6 +372,11 @@ def test_a_web_page_is_not_told_which_model_is_here(address, path):
 
 def test_it_listens_on_this_machine_alone(address):
     assert address.startswith("http://127.0.0.1:")
+    port = urlsplit(address).port
+    socket.create_connection(("127.0.0.1", port), timeout=5).close()
+    if sys.platform == "linux":  # all of 127.0.0.0/8 is this machine there
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.2", port), timeout=5)
 
 
 def test_several_clients_at_once_get_their_own_answers(client, shakespeare):
