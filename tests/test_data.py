@@ -910,3 +910,17 @@ def test_package_passes_its_checks():
     checks.check_batches(package_batch)
     checks.check_epochs(package_epoch)
     checks.check_nats_per_character(lambda loss, tokens, n: loss * tokens / n)
+
+
+def test_the_chapter_shows_the_record_of_plays_left_out():
+    book = Path(__file__).parents[1] / "book"
+    record = json.loads((book / "runs" / "held_out.json").read_text("utf-8"))
+    chapter = json.loads((book / "11_data.ipynb").read_text("utf-8"))
+    (cell,) = (cell for cell in chapter["cells"] if cell["id"] == "spread-record")
+    shown: dict = {"counted": [1.5153]}
+    exec("".join(cell["source"]), shown)
+    assert shown["LOSS"] == record["loss"]
+    assert shown["CHANGE"] == record["k = 10"]
+    assert min(record["losses"], key=record["losses"].get) == "henry-vi-part-3"
+    kin = record["kin"]["henry-vi-part-3"]
+    assert {round(loss, 2) for loss in kin["without as many"]} == {1.33}
