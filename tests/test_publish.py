@@ -4,6 +4,7 @@ import json
 import os
 import random
 from math import ceil
+from pathlib import Path
 
 import pytest
 import torch
@@ -509,3 +510,19 @@ def test_the_right_min_p_passes():
 def test_a_wrong_answer_is_named(check, wrong, message):
     with pytest.raises(AssertionError, match=message):
         check(wrong)
+
+
+def test_the_chapter_shows_the_record_of_wrong_ports():
+    book = Path(__file__).parents[1] / "book"
+    record = json.loads((book / "runs" / "port.json").read_text("utf-8"))
+    chapter = json.loads((book / "19_publishing.ipynb").read_text("utf-8"))
+    (cell,) = (cell for cell in chapter["cells"] if cell["id"] == "wrong-versions")
+    shown: dict = {}
+    exec("".join(cell["source"]), shown)
+    versions = record["versions"]
+    right = versions.pop("right")
+    assert list(versions) == list(shown["EDITS"])
+    for name, told in shown["CHANGES"].items():
+        assert told == (versions[name]["change"], versions[name]["error"])
+    assert f"{right['rms']:.1e}" == "9.9e-07"
+    assert f"{record['PyTorch in float32']['rms']:.1e}" == "3.6e-06"
