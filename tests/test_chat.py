@@ -896,8 +896,12 @@ def test_the_chapter_shows_the_record():
     chapter = json.loads((book / "16_chat.ipynb").read_text("utf-8"))
     sources = {cell["id"]: "".join(cell["source"]) for cell in chapter["cells"]}
     shown: dict = {}
-    exec(sources["system-record"] + "\n" + sources["everything-read"], shown)
-    keys = ("step", "gain", "error", "right")
+    records = ("system-record", "everything-read", "lora-record")
+    exec("\n".join(sources[name] for name in records), shown)
+    for found in record["lora"]:
+        due = (found["learned"], found["forgotten"])
+        assert shown["LORA"][found["way"]][found["rate"]] == due
+    keys = ("step", "gain", "error", "kl", "right")
     curve = record["system"]["curve"]
     ends = [tuple(point[key] for key in keys) for point in (curve[0], curve[-1])]
     assert shown["GAINS"] == ends
