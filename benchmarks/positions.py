@@ -57,15 +57,14 @@ def small_gpt(kind, characters, width=64, context=256):
     model = ModernGPT(replace(config, dropout=0.0, **choices))
     if kind in ("sinusoidal", "none"):
         table = model.positions.weight.requires_grad_(False)
-        sinusoids = sinusoidal_positions(context, width) * (2 / width) ** 0.5
-        # As long as a token's row.
-        norm = model.tokens.weight.norm(dim=-1).mean().item()
-        table.copy_(norm * sinusoids if kind == "sinusoidal" else 0 * sinusoids)
+        # As if tokens were multiplied by the root of C, as in the first transformer.
+        sinusoids = sinusoidal_positions(context, width) / width**0.5
+        table.copy_(sinusoids if kind == "sinusoidal" else 0 * sinusoids)
     return model
 
 
-def lengths(kinds=("learned", "sinusoidal", "rotary", "none"), seeds=2, trained=64):
-    """Loss by place in a text, after training on texts of 64 characters."""
+def lengths(seeds=2):
+    """Loss by place in a text, after training on texts of 64 characters, or of 256."""
     plays = list(shakespeare())
     macbeth = next(play.text for play in plays if play.name == "macbeth")
     read = "".join(play.text for play in plays if play.name != "macbeth")
@@ -73,16 +72,19 @@ def lengths(kinds=("learned", "sinusoidal", "rotary", "none"), seeds=2, trained=
     read, macbeth = (torch.tensor([place[c] for c in text]) for text in (read, macbeth))
     x, y = (macbeth[first:][: 128 * 256].view(128, 256) for first in (0, 1))
     spans = ((32, 64), (64, 96), (96, 128), (128, 256))
+    kinds = dict.fromkeys(("learned", "sinusoidal", "rotary", "none"), 64)
+    kinds["rotary, read 256"] = 256
     found = {kind: [] for kind in kinds}
     for seed in range(seeds):
-        for kind in kinds:
+        for kind, trained in kinds.items():
             torch.manual_seed(seed)
-            model = train(small_gpt(kind, len(place)), read, seed, trained)
+            model = small_gpt(kind.partition(",")[0], len(place))
+            model = train(model, read, seed, trained)
             with torch.no_grad():
                 nats = F.cross_entropy(model(x).mT, y, reduction="none").mean(dim=0)
             found[kind].append([round(nats[a:b].mean().item(), 3) for a, b in spans])
             print(kind, seed, found[kind][-1], flush=True)
-    return {"trained": trained, "spans": spans, "loss": found}
+    return {"spans": spans, "loss": found}
 
 
 def train(model, text, seed, length, steps=400, batch=16, rate=4e-3):
