@@ -19,6 +19,7 @@ import sys
 import traceback
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from shlex import quote
 from typing import TypedDict
 from unittest.mock import patch
 
@@ -885,29 +886,54 @@ def test_a_program_that_calls_main_keeps_its_handlers():
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pipes break otherwise")
-def test_output_that_nobody_reads_any_more_is_no_mistake(made, monkeypatch, capsys):
+def test_output_that_nobody_reads_any_more_is_no_mistake(
+    made, monkeypatch, capsys, process
+):
     read, write = os.pipe()
     os.close(read)
     with open(write, "w") as pipe:
         monkeypatch.setattr(sys, "stdout", pipe)
-        assert glass("generate", made / "run", "--tokens", "3") == 141
+        assert process("generate", made / "run", "--tokens", "3") == 141
     assert capsys.readouterr().err == ""
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 @pytest.mark.parametrize(
     ("output", "code", "said"),
-    [("| true", 141, 0), ("> /dev/full", 2, 1)],
-    ids=["nobody reads", "a full disk"],
+    [("| true", 141, 0), ("> /dev/full", 2, 1), (">&-", 0, 0)],
+    ids=["nobody reads", "a full disk", "closed"],
 )
 @pytest.mark.parametrize("words", ["--version", "--help"])
 def test_output_that_can_not_be_written(words, output, code, said):
-    """Known before the end, where Python would say 120 and print a traceback."""
+    """Known before the end, where Python would say 120 and `Exception ignored`."""
     variables = {**os.environ, "PYTHON": sys.executable}
     variables.pop("PYTHONUNBUFFERED", None)  # with it, nothing would wait in a buffer
     line = f'"$PYTHON" -m glassgpt {words} {output}; exit ${{PIPESTATUS[0]}}'
     done = subprocess.run(["bash", "-c", line], env=variables, capture_output=True)
     assert (done.returncode, len(done.stderr.splitlines())) == (code, said)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a shell")
+def test_what_is_said_to_a_closed_standard_error_is_no_result():
+    line = f"{quote(sys.executable)} -m glassgpt evaluate no-model no-text 2>&-"
+    done = subprocess.run(["bash", "-c", line], capture_output=True)
+    assert (done.returncode, done.stdout) == (2, b"")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
+def test_an_ignored_ctrl_c_stays_ignored():
+    """As of a command with & in a script."""
+    start = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN);"
+    start += (
+        "os.execv(sys.executable, [sys.executable, '-m', 'glassgpt', *sys.argv[1:]])"
+    )
+    line = ["generate", "shakespeare", "--tokens", "40"]
+    words = [sys.executable, "-c", start, *line]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as writer:
+        assert len(writer.stdout.read(10)) == 10
+        writer.send_signal(signal.SIGINT)
+        writer.communicate()
+    assert writer.returncode == 0
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs signals")

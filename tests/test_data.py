@@ -425,6 +425,21 @@ def test_a_killed_writer_leaves_nothing_that_opens(tmp_path, bpe):
     assert {path.name for path in tmp_path.iterdir()} == {"out", "out.0a.partial"}
 
 
+def test_a_text_that_goes_away_is_not_told_as_a_full_disk(tmp_path, bpe):
+    for name in ("a.txt", "b.txt"):
+        Path(name).write_text("To be, or not to be\n" * 20)
+
+    class Slow(type(bpe)):
+        def encode(self, text, *more):
+            Path("b.txt").unlink(missing_ok=True)
+            return super().encode(text, *more)
+
+    slow = Slow(bpe.merges, bpe.special_tokens)
+    with pytest.raises(FileNotFoundError, match=r"b\.txt"):
+        tokenize(["a.txt", "b.txt"], slow, "out", progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
 def test_a_full_disk_leaves_nothing(tmp_path, bpe):
     def ids():
         yield [1] * 1000, 1000

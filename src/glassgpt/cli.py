@@ -684,23 +684,35 @@ def is_mistake(error: BaseException) -> bool:
 
 
 def as_a_process(main: Callable[[Sequence[str]], int]) -> int:
-    """Run the words of this process, and die of the signal that stopped it, if one did.
+    """Run this process's command line, and die of the signal that stopped it.
 
     A shell ends its loop when a command dies of Ctrl-C, not when one exits with 130.
 
     Book: 23_command_line.html#when-a-signal-ends-it
     """
-    with suppress(AttributeError):  # what others put there may lack it
-        # A line is written at once, so what is wrong with the output is known in time.
-        sys.stdout.reconfigure(errors="replace", line_buffering=True)
-        sys.stdin.reconfigure(encoding="utf-8")
+    # A line is written at once, so what is wrong with the output is known in time.
+    how = {"stdout": {"errors": "replace", "line_buffering": True}, "stderr": {}}
+    for name, changes in {"stdin": {"encoding": "utf-8"}, **how}.items():
+        if getattr(sys, name) is None:  # closed, as by `>&-`
+            setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115
+        with suppress(AttributeError):  # what others put there may lack it
+            getattr(sys, name).reconfigure(**changes)
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     if signal.getsignal(signal.SIGINT) not in (signal.SIG_IGN, None):
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        code = main(sys.argv[1:])
-    except SystemExit as leaving:  # after --help, and at SIGTERM
-        code = int(leaving.code or 0)
+        try:
+            code = main(sys.argv[1:])
+        except SystemExit as leaving:  # after --help, and at SIGTERM
+            code = int(leaving.code or 0)
+        if code > 128:  # a second Ctrl-C finds nobody
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+    except KeyboardInterrupt:  # it came while another signal was dealt with
+        code = 130
+    try:
+        print(end="", flush=True)
+    except OSError:  # nobody reads it, or the disk is full: all is said by now
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if code > 128 and os.name == "posix":
         signal.signal(code - 128, signal.SIG_DFL)
         os.kill(os.getpid(), code - 128)
@@ -710,8 +722,8 @@ def as_a_process(main: Callable[[Sequence[str]], int]) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 2, and a sentence, for a mistake.
 
-    arguments: if None, this process is the command: its signals are ours, and one that
-    stops it ends the process. Leaves with SystemExit after --help.
+    arguments: if None, those of this process, as `as_a_process` runs them; else it
+    leaves with SystemExit after --help.
 
     Book: 23_command_line.html#when-a-signal-ends-it
     """
@@ -747,8 +759,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
             said = re.sub(pattern, lambda name: _flags([name[0]]), said)
         tell(said or type(error).__name__)
         return 2
-    finally:
-        try:
-            print(end="", flush=True)
-        except OSError:  # nobody reads it, or the disk is full: all is said by now
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -47,14 +47,16 @@ def all_or_nothing(path: str | Path) -> Iterator[Path]:
     if path.exists() and not path.is_file():
         raise OSError(f"{path} is a folder, a device or a pipe: name a file")
     partial = path.with_name(f"{path.name}.{os.urandom(4).hex()}.partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
         for part in (*partial.glob("*"), partial):  # what a folder holds, then itself
             flush(part)
         os.replace(partial, path)
         flush(path.parent)
     except OSError as error:
+        if error.filename and partial.name not in str(error.filename):
+            raise  # about another file, which was to be read
         raise OSError(f"{path} could not be written: {error}") from error
     finally:  # it would fill a full disk; Ctrl-C, too, leaves nothing
         shutil.rmtree(partial, ignore_errors=True)
