@@ -898,9 +898,11 @@ def test_the_chapter_shows_the_record():
     shown: dict = {}
     records = ("system-record", "everything-read", "lora-record")
     exec("\n".join(sources[name] for name in records), shown)
+    lora: dict = {}
     for found in record["lora"]:
-        due = (found["learned"], found["forgotten"])
-        assert shown["LORA"][found["way"]][found["rate"]] == due
+        losses = found["learned"], found["forgotten"]
+        lora.setdefault(found["way"], {})[found["rate"]] = losses
+    assert shown["LORA"] == lora
     keys = ("step", "gain", "error", "kl", "right")
     curve = record["system"]["curve"]
     ends = [tuple(point[key] for key in keys) for point in (curve[0], curve[-1])]
