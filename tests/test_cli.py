@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import traceback
+import tracemalloc
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from shlex import quote
@@ -667,6 +668,31 @@ def test_the_tokenizer_of_a_name(made, tmp_path):
     assert glass("tokenize", *words, "--out", tmp_path / "tokens") == 0
     shipped = Path(glassgpt.__file__).parent / "models/shakespeare/tokenizer.json"
     assert filecmp.cmp(shipped, tmp_path / "tokens/tokenizer.json", shallow=False)
+
+
+def test_tokenizing_characters_holds_no_text(tmp_path, monkeypatch):
+    """To hold it would take 4 MB."""
+    monkeypatch.setattr("glassgpt.data.PIECE", 1 << 14)
+    (tmp_path / "long.txt").write_text("To be, or not to be\n" * 200_000)
+    words = ["--data", tmp_path / "long.txt", "--tokenizer", "char"]
+    tracemalloc.start()
+    assert glass("tokenize", *words, "--out", tmp_path / "tokens") == 0
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2_000_000
+
+
+@pytest.mark.parametrize("words", [["train", "--data"], ["resume"]])
+def test_training_keeps_freed_memory(made, tmp_path, monkeypatch, words):
+    called = []
+    monkeypatch.setattr(glassgpt, "keep_freed_memory", lambda: called.append(1))
+    for name in ("start_run", "resume_run"):
+        monkeypatch.setattr(glassgpt, name, lambda *_, **__: called.append(2))
+    monkeypatch.setattr(cli, "ended", lambda _: 0)
+    more = ["--tokenizer", "char", "--out", tmp_path / "new", *TINY]
+    line = [made / "my.txt", *more] if "--data" in words else [made / "run"]
+    assert glass(*words, *line) == 0
+    assert called == [1, 2]
 
 
 def test_the_tokenizer_of_a_run(made, tmp_path):
