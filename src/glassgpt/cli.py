@@ -690,9 +690,13 @@ def as_a_process(main: Callable[[Sequence[str]], int]) -> int:
 
     Book: 23_command_line.html#when-a-signal-ends-it
     """
-    # A line is written at once, so what is wrong with the output is known in time.
-    how = {"stdout": {"errors": "replace", "line_buffering": True}, "stderr": {}}
-    for name, changes in {"stdin": {"encoding": "utf-8"}, **how}.items():
+    streams: dict[str, dict[str, Any]] = {
+        "stdin": {"encoding": "utf-8"},
+        # Line by line, so what is wrong with the output is known in time.
+        "stdout": {"errors": "replace", "line_buffering": True},
+        "stderr": {},
+    }
+    for name, changes in streams.items():
         if getattr(sys, name) is None:  # closed, as by `>&-`
             setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115
         with suppress(AttributeError):  # what others put there may lack it
