@@ -10,6 +10,7 @@ import glassgpt
 HEAVY = [
     "matplotlib",
     "tyro",
+    "filelock",
     "IPython",
     "transformers",
     "tokenizers",

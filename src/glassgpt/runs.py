@@ -16,7 +16,6 @@ from shlex import quote
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 from safetensors.torch import load_file
 
 from glassgpt.checkpoints import blaming, load, write_model, write_tensors
@@ -204,6 +203,8 @@ def locked(directory: Path) -> Iterator[None]:
 
     Book: 20_runs_that_survive.html#one-run-in-a-folder
     """
+    from filelock import FileLock, Timeout  # here: `import glassgpt` stays quick
+
     directory.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(directory / ".lock", timeout=0):
