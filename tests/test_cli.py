@@ -1323,33 +1323,89 @@ def test_files_and_targets_that_are_named_are_there(name):
         assert (ROOT / path).exists(), path
 
 
+# PyTorch's own types take a minute; of these few, a user's program sees no others.
+TORCH = {
+    "torch/__init__.pyi": """
+from typing import Any
+class Tensor:
+    def __iter__(self) -> Any: ...
+    def tolist(self) -> list[Any]: ...
+def tensor(data: Any) -> Tensor: ...
+def __getattr__(name: str) -> Any: ...
+""",
+    "torch/nn/__init__.pyi": """
+from typing import Any, Callable
+class Module:
+    __call__: Callable[..., Any]
+def __getattr__(name: str) -> Any: ...
+""",
+}
+
+# What `mypy --strict` knows of the names that a user's program takes.
+TYPES = {
+    "glassgpt.load('shakespeare')": "tuple[gpt.GPT, tokens.Tokenizer]",
+    "tokenizer.encode('a')": "list[int]",
+    "tokenizer.decode([0])": "str",
+    "tokenizer.vocab_size": "int",
+    "tokenizer.special_tokens": "dict[str, int]",
+    "model(ids)": "torch.Tensor",
+    "glassgpt.ModernGPT(glassgpt.ModernConfig(9))(ids, caches=None)": "torch.Tensor",
+    "glassgpt.generate(model, [1, 2], 3)": "list[int]",
+    "glassgpt.generate(model, (1, 2), 3, [4], top_k=1, seed=None)": "list[int]",
+    "glassgpt.generate(model, [[1], [2, 3]], 3, top_p=0.9)": "list[list[int]]",
+    "glassgpt.generate(model, [(1, 2)], 3)": "list[typing.Sequence[int]]",
+    "glassgpt.generate(model, ids, 3)": "list[Any]",  # one row or several
+    "glassgpt.generate(model, ids.tolist(), 3)": "list[Any]",
+    "glassgpt.generate(model, [1], 3, **vars(glassgpt.Sampling()))": "list[int]",
+    "[*glassgpt.stream_text(model, tokenizer, 'a', 3, temperature=1)]": "list[str]",
+    "glassgpt.tokenize('a', tokenizer, 'b')": "data.TokenData",
+    "glassgpt.make_plan(9).training": "training.TrainConfig",
+    "glassgpt.start_run": "runs.Run",
+    "glassgpt.__version__": "str",
+}
+
+# And what it refuses, for which reason.
+WRONG_TYPES = {
+    "model('a')": "arg-type",
+    "model(ids, 3)": "arg-type",
+    "glassgpt.generate(model, 'a', 3)": "type-var",
+    "tokenizer.decode(glassgpt.generate(model, [[1]], 3))": "list-item",
+    "glassgpt.generate(model, [1], 3, topk=1)": "call-arg",
+    "glassgpt.stream(model, [[1]], 3, top_k='1')": "arg-type",
+    "glassgpt.stream_text(model, tokenizer, 'a', 3, topp=0.5)": "call-arg",
+    "glassgpt.stream_answer(model, tokenizer, [], seed='1')": "arg-type",
+    "glassgpt.TrainConfig(schedule='step')": "arg-type",
+    "glassgpt.MuonConfig(schedule='step')": "arg-type",
+    "glassgpt.ModernConfig(9, positions='absolute')": "arg-type",
+    "glassgpt.ModernConfig(9, norm='batch')": "arg-type",
+    "glassgpt.ModernConfig(9, activation='relu')": "arg-type",
+    "glassgpt.Machine(precision='int4')": "arg-type",
+    "glassgpt.Machine(compile='yes')": "arg-type",
+}
+
+
 def test_a_program_with_strict_types(tmp_path):
-    """What `mypy --strict` knows of the names that a user's program takes."""
     api = pytest.importorskip("mypy.api")
-    types = {
-        "glassgpt.load('shakespeare')": "tuple[gpt.GPT, tokens.Tokenizer]",
-        "tokenizer.encode('a')": "list[int]",
-        "tokenizer.decode([0])": "str",
-        "tokenizer.vocab_size": "int",
-        "tokenizer.special_tokens": "dict[str, int]",
-        "[*glassgpt.stream_text(model, tokenizer, 'a', 3)]": "list[str]",
-        "glassgpt.tokenize('a', tokenizer, 'b')": "data.TokenData",
-        "glassgpt.make_plan(9).training": "training.TrainConfig",
-        "glassgpt.start_run": "runs.Run",
-        "glassgpt.__version__": "str",
-    }
-    lines = ["import glassgpt", "model, tokenizer = glassgpt.load('shakespeare')"]
-    lines += [f"reveal_type({code})" for code in types]
-    (tmp_path / "user.py").write_text("\n".join(lines) + "\n")
-    # PyTorch's own types take a minute, and say nothing of these.
-    skip = "[mypy]\n[mypy-torch.*,numpy.*]\nfollow_imports = skip\n"
-    (tmp_path / "mypy.ini").write_text(skip)
-    words = ["--strict", "--follow-imports=silent", "--config-file"]
-    words += [str(tmp_path / "mypy.ini"), "--python-executable", sys.executable]
-    found = api.run([*words, str(tmp_path / "user.py")])[0]
+    lines = [
+        "import glassgpt, torch",
+        "model, tokenizer = glassgpt.load('shakespeare')",
+    ]
+    lines += ["ids = torch.tensor([[1]])", *(f"reveal_type({code})" for code in TYPES)]
+    # Strict also means: an error to be ignored must be there.
+    lines += [f"{code}  # type: ignore[{why}]" for code, why in WRONG_TYPES.items()]
+    settings = f"[mypy]\nmypy_path = {ROOT / 'src'}\n"
+    settings += "[mypy-numpy.*]\nfollow_imports = skip\n"
+    files = {**TORCH, "user.py": "\n".join([*lines, ""]), "mypy.ini": settings}
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    words = ["--strict", "--follow-imports=silent", "--config-file", "mypy.ini"]
+    words += ["--python-executable", sys.executable, "user.py"]
+    with contextlib.chdir(tmp_path):
+        found = api.run(words)[0]
+    assert "error" not in found, found
     told = re.findall(r'Revealed type is "(.*)"', found.replace("glassgpt.", ""))
-    assert "error" not in found
-    for code, due, seen in zip(types, types.values(), told, strict=True):
+    for code, due, seen in zip(TYPES, TYPES.values(), told, strict=True):
         assert seen.endswith(due), code
 
 

@@ -7,7 +7,7 @@ import re
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glassgpt.data import Batch, TokenData, Tokens
-from glassgpt.generation import stream_text
+from glassgpt.generation import SamplingOptions, stream_text
 from glassgpt.gpt import GPT
 from glassgpt.tokens import UNESCAPE, BPETokenizer, CharTokenizer, Tokenizer
 from glassgpt.training import Loss, count_targets
@@ -120,7 +120,7 @@ def stream_answer(
     tokenizer: Any,
     conversation: Conversation,
     max_new_tokens: int = 200,
-    **settings: Any,
+    **settings: Unpack[SamplingOptions],
 ) -> Iterator[str]:
     """Answer the last turn of a conversation, in printable pieces as they come.
 

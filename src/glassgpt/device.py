@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from functools import cache, partial
 from textwrap import shorten
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from glassgpt.data import TokenData
 from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.heads import fused_attention
 from glassgpt.modern import ModernConfig, MuonConfig, build, muon_optimizers
-from glassgpt.training import Loss, TrainConfig, Trainer, make_optimizers
+from glassgpt.training import Loss, TrainConfig, Trainer, check_choices, make_optimizers
 
 
 def pick_device(name: str | None = None) -> torch.device:
@@ -71,7 +71,10 @@ def measure_flops(device: torch.device, dtype: torch.dtype) -> float:
     return best
 
 
-def pick_precision(device: torch.device) -> str:
+Precision = Literal["float32", "bfloat16", "float16"]
+
+
+def pick_precision(device: torch.device) -> Precision:
     """The precision in which a device multiplies matrices best.
 
     A GPU says it by its compute capability: 16 bits from 7.0 on. A CPU is measured.
@@ -99,15 +102,12 @@ class Machine:
     """
 
     device: str = "cpu"  # cpu, cuda or mps
-    precision: str = "float32"  # float32, bfloat16 or float16
-    compile: str = "off"  # off, blocks (one program for all) or all (the whole model)
+    precision: Precision = "float32"  # of matrix products
+    compile: Literal["off", "blocks", "all"] = "off"  # each block, or the whole model
     recompute: bool = False  # keep less for the backward pass, compute it again
 
     def __post_init__(self) -> None:
-        if self.precision not in (known := ("float32", "bfloat16", "float16")):
-            raise ValueError(f"precision is one of {known}, not {self.precision!r}")
-        if self.compile not in (known := ("off", "blocks", "all")):
-            raise ValueError(f"compile is one of {known}, not {self.compile!r}")
+        check_choices(self)
 
     @property
     def dtype(self) -> torch.dtype:

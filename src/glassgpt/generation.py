@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Protocol, TypedDict, TypeVar, Unpack
 
 import numpy as np
 import torch
@@ -213,12 +213,24 @@ def _steps(
         yield [t if goes else None for t, goes in zip(new, running, strict=True)]
 
 
+class SamplingOptions(TypedDict, total=False):
+    """The fields of `Sampling`, each of which may be left out: for type checkers.
+
+    Book: 13_generation.html#the-loop
+    """
+
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    seed: int | None
+
+
 def stream(
     model: GPT,
     prompts: Iterable[Sequence[int]],
     max_new_tokens: int,
     stop: Iterable[int] = (),
-    **settings: Any,
+    **settings: Unpack[SamplingOptions],
 ) -> Iterator[list[int | None]]:
     """Continue several prompts and yield the next id of each, step by step.
 
@@ -242,13 +254,20 @@ def stream(
     return _steps(model, rows, max_new_tokens, ends, sampling)
 
 
+Row = TypeVar("Row", int, list[int], Sequence[int])  # of one prompt, or of several
+
+
+class _Array(Protocol[Row]):  # a tensor; nobody but its shape knows which
+    def tolist(self) -> list[Row]: ...
+
+
 def generate(
     model: GPT,
-    ids: Sequence[int] | Sequence[Sequence[int]] | Tensor,
+    ids: Iterable[Row] | _Array[Row],
     max_new_tokens: int,
     stop: Iterable[int] = (),
-    **settings: Any,
-) -> list:
+    **settings: Unpack[SamplingOptions],
+) -> list[Row]:
     """Continue a prompt, or several; return prompt and continuation as lists of ids.
 
     ids: one prompt, or a batch of prompts, as lists or tensors. stop: ids that end a
@@ -275,7 +294,7 @@ def stream_text(
     prompt: str | Sequence[int],
     max_new_tokens: int,
     stop: Iterable[int] = (),
-    **settings: Any,
+    **settings: Unpack[SamplingOptions],
 ) -> Iterator[str]:
     """Continue a text and yield printable pieces of what is new, as they come.
 

@@ -3,7 +3,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -95,6 +95,10 @@ class GPT(nn.Module):
         room = self.config.context - (caches[0].length if caches else 0)
         check_ids(ids, self.config.vocab_size, room)
         return self.head(self.hidden_states(ids, caches=caches))
+
+    if TYPE_CHECKING:  # never run: tells tools that model(ids) is what forward returns
+
+        def __call__(self, ids: Tensor, caches: list[Any] | None = None) -> Tensor: ...
 
     @torch.no_grad()
     def initialize(self) -> None:

@@ -4,7 +4,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from glassgpt.embeddings import Embedding
 from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.heads import fused_attention, merge_heads, split_heads
 from glassgpt.mlp import pytorch_gelu
-from glassgpt.training import TrainConfig
+from glassgpt.training import Schedule, TrainConfig, check_choices
 
 
 def rotary_tables(
@@ -77,13 +77,6 @@ def swiglu(x: Tensor) -> Tensor:
 _ACTIVATIONS = {"squared_relu": squared_relu, "swiglu": swiglu, "gelu": pytorch_gelu}
 
 
-_CHOICES = {
-    "positions": ("rotary", "learned"),
-    "norm": ("rms", "layer"),
-    "activation": tuple(_ACTIVATIONS),
-}
-
-
 @dataclass(frozen=True)
 class ModernConfig(GPTConfig):
     """`GPTConfig` and the choices of this chapter; each can be made alone.
@@ -101,12 +94,12 @@ class ModernConfig(GPTConfig):
     """
 
     tied: bool = False  # the head is the token table
-    positions: str = "rotary"  # rotary or learned
+    positions: Literal["rotary", "learned"] = "rotary"  # how a place is told
     rotary_base: float = 10_000.0  # larger: slower turns, for long contexts
-    norm: str = "rms"  # rms or layer
+    norm: Literal["rms", "layer"] = "rms"  # before each part
     norm_weight: bool = False  # norms learn a factor for each column
     norm_eps: float = 1e-5  # added inside the norm's root
-    activation: str = "squared_relu"  # squared_relu, swiglu or gelu
+    activation: Literal["squared_relu", "swiglu", "gelu"] = "squared_relu"  # of the MLP
     hidden: int | None = None  # the MLP's inner width; none: 4 C, swiglu 8 C / 3
     key_value_heads: int | None = None  # shared by neighboring heads; none: H
     normalize_qk: bool = True  # queries and keys to root mean square 1
@@ -115,9 +108,7 @@ class ModernConfig(GPTConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, allowed in _CHOICES.items():
-            if (value := getattr(self, name)) not in allowed:
-                raise ValueError(f"{name} is {' or '.join(allowed)}, not {value!r}")
+        check_choices(self)
         for name in ("rotary_base", "norm_eps", "hidden", "key_value_heads"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -389,7 +380,7 @@ class MuonConfig(TrainConfig):
     """
 
     matrix_learning_rate: float = 0.02  # Muon's highest, of the blocks' matrices
-    schedule: str = "linear"
+    schedule: Schedule = "linear"
     final_rate: float = 0.0
 
 

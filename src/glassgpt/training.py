@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from tqdm.auto import tqdm
 
 from glassgpt.data import TokenData, Tokens
 from glassgpt.gpt import GPT
+
+Schedule = Literal["cosine", "linear", "stable"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class TrainConfig:
     batch_size: int = 32  # crops that one step learns from
     accumulate: int = 1  # parts in which a batch is computed: less memory
     learning_rate: float = 3e-3  # the highest one
-    schedule: str = "cosine"  # cosine, linear or stable
+    schedule: Schedule = "cosine"  # how the rate falls
     warmup: int = 50  # steps in which the rate rises
     final_rate: float = 0.1  # share of the rate that is left at the end
     weight_decay: float = 0.1  # of matrices and tables
@@ -64,8 +66,18 @@ def _check_settings(config: TrainConfig) -> None:
         raise ValueError("accumulate can't exceed batch_size: no part is empty")
     if config.final_rate > 1:
         raise ValueError(f"final_rate is a share, 0 to 1, not {config.final_rate}")
-    if config.schedule not in ("cosine", "linear", "stable"):
-        raise ValueError("schedule must be cosine, linear or stable")
+    check_choices(config)
+
+
+def check_choices(config: Any) -> None:
+    """Raise ValueError unless each field that is a Literal has one of its values.
+
+    Book: 12_training.html#the-schedule
+    """
+    for field in fields(config):
+        name, kind, value = field.name, field.type, getattr(config, field.name)
+        if get_origin(kind) is Literal and value not in (known := get_args(kind)):
+            raise ValueError(f"{name} must be {' or '.join(known)}, not {value!r}")
 
 
 def rate_at(step: int, config: TrainConfig) -> float:
