@@ -256,6 +256,11 @@ WRONG_WORDS = {
         [*MY, "--size", "huge"],
         "one of ('large', 'medium', 'micro', 'mini', 'small', 'xl').",
     ),
+    "unknown schedule": (
+        [*MY, "--schedule", "step"],
+        "one of ('cosine', 'linear', 'stable').",
+    ),
+    "unknown precision": (["resume", "run", "--precision", "int4"], "'int4'"),
     "unknown weights": ([*WRITE, "--weights", "int3"], "int3"),
     "a text without --data": (
         ["train", "my.txt", "--steps", "3"],
@@ -1323,7 +1328,7 @@ def test_files_and_targets_that_are_named_are_there(name):
         assert (ROOT / path).exists(), path
 
 
-# PyTorch's own types take a minute; of these few, a user's program sees no others.
+# PyTorch's own types take a minute. Of them a user's program sees these.
 TORCH = {
     "torch/__init__.pyi": """
 from typing import Any
@@ -1393,14 +1398,14 @@ def test_a_program_with_strict_types(tmp_path):
     lines += ["ids = torch.tensor([[1]])", *(f"reveal_type({code})" for code in TYPES)]
     # Strict also means: an error to be ignored must be there.
     lines += [f"{code}  # type: ignore[{why}]" for code, why in WRONG_TYPES.items()]
-    settings = f"[mypy]\nmypy_path = {ROOT / 'src'}\n"
-    settings += "[mypy-numpy.*]\nfollow_imports = skip\n"
+    settings = f"[mypy]\nfollow_imports = skip\nmypy_path = {ROOT / 'src'}\n"
+    settings += "[mypy-glassgpt.*]\nfollow_imports = silent\n"
     files = {**TORCH, "user.py": "\n".join([*lines, ""]), "mypy.ini": settings}
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    words = ["--strict", "--follow-imports=silent", "--config-file", "mypy.ini"]
-    words += ["--python-executable", sys.executable, "user.py"]
+    words = ["--strict", "--config-file", "mypy.ini", "user.py"]
+    words += ["--python-executable", sys.executable]
     with contextlib.chdir(tmp_path):
         found = api.run(words)[0]
     assert "error" not in found, found

@@ -1,9 +1,10 @@
 """Generation: filters by property, caches and batches by parity, and bad input."""
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from itertools import dropwhile, takewhile
+from typing import get_type_hints
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import glassgpt.checks.generation as checks
 from glassgpt.generation import (
     KeyValueCache,
     Sampling,
+    SamplingOptions,
     generate,
     keep_top_k,
     keep_top_p,
@@ -145,6 +147,12 @@ def test_impossible_settings(model, wrong, message):
         generate(model, [1], 0, **wrong)
     with pytest.raises(ValueError, match=message):
         stream(model, [[1]], 3, **wrong)  # at once, not at the first token
+
+
+def test_the_options_are_the_fields_of_sampling():
+    known = {field.name: field.type for field in fields(Sampling)}
+    assert get_type_hints(SamplingOptions) == known
+    assert not SamplingOptions.__required_keys__
 
 
 @pytest.mark.parametrize(

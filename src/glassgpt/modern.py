@@ -94,7 +94,7 @@ class ModernConfig(GPTConfig):
     """
 
     tied: bool = False  # the head is the token table
-    positions: Literal["rotary", "learned"] = "rotary"  # how a place is told
+    positions: Literal["rotary", "learned"] = "rotary"  # what tells the order
     rotary_base: float = 10_000.0  # larger: slower turns, for long contexts
     norm: Literal["rms", "layer"] = "rms"  # before each part
     norm_weight: bool = False  # norms learn a factor for each column
