@@ -1371,8 +1371,6 @@ TYPES = {
 
 # And what it refuses, for which reason.
 WRONG_TYPES = {
-    "model('a')": "arg-type",
-    "model(ids, 3)": "arg-type",
     "glassgpt.generate(model, 'a', 3)": "type-var",
     "tokenizer.decode(glassgpt.generate(model, [[1]], 3))": "list-item",
     "glassgpt.generate(model, [1], 3, topk=1)": "call-arg",

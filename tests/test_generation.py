@@ -315,7 +315,9 @@ def test_log_probabilities(modern):
     assert int(torch.stack(others).argmax()) == likeliest[2]
 
 
-@pytest.mark.parametrize("ids", [[], [1], [1, 11], [-1, 1], [1] * 10, "ab", [[1, 2]]])
+@pytest.mark.parametrize(
+    "ids", [[], [1], [1, 11], [-1, 1], [1] * 10, "ab", [[1, 2]], [1, 2**65]]
+)
 def test_impossible_texts(model, ids):
     with pytest.raises(ValueError, match=r"id|context"):
         log_probabilities(model, ids)

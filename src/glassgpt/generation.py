@@ -181,6 +181,11 @@ def _whole_numbers(ids: Iterable[Any], name: str) -> list[int]:
         raise ValueError(f"{name} must be a list of ids, not {ids!r:.60}") from None
 
 
+def _check_range(ids: Iterable[int], size: int) -> None:
+    if wrong := [token for token in ids if not 0 <= token < size]:
+        raise ValueError(f"id {wrong[0]} is out of range: ids are 0 to {size - 1}")
+
+
 @torch.inference_mode()
 def _steps(
     model: GPT, rows: list[list[int]], count: int, ends: set[int], sampling: Sampling
@@ -247,8 +252,8 @@ def stream(
     size, ends = model.config.vocab_size, set(_whole_numbers(stop, "stop"))
     if not rows or not all(rows):
         raise ValueError("a prompt needs at least one token")
-    if wrong := [t for row in rows for t in row if not 0 <= t < size]:
-        raise ValueError(f"id {wrong[0]} is out of range: ids are 0 to {size - 1}")
+    for row in rows:
+        _check_range(row, size)
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be at least 0, not {max_new_tokens}")
     return _steps(model, rows, max_new_tokens, ends, sampling)
@@ -321,8 +326,10 @@ def log_probabilities(model: GPT, ids: Sequence[int] | Tensor) -> Tensor:
     Book: 13_generation.html#how-likely-is-a-given-text
     """
     device = next(model.parameters()).device
-    ids = torch.tensor([_whole_numbers(ids, "a text")], device=device).long()  # (1, T)
-    check_ids(ids, model.config.vocab_size, model.config.context + 1)
+    size, text = model.config.vocab_size, _whole_numbers(ids, "a text")
+    _check_range(text, size)  # one beyond 64 bits fits no tensor
+    ids = torch.tensor([text], device=device).long()  # (1, T)
+    check_ids(ids, size, model.config.context + 1)
     with in_mode(model, training=False):
         logits = model(ids[:, :-1])[0]  # (T - 1, V)
     return log_softmax(logits.float()).gather(-1, ids[0, 1:, None])[:, 0]

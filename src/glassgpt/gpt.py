@@ -2,8 +2,9 @@
 """The GPT: token ids in, a score for every possible next token out."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +53,8 @@ class GPT(nn.Module):
     Book: 10_gpt.html#the-equation-and-the-model
     """
 
+    __call__: Callable[..., Tensor]  # model(ids), for type checkers
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = c = config
@@ -95,10 +98,6 @@ class GPT(nn.Module):
         room = self.config.context - (caches[0].length if caches else 0)
         check_ids(ids, self.config.vocab_size, room)
         return self.head(self.hidden_states(ids, caches=caches))
-
-    if TYPE_CHECKING:  # never run: tells tools that model(ids) is what forward returns
-
-        def __call__(self, ids: Tensor, caches: list[Any] | None = None) -> Tensor: ...
 
     @torch.no_grad()
     def initialize(self) -> None:
