@@ -12,13 +12,14 @@ lead of a few percent in a few rounds is noise. Writes benchmarks/hub.md.
 """
 
 import argparse
-import platform
 import statistics
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
 
 import torch
+from generation import processor
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
@@ -69,7 +70,7 @@ def main() -> None:
         pairs = zip(base, times, strict=True)
         ratio = statistics.median(one / other for one, other in pairs)
         lines.append(f"| {name} | {count / min(times):.1f} | {ratio:.2f} |")
-    head = f"Measured on {platform.processor() or platform.machine()}, "
+    head = f"Measured {date.today()} on {processor()}, "
     head += f"{asked.threads} threads, {count} tokens, {asked.rounds} rounds, torch "
     head += f"{torch.__version__}, transformers {version('transformers')}."
     table = "\n".join([head, "", *lines, ""])
