@@ -452,6 +452,32 @@ def test_a_disk_that_gets_full_leaves_the_older_model(tmp_path, monkeypatch):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+@pytest.mark.parametrize("moves", range(5))
+def test_a_kill_between_two_moves_mixes_no_models(tmp_path, moves):
+    """Of the same sizes: only the characters and the weights differ."""
+    letters = [chr(n) for n in range(40, 40 + CONFIG.vocab_size)]
+    older = random_gpt(), CharTokenizer(letters)
+    newer = random_gpt(seed=1), CharTokenizer(letters[::-1])
+    save(tmp_path, *older)
+    move, done = Path.replace, []
+
+    def move_or_die(path, target):
+        done.append(target)
+        if len(done) > moves:
+            raise KeyboardInterrupt
+        return move(path, target)
+
+    with suppress(KeyboardInterrupt), patch.object(Path, "replace", move_or_die):
+        save(tmp_path, *newer)
+    if moves < 4:
+        with pytest.raises((ValueError, FileNotFoundError), match="model.safetensors"):
+            load(tmp_path)
+        save(tmp_path, *newer)
+    model, tokenizer = load(tmp_path)
+    assert torch.equal(model(IDS), newer[0](IDS))
+    assert tokenizer.encode(letters[0]) == newer[1].encode(letters[0])
+
+
 def test_a_run_without_a_model_says_so(tmp_path):
     (tmp_path / "run.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match="without an evaluation: resume it, or"):

@@ -3,6 +3,7 @@
 
 """Models on disk, as safetensors and JSON, which other programs can read."""
 
+import filecmp
 import json
 import shutil
 from collections.abc import Iterator
@@ -104,10 +105,15 @@ def write_model(directory: Path, model: GPT, tokenizer: Tokenizer) -> None:
         write_json(new / "config.json", hub.config_to_json(model.config, ends))
         state = hub.to_theirs(model, hub.format_of(model.config))
         write_tensors(new / "model.safetensors", state)
-        for path in [*new.iterdir()]:
-            path.replace(directory / path.name)
+        weights = directory / "model.safetensors"
+        others = {path.name for path in new.iterdir()} - {weights.name}
+        same, *_ = filecmp.cmpfiles(new, directory, others, shallow=False)
+        if others - {*same}:  # a kill from here on leaves no mixture
+            weights.unlink(missing_ok=True)
         if "chat_template.jinja" not in parts:  # of an older model
             (directory / "chat_template.jinja").unlink(missing_ok=True)
+        for name in (*others, weights.name):
+            (new / name).replace(directory / name)
         flush(directory)
     finally:
         shutil.rmtree(new, ignore_errors=True)
