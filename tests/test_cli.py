@@ -997,6 +997,15 @@ def test_stopped_and_resumed_it_reaches_the_same_weights(
     assert equal(weights(tmp_path / "run"), weights(made / "run"))
 
 
+@pytest.mark.parametrize("command", [[], ["generate"]])
+def test_help_is_a_word_too(command, capsys):
+    shown = []
+    for words in (["help", *command], [*command, "--help"]):
+        assert glass(*words) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1] != ""
+
+
 COMMANDS = {kind.__name__.lower(): kind for kind in cli.COMMANDS}
 
 

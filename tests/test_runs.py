@@ -743,13 +743,13 @@ def test_a_stream_is_refused(tmp_path):
     assert not (tmp_path / "run" / "run.json").exists()
 
 
-def test_tokens_are_hashed_on_resuming_only(tmp_path):
-    with patch.object(TokenData, "verify") as verify:
-        data = write_tokens_of(tmp_path / "tokens")
-        cut(tmp_path / "run", 8, data=data)
-        assert verify.call_count == 0
-        resume(tmp_path / "run")
-        assert verify.call_count == 1
+def test_damaged_tokens_begin_no_run(tmp_path):
+    data = write_tokens_of(tmp_path / "tokens")
+    path = tmp_path / "tokens" / "train.bin"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(ValueError, match=r"train\.bin is damaged"):
+        start(tmp_path / "run", data=data)
+    assert not (tmp_path / "run" / "run.json").exists()
 
 
 def test_a_tokenizer_of_other_tokens_is_refused(tmp_path):
@@ -895,32 +895,34 @@ def only_a_cpu(name=None):
     ["model.safetensors", "optimizer-0.safetensors", "trainer.json", "hashes.json"],
 )
 def test_every_byte_of_a_checkpoint_counts(run, name):
-    before, last = checkpoints_in(run)
+    _, last = checkpoints_in(run)
     path = last / name
     whole = path.read_bytes()
     for place in range(0, len(whole), len(whole) // 8):
         changed = bytearray(whole)
         changed[place] ^= 1
         path.write_bytes(changed)
-        with pytest.raises(ValueError, match=f"delete it to go on from {before.name}"):
+        with pytest.raises(ValueError, match=f"{last.name} is damaged"):
             read_checkpoint(last)
     path.unlink()
-    with pytest.raises(ValueError, match=f"delete it to go on from {before.name}"):
-        resume(run)
+    with pytest.raises(ValueError, match=f"{last.name} is damaged"):
+        read_checkpoint(last)
 
 
-def test_a_damaged_checkpoint_is_deleted_and_the_one_before_works(run, whole):
+def test_a_damaged_checkpoint_is_passed_over_and_the_one_before_works(run, whole):
     before, last = checkpoints_in(run)
     (last / "trainer.json").write_bytes(b"")
-    with pytest.raises(ValueError, match=f"delete it to go on from {before.name}"):
+    said = []
+    assert torch.equal(weights(whole), weights(resume(run, say=said.append)))
+    assert said[0].startswith(f"going on from {before.name}; {last} is damaged: ")
+    assert len(said) == 1
+    for path in checkpoints_in(run):
+        read_checkpoint(path)  # the damaged one was written anew
+        (path / "trainer.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"damaged.*; .*damaged.*: start anew"):
         resume(run)
-    shutil.rmtree(last)
-    assert torch.equal(weights(whole), weights(resume(run)))
     for path in checkpoints_in(run)[:-1]:
         shutil.rmtree(path)
-    (checkpoints_in(run)[-1] / "trainer.json").unlink()
-    with pytest.raises(ValueError, match="start anew"):
-        resume(run)
     shutil.rmtree(checkpoints_in(run)[-1])
     with pytest.raises(FileNotFoundError, match="has lost its checkpoints: start anew"):
         resume(run)
@@ -1016,7 +1018,8 @@ def test_a_forged_file_is_refused(run, attack, monkeypatch):
     forge(checkpoints_in(run)[-1], name, content())
     highest_memory()
     before = highest_memory()
-    with pytest.raises(ValueError, match="is damaged, delete it to go on"):
+    shutil.rmtree(checkpoints_in(run)[0])
+    with pytest.raises((ValueError, FileNotFoundError), match="is damaged"):
         resume(run)
     assert not (run / "bomb").exists()
     assert highest_memory() - before < 50

@@ -644,6 +644,8 @@ def parse(words: Sequence[str]) -> Any:
     commands = {kind.__name__.lower(): kind for kind in COMMANDS}
     every = [Annotated[k, subcommand(description=text)] for k, text in about.items()]
     kind: Any = Union[tuple(every)]  # noqa: UP007
+    if [*words[:1]] == ["help"]:
+        words = [*words[1:2], "--help"]
     name, args = "glassgpt", words or ["--help"]
     if args[0] in commands:
         name, args, kind = f"glassgpt {args[0]}", args[1:], commands[args[0]]

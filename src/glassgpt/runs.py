@@ -9,7 +9,7 @@ import signal
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from shlex import quote
@@ -90,7 +90,7 @@ def write_checkpoint(run: Run) -> None:
     Book: 20_runs_that_survive.html#a-checkpoint
     """
     final = run.directory / f"checkpoint-{run.trainer.step:08d}"
-    # Only step 0 can be there already, of a start that was killed.
+    # It is there already where it is damaged, or a start was killed.
     _drop(run.directory, [final] if final.exists() else [])
     state = run.trainer.state_dict()
     del state["model"]  # it has a file of its own
@@ -105,13 +105,6 @@ def write_checkpoint(run: Run) -> None:
     _drop(run.directory, checkpoints_in(run.directory)[: -run.saving.keep])
 
 
-def _damaged(path: Path) -> AbstractContextManager[None]:
-    """Turn any error into a ValueError that says how to go on without a checkpoint."""
-    others = [p.name for p in checkpoints_in(path.parent) if p != path][-1:]
-    advice = f"delete it to go on from {others[0]}" if others else "start anew"
-    return blaming(path, f"is damaged, {advice}")
-
-
 def read_checkpoint(path: Path) -> tuple[GPT, Tokenizer, dict[str, Any]]:
     """The model, the tokenizer, and the rest of what a step changes.
 
@@ -119,7 +112,7 @@ def read_checkpoint(path: Path) -> tuple[GPT, Tokenizer, dict[str, Any]]:
 
     Book: 20_runs_that_survive.html#a-file-that-attacks
     """
-    with _damaged(path):
+    with blaming(path, "is damaged"):
         due = json.loads((path / "hashes.json").read_text("utf-8"))
         if not due.items() <= _hashes(path).items():
             raise ValueError("its files don't match their hashes")
@@ -135,6 +128,20 @@ def read_checkpoint(path: Path) -> tuple[GPT, Tokenizer, dict[str, Any]]:
     return model, tokenizer, state
 
 
+def _read_newest(
+    directory: Path,
+) -> tuple[Path, GPT, Tokenizer, dict[str, Any], list[str]]:
+    """The last checkpoint that is whole, and what is wrong with those after it."""
+    damaged: list[str] = []
+    for path in reversed(checkpoints_in(directory)):
+        try:
+            return path, *read_checkpoint(path), damaged
+        except ValueError as error:
+            damaged.append(str(error))
+    lost = "; ".join(damaged) or f"{directory} has lost its checkpoints"
+    raise FileNotFoundError(f"{lost}: start anew")
+
+
 def restore(trainer: Trainer, state: dict[str, Any], path: Path) -> None:
     """Bring a trainer, which has the model of a checkpoint, to its moment.
 
@@ -142,7 +149,7 @@ def restore(trainer: Trainer, state: dict[str, Any], path: Path) -> None:
 
     Book: 20_runs_that_survive.html#a-file-that-attacks
     """
-    with _damaged(path):
+    with blaming(path, "is damaged"):
         pairs = zip(trainer.optimizers, state["optimizers"], strict=True)
         for optimizer, saved in pairs:
             ours = [p.shape for g in optimizer.param_groups for p in g["params"]]
@@ -374,6 +381,7 @@ def start_run(
     run = Run(directory, make_trainer(plan, data, model), tokenizer, plan, saving)
     with locked(directory):
         refuse_occupied(directory)  # again, now that it is ours
+        data.verify()
         data = _on_disk(data, directory / "data", tokenizer)
         write_checkpoint(run)
         _write_run(run, data)  # now there is a run
@@ -393,8 +401,10 @@ def resume_run(
 
     data: where its tokens are now, if they moved. changes: `steps`, to extend it, or
     other values of `CHANGEABLE`. say: called with a line that says what is different.
-    Raises FileNotFoundError where there is no run, ValueError for a damaged one, other
-    tokens or a change of what must stay, and what `start_run` raises.
+    A damaged checkpoint is passed over: the one before leads to the same bits. Raises
+    FileNotFoundError where there is no run, or no checkpoint that is whole, ValueError
+    for a damaged one, other tokens or a change of what must stay, and what `start_run`
+    raises.
 
     Book: 20_runs_that_survive.html#one-run-in-a-folder
     """
@@ -407,16 +417,14 @@ def resume_run(
         kind = MuonConfig if "matrix_learning_rate" in now else TrainConfig
         training, machine, saving = (take(k, now) for k in (kind, Machine, Saving))
         tokens = _find_tokens(Path(data or place), fingerprint)
-        if not (found := checkpoints_in(directory)):
-            raise FileNotFoundError(f"{directory} has lost its checkpoints: start anew")
-        model, tokenizer, state = read_checkpoint(found[-1])
+        path, model, tokenizer, state, damaged = _read_newest(directory)
         plan = Plan(model.config, training, machine, math.nan)
         trainer = make_trainer(plan, tokens, model)
-        restore(trainer, state, found[-1])
+        restore(trainer, state, path)
         if (done := trainer.step) > (steps := training.steps):
             raise ValueError(f"steps can't be {steps}: {done} are done")
         run = Run(directory, trainer, tokenizer, plan, saving)
         _write_run(run, tokens)
         notes = [f"{k} {v} (was {before[k]})" for k, v in now.items() if v != before[k]]
-        say("; ".join([f"going on from {found[-1].name}", *notes]))
+        say("; ".join([f"going on from {path.name}", *damaged, *notes]))
         return _go_on(run, on_record, progress)
