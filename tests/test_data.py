@@ -9,6 +9,7 @@ import shutil
 import tempfile
 import tracemalloc
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -467,17 +468,52 @@ def test_every_byte_is_on_the_disk_before_the_folder_has_its_name(bpe, monkeypat
         assert flushed.get(status.st_ino) == status.st_size, path
 
 
+@contextmanager
+def peak_below(limit):
+    """What is allocated inside never takes more bytes than this at once."""
+    tracemalloc.start()
+    try:
+        yield
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < limit
+
+
 def test_memory_stays_bounded(monkeypatch):
     """Learning the characters and encoding; to hold the text would take 4 MB."""
     monkeypatch.setattr(module, "PIECE", 1 << 14)
     Path("text").write_text(TEXT * (4_000_000 // len(TEXT)))
-    tracemalloc.start()
-    pieces = (piece for each in read_documents("text") for piece in each.pieces())
-    data = tokenize("text", CharTokenizer.train(pieces), "out", progress=False)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
+    with peak_below(2_000_000):
+        pieces = (piece for each in read_documents("text") for piece in each.pieces())
+        data = tokenize("text", CharTokenizer.train(pieces), "out", progress=False)
     assert len(data.train) + len(data.validation) == 4_000_000
-    assert peak < 2_000_000
+
+
+@pytest.mark.parametrize("sign", ["x", "\u00e9", "\n", " "])
+def test_a_text_without_a_place_to_cut_is_not_held(sign):
+    """To hold it takes 8 MB to learn its characters, and 140 to encode it."""
+    Path("text").write_text(sign * 8_000_000, newline="")
+    (whole,) = read_documents("text")
+    with peak_below(8_000_000):
+        assert set(CharTokenizer.train(whole.pieces())._ids) == {sign}
+    with peak_below(60_000_000):
+        data = tokenize("text", CharTokenizer(sign), "out", progress=False)
+    assert data.train.characters + data.validation.characters == 8_000_000
+    assert not data.train.ids.any()
+
+
+def test_where_each_block_has_white_space_a_long_word_stays_whole():
+    """Only a block of a million bytes without any is cut by force."""
+    text = "".join(sign * 700_000 + " " for sign in "ab\u00e9") + "x" * 2_500_000
+    Path("text").write_bytes(text.encode())
+    pieces = list(document(Path("text")).pieces())
+    assert "".join(pieces) == text
+    words = [word for piece in pieces for word in split_words(piece)]
+    assert words[:3] == split_words(text)[:3]
+    assert set("".join(words[3:])) == {" ", "x"}
+    assert len(words) > 4  # cut by force
+    assert max(map(len, pieces)) < 2 * module.PIECE
 
 
 # Opening.

@@ -662,6 +662,10 @@ def test_what_has_no_gguf_is_refused(tokenizer, tmp_path):
     with pytest.raises(OSError, match="name a file"):
         write_gguf(tmp_path, random_model(BOTH[0]), tokenizer)
     assert not list(tmp_path.iterdir())
+    (tmp_path / "m").write_text("a diary")
+    with pytest.raises(FileExistsError, match="m is another file"):
+        write_gguf(tmp_path / "m", random_model(BOTH[0]), tokenizer)
+    assert (tmp_path / "m").read_text() == "a diary"
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), 1e5])

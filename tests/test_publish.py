@@ -13,7 +13,7 @@ import glassgpt
 from glassgpt.checks.publish import check_kept, check_page_min_p, check_size
 from glassgpt.generation import window_start
 from glassgpt.gpt import GPT, GPTConfig
-from glassgpt.publish import LARGEST, as_text, page_model, publish
+from glassgpt.publish import LARGEST, PAGE, as_text, page_model, publish
 from glassgpt.tokens import BPETokenizer, CharTokenizer
 
 ASK = "(question) => document.querySelector('glass-gpt').ask(...question)"
@@ -375,7 +375,8 @@ def test_what_a_page_cannot_run_is_refused_and_nothing_is_written(
 ):
     model, tokenizer = shakespeare
     path = tmp_path / "page.html"
-    path.write_text("mine", "utf-8")
+    mine = PAGE.partition("{")[0] + "an older page"
+    path.write_text(mine, "utf-8")
     modern = glassgpt.ModernGPT(glassgpt.ModernConfig(len(tokenizer), 8, 1, 2, 8))
     large = glassgpt.GPT(glassgpt.GPTConfig(len(tokenizer), 8, 12, 2, 512))
     assert large.parameter_count() * 4 / 3 > LARGEST
@@ -399,8 +400,20 @@ def test_what_a_page_cannot_run_is_refused_and_nothing_is_written(
         publish(small, letters, path, prompt="abd")
     with pytest.raises(ValueError, match="int8 or float32"):
         publish(model, tokenizer, path, weights="int4")
-    assert path.read_text("utf-8") == "mine"
+    assert path.read_text("utf-8") == mine
     assert [p.name for p in tmp_path.iterdir()] == ["page.html"]
+
+
+def test_another_file_is_not_written_over(shakespeare, tmp_path):
+    path = tmp_path / "page.html"
+    path.touch()  # as mktemp leaves it
+    publish(*shakespeare, path)
+    publish(*shakespeare, path, title="a newer page")
+    assert b"a newer page" in path.read_bytes()
+    path.write_text("<!doctype html>\n<title>a diary</title>")
+    with pytest.raises(FileExistsError, match="page.html is another file"):
+        publish(*shakespeare, path)
+    assert "a diary" in path.read_text()
 
 
 def test_no_text_can_end_the_script(tmp_path):

@@ -412,6 +412,7 @@ def test_optimizers_and_loss_come_from_outside():
     assert made.read_losses() == pytest.approx(loss.item())
     judged = 2 * evaluate(model, DATA.validation, CONFIG.evaluation_crops)
     assert made.evaluate()["validation_loss"] == pytest.approx(judged)
+    assert made.records[-1]["learning_rate"] == rate
     trainer(model, optimizers=[optimizer])  # its rate is known from before
     assert optimizer.param_groups[0]["initial_lr"] == 0.5
 

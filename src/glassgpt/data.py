@@ -159,7 +159,8 @@ class Tokens:
 PIECE = 1 << 20  # bytes read at a time
 
 # Up to the last white space that follows something else; `regex` decides what is which.
-_UP_TO_A_CUT = re.compile(r"(?s).*[\S\x1c-\x1f](?=[^\S\x1c-\x1f])")
+# Or all of it, where a block (a fourth of PIECE characters or more) has no such place.
+_UP_TO_A_CUT = re.compile(r"(?s).*[\S\x1c-\x1f](?=[^\S\x1c-\x1f])|.{262144,}")
 
 
 @dataclass(frozen=True)
@@ -179,10 +180,9 @@ class FileDocument(Document):
         for text in codecs.iterdecode(self._blocks(), "utf-8-sig"):
             if "\0" in text:
                 raise ValueError("it has a null byte")
-            last = max(len(rest) - 1, 0)  # a cut lies behind it, or in the new text
             rest += text
-            if cut := _UP_TO_A_CUT.match(rest, last):
-                yield rest[: cut.end()]
+            if cut := _UP_TO_A_CUT.match(rest):
+                yield cut[0]
                 rest = rest[cut.end() :]
         yield rest
 

@@ -79,3 +79,14 @@ def write_json(path: str | Path, content: Any) -> None:
     Book: 20_runs_that_survive.html#write-flush-rename
     """
     write_file(path, json.dumps(content, indent=1).encode())
+
+
+def refuse_other(path: str | Path, begins: bytes) -> None:
+    """Raise FileExistsError for a file that begins otherwise: it isn't ours.
+
+    Book: 20_runs_that_survive.html#write-flush-rename
+    """
+    if os.path.isfile(path):
+        with open(path, "rb") as file:
+            if file.read(len(begins)) not in (begins, b""):
+                raise FileExistsError(f"{path} is another file: choose a new name")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from glassgpt.chat import template_of, to_jinja
 from glassgpt.device import on_paper
-from glassgpt.files import all_or_nothing
+from glassgpt.files import all_or_nothing, refuse_other
 from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.modern import LLAMA_CHOICES, ModernConfig
 from glassgpt.tokens import _SYMBOLS, UNESCAPE, Tokenizer
@@ -638,10 +638,12 @@ def write_gguf(
     dtype: of the matrices, float16 or float32; vectors and the table of positions are
     float32. Raises ValueError for another dtype, for a model that is neither a GPT-2
     nor a Llama, for weights that are nan, infinite or too large for the dtype, and for
-    a tokenizer of characters or of a larger model.
+    a tokenizer of characters or of a larger model; FileExistsError for a file of
+    another kind.
 
     Book: 17_gpt2.html#gguf-export-for-laptops
     """
+    refuse_other(path, b"GGUF")
     config = model.config
     if dtype not in ("float16", "float32"):
         raise ValueError(f"dtype: float16 or float32, not {dtype!r}")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from glassgpt.chat import template_of
-from glassgpt.files import write_file
+from glassgpt.files import refuse_other, write_file
 from glassgpt.gpt import GPT
 from glassgpt.tokens import BPETokenizer, CharTokenizer, Tokenizer
 
@@ -175,10 +175,11 @@ def publish(
     there at the start. The file is written whole, or not at all.
     Raises ValueError for what a page can't run: another architecture than GPT-2's, a
     tokenizer of another package, a model too large, weights that are no numbers; and
-    OSError for a path that is no file's.
+    OSError for a path that is no file's, or that of a file which is no such page.
 
     Book: 19_publishing.html#one-file
     """
+    refuse_other(path, PAGE.partition("{")[0].encode())
     script = model_script(model, tokenizer, weights=weights, prompt=prompt)
     chats = chat_data(tokenizer) is not None
     choose = "Click on a bar to choose the next token (what followed is cut off), or"

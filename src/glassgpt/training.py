@@ -188,8 +188,8 @@ def check_fit(model: GPT, data: TokenData) -> None:
 class Trainer:
     """A run in progress: a model, its data, its optimizers, and how far it is.
 
-    optimizers: by default AdamW. loss: the mean loss of ids and targets (B, T), by
-    default `token_loss`. step: how many are done. records: one for each evaluation,
+    optimizers: by default AdamW. loss: the mean loss of ids and targets (B, T) in nats,
+    by default `token_loss`. step: how many are done. records: one for each evaluation,
     with step, validation_loss and train_loss (nats a token, the second the mean since
     the record before), nats_per_character where characters are known, learning_rate,
     tokens_per_second, and seconds of training so far.
@@ -284,7 +284,7 @@ class Trainer:
             before = self.records[-1]["seconds"] if self.records else 0.0
             tokens = len(self.recent) * c.batch_size * self.model.config.context
             record["train_loss"] = sum(self.recent) / len(self.recent)
-            record["learning_rate"] = c.learning_rate * rate_at(self.step - 1, c)
+            record["learning_rate"] = self.optimizers[-1].param_groups[0]["lr"]
             record["tokens_per_second"] = tokens / (self.seconds - before)
         self.records, self.recent = [*self.records, record], []
         return record
