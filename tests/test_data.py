@@ -975,3 +975,13 @@ def test_the_chapter_shows_the_record_of_plays_left_out():
     assert min(record["losses"], key=record["losses"].get) == "henry-vi-part-3"
     kin = record["kin"]["henry-vi-part-3"]
     assert {round(loss, 2) for loss in kin["without as many"]} == {1.33}
+
+
+def test_the_chapter_shows_the_record_of_near_copies():
+    book = Path(__file__).parents[1] / "book"
+    record = json.loads((book / "runs" / "held_out.json").read_text("utf-8"))
+    chapter = json.loads((book / "11_data.ipynb").read_text("utf-8"))
+    (cell,) = (cell for cell in chapter["cells"] if cell["id"] == "near-record")
+    shown: dict = {}
+    exec("".join(cell["source"]), shown)
+    assert {"gpt": shown["GPT"], "table": shown["TABLE"]} == record["near-copies"]
