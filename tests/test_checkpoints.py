@@ -490,6 +490,12 @@ def test_a_name_of_nothing_gets_a_hint():
         load("runs/mine")
 
 
+def test_a_name_hides_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save("shakespeare", random_gpt(), tokenizer_of())
+    assert load("shakespeare")[0].config == CONFIG
+
+
 def test_a_link_to_nothing_is_named(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "nothing")
     with pytest.raises(FileExistsError, match="File exists"):

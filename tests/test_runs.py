@@ -14,9 +14,11 @@ import subprocess
 import sys
 import textwrap
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
@@ -831,6 +833,46 @@ def test_saving_is_checked_before_anything_is_written(tmp_path, wrong):
         with pytest.raises(ValueError, match=f"{name} must be at least 1"):
             start(tmp_path / "run", **{name: wrong})
     assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_goes_when_a_newer_one_is_whole(tmp_path, monkeypatch):
+    """And what a kill left goes before: it would fill the disk."""
+    directory, there = tmp_path / "run", []
+    (directory / "checkpoint-00000009.partial").mkdir(parents=True)
+    write = runs.write_model
+
+    def counted(folder, *rest):
+        if folder.suffix == ".partial":
+            there.append([path.name for path in directory.glob("checkpoint-*")])
+        write(folder, *rest)
+
+    monkeypatch.setattr(runs, "write_model", counted)
+    start(directory, keep=1)
+    assert list(map(len, there)) == [0, *[1] * (len(there) - 1)]
+    assert len(there) > 2
+
+
+def test_a_name_is_gone_from_the_disk_before_what_it_named(tmp_path, monkeypatch):
+    done = []
+    flush, drop = runs.flush, shutil.rmtree
+    flushed = lambda path: (done.append("flush"), flush(path))  # noqa: E731
+    dropped = lambda path: (done.append("drop"), drop(path))  # noqa: E731
+    monkeypatch.setattr(runs, "flush", flushed)
+    monkeypatch.setattr(runs, "shutil", SimpleNamespace(rmtree=dropped))
+    start(tmp_path / "run", keep=1)
+    before = [one for one, two in pairwise(done) if two == "drop"]
+    assert before == ["flush"] * len(before) != []
+
+
+def test_a_run_that_is_stopped_before_an_evaluation_leaves_a_model(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(runs, "stop_signals", lambda: nullcontext([15]))
+    stopped = start(tmp_path / "run")
+    assert (stopped.stopped_by, stopped.trainer.step) == (15, 1)
+    model, _ = load(tmp_path / "run")
+    found = torch.nn.utils.parameters_to_vector(model.parameters())
+    assert torch.equal(found, weights(stopped))
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])

@@ -48,6 +48,14 @@ def test_a_light_layer_is_near_the_heavy_one(weights, packed, monkeypatch):
     assert torch.equal(LightLinear(zeros, weights)(torch.zeros(1, 4))[0], zeros.bias)
 
 
+def test_int8_rounds_the_vectors_too():
+    torch.manual_seed(0)
+    layer, x = torch.nn.Linear(33, 17), torch.randn(5, 33)
+    (w, w_scale), (v, v_scale) = round_rows(layer.weight.detach()), round_rows(x)
+    wanted = v.float() @ w.float().T * v_scale * w_scale.T + layer.bias
+    torch.testing.assert_close(LightLinear(layer, "int8")(x), wanted)
+
+
 @pytest.mark.parametrize("weights", LIGHT)
 def test_a_light_model_generates_but_has_no_state_dict(weights):
     model = _small_gpt().float()
