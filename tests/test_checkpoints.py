@@ -478,6 +478,24 @@ def test_a_kill_between_two_moves_mixes_no_models(tmp_path, moves):
     assert tokenizer.encode(letters[0]) == newer[1].encode(letters[0])
 
 
+@pytest.mark.parametrize("moves", range(5))
+def test_a_newer_model_of_the_same_kind_is_never_missing(tmp_path, moves):
+    """A run writes its best model again and again; others may read it meanwhile."""
+    models = [random_gpt(seed=seed) for seed in range(2)]
+    save(tmp_path, models[0], tokenizer_of())
+    move, left = Path.replace, iter(range(moves))
+
+    def move_or_die(path, target):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return move(path, target)
+
+    with suppress(KeyboardInterrupt), patch.object(Path, "replace", move_or_die):
+        save(tmp_path, models[1], tokenizer_of())
+    found = load(tmp_path)[0](IDS)
+    assert torch.equal(found, models[moves > 3](IDS))
+
+
 def test_a_run_without_a_model_says_so(tmp_path):
     (tmp_path / "run.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match="without an evaluation: resume it, or"):

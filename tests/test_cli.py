@@ -149,6 +149,8 @@ WRITE = ["generate", "run", "--prompt", "the", "--tokens", "3"]
 MISTAKES = {
     "empty text": (["train", "--data", "empty.txt", *NEW], "empty.txt has no text"),
     "texts twice": ([*MY, "--data", "my.txt"], "name all texts behind one --data"),
+    "an empty value": ([*MY, "--init-from", ""], "--init-from has an empty value"),
+    "an empty word": (["generate", ""], "a word has an empty value"),
     "missing text": (["train", "--data", "missing.txt", *NEW], "missing.txt"),
     "a text called as an option": (["train", "--data", "size.txt"], ": size.txt is"),
     "a folder called as an option": (["train", "--data", "keep"], ": keep has no text"),
@@ -1416,7 +1418,9 @@ def test_a_program_with_strict_types(tmp_path):
     with contextlib.chdir(tmp_path):
         found = api.run(words)[0]
     assert "error" not in found, found
-    told = re.findall(r'Revealed type is "(.*)"', found.replace("glassgpt.", ""))
+    told = re.findall(
+        r'Revealed type is "(.*)"', re.sub(r"glassgpt\.|builtins\.", "", found)
+    )
     for code, due, seen in zip(TYPES, TYPES.values(), told, strict=True):
         assert seen.endswith(due), code
 

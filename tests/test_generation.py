@@ -162,6 +162,7 @@ def test_the_options_are_the_fields_of_sampling():
         ([[1], []], 3, "at least one token"),
         (torch.zeros(0, dtype=torch.int64), 3, "at least one token"),
         ([11], 3, "11"),
+        ([[1], [11]], 3, "11"),
         ([-1], 3, "-1"),
         ([11] + [1] * 20, 3, "11"),  # even where the window doesn't reach
         (torch.tensor([0.5]), 3, "list of ids"),

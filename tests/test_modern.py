@@ -187,7 +187,7 @@ def test_each_choice_starts_fair(choices):
     [
         ({"positions": "absolute"}, "positions must be rotary or learned"),
         ({"norm": "batch"}, "norm must be rms or layer"),
-        ({"activation": "relu"}, "activation must be squared_relu or swiglu or gelu"),
+        ({"activation": "relu"}, "activation must be squared_relu, swiglu or gelu"),
         ({"rotary_base": math.nan}, "rotary_base must be positive and finite"),
         ({"norm_eps": -1e-5}, "norm_eps must be positive and finite"),
         ({"hidden": 0}, "hidden must be positive"),

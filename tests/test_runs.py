@@ -19,7 +19,7 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pytest
@@ -751,7 +751,7 @@ def test_damaged_tokens_begin_no_run(tmp_path):
     path.write_bytes(path.read_bytes()[:-1] + b"\x01")
     with pytest.raises(ValueError, match=r"train\.bin is damaged"):
         start(tmp_path / "run", data=data)
-    assert not (tmp_path / "run" / "run.json").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_tokenizer_of_other_tokens_is_refused(tmp_path):
@@ -967,6 +967,26 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_one_before_works(run, whole
         shutil.rmtree(path)
     shutil.rmtree(checkpoints_in(run)[-1])
     with pytest.raises(FileNotFoundError, match="has lost its checkpoints: start anew"):
+        resume(run)
+
+
+def test_a_damaged_checkpoint_is_none_of_those_to_keep(run, monkeypatch):
+    """Else a stop between the two would leave it alone."""
+    before, last = checkpoints_in(run)
+    (last / "trainer.json").write_bytes(b"")
+    monkeypatch.setattr(runs, "stop_signals", lambda: nullcontext([15]))
+    stopped = resume(run, keep=1)
+    (left,) = checkpoints_in(run)
+    assert before < left < last
+    assert read_checkpoint(left)[2]["step"] == stopped.trainer.step
+
+
+@pytest.mark.parametrize("error", [MemoryError, PermissionError])
+def test_a_checkpoint_that_cannot_be_read_now_is_not_passed_over(
+    run, error, monkeypatch
+):
+    monkeypatch.setattr(runs, "load", Mock(side_effect=error("no")))
+    with pytest.raises(error):
         resume(run)
 
 

@@ -413,6 +413,11 @@ def test_optimizers_and_loss_come_from_outside():
     judged = 2 * evaluate(model, DATA.validation, CONFIG.evaluation_crops)
     assert made.evaluate()["validation_loss"] == pytest.approx(judged)
     assert made.records[-1]["learning_rate"] == rate
+    other = trainer(gpt(PLAIN), optimizers=[optimizer, *make_optimizers(model, CONFIG)])
+    other.load_state_dict(other.state_dict())
+    other.take_step()
+    rate = CONFIG.learning_rate * rate_at(0, CONFIG)
+    assert other.evaluate()["learning_rate"] == rate  # of the last optimizer
     trainer(model, optimizers=[optimizer])  # its rate is known from before
     assert optimizer.param_groups[0]["initial_lr"] == 0.5
 

@@ -18,6 +18,7 @@ from dataclasses import Field, asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
 from functools import cache, partial
 from inspect import getdoc, getsource
+from itertools import pairwise
 from pathlib import Path
 from shlex import quote
 from typing import Annotated, Any, Literal, TypedDict, TypeVar, Union
@@ -655,6 +656,9 @@ def parse(words: Sequence[str]) -> Any:
         raise ValueError(f"{what} See glassgpt --help")
     if sum(word.partition("=")[0] == "--data" for word in args) > 1:
         raise ValueError("--data is there twice: name all texts behind one --data")
+    texts = ("--prompt", "--system", "--title")
+    if empty := [o for o, v in pairwise(["", *args]) if not v and o not in texts]:
+        raise ValueError(f"{empty[0] or 'a word'} has an empty value: leave it out")
     config = (tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName)
     how = {"prog": name, "description": about.get(kind, ABOUT), "config": config}
     try:

@@ -374,16 +374,14 @@ class Plan:
         """About how many bytes of tensors it will need at its peak.
 
         16 for every parameter (weight, gradient, AdamW's moments), 18 in 16 bits. For
-        every token what the blocks keep, 12 a logit, and 16 of the whole batch. With
-        recomputation one block's, and the 4 C that flow into each. Compiled programs
-        take less.
+        every token what the blocks keep, and 12 a logit. With recomputation one
+        block's, and the 4 C that flow into each. Compiled programs take less.
         """
         m, t, on = self.model, self.training, self.machine
         block, each = kept_by_block(m, on), 16 if on.precision == "float32" else 18
         kept = block + 4 * m.layers * m.width if on.recompute else m.layers * block
         tokens = -(-t.batch_size // t.accumulate) * m.context
-        batch = 16 * t.batch_size * m.context  # ids and targets
-        return each * count(m)[0] + tokens * (kept + 12 * m.vocab_size) + batch
+        return each * count(m)[0] + tokens * (kept + 12 * m.vocab_size)
 
     def trainer(
         self,

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any, Protocol, TypedDict, TypeVar, Unpack
+from typing import Any, TypedDict, TypeVar, Unpack
 
 import numpy as np
 import torch
@@ -259,20 +259,16 @@ def stream(
     return _steps(model, rows, max_new_tokens, ends, sampling)
 
 
-Row = TypeVar("Row", int, list[int], Sequence[int])  # of one prompt, or of several
-
-
-class _Array(Protocol[Row]):  # a tensor; nobody but its shape knows which
-    def tolist(self) -> list[Row]: ...
+_Row = TypeVar("_Row", int, list[int], Sequence[int])  # of one prompt, or of several
 
 
 def generate(
     model: GPT,
-    ids: Iterable[Row] | _Array[Row],
+    ids: Iterable[_Row],
     max_new_tokens: int,
     stop: Iterable[int] = (),
     **settings: Unpack[SamplingOptions],
-) -> list[Row]:
+) -> list[_Row]:
     """Continue a prompt, or several; return prompt and continuation as lists of ids.
 
     ids: one prompt, or a batch of prompts, as lists or tensors. stop: ids that end a

@@ -231,7 +231,7 @@ class ModernGPT(GPT):
     config: ModernConfig
 
     def __init__(self, config: ModernConfig):
-        nn.Module.__init__(self)
+        nn.Module.__init__(self)  # not GPT's, which would make its parts
         self.config = c = config
         self.tokens = Embedding(c.vocab_size, c.width)
         if c.positions == "learned":

@@ -139,6 +139,7 @@ PAGE = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="generator" content="Glass GPT">
 <title>{title}</title>
 <style>
 :root {{ color-scheme: light dark }}

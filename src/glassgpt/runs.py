@@ -102,7 +102,9 @@ def write_checkpoint(run: Run) -> None:
             write_tensors(partial / f"optimizer-{number}.safetensors", moments)
         write_json(partial / "trainer.json", state)
         write_json(partial / "hashes.json", _hashes(partial))
-    _drop(run.directory, checkpoints_in(run.directory)[: -run.saving.keep])
+    found = checkpoints_in(run.directory)
+    kept = [p for p in found if p <= final][-run.saving.keep :]  # later: damaged ones
+    _drop(run.directory, [p for p in found if p not in kept])
 
 
 def read_checkpoint(path: Path) -> tuple[GPT, Tokenizer, dict[str, Any]]:
@@ -137,6 +139,8 @@ def _read_newest(
         try:
             return path, *read_checkpoint(path), damaged
         except ValueError as error:
+            if isinstance(error.__cause__, MemoryError | PermissionError):
+                raise error.__cause__ from None  # it may be whole
             damaged.append(str(error))
     lost = "; ".join(damaged) or f"{directory} has lost its checkpoints"
     raise FileNotFoundError(f"{lost}: start anew")
@@ -378,10 +382,10 @@ def start_run(
         raise ValueError(f"the data has {sizes}: it is not the one that made them")
     if model is not None and model.config != plan.model:
         raise ValueError(f"the model has {model.config}, the plan {plan.model}")
+    data.verify()
     run = Run(directory, make_trainer(plan, data, model), tokenizer, plan, saving)
     with locked(directory):
         refuse_occupied(directory)  # again, now that it is ours
-        data.verify()
         data = _on_disk(data, directory / "data", tokenizer)
         write_checkpoint(run)
         _write_run(run, data)  # now there is a run
@@ -401,10 +405,10 @@ def resume_run(
 
     data: where its tokens are now, if they moved. changes: `steps`, to extend it, or
     other values of `CHANGEABLE`. say: called with a line that says what is different.
-    A damaged checkpoint is passed over: the one before leads to the same bits. Raises
-    FileNotFoundError where there is no run, or no checkpoint that is whole, ValueError
-    for a damaged one, other tokens or a change of what must stay, and what `start_run`
-    raises.
+    A damaged checkpoint is passed over: the one before leads to the same bits, if no
+    setting has changed since. Raises FileNotFoundError where there is no run, or no
+    checkpoint that is whole, ValueError for a damaged run.json, other or damaged tokens
+    or a change of what must stay, and what `start_run` raises.
 
     Book: 20_runs_that_survive.html#one-run-in-a-folder
     """

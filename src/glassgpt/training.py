@@ -70,14 +70,15 @@ def _check_settings(config: TrainConfig) -> None:
 
 
 def check_choices(config: Any) -> None:
-    """Raise ValueError unless each field that is a Literal has one of its values.
+    """Raise ValueError unless each field that is a Literal of texts has one of them.
 
     Book: 12_training.html#the-schedule
     """
     for field in fields(config):
         name, kind, value = field.name, field.type, getattr(config, field.name)
         if get_origin(kind) is Literal and value not in (known := get_args(kind)):
-            raise ValueError(f"{name} must be {' or '.join(known)}, not {value!r}")
+            choices = f"{', '.join(known[:-1])} or {known[-1]}"
+            raise ValueError(f"{name} must be {choices}, not {value!r}")
 
 
 def rate_at(step: int, config: TrainConfig) -> float:
@@ -191,8 +192,8 @@ class Trainer:
     optimizers: by default AdamW. loss: the mean loss of ids and targets (B, T) in nats,
     by default `token_loss`. step: how many are done. records: one for each evaluation,
     with step, validation_loss and train_loss (nats a token, the second the mean since
-    the record before), nats_per_character where characters are known, learning_rate,
-    tokens_per_second, and seconds of training so far.
+    the record before), nats_per_character where characters are known, learning_rate
+    (of the last optimizer), tokens_per_second, and seconds of training so far.
     Raises TypeError and ValueError for what can't be trained together.
 
     Book: 12_training.html#the-loop
@@ -284,7 +285,9 @@ class Trainer:
             before = self.records[-1]["seconds"] if self.records else 0.0
             tokens = len(self.recent) * c.batch_size * self.model.config.context
             record["train_loss"] = sum(self.recent) / len(self.recent)
-            record["learning_rate"] = self.optimizers[-1].param_groups[0]["lr"]
+            group = self.optimizers[-1].param_groups[0]
+            highest = group.get("initial_lr", group["lr"])
+            record["learning_rate"] = highest * rate_at(self.step - 1, c)
             record["tokens_per_second"] = tokens / (self.seconds - before)
         self.records, self.recent = [*self.records, record], []
         return record
