@@ -418,6 +418,12 @@ def test_optimizers_and_loss_come_from_outside():
     other.take_step()
     rate = CONFIG.learning_rate * rate_at(0, CONFIG)
     assert other.evaluate()["learning_rate"] == rate  # of the last optimizer
+    fresh = trainer(gpt(PLAIN), config=replace(CONFIG, warmup=3))
+    fresh.take_step()
+    after, state = trainer(gpt(PLAIN), config=fresh.config), fresh.state_dict()
+    after.load_state_dict(state)
+    rate = fresh.evaluate()["learning_rate"]
+    assert after.evaluate()["learning_rate"] == rate < CONFIG.learning_rate
     trainer(model, optimizers=[optimizer])  # its rate is known from before
     assert optimizer.param_groups[0]["initial_lr"] == 0.5
 

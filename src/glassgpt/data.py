@@ -159,7 +159,7 @@ class Tokens:
 PIECE = 1 << 20  # bytes read at a time
 
 # Up to the last white space that follows something else; `regex` decides what is which.
-# Or all of it, where a block has no such place; 262,144 characters are PIECE / 4.
+# Or all of it, where so many characters (PIECE / 4) have no such place.
 _UP_TO_A_CUT = re.compile(r"(?s).*[\S\x1c-\x1f](?=[^\S\x1c-\x1f])|.{262144,}")
 
 
