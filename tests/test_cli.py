@@ -150,7 +150,8 @@ MISTAKES = {
     "empty text": (["train", "--data", "empty.txt", *NEW], "empty.txt has no text"),
     "texts twice": ([*MY, "--data", "my.txt"], "name all texts behind one --data"),
     "an empty value": ([*MY, "--init-from", ""], "--init-from has an empty value"),
-    "an empty word": (["generate", ""], "a word has an empty value"),
+    "an empty value behind a sign": ([*MY, "--init-from="], "--init-from has an empty"),
+    "an empty word": (["generate", "run", ""], "a word has an empty value"),
     "missing text": (["train", "--data", "missing.txt", *NEW], "missing.txt"),
     "a text called as an option": (["train", "--data", "size.txt"], ": size.txt is"),
     "a folder called as an option": (["train", "--data", "keep"], ": keep has no text"),
@@ -997,6 +998,14 @@ def test_stopped_and_resumed_it_reaches_the_same_weights(
     assert "stopped after step 3: glassgpt resume" in capsys.readouterr().out
     assert glass("resume", tmp_path / "run") == 0
     assert equal(weights(tmp_path / "run"), weights(made / "run"))
+
+
+@pytest.mark.parametrize("option", ["--prompt", "--title", "--system"])
+def test_some_texts_may_be_empty(option):
+    command = {"--title": "publish", "--system": "chat"}.get(option, "generate")
+    for words in ([option, ""], [f"{option}="]):
+        made = cli.parse([command, "shakespeare", *words])
+        assert getattr(made, option.strip("-")) == ""
 
 
 @pytest.mark.parametrize("command", [[], ["generate"]])

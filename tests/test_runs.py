@@ -956,17 +956,16 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_one_before_works(run, whole
     (last / "trainer.json").write_bytes(b"")
     said = []
     assert torch.equal(weights(whole), weights(resume(run, say=said.append)))
-    assert said[0].startswith(f"going on from {before.name}; {last} is damaged: ")
-    assert len(said) == 1
+    assert said == [f"going on from {before.name}; {last.name} was damaged"]
     for path in checkpoints_in(run):
         read_checkpoint(path)  # the damaged one was written anew
         (path / "trainer.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"damaged.*; .*damaged.*: start anew"):
+    with pytest.raises(FileNotFoundError, match="has no whole checkpoint: start anew"):
         resume(run)
     for path in checkpoints_in(run)[:-1]:
         shutil.rmtree(path)
     shutil.rmtree(checkpoints_in(run)[-1])
-    with pytest.raises(FileNotFoundError, match="has lost its checkpoints: start anew"):
+    with pytest.raises(FileNotFoundError, match="has no whole checkpoint: start anew"):
         resume(run)
 
 
@@ -981,13 +980,25 @@ def test_a_damaged_checkpoint_is_none_of_those_to_keep(run, monkeypatch):
     assert read_checkpoint(left)[2]["step"] == stopped.trainer.step
 
 
-@pytest.mark.parametrize("error", [MemoryError, PermissionError])
+@pytest.mark.parametrize("error", [MemoryError, PermissionError, RuntimeError])
 def test_a_checkpoint_that_cannot_be_read_now_is_not_passed_over(
     run, error, monkeypatch
 ):
-    monkeypatch.setattr(runs, "load", Mock(side_effect=error("no")))
-    with pytest.raises(error):
+    before = checkpoints_in(run)
+    monkeypatch.setattr(checkpoints, "load_file", Mock(side_effect=error("no")))
+    with pytest.raises(ValueError, match=f"{before[-1].name} can't be used"):
         resume(run)
+    assert checkpoints_in(run) == before
+
+
+def test_an_older_checkpoint_stays_when_a_damaged_one_goes(run):
+    before, last = checkpoints_in(run)
+    (last / "trainer.json").write_bytes(b"")
+    resume(run, steps=18, checkpoint_every=6)
+    assert [path.name[-2:] for path in checkpoints_in(run)] == ["12", "18"]
+    (checkpoints_in(run)[-1] / "trainer.json").write_bytes(b"")
+    resume(run, steps=20, checkpoint_every=20)
+    assert [path.name[-2:] for path in checkpoints_in(run)] == ["12", "20"]
 
 
 def test_a_file_that_is_not_in_the_list_is_not_opened(run):
@@ -1081,7 +1092,9 @@ def test_a_forged_file_is_refused(run, attack, monkeypatch):
     highest_memory()
     before = highest_memory()
     shutil.rmtree(checkpoints_in(run)[0])
-    with pytest.raises((ValueError, FileNotFoundError), match="is damaged"):
+    with pytest.raises(
+        (ValueError, FileNotFoundError), match="can't be used|no whole checkpoint"
+    ):
         resume(run)
     assert not (run / "bomb").exists()
     assert highest_memory() - before < 50

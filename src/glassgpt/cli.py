@@ -657,8 +657,10 @@ def parse(words: Sequence[str]) -> Any:
     if sum(word.partition("=")[0] == "--data" for word in args) > 1:
         raise ValueError("--data is there twice: name all texts behind one --data")
     texts = ("--prompt", "--system", "--title")
-    if empty := [o for o, v in pairwise(["", *args]) if not v and o not in texts]:
-        raise ValueError(f"{empty[0] or 'a word'} has an empty value: leave it out")
+    apart = [x for w in args for x in (w.split("=", 1) if w[:2] == "--" else [w])]
+    if empty := [o for o, v in pairwise(["", *apart]) if not v and o not in texts]:
+        what = empty[0] if empty[0][:2] == "--" else "a word"
+        raise ValueError(f"{what} has an empty value: leave it out")
     config = (tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName)
     how = {"prog": name, "description": about.get(kind, ABOUT), "config": config}
     try:

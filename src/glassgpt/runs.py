@@ -90,7 +90,7 @@ def write_checkpoint(run: Run) -> None:
     Book: 20_runs_that_survive.html#a-checkpoint
     """
     final = run.directory / f"checkpoint-{run.trainer.step:08d}"
-    # It is there already where it is damaged, or a start was killed.
+    # Only step 0 can be there already, of a start that was killed.
     _drop(run.directory, [final] if final.exists() else [])
     state = run.trainer.state_dict()
     del state["model"]  # it has a file of its own
@@ -102,9 +102,16 @@ def write_checkpoint(run: Run) -> None:
             write_tensors(partial / f"optimizer-{number}.safetensors", moments)
         write_json(partial / "trainer.json", state)
         write_json(partial / "hashes.json", _hashes(partial))
-    found = checkpoints_in(run.directory)
-    kept = [p for p in found if p <= final][-run.saving.keep :]  # later: damaged ones
-    _drop(run.directory, [p for p in found if p not in kept])
+    _drop(run.directory, checkpoints_in(run.directory)[: -run.saving.keep])
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether the files of a checkpoint are those of its hashes."""
+    try:
+        due = json.loads((path / "hashes.json").read_text("utf-8"))
+        return due.items() <= _hashes(path).items()
+    except (FileNotFoundError, ValueError, AttributeError, TypeError, RecursionError):
+        return False
 
 
 def read_checkpoint(path: Path) -> tuple[GPT, Tokenizer, dict[str, Any]]:
@@ -114,10 +121,9 @@ def read_checkpoint(path: Path) -> tuple[GPT, Tokenizer, dict[str, Any]]:
 
     Book: 20_runs_that_survive.html#a-file-that-attacks
     """
-    with blaming(path, "is damaged"):
-        due = json.loads((path / "hashes.json").read_text("utf-8"))
-        if not due.items() <= _hashes(path).items():
-            raise ValueError("its files don't match their hashes")
+    if not _is_whole(path):
+        raise ValueError(f"{path} is damaged: its files don't match their hashes")
+    with blaming(path, "can't be used"):
         model, tokenizer = load(path)
         state = json.loads((path / "trainer.json").read_text("utf-8"))
         state["optimizers"] = []
@@ -130,22 +136,6 @@ def read_checkpoint(path: Path) -> tuple[GPT, Tokenizer, dict[str, Any]]:
     return model, tokenizer, state
 
 
-def _read_newest(
-    directory: Path,
-) -> tuple[Path, GPT, Tokenizer, dict[str, Any], list[str]]:
-    """The last checkpoint that is whole, and what is wrong with those after it."""
-    damaged: list[str] = []
-    for path in reversed(checkpoints_in(directory)):
-        try:
-            return path, *read_checkpoint(path), damaged
-        except ValueError as error:
-            if isinstance(error.__cause__, MemoryError | PermissionError):
-                raise error.__cause__ from None  # it may be whole
-            damaged.append(str(error))
-    lost = "; ".join(damaged) or f"{directory} has lost its checkpoints"
-    raise FileNotFoundError(f"{lost}: start anew")
-
-
 def restore(trainer: Trainer, state: dict[str, Any], path: Path) -> None:
     """Bring a trainer, which has the model of a checkpoint, to its moment.
 
@@ -153,7 +143,7 @@ def restore(trainer: Trainer, state: dict[str, Any], path: Path) -> None:
 
     Book: 20_runs_that_survive.html#a-file-that-attacks
     """
-    with blaming(path, "is damaged"):
+    with blaming(path, "can't be used"):
         pairs = zip(trainer.optimizers, state["optimizers"], strict=True)
         for optimizer, saved in pairs:
             ours = [p.shape for g in optimizer.param_groups for p in g["params"]]
@@ -421,14 +411,24 @@ def resume_run(
         kind = MuonConfig if "matrix_learning_rate" in now else TrainConfig
         training, machine, saving = (take(k, now) for k in (kind, Machine, Saving))
         tokens = _find_tokens(Path(data or place), fingerprint)
-        path, model, tokenizer, state, damaged = _read_newest(directory)
+        found, damaged = checkpoints_in(directory), []
+        while found and not _is_whole(found[-1]):
+            damaged.append(found.pop())
+        if not found:
+            raise FileNotFoundError(f"{directory} has no whole checkpoint: start anew")
+        model, tokenizer, state = read_checkpoint(found[-1])
         plan = Plan(model.config, training, machine, math.nan)
         trainer = make_trainer(plan, tokens, model)
-        restore(trainer, state, path)
+        restore(trainer, state, found[-1])
         if (done := trainer.step) > (steps := training.steps):
             raise ValueError(f"steps can't be {steps}: {done} are done")
         run = Run(directory, trainer, tokenizer, plan, saving)
         _write_run(run, tokens)
-        notes = [f"{k} {v} (was {before[k]})" for k, v in now.items() if v != before[k]]
-        say("; ".join([f"going on from {path.name}", *damaged, *notes]))
+        _drop(directory, damaged)
+        notes = [f"going on from {found[-1].name}"]
+        notes += [f"{path.name} was damaged" for path in damaged]
+        notes += [
+            f"{k} {v} (was {before[k]})" for k, v in now.items() if v != before[k]
+        ]
+        say("; ".join(notes))
         return _go_on(run, on_record, progress)
