@@ -1,6 +1,7 @@
 """What tests share: the built page, and a loud word when no browser was found."""
 
 import gc
+import json
 import os
 import signal
 import subprocess
@@ -96,3 +97,16 @@ def pytest_terminal_summary(terminalreporter):
             "No Chromium or Chrome was found, so the tests of the page and of the PDF "
             "were left out. Install one, or set GLASSGPT_BROWSER to its path."
         )
+
+
+@pytest.fixture
+def names_in():
+    """What the code of a cell names, by the file of its chapter and its id."""
+
+    def names(chapter, wanted, **names):
+        cells = json.loads((ROOT / "book" / chapter).read_text("utf-8"))["cells"]
+        (cell,) = (cell for cell in cells if cell["id"] == wanted)
+        exec("".join(cell["source"]), names)
+        return names
+
+    return names

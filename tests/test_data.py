@@ -963,13 +963,10 @@ def test_package_passes_its_checks():
     checks.check_nats_per_character(lambda loss, tokens, n: loss * tokens / n)
 
 
-def test_the_chapter_shows_the_record_of_plays_left_out():
+def test_the_chapter_shows_the_record_of_plays_left_out(names_in):
     book = Path(__file__).parents[1] / "book"
     record = json.loads((book / "runs" / "held_out.json").read_text("utf-8"))
-    chapter = json.loads((book / "11_data.ipynb").read_text("utf-8"))
-    (cell,) = (cell for cell in chapter["cells"] if cell["id"] == "spread-record")
-    shown: dict = {"counted": [1.5153]}
-    exec("".join(cell["source"]), shown)
+    shown = names_in("11_data.ipynb", "spread-record", counted=[1.5153])
     assert shown["LOSS"] == record["loss"]
     assert shown["CHANGE"] == record["k = 10"]
     assert min(record["losses"], key=record["losses"].get) == "henry-vi-part-3"
@@ -977,11 +974,8 @@ def test_the_chapter_shows_the_record_of_plays_left_out():
     assert {round(loss, 2) for loss in kin["without as many"]} == {1.33}
 
 
-def test_the_chapter_shows_the_record_of_near_copies():
+def test_the_chapter_shows_the_record_of_near_copies(names_in):
     book = Path(__file__).parents[1] / "book"
     record = json.loads((book / "runs" / "held_out.json").read_text("utf-8"))
-    chapter = json.loads((book / "11_data.ipynb").read_text("utf-8"))
-    (cell,) = (cell for cell in chapter["cells"] if cell["id"] == "near-record")
-    shown: dict = {}
-    exec("".join(cell["source"]), shown)
+    shown = names_in("11_data.ipynb", "near-record")
     assert {"gpt": shown["GPT"], "table": shown["TABLE"]} == record["near-copies"]

@@ -526,13 +526,10 @@ def test_a_wrong_answer_is_named(check, wrong, message):
         check(wrong)
 
 
-def test_the_chapter_shows_the_record_of_wrong_ports():
+def test_the_chapter_shows_the_record_of_wrong_ports(names_in):
     book = Path(__file__).parents[1] / "book"
     record = json.loads((book / "runs" / "port.json").read_text("utf-8"))
-    chapter = json.loads((book / "19_publishing.ipynb").read_text("utf-8"))
-    (cell,) = (cell for cell in chapter["cells"] if cell["id"] == "wrong-versions")
-    shown: dict = {}
-    exec("".join(cell["source"]), shown)
+    shown = names_in("19_publishing.ipynb", "wrong-versions")
     versions = record["versions"]
     right = versions.pop("right")
     assert list(versions) == list(shown["EDITS"])

@@ -765,7 +765,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # An option's name as it is typed: --batch-size, not batch_size.
         options = names(*KINDS, Sampling)
         known, long = ("|".join(o for o in options if part in o) for part in ("", "_"))
-        first = rf"^({known})(?= must | can't | is one of | \d)"
+        first = rf"^({known})(?= must | can't | \d)"
         pattern, said = rf"{first}|(?<!\S)({long})(?![\w./=])", str(error)
         if not isinstance(error, OSError):  # which begins with the name of a file
             said = re.sub(pattern, lambda name: _flags([name[0]]), said)

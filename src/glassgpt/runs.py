@@ -123,6 +123,11 @@ def read_checkpoint(path: Path) -> tuple[GPT, Tokenizer, dict[str, Any]]:
     """
     if not _is_whole(path):
         raise ValueError(f"{path} is damaged: its files don't match their hashes")
+    return _contents(path)
+
+
+def _contents(path: Path) -> tuple[GPT, Tokenizer, dict[str, Any]]:
+    """What `read_checkpoint` returns, of a checkpoint that is whole."""
     with blaming(path, "can't be used"):
         model, tokenizer = load(path)
         state = json.loads((path / "trainer.json").read_text("utf-8"))
@@ -416,7 +421,7 @@ def resume_run(
             damaged.append(found.pop())
         if not found:
             raise FileNotFoundError(f"{directory} has no whole checkpoint: start anew")
-        model, tokenizer, state = read_checkpoint(found[-1])
+        model, tokenizer, state = _contents(found[-1])
         plan = Plan(model.config, training, machine, math.nan)
         trainer = make_trainer(plan, tokens, model)
         restore(trainer, state, found[-1])
