@@ -11,13 +11,20 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from glassgpt.block import Block
+from glassgpt.attention import attention
+from glassgpt.block import Block, layer_norm
 from glassgpt.checks import gpt as checks
-from glassgpt.gpt import GPT, GPTConfig, check_ids
+from glassgpt.generation import KeyValueCache
+from glassgpt.gpt import GPT, GPTConfig, by_hand, check_ids
+from glassgpt.mlp import gelu
+from glassgpt.softmax import cross_entropy
 
 SIZES = {"vocab_size": 97, "context": 32, "layers": 3, "heads": 4, "width": 48}
 CONFIG = GPTConfig(**SIZES)
@@ -400,6 +407,132 @@ def test_dropout_acts_in_training_only():
     assert {block.attention.dropout for block in model.blocks} == {0.5}
     model.eval()
     assert torch.equal(model(ids), model(ids))
+
+
+# The same model, computed by the functions of the chapters.
+
+
+@st.composite
+def models_with_ids(draw):
+    """A model of any small sizes, its weights at random, and ids that it can read."""
+    sizes = st.integers(1, 8)
+    heads, context = draw(sizes), draw(sizes)
+    config = GPTConfig(
+        vocab_size=draw(st.integers(2, 20)),
+        context=context,
+        layers=draw(st.integers(1, 3)),
+        heads=heads,
+        width=heads * draw(st.integers(1, 5)),
+        tied=draw(st.booleans()),
+    )
+    model = random_model(config, seed=draw(st.integers(0, 1000)))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+    shape = draw(st.integers(1, 3)), draw(st.integers(1, context))
+    return model, torch.randint(config.vocab_size, shape, generator=generator)
+
+
+def gradients(model, ids):
+    cross_entropy(model(ids), ids).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@settings(deadline=None, max_examples=50)
+@given(models_with_ids(), st.integers(1, 8))
+def test_by_hand_is_the_same_model(drawn, piece):
+    model, ids = drawn
+    made, wanted = by_hand(model), model(ids)
+    close = {"atol": 1e-10, "rtol": 0}
+    torch.testing.assert_close(made(ids), wanted, **close)
+    torch.testing.assert_close(made.state_dict(), model.state_dict(), **close)
+    caches = [KeyValueCache(model.config.context) for _ in model.blocks]
+    pieces = [made(part, caches=caches) for part in ids.split(piece, dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), wanted, **close)
+    torch.testing.assert_close(gradients(made, ids), gradients(model, ids), **close)
+
+
+@torch.no_grad()
+def test_by_hand_takes_a_mask_as_the_model_does():
+    model, ids = random_model(), random_ids(3, 10)
+    padding = left_padding(torch.tensor([0, 3, 8]), 10)
+    wanted = logits_of(model, ids, *padding)
+    torch.testing.assert_close(logits_of(by_hand(model), ids, *padding), wanted)
+
+
+def test_by_hand_calls_none_of_the_kernels_that_it_replaces():
+    called = set()
+
+    class Listening(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            called.add(function)
+            return function(*args, **(kwargs or {}))
+
+    kernels = {F.scaled_dot_product_attention, F.gelu, F.layer_norm}
+    model, ids = random_model(), random_ids(1, 5)
+    with Listening():
+        model(ids)
+    assert kernels <= called
+    called.clear()
+    with Listening():
+        by_hand(model)(ids)
+    assert not kernels & called
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"attention": lambda q, k, v, mask: attention(q, k, v)},
+        {"attention": lambda q, k, v, mask: attention(2 * q, k, v, mask)},
+        {"gelu": F.gelu},
+        {"gelu": F.relu},
+        {"layer_norm": lambda x, weight, bias: layer_norm(x, weight, 0 * bias)},
+        {"layer_norm": lambda x, weight, bias: layer_norm(x, weight, bias, 1e-3)},
+    ],
+)
+@torch.no_grad()
+def test_by_hand_computes_with_what_it_is_given(wrong):
+    model, ids = random_model(), random_ids(2, 10)
+    assert (by_hand(model, **wrong)(ids) - model(ids)).abs().max() > 1e-6
+
+
+def test_by_hand_replaces_every_norm():
+    made = by_hand(random_model(), layer_norm=lambda x, weight, bias: 7 * x)
+    x = torch.randn(2, 48, dtype=torch.float64)
+    norms = [made.norm]
+    for block in made.blocks:
+        norms += [block.attention_norm, block.mlp_norm]
+    for norm in norms:
+        assert torch.equal(norm(x), 7 * x)
+
+
+def test_by_hand_learns_and_leaves_the_model_as_it_was():
+    torch.manual_seed(0)
+    model, ids = GPT(CONFIG), random_ids(4, 32)
+    before = copy.deepcopy(model.state_dict())
+    learner = by_hand(model)
+    assert is_tied(learner)
+    optimizer = torch.optim.AdamW(learner.parameters(), lr=0.01)
+    losses = []
+    for _ in range(30):
+        loss = cross_entropy(learner(ids[:, :-1]), ids[:, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] > math.log(97) - 0.2
+    assert losses[-1] < 0.5 * losses[0]
+    assert all(
+        torch.equal(value, before[name]) for name, value in model.state_dict().items()
+    )
+
+
+def test_by_hand_drops_in_training_only():
+    model, ids = GPT(replace(CONFIG, dropout=0.3)), random_ids(1, 8)
+    made = by_hand(model)
+    block = made.blocks[0].attention
+    x = torch.randn(1, 8, 48)
+    assert not torch.equal(block(x), block(x))
+    assert torch.equal(made.eval()(ids), made(ids))
+    torch.testing.assert_close(made(ids), model.eval()(ids))
 
 
 # The configuration.
@@ -845,6 +978,18 @@ def early_by_zeroing(model, ids, layers):
     return model(ids)
 
 
+def unmasked(queries, keys, values, mask):
+    return attention(queries, keys, values)
+
+
+def by_the_root(x, weight, bias):
+    return x / x.square().mean(-1, keepdim=True).sqrt() * weight + bias
+
+
+def detached(x):
+    return gelu(x.detach())
+
+
 def config_of(**values):
     values = {"vocab_size": 500, "context": 128, "heads": 2, "width": 64, **values}
     return lambda budget: GPTConfig(**values)
@@ -963,6 +1108,10 @@ WRONG = [
         lambda m, *a: early(m.requires_grad_(False), *a),
         "leave it as it is",
     ),
+    ("check_own_parts", lambda: (unmasked, gelu, layer_norm), "with your attention"),
+    ("check_own_parts", lambda: (attention, F.gelu, layer_norm), "with your GELU"),
+    ("check_own_parts", lambda: (attention, gelu, by_the_root), "your layer norm"),
+    ("check_own_parts", lambda: (attention, detached, layer_norm), "is something det"),
     ("check_budget", lambda budget: None, "return a GPTConfig"),
     ("check_budget", config_of(vocab_size=65), "vocab_size is 65"),
     ("check_budget", config_of(context=64), "context is 64"),

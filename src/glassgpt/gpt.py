@@ -3,14 +3,18 @@
 
 import math
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glassgpt.block import Block
+from glassgpt.attention import attention, causal_mask
+from glassgpt.block import Block, layer_norm
 from glassgpt.embeddings import Embedding
+from glassgpt.mlp import gelu
 
 
 @dataclass(frozen=True)
@@ -146,3 +150,57 @@ def check_ids(ids: Tensor, vocab_size: int, room: int) -> None:
     if lowest < 0 or highest >= vocab_size:
         wrong = lowest if lowest < 0 else highest
         raise ValueError(f"id {wrong} is out of range: ids are 0 to {vocab_size - 1}")
+
+
+class LayerNormByHand(nn.Module):
+    """The layer norm of `layer` (..., C), computed by a function like `layer_norm`.
+
+    Book: 10_gpt.html#a-gpt-of-our-own-functions
+    """
+
+    def __init__(self, layer: nn.LayerNorm, function: Callable[..., Tensor]):
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, self.weight, self.bias)
+
+
+def by_hand(
+    model: GPT,
+    attention: Callable[..., tuple[Tensor, Tensor]] = attention,
+    gelu: Callable[[Tensor], Tensor] = gelu,
+    layer_norm: Callable[..., Tensor] = layer_norm,
+) -> GPT:
+    """A copy of a model that computes with the functions given, by default the book's.
+
+    attention, gelu, layer_norm: called as those of chapters 6, 8 and 9. The copy has
+    the same weights under the same names, gives the same logits, and can be trained.
+
+    Book: 10_gpt.html#a-gpt-of-our-own-functions
+    """
+
+    def attend(
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        mask: Tensor | None = None,
+        dropout: float = 0.0,
+    ) -> Tensor:
+        T, S = queries.shape[-2], keys.shape[-2]
+        if mask is None:
+            mask = causal_mask(S, device=keys.device)[-T:]
+        contexts, weights = attention(queries, keys, values, mask)
+        if dropout > 0:
+            contexts = F.dropout(weights, dropout) @ values
+        return contexts
+
+    copy = deepcopy(model)
+    for block in copy.blocks:
+        block.attention_norm = LayerNormByHand(block.attention_norm, layer_norm)
+        block.attention.attend = attend
+        block.mlp_norm = LayerNormByHand(block.mlp_norm, layer_norm)
+        block.mlp.activation = gelu
+    copy.norm = LayerNormByHand(copy.norm, layer_norm)
+    return copy

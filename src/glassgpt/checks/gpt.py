@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glassgpt.gpt import GPT, GPTConfig
+from glassgpt.gpt import GPT, GPTConfig, by_hand
 
 _IMPOSSIBLE = [
     ({name: size}, f"{name} is a whole number from 1 up, not {size}")
@@ -328,6 +328,31 @@ def check_early_logits(early: Callable[[GPT, Tensor, int], Tensor]) -> None:
                 f"after {layers} blocks the logits are head(norm(stream)): were the"
                 " positions added, the blocks taken in order, and `head` asked?"
             )
+
+
+def check_own_parts(parts: Callable[[], tuple[Callable[..., Any], ...]]) -> None:
+    """A GPT of your own attention, GELU and layer norm gives GPT's logits, and learns.
+
+    parts: returns the three functions, called as `by_hand` calls them.
+
+    Book: 10_gpt.html#exercise-1-count-with-a-pencil
+    """
+    random = torch.Generator().manual_seed(0)
+    model = GPT(GPTConfig(11, 6, 2, 2, 8)).double().eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, 0.0, 0.3, generator=random)
+    ids = torch.randint(11, (2, 6), generator=random)
+    attention, gelu, layer_norm = parts()
+    made = {
+        "attention": by_hand(model, attention=attention),
+        "GELU": by_hand(model, gelu=gelu),
+        "layer norm": by_hand(model, layer_norm=layer_norm),
+    }
+    for name, own in made.items():
+        gap = (own(ids) - model(ids)).abs().max().item()
+        assert gap < 1e-8, f"with your {name} the logits differ by up to {gap:.2g}"
+        _check_gradients(own, model, ids)
+        model.zero_grad()
 
 
 def check_budget(choose: Callable[[float], GPTConfig]) -> None:
