@@ -28,7 +28,7 @@ def attention(
     queries: (..., T, D); keys: (..., S, D); values: (..., S, any width). Leading axes,
     such as B, broadcast. mask: bool, broadcasts to (..., T, S), True = may look.
     Returns the context (..., T, any width) and the weights (..., T, S). Each row of
-    weights sums to 1; a row that may look nowhere is all zeros, and so is its context.
+    weights sums to 1; every row must be allowed to look somewhere, or it gets nan.
     PyTorch raises its own errors for shapes that don't fit and masks that aren't bool.
     Source: Vaswani et al. (2017), equation 1.
 
