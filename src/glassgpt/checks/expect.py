@@ -45,8 +45,8 @@ def expect_same(
     assert found.shape == wanted.shape, f"the shape is {shapes}"
     assert found.dtype == wanted.dtype, f"{wanted.dtype} became {found.dtype}"
     for mistake, wrong in (mistakes or {}).items():
-        other = wrong(*given)
-        same = other.shape == wanted.shape and close(found, other)
+        other = wrong(*given).to(wanted.dtype)
+        same = other.shape == wanted.shape and torch.allclose(found, other, atol=1e-6)
         assert not same or close(other, wanted), mistake
     gap = (found - wanted).abs().nan_to_num(torch.inf)
     if gap.numel() > 0 and not close(found, wanted):
