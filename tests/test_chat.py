@@ -816,7 +816,7 @@ def test_a_long_talk_is_cut_with_a_word(folder, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("words", "text", "named"),
     [
-        (["--temperature", "0"], "", "temperature"),
+        (["--temperature", "inf"], "", "temperature"),
         ([], b"\xff\n", "utf-8"),
         ([], "tower " * 200, "shorten"),
     ],

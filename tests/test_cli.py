@@ -234,9 +234,9 @@ MISTAKES = {
     "tokens over a folder": (["tokenize", "--out", "run"], "exists already"),
     "resume nothing": (["resume", "new"], "new holds no run"),
     "resume a damaged run": (["resume", "damaged"], "run.json is damaged"),
-    "temperature 0": (
-        [*WRITE, "--temperature", "0"],
-        "glassgpt: --temperature must be positive",
+    "temperature inf": (
+        [*WRITE, "--temperature", "inf"],
+        "glassgpt: --temperature must be finite",
     ),
     "negative length": ([*WRITE, "--tokens", "-5"], "--tokens at least 0"),
     "no samples": ([*WRITE, "--samples", "0"], "--samples must be at least 1"),
@@ -837,7 +837,7 @@ def test_terminals_of_other_encodings(monkeypatch, process):
 
 
 def test_refused_settings_leave_nothing_on_the_screen(made, capsys):
-    assert glass("generate", made / "run", "--temperature", "0") == 2
+    assert glass("generate", made / "run", "--temperature", "inf") == 2
     assert capsys.readouterr().out == ""
 
 

@@ -7,7 +7,7 @@ import re
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Unpack
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glassgpt.data import Batch, TokenData, Tokens
-from glassgpt.generation import SamplingOptions, stream_text
+from glassgpt.generation import stream_text
 from glassgpt.gpt import GPT
 from glassgpt.tokens import UNESCAPE, BPETokenizer, CharTokenizer, Tokenizer
 from glassgpt.training import Loss, count_targets
@@ -120,12 +120,16 @@ def stream_answer(
     tokenizer: Any,
     conversation: Conversation,
     max_new_tokens: int = 200,
-    **settings: Unpack[SamplingOptions],
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
 ) -> Iterator[str]:
     """Answer the last turn of a conversation, in printable pieces as they come.
 
     An answer ends with the first special token, or where the context is full.
-    settings: those of `Sampling`. Raises ValueError for what `render` and `stream`
+    The settings: as in `Sampling`. Raises ValueError for what `render` and `stream`
     refuse, and where the conversation leaves no room.
 
     Book: 16_chat.html#talking
@@ -135,7 +139,17 @@ def stream_answer(
     if room < 1:
         raise ValueError(f"a talk of {len(ids)} tokens leaves no room for an answer")
     tokens = min(max_new_tokens, room)
-    return stream_text(model, tokenizer, ids, tokens, stop, **settings)
+    return stream_text(
+        model,
+        tokenizer,
+        ids,
+        tokens,
+        stop,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+    )
 
 
 END_OF_TEXT = "<|endoftext|>"  # between conversations

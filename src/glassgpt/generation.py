@@ -5,16 +5,15 @@ import codecs
 import math
 import operator
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any, TypedDict, TypeVar, Unpack
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from glassgpt.gpt import GPT, check_ids
+from glassgpt.gpt import GPT
 from glassgpt.softmax import log_softmax, softmax
 from glassgpt.training import in_mode
 
@@ -56,16 +55,15 @@ class Sampling:
     Book: 13_generation.html#the-order-of-the-filters
     """
 
-    temperature: float = 1.0  # below 1: more careful; above: bolder
+    temperature: float = 1.0  # 0: the likeliest; below 1: careful; above: bolder
     top_k: int | None = None  # draw from the k likeliest; 1: always the likeliest
     top_p: float | None = None  # draw from the likeliest whose shares reach p
     seed: int | None = None  # the same text every time
 
     def __post_init__(self) -> None:
         t, k, p, seed = self.temperature, self.top_k, self.top_p, self.seed
-        if not isinstance(t, Real) or not 0 < t < math.inf:
-            wanted = "positive and finite (for the likeliest token, top_k=1)"
-            raise ValueError(f"temperature must be {wanted}, not {t!r}")
+        if not isinstance(t, Real) or not 0 <= t < math.inf:
+            raise ValueError(f"temperature must be finite and not negative, not {t!r}")
         if k is not None and not (isinstance(k, Integral) and k >= 1):
             raise ValueError(f"top_k must be a whole number from 1 up, not {k!r}")
         if p is not None and not (isinstance(p, Real) and 0 < p <= 1):
@@ -91,7 +89,7 @@ def sample(
     highest, likeliest = logits.max(dim=-1)
     if not highest.isfinite().all():
         raise ValueError("the scores are not numbers: are the model's weights damaged?")
-    if sampling.top_k == 1:
+    if sampling.top_k == 1 or sampling.temperature == 0:
         return likeliest
     if sampling.top_k is not None:
         logits = keep_top_k(logits, sampling.top_k)
@@ -154,10 +152,10 @@ def pad_left(
     Book: 13_generation.html#several-prompts-at-once
     """
     longest = max(len(row) for row in rows)
-    ids = [[0] * (longest - len(row)) + list(row) for row in rows]
     padding = [longest - len(row) for row in rows]
+    padded = [[0] * count + list(row) for count, row in zip(padding, rows, strict=True)]
     starts = torch.tensor(padding, device=device) if any(padding) else None
-    return torch.tensor(ids, device=device), starts
+    return torch.tensor(padded, device=device), starts
 
 
 def _past_padding(starts: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
@@ -173,61 +171,77 @@ def _past_padding(starts: Tensor, first: int, count: int) -> tuple[Tensor, Tenso
     return positions, ((keys <= queries) & begun)[:, None]
 
 
-def _whole_numbers(ids: Iterable[Any], name: str) -> list[int]:
-    """Ids as a list of integers; ValueError where they are something else."""
+def _as_ids(prompt: Iterable[Any], vocab_size: int, room: int) -> list[int]:
+    """A prompt as a list of integers; ValueError for what a model can't read."""
     try:
-        return [operator.index(token) for token in ids]
+        ids = [operator.index(token) for token in prompt]
     except TypeError:
-        raise ValueError(f"{name} must be a list of ids, not {ids!r:.60}") from None
-
-
-def _check_range(ids: Iterable[int], size: int) -> None:
-    if wrong := [token for token in ids if not 0 <= token < size]:
-        raise ValueError(f"id {wrong[0]} is out of range: ids are 0 to {size - 1}")
+        raise ValueError(
+            f"a prompt must be a list of ids, not {prompt!r:.60}: "
+            "generate_text(model, tokenizer, text, ...) takes a text, "
+            "and tokenizer.encode(text) makes ids of it"
+        ) from None
+    if not ids:
+        raise ValueError("a prompt needs at least one token")
+    if len(ids) > room:
+        raise ValueError(
+            f"{len(ids)} tokens, but the context has room for {room}: "
+            "hand in the last ones, ids[-context:]"
+        )
+    for token in ids:
+        if not 0 <= token < vocab_size:
+            raise ValueError(
+                f"id {token} is out of range: ids are 0 to {vocab_size - 1}"
+            )
+    return ids
 
 
 @torch.inference_mode()
-def _steps(
-    model: GPT, rows: list[list[int]], count: int, ends: set[int], sampling: Sampling
+def _next_logits(
+    model: GPT, ids: Tensor, starts: Tensor | None, caches: list[KeyValueCache]
+) -> Tensor:
+    """Logits (B, V) of the token after ids (B, T), which follow what the caches hold.
+
+    starts: the columns where the rows begin, as of `pad_left`.
+    """
+    positions = mask = None
+    if starts is not None:
+        positions, mask = _past_padding(starts, caches[0].length, ids.shape[1])
+    hidden = model.hidden_states(ids, positions, mask, caches)
+    return model.head(hidden[:, -1])
+
+
+def _write(
+    model: GPT,
+    rows: list[list[int]],
+    max_new_tokens: int,
+    stop: set[int],
+    sampling: Sampling,
 ) -> Iterator[list[int | None]]:
-    """Append up to `count` tokens to each row, and yield them step by step."""
+    """Append tokens to each row, and yield them step by step."""
     context, device = model.config.context, next(model.parameters()).device
-    dice = torch.Generator(device)
-    dice.manual_seed(dice.seed() if sampling.seed is None else int(sampling.seed))
+    generator = torch.Generator(device)
+    seed = generator.seed() if sampling.seed is None else int(sampling.seed)
+    generator.manual_seed(seed)
     running = [True] * len(rows)
-    caches, starts, parts = [], None, list(model.modules())
-    for _ in range(count):
-        if caches and caches[0].length < context:
-            ids = torch.tensor([row[-1:] for row in rows], device=device)
-        else:
+    caches: list[KeyValueCache] = []
+    for _ in range(max_new_tokens):
+        if not caches or caches[0].length == context:  # prefill
             windows = [row[window_start(len(row), context) :] for row in rows]
             ids, starts = pad_left(windows, device)
             caches = [KeyValueCache(context) for _ in model.blocks]
-        positions = mask = None
-        if starts is not None:
-            positions, mask = _past_padding(starts, caches[0].length, ids.shape[1])
-        awake = any(part.training for part in parts)
-        with in_mode(model, training=False) if awake else nullcontext():
-            last = model.hidden_states(ids, positions, mask, caches)[:, -1]
-            new = sample(model.head(last), sampling, dice).tolist()
-        for row, token in enumerate(new):
-            rows[row].append(token)
-            running[row] &= token not in ends
+        else:  # decode
+            ids = torch.tensor([row[-1:] for row in rows], device=device)
+        logits = _next_logits(model, ids, starts, caches)
+        step: list[int | None] = []
+        for index, token in enumerate(sample(logits, sampling, generator).tolist()):
+            rows[index].append(token)
+            if token in stop:
+                running[index] = False
+            step.append(token if running[index] else None)
         if not any(running):
             return
-        yield [t if goes else None for t, goes in zip(new, running, strict=True)]
-
-
-class SamplingOptions(TypedDict, total=False):
-    """The fields of `Sampling`, each of which may be left out: for type checkers.
-
-    Book: 13_generation.html#the-loop
-    """
-
-    temperature: float
-    top_k: int | None
-    top_p: float | None
-    seed: int | None
+        yield step
 
 
 def stream(
@@ -235,28 +249,33 @@ def stream(
     prompts: Iterable[Sequence[int]],
     max_new_tokens: int,
     stop: Iterable[int] = (),
-    **settings: Unpack[SamplingOptions],
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
 ) -> Iterator[list[int | None]]:
     """Continue several prompts and yield the next id of each, step by step.
 
-    Prompts may differ in length; of one longer than the context the model sees the
-    end, see `window_start`. stop: ids that end a row; it yields None from there on.
-    settings: those of `Sampling`. Between two steps the model is in the mode in which
-    it was. Raises ValueError, at once, for an empty prompt, ids out of range, a
-    negative number of tokens, and settings that `Sampling` refuses.
+    Prompts may differ in length, and must fit into the context; a text that grows
+    beyond it goes on in a window, see `window_start`. stop: ids that end a row; it
+    yields None from there on. temperature, top_k, top_p, seed: as in `Sampling`.
+    The model is put into evaluation mode and left in it. Raises ValueError, at once,
+    for an empty or too long prompt, ids out of range, a negative number of tokens, and
+    settings that `Sampling` refuses.
 
     Book: 13_generation.html#the-loop
     """
-    sampling = Sampling(**settings)
-    rows = [_whole_numbers(prompt, "a prompt") for prompt in prompts]
-    size, ends = model.config.vocab_size, set(_whole_numbers(stop, "stop"))
-    if not rows or not all(rows):
-        raise ValueError("a prompt needs at least one token")
-    for row in rows:
-        _check_range(row, size)
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    size, context = model.config.vocab_size, model.config.context
+    rows = [_as_ids(prompt, size, context) for prompt in prompts]
+    if not rows:
+        raise ValueError("give one prompt at least")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be at least 0, not {max_new_tokens}")
-    return _steps(model, rows, max_new_tokens, ends, sampling)
+    stop_ids = {operator.index(token) for token in stop}
+    model.eval()
+    return _write(model, rows, max_new_tokens, stop_ids, sampling)
 
 
 _Row = TypeVar("_Row", int, list[int], Sequence[int])  # of one prompt, or of several
@@ -267,25 +286,41 @@ def generate(
     ids: Iterable[_Row],
     max_new_tokens: int,
     stop: Iterable[int] = (),
-    **settings: Unpack[SamplingOptions],
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
 ) -> list[_Row]:
     """Continue a prompt, or several; return prompt and continuation as lists of ids.
 
-    ids: one prompt, or a batch of prompts, as lists or tensors. stop: ids that end a
-    row; they are not returned. settings: temperature, top_k, top_p and seed, see
-    `Sampling`. Without a seed every call differs. Greedy (top_k=1) rows of a batch are
-    the same as alone, up to rounding. Raises ValueError as `stream`.
+    ids: one prompt, or a batch of prompts, as lists or tensors; of a text,
+    `generate_text`. stop: ids that end a row; they are not returned. temperature,
+    top_k, top_p, seed: as in `Sampling`. Without a seed every call differs. Greedy
+    (temperature=0) rows of a batch are the same as alone, up to rounding. The model
+    gets its mode back. Raises ValueError as `stream`.
 
     Book: 13_generation.html#the-loop
     """
-    prompts = list(ids)
-    single = not prompts or np.ndim(prompts[0]) == 0
-    prompts = [prompts] if single else prompts
-    rows = [_whole_numbers(prompt, "a prompt") for prompt in prompts]
-    for new in stream(model, rows, max_new_tokens, stop, **settings):
-        for row, token in zip(rows, new, strict=True):
-            if token is not None:
-                row.append(token)
+    prompts = list(ids) if isinstance(ids, Iterable) else [ids]
+    single = all(np.ndim(token) == 0 for token in prompts)
+    size, context = model.config.vocab_size, model.config.context
+    rows = [_as_ids(p, size, context) for p in ([prompts] if single else prompts)]
+    with in_mode(model, training=False):
+        steps = stream(
+            model,
+            rows,
+            max_new_tokens,
+            stop,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+        )
+        for step in steps:
+            for row, token in zip(rows, step, strict=True):
+                if token is not None:
+                    row.append(token)
     return rows[0] if single else rows
 
 
@@ -295,20 +330,73 @@ def stream_text(
     prompt: str | Sequence[int],
     max_new_tokens: int,
     stop: Iterable[int] = (),
-    **settings: Unpack[SamplingOptions],
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
 ) -> Iterator[str]:
     """Continue a text and yield printable pieces of what is new, as they come.
 
     prompt: a text, or its ids. Bytes that are part of a character are held back until
-    it is complete. tokenizer: one of this package. stop, settings and errors: as in
-    `generate`.
+    it is complete. tokenizer: one of this package. The rest, and errors: as in
+    `stream`.
 
     Book: 13_generation.html#text-as-it-comes
     """
+    if not hasattr(tokenizer, "decode_bytes"):
+        raise ValueError(
+            f"the second argument must be a tokenizer, not {tokenizer!r:.60}: "
+            "to go on from ids without a tokenizer, call generate(model, ids, ...)"
+        )
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-    steps = stream(model, [ids], max_new_tokens, stop, **settings)
-    parts = (tokenizer.decode_bytes(new) for new in steps)
+    steps = stream(
+        model,
+        [ids],
+        max_new_tokens,
+        stop,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+    )
+    parts = (tokenizer.decode_bytes(step) for step in steps)
     return codecs.iterdecode(parts, "utf-8", errors="replace")
+
+
+def generate_text(
+    model: GPT,
+    tokenizer: Any,
+    prompt: str,
+    max_new_tokens: int,
+    stop: Iterable[int] = (),
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+) -> str:
+    """Continue a text; return the prompt and what is new as one text.
+
+    stop: ids that end the text. temperature, top_k, top_p, seed: as in `Sampling`;
+    temperature=0 takes the likeliest token each time. The model gets its mode back.
+    Raises ValueError as `stream_text`.
+
+    Book: 13_generation.html#text-as-it-comes
+    """
+    with in_mode(model, training=False):
+        pieces = stream_text(
+            model,
+            tokenizer,
+            prompt,
+            max_new_tokens,
+            stop,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+        )
+        return prompt + "".join(pieces)
 
 
 @torch.inference_mode()
@@ -317,15 +405,15 @@ def log_probabilities(model: GPT, ids: Sequence[int] | Tensor) -> Tensor:
 
     ids: T tokens, at most one more than the context. The first number belongs to the
     second token, given the first; the sum is that of the whole text, given the first.
-    Raises ValueError for fewer than two ids and for what the model refuses.
+    Raises ValueError for fewer than two ids, for more than fit, and for ids out of
+    range.
 
     Book: 13_generation.html#how-likely-is-a-given-text
     """
-    device = next(model.parameters()).device
-    size, text = model.config.vocab_size, _whole_numbers(ids, "a text")
-    _check_range(text, size)  # one beyond 64 bits fits no tensor
-    ids = torch.tensor([text], device=device).long()  # (1, T)
-    check_ids(ids, size, model.config.context + 1)
+    text = _as_ids(ids, model.config.vocab_size, model.config.context + 1)
+    if len(text) < 2:
+        raise ValueError("a text needs two ids at least: the first one is given")
+    batch = torch.tensor([text], device=next(model.parameters()).device)  # (1, T)
     with in_mode(model, training=False):
-        logits = model(ids[:, :-1])[0]  # (T - 1, V)
-    return log_softmax(logits.float()).gather(-1, ids[0, 1:, None])[:, 0]
+        logits = model(batch[:, :-1])[0]  # (T - 1, V)
+    return log_softmax(logits.float()).gather(-1, batch[0, 1:, None])[:, 0]

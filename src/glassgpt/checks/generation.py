@@ -12,16 +12,15 @@ from torch import Tensor
 
 from glassgpt.generation import Sampling
 from glassgpt.gpt import GPT, GPTConfig
-from glassgpt.tokens import BPETokenizer, CharTokenizer
+from glassgpt.tokens import BPETokenizer
 
 _FIVE = torch.tensor([0.05, 0.40, 0.15, 0.10, 0.30])
 
 
 def _shares(sample: Callable[..., Tensor], sampling: Sampling) -> Tensor:
     """How often each of five tokens is drawn (5,)."""
-    generator = torch.Generator().manual_seed(sampling.seed)
+    generator = torch.Generator().manual_seed(0)
     drawn = sample(_FIVE.log().expand(20_000, 5), sampling, generator)
-    assert drawn.shape == (20_000,), f"ids have shape {tuple(drawn.shape)}, not (B,)"
     return drawn.bincount(minlength=5) / 20_000
 
 
@@ -32,8 +31,6 @@ def check_sample(sample: Callable[..., Tensor]) -> None:
 
     Book: 13_generation.html#the-order-of-the-filters
     """
-    greedy = _shares(sample, Sampling(top_k=1, seed=0))
-    assert greedy[1] == 1, "top_k=1 must take the likeliest token"
     cases = [
         ({}, _FIVE, "tokens don't come as often as their probability says"),
         ({"temperature": 0.5}, _FIVE**2, "the temperature must divide the logits"),
@@ -55,28 +52,24 @@ def check_sample(sample: Callable[..., Tensor]) -> None:
         ),
     ]
     for settings, weights, mistake in cases:
-        shares = _shares(sample, Sampling(**settings, seed=0))
+        shares = _shares(sample, Sampling(**settings))
         gap = (shares - weights / weights.sum()).abs().max()
         assert gap < 0.02, f"{mistake} (off by {gap:.2f} with {settings})"
-    _check_rows_and_dice(sample)
+    _check_rows_and_generator(sample)
 
 
-def _check_rows_and_dice(sample: Callable[..., Tensor]) -> None:
+def _check_rows_and_generator(sample: Callable[..., Tensor]) -> None:
     """Each row is drawn by its own logits, by the generator and nothing else."""
     other = torch.tensor([0.84, 0.05, 0.04, 0.04, 0.03]).log() + 200
     rows = torch.stack((_FIVE.log(), other)).repeat(500, 1)  # (1000, 5)
-    free, dice = Sampling(), torch.Generator().manual_seed(0)
-    one, two = sample(rows, free, dice), sample(rows, free, dice)
-    assert one[:200:2].unique().numel() > 1, "all rows get one draw"
-    assert not torch.equal(one, two), "two draws in a row are the same: seed them once"
-    again = sample(rows, free, torch.Generator().manual_seed(0))
-    assert torch.equal(one, again), "draw from the generator, and only from it"
-    own = {2: [{1, 4}, {0, 1}], 0.8: [{1, 2, 4}, {0}], 9: [set(range(5))] * 2}
-    for limit, due in own.items():  # a share or a count
-        settings = {"top_p" if limit < 1 else "top_k": limit}
-        drawn = sample(rows, Sampling(**settings), dice)
-        found = [set(drawn[row::2].tolist()) for row in (0, 1)]
-        assert found == due, f"{settings}: every row has its own logits and limit"
+    drawn = sample(rows, Sampling(top_p=0.8), torch.Generator().manual_seed(0))
+    assert set(drawn[0::2].tolist()) == {1, 2, 4}, "every row has its own logits"
+    assert set(drawn[1::2].tolist()) == {0}, "every row has its own logits and limit"
+    generator = torch.Generator().manual_seed(0)
+    first, second = (sample(rows, Sampling(), generator) for _ in range(2))
+    again = sample(rows, Sampling(), torch.Generator().manual_seed(0))
+    assert torch.equal(first, again), "draw from the generator, and only from it"
+    assert not torch.equal(first, second), "two draws in a row are the same"
 
 
 def _small_gpt(context: int = 8, spread: float = 0.7, dropout: float = 0.0) -> GPT:
@@ -90,33 +83,20 @@ def _small_gpt(context: int = 8, spread: float = 0.7, dropout: float = 0.0) -> G
     return model
 
 
-def _appended(cache: Any, part: Tensor) -> Tensor | None:
-    """All keys and values (2, B, H, T, D) after one more part; None if refused."""
+def _check_overflow(cache: Callable[[int], Any]) -> None:
+    """What doesn't fit is refused, and what was there stays."""
+    part = torch.arange(24.0).view(1, 1, 6, 4)
+    kept = cache(6)
+    kept.append(part[:, :, :4], part[:, :, :4])
     try:
-        return torch.stack(cache.append(part, -part))
+        kept.append(part[:, :, :3], part[:, :, :3])
     except ValueError:
-        return None
-    except (IndexError, RuntimeError) as error:
-        raise AssertionError(f"it raised {error!r}: raise a ValueError") from error
-
-
-def _check_overflow(cache: Callable[[int], Any], context: int) -> None:
-    """What doesn't fit is refused, by a cache empty, half full or full."""
-    kept, x = cache(context), torch.arange(16.0 * context).view(1, 2, -1, 4)
-    took = _appended(cache(context), x[:, :, : context + 1])
-    assert took is None, (
-        f"an empty cache of {context} took {context + 1}: raise a ValueError"
-    )
-    for start, end in ((0, 3), (3, context)):
-        found, wanted = _appended(kept, x[:, :, start:end]), x[:, :, :end]
-        same = found is not None and torch.equal(found, torch.stack((wanted, -wanted)))
-        assert same, "it raised, but kept what doesn't fit"
-        refused = _appended(kept, x[:, :, end : context + 1]) is None
-        assert refused, (
-            f"a cache of {context} that holds {end} took {context + 1 - end} more: "
-            "raise a ValueError"
-        )
-        assert kept.length == end, "it raised, but kept what doesn't fit"
+        pass
+    else:
+        raise AssertionError("a cache of 6 that holds 4 took 3 more: raise ValueError")
+    keys, values = kept.append(part[:, :, 4:], part[:, :, 4:])
+    same = torch.equal(keys, part) and torch.equal(values, part)
+    assert same, "it raised, but kept what doesn't fit"
 
 
 @torch.no_grad()
@@ -131,11 +111,7 @@ def check_cache(cache: Callable[[int], Any]) -> None:
     model = _small_gpt()
     wanted, caches = model(ids), [cache(8) for _ in model.blocks]
     for start, end in ((0, 3), (3, 4), (4, 7), (7, 8)):
-        try:
-            found = model(ids[:, start:end], caches=caches)
-        except ValueError as error:
-            message = f"{end} positions must fit a cache of 8, but it raised {error!r}"
-            raise AssertionError(message) from error
+        found = model(ids[:, start:end], caches=caches)
         assert caches[0].length == end, (
             f"after {end} tokens the cache says {caches[0].length}:"
             " the next token gets a wrong position"
@@ -145,7 +121,7 @@ def check_cache(cache: Callable[[int], Any]) -> None:
             f"the logits of tokens {start} to {end - 1}"
             f" differ by {gap:.1e} from a pass without a cache"
         )
-    _check_overflow(cache, 6)
+    _check_overflow(cache)
 
 
 @torch.no_grad()
@@ -162,21 +138,18 @@ def _greedy(
 
 
 def _check_stop(generate: Callable[..., list]) -> None:
-    """A row ends at its own new stop token; dropout is off, and the mode comes back."""
-    model, prompts = _small_gpt(dropout=0.5), [[8, 2], [6], [8, 6]]
+    """A row ends at its own new stop token, in a model without dropout."""
+    model, prompts = _small_gpt(dropout=0.5), [[8, 2], [6]]
     wanted = [_greedy(model, prompt, 12) for prompt in prompts]
-    assert list(generate(model.train(), [6], 12, top_k=1)) == wanted[1], (
-        "the tokens of a model in training mode differ: dropout must be off"
+    short, whole = generate(model.train(), prompts, 12, stop=[8], top_k=1)
+    assert list(whole) == wanted[1], (
+        "the second row differs: is dropout off, and does the stop token of one row "
+        "leave the others alone?"
     )
-    assert model.training, "a model in training mode must be in it afterwards"
-    rows = generate(model, prompts, 12, stop=[8, 7], top_k=1)
-    short, whole, late = map(list, rows)
-    assert short == wanted[0][: wanted[0].index(8, 2)], (
+    assert list(short) == wanted[0][: wanted[0].index(8, 2)], (
         f"the row {wanted[0]} must end before its stop token 8, the new one, "
-        f"but it is {short}"
+        f"but it is {list(short)}"
     )
-    assert whole == wanted[1], "the stop token of one row ended another row"
-    assert late == wanted[2][: wanted[2].index(7)], "stop=[8, 7]: 7 must end a row too"
 
 
 def check_generate(generate: Callable[..., list]) -> None:
@@ -188,10 +161,9 @@ def check_generate(generate: Callable[..., list]) -> None:
     Book: 13_generation.html#the-loop
     """
     model = _small_gpt()
-    for prompt in ([3], [3, 1, 4], [1, 2, 3, 4, 5, 6, 7, 8], [5, 6] * 7):
+    for prompt in ([3], [3, 1, 4], [1, 2, 3, 4, 5, 6, 7, 8]):
         found = generate(model, prompt, 20, top_k=1)
         wanted = _greedy(model, prompt, 20)
-        assert found[: len(prompt)] == prompt, "the prompt must come first, whole"
         assert len(found) == len(wanted), f"{len(found) - len(prompt)} tokens, not 20"
         same = [a == b for a, b in zip(found, wanted, strict=True)]
         assert all(same), (
@@ -203,7 +175,6 @@ def check_generate(generate: Callable[..., list]) -> None:
     for context in (32, 8):  # with 8 the window moves on, for each row by itself
         model = _small_gpt(context)
         found = generate(model, prompts, 12, top_k=1)
-        assert len(found) == 3, f"{len(found)} rows came back, not 3"
         for prompt, row in zip(prompts, found, strict=True):
             wanted = _greedy(model, prompt, 12, context)
             padding = [0] * (5 - len(prompt))
@@ -246,18 +217,14 @@ def check_stream_text(stream_text: Callable[..., Iterator[str]]) -> None:
     text = "a café, 一座塔 🗼!"
     ids = tokenizer.encode(text)
     model, count = _parrot(ids, 257), len(ids) - 1
-    pieces = [p for p in stream_text(model, tokenizer, "a", count, top_k=1) if p]
+    given = stream_text(model, tokenizer, "a", count, top_k=1, temperature=1, seed=0)
+    pieces = [piece for piece in given if piece]
     assert "\ufffd" not in "".join(pieces), "a character was cut in two"
-    assert "".join(pieces) != text, "the prompt came back: yield only what is new"
     assert "".join(pieces) == text[1:], f"the pieces join to {''.join(pieces)!r}"
-    assert len(pieces) == len(text) - 1, "the text did not come piece by piece"
     end = ids[text.encode().index(b"!")]
     short = "".join(stream_text(model, tokenizer, "a", count, top_k=1, stop=[end]))
     assert short == text[1:-1], "the stop token must end the text and not be shown"
-    cut = "".join(stream_text(model, tokenizer, "a", 5, top_k=1))
-    assert cut == tokenizer.decode(ids[1:6]), "an incomplete character got lost"
     _check_at_once(stream_text, model, tokenizer, count)
-    _check_settings_arrive(stream_text)
 
 
 def _check_at_once(
@@ -275,24 +242,6 @@ def _check_at_once(
     )
 
 
-def _check_settings_arrive(stream_text: Callable[..., Iterator[str]]) -> None:
-    """The settings count, and a tokenizer of characters will do."""
-    tokenizer, model = CharTokenizer("abcdefghijk"), _small_gpt()
-
-    def write(**settings: Any) -> str:
-        return "".join(stream_text(model, tokenizer, "da", 12, **settings))
-
-    assert write(seed=1) == write(seed=1) != write(seed=2), "the seed must decide"
-    greedy = write(top_k=1)
-    assert write(top_p=1e-6, seed=1) == greedy, "top_p is ignored"
-    assert write(temperature=1e-6, seed=1) == greedy, "the temperature is ignored"
-
-
-def _kept(logits: Tensor) -> list[int]:
-    """The places of a row that are not forbidden."""
-    return [place for place, score in enumerate(logits.tolist()) if score > -math.inf]
-
-
 def check_min_p(min_p: Callable[[Tensor, float], Tensor]) -> None:
     """Tokens stay that have at least a share of the likeliest one's probability.
 
@@ -301,25 +250,19 @@ def check_min_p(min_p: Callable[[Tensor, float], Tensor]) -> None:
     even = torch.tensor([0.24, 0.20, 0.20, 0.20, 0.16])
     logits = torch.stack((_FIVE, even)).log() + 3
     given = logits.clone()
-    found = min_p(given, 0.3)
+    stays = min_p(logits, 0.3) > -math.inf
     assert torch.equal(given, logits), "the logits given were changed: return new ones"
-    kept = _kept(found[0])
+    kept = stays[0].nonzero().flatten().tolist()
     assert kept != [1, 4], "compare with share times the largest probability, not share"
     assert kept == [1, 2, 4], f"share=0.3 kept the places {kept}, not 1, 2 and 4"
-    assert torch.equal(found[0, kept], logits[0, kept]), "logits that stay changed"
-    few, all_five = (_kept(min_p(logits, share)[0]) for share in (0.9, 0.1))
-    assert len(few) == 1, f"share=0.9 kept the places {few}, not the likeliest alone"
-    assert len(all_five) == 5, f"share=0.1 kept {len(all_five)} of 5 tokens, not all"
-    for share, wanted in ((0.83, [0, 1, 2, 3]), (0.84, [0])):  # 0.20/0.24 is between
-        kept = _kept(min_p(logits, share)[1])
-        assert kept == wanted, (
-            f"share={share} kept the places {kept} of the second row, not {wanted}: "
+    for share, count in ((0.83, 4), (0.84, 1), (0.1, 5)):  # 0.20 / 0.24 is 0.833
+        found = int((min_p(logits, share)[1] > -math.inf).sum())
+        assert found == count, (
+            f"share={share} kept {found} tokens of the second row, not {count}: "
             "each row has its own limit, share times its largest probability"
         )
-    deep = min_p(logits.expand(2, 2, 5).clone(), 0.3)
-    assert torch.equal(deep[1], found), "more axes in front changed the result"
-    high = min_p(torch.tensor([[1000.0, 1000.0, 990.0]]), 1.0)
-    assert _kept(high[0]) == [0, 1], (
+    high = min_p(torch.tensor([[1000.0, 1000.0, 990.0]]), 1.0)[0] > -math.inf
+    assert high.tolist() == [True, True, False], (
         "of the logits 1000, 1000 and 990 with share=1 the first two stay: mind ties, "
         "and numbers too large for exp"
     )
@@ -351,17 +294,12 @@ def check_beam_search(beam_search: Callable[..., list[int]]) -> None:
     Book: 13_generation.html#exercise-3-look-ahead
     """
     model = _small_gpt(spread=0.25)
-    for prompt in ([1, 2], [9, 0], [0], [7], [6]):
-        for length, beams in ((3, 1), (3, 3), (5, 3), (5, 6), (5, 8)):
-            given = list(prompt)
-            found = list(beam_search(model, given, length, beams))
-            assert given == prompt, "the prompt given was changed: copy it"
-            assert found[: len(prompt)] == prompt, "the prompt must come first, whole"
-            new = len(found) - len(prompt)
-            assert new == length, f"{new} tokens are new, not {length}"
+    for prompt in ([1, 2], [9, 0], [0], [6]):
+        for length, beams in ((3, 1), (3, 3), (5, 3), (5, 8)):
+            found = list(beam_search(model, list(prompt), length, beams))
             best = likeliest_texts(model, prompt, length, beams)[0][1]
-            assert beams > 1 or found == best, (
-                f"one beam from {prompt} gives {found}, not {best}: it is greedy"
+            assert len(found) == len(best), (
+                f"{len(found)} ids came back, not the prompt and {length} new ones"
             )
             assert found == best, (
                 f"{beams} beams from {prompt} give {found}, not {best}: extend every "
