@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glassgpt.block import Block
 from glassgpt.embeddings import Embedding
 from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.heads import fused_attention, merge_heads, split_heads
@@ -141,9 +140,6 @@ LLAMA_CHOICES: dict[str, Any] = {
 }
 
 
-_Mask = Tensor | None
-
-
 class ModernAttention(nn.Module):
     """`MultiHeadAttention` with the choices of a ModernConfig: (B, T, C) in and out.
 
@@ -156,21 +152,32 @@ class ModernAttention(nn.Module):
         super().__init__()
         self.config = c = config
         self.attend = fused_attention
-        shared = c.key_value_heads or c.heads
-        self.heads, self.parts = c.heads, (c.heads, shared, shared)
-        self.widths = [heads * (c.width // c.heads) for heads in self.parts]
+        head_width = c.width // c.heads
+        self.heads = c.heads
+        self.key_value_heads = c.key_value_heads or c.heads
+        shared = self.key_value_heads * head_width
+        self.widths = [c.width, shared, shared]  # of queries, keys and values
         self.qkv = nn.Linear(c.width, sum(self.widths), bias=c.bias)
         self.projection = nn.Linear(c.width, c.width, bias=c.bias)
 
     def forward(
-        self, x: Tensor, mask: _Mask = None, cache: Any = None, rotation: Any = None
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        cache: Any = None,
+        rotation: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        parts = self.qkv(x).split(self.widths, dim=-1)
-        queries, keys, values = map(split_heads, parts, self.parts)
+        queries, keys, values = self.qkv(x).split(self.widths, dim=-1)
+        queries = split_heads(queries, self.heads)
+        keys = split_heads(keys, self.key_value_heads)
+        values = split_heads(values, self.key_value_heads)
         if self.config.normalize_qk:
-            queries, keys = (F.rms_norm(p, p.shape[-1:]) for p in (queries, keys))
+            queries = F.rms_norm(queries, queries.shape[-1:])
+            keys = F.rms_norm(keys, keys.shape[-1:])
         if rotation is not None:
-            queries, keys = (apply_rotary(part, *rotation) for part in (queries, keys))
+            cos, sin = rotation
+            queries = apply_rotary(queries, cos, sin)
+            keys = apply_rotary(keys, cos, sin)
         if cache is not None:
             keys, values = cache.append(keys, values)
         dropout = self.config.dropout if self.training else 0.0
@@ -186,9 +193,14 @@ class ModernMLP(nn.Module):
 
     def __init__(self, config: ModernConfig):
         super().__init__()
-        c, gated = config, config.activation == "swiglu"
-        hidden = c.hidden or (8 * math.ceil(c.width / 3) if gated else 4 * c.width)
-        self.expand = nn.Linear(c.width, hidden * (1 + gated), bias=c.bias)
+        c = config
+        if c.activation == "swiglu":
+            hidden = c.hidden or 8 * math.ceil(c.width / 3)
+            expanded = 2 * hidden  # the gate, and what it lets through
+        else:
+            hidden = c.hidden or 4 * c.width
+            expanded = hidden
+        self.expand = nn.Linear(c.width, expanded, bias=c.bias)
         self.projection = nn.Linear(hidden, c.width, bias=c.bias)
         self.activation = _ACTIVATIONS[c.activation]
 
@@ -196,26 +208,33 @@ class ModernMLP(nn.Module):
         return self.projection(self.activation(self.expand(x)))
 
 
-def _norm(c: ModernConfig) -> nn.Module:
+def _make_norm(config: ModernConfig) -> nn.Module:
+    c = config
     if c.norm == "rms":
         return nn.RMSNorm(c.width, c.norm_eps, c.norm_weight)
     return nn.LayerNorm(c.width, c.norm_eps, c.norm_weight, c.bias)
 
 
-class ModernBlock(Block):
+class ModernBlock(nn.Module):
     """`Block` with the choices of a ModernConfig: (B, T, C) in and out.
 
     Book: 14_after_gpt2.html#the-parts
     """
 
     def __init__(self, config: ModernConfig):
-        nn.Module.__init__(self)
-        self.attention_norm, self.attention = _norm(config), ModernAttention(config)
-        self.mlp_norm, self.mlp = _norm(config), ModernMLP(config)
+        super().__init__()
+        self.attention_norm = _make_norm(config)
+        self.attention = ModernAttention(config)
+        self.mlp_norm = _make_norm(config)
+        self.mlp = ModernMLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, mask: _Mask = None, cache: Any = None, rotation: Any = None
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        cache: Any = None,
+        rotation: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         normal = self.attention_norm(x)
         x = x + self.dropout(self.attention(normal, mask, cache, rotation))
@@ -238,11 +257,12 @@ class ModernGPT(GPT):
             self.positions = Embedding(c.context, c.width)
         self.dropout = nn.Dropout(c.dropout)
         self.blocks = nn.ModuleList(ModernBlock(c) for _ in range(c.layers))
-        self.norm = _norm(c)
+        self.norm = _make_norm(c)
         self.head = nn.Linear(c.width, c.vocab_size, bias=False)
         if c.tied:
             self.head.weight = self.tokens.weight
-        self.tables: tuple[Tensor, ...] = ()  # no weights: 16 bits would round them
+        # Not weights: 16 bits would round them.
+        self.tables: tuple[Tensor, Tensor] | None = None
         self.initialize()
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
@@ -251,15 +271,16 @@ class ModernGPT(GPT):
             return super().embed(ids, positions)
         return self.dropout(self.tokens(ids))
 
-    def rotation(self, positions: Tensor) -> tuple[Tensor, ...] | None:
+    def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
         """The rotary tables of positions (..., T) for (B, H, T, D), or None."""
         c, device = self.config, positions.device
         if c.positions != "rotary":
             return None
-        if not self.tables or self.tables[0].device != device:
+        if self.tables is None or self.tables[0].device != device:
             whole = torch.arange(c.context, device=device)
             self.tables = rotary_tables(whole, c.width // c.heads, c.rotary_base)
-        return tuple(table[positions].unsqueeze(-3) for table in self.tables)
+        cos, sin = self.tables
+        return cos[positions].unsqueeze(-3), sin[positions].unsqueeze(-3)
 
     def hidden_states(
         self,
@@ -272,7 +293,8 @@ class ModernGPT(GPT):
         if positions is None:
             first = caches[0].length if caches else 0
             positions = torch.arange(first, first + ids.shape[1], device=ids.device)
-        x, rotation = self.embed(ids, positions), self.rotation(positions)
+        rotation = self.rotation(positions)
+        x = self.embed(ids, positions)
         for layer, block in enumerate(self.blocks):
             x = block(x, mask, caches[layer] if caches else None, rotation)
         return self.norm(x)
@@ -292,7 +314,9 @@ def build(config: GPTConfig) -> GPT:
 
     Book: 14_after_gpt2.html#the-model
     """
-    return ModernGPT(config) if isinstance(config, ModernConfig) else GPT(config)
+    if isinstance(config, ModernConfig):
+        return ModernGPT(config)
+    return GPT(config)
 
 
 def _quintic(square: Tensor) -> Tensor:
