@@ -788,6 +788,25 @@ def test_evaluate_gives_the_loss_of_every_token(made, tmp_path, capsys):
         assert float(printed[10][:-1]) == pytest.approx(math.exp(loss), rel=1e-3)
 
 
+def test_evaluate_reads_no_more_than_its_limit(made, tmp_path, capsys):
+    whole = (made / "my.txt").read_text("utf-8")
+    (tmp_path / "start.txt").write_text(whole[:50])
+    assert glass("evaluate", made / "run", tmp_path / "start.txt") == 0
+    start = capsys.readouterr().out
+    assert glass("evaluate", made / "run", made / "my.txt", "--limit", "50") == 0
+    assert capsys.readouterr().out == start
+    assert glass("evaluate", made / "run", made / "my.txt", "--limit", "1") == 2
+    assert "--limit must be at least 2" in capsys.readouterr().err
+
+
+def test_links_in_a_circle_are_a_sentence(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "circle").symlink_to("circle")
+    assert glass("train", "--data", "circle") == 2
+    assert capsys.readouterr().err.startswith("glassgpt: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["circle"]
+
+
 def test_generate_repeats_with_a_seed(made, capsys):
     words = ["generate", made / "run", "--prompt", "the cat", "--tokens", "30"]
     written = []

@@ -49,3 +49,24 @@ def test_checks_come_when_they_are_asked_for(loaded):
 def test_a_name_that_does_not_exist_is_named():
     with pytest.raises(AttributeError, match="glassgpt.*has no attribute 'chekcs'"):
         glassgpt.chekcs  # noqa: B018
+
+
+def test_importing_touches_no_signal_handler():
+    code = """
+import signal, sys
+sys.orig_argv = ["python", "-m glassgpt"]
+sys.argv[0] = "glassgpt"
+before = [signal.getsignal(number) for number in signal.valid_signals()]
+import glassgpt
+assert before == [signal.getsignal(number) for number in signal.valid_signals()]
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_dir_lists_the_names_that_a_program_needs():
+    shown = dir(glassgpt)
+    assert {"GPT", "KeyValueCache", "TokenData", "generate", "checks"} <= set(shown)
+    assert not {"sys", "Any", "import_module", "tokens", "runs"} & set(shown)
+    assert len(shown) < 60
+    assert all(hasattr(glassgpt, name) for name in shown)

@@ -7,17 +7,8 @@ Every line of this package comes from a chapter of the book of the same name, an
 docstring ends in the page and section that explain it.
 """
 
-import signal
-import sys
 from importlib import import_module
-from pathlib import Path
 from typing import Any
-
-# While PyTorch loads, Ctrl-C ends the command without a traceback.
-_line, _handler = " ".join(sys.orig_argv), signal.getsignal(signal.SIGINT)
-_command = Path(sys.argv[0]).stem == "glassgpt" or "-m glassgpt" in _line
-if _command and _handler is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from glassgpt.attention import attention, causal_mask
 from glassgpt.block import Block, layer_norm
@@ -34,6 +25,7 @@ from glassgpt.data import TokenData, tokenize, write_tokens
 from glassgpt.device import Machine, Plan, make_plan, pick_device
 from glassgpt.embeddings import Embedding, cosine_similarity, nearest_neighbors
 from glassgpt.generation import (
+    KeyValueCache,
     Sampling,
     generate,
     log_probabilities,
@@ -109,6 +101,7 @@ __all__ = [
     "Embedding",
     "cosine_similarity",
     "nearest_neighbors",
+    "KeyValueCache",
     "Sampling",
     "generate",
     "log_probabilities",
@@ -175,3 +168,43 @@ def __getattr__(name: str) -> Any:
     if name == "checks":
         return import_module("glassgpt.checks")
     raise AttributeError(f"module 'glassgpt' has no attribute {name!r}")
+
+
+# At home in their modules, as the rest of a chapter is; here for what imports them.
+_LESS_USED = {
+    "DDPTrainer",
+    "FSDPTrainer",
+    "ForeignTokenizer",
+    "Law",
+    "Machine",
+    "ParallelTrainer",
+    "ShardedOptimizerTrainer",
+    "StreamedTokens",
+    "apply_rotary",
+    "attribute",
+    "fit_law",
+    "fit_lens",
+    "gelu",
+    "induction_scores",
+    "keep_freed_memory",
+    "layer_norm",
+    "ledger",
+    "logit_lens",
+    "make_trainer",
+    "merge_heads",
+    "rotary_tables",
+    "run_processes",
+    "split_heads",
+    "squared_relu",
+    "team",
+    "trace",
+    "watch",
+    "without",
+    "write_card",
+    "write_tokens",
+}
+
+
+def __dir__() -> list[str]:
+    """The names that a program needs most, for `dir` and tab completion."""
+    return sorted({"__version__", "checks", *__all__} - _LESS_USED)

@@ -23,6 +23,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Annotated, Any, Literal, TypedDict, TypeVar, Union
 
+import torch
 import tyro
 from tqdm.auto import tqdm
 from tyro.conf import OmitArgPrefixes, Positional, subcommand
@@ -281,7 +282,8 @@ class Train(Text):
 
     def run(self) -> int:
         """Begin a run; with --resume go on with it, where there is one."""
-        name = re.sub(r"[^\w.-]", "", Path(*self.data[:1]).resolve().stem)
+        place = os.path.realpath(Path(*self.data[:1]))  # links in a circle, too
+        name = re.sub(r"[^\w.-]", "", Path(place).stem)
         out = Path(self.out or Path("runs", name or "run"))
         asked = {"data": [*self.data], **self.settings}
         others = ("tokenizer", "vocab_size", "skip", "init_from")
@@ -528,6 +530,28 @@ class Chat(Model):
         return said
 
 
+@torch.inference_mode()
+def summed_loss(model: GPT, ids: list[int]) -> float:
+    """The losses of all ids but the first, summed, in nats.
+
+    Windows of the model's context are computed as one batch; a shorter rest follows.
+
+    Book: 23_command_line.html#writing-and-measuring
+    """
+    device, context = next(model.parameters()).device, model.config.context
+    inputs = torch.tensor(ids[:-1], device=device)
+    targets = torch.tensor(ids[1:], device=device)
+    whole = len(inputs) // context * context
+    total = 0.0
+    for first, last in ((0, whole), (whole, len(inputs))):
+        if first < last:
+            rows = inputs[first:last].view(-1, min(context, last - first))
+            logits = model(rows).flatten(0, 1)
+            found = glassgpt.log_softmax(logits.float())
+            total -= found.gather(1, targets[first:last, None]).double().sum().item()
+    return total
+
+
 @dataclass(kw_only=True)
 class Evaluate(Model):
     """Measure how well a GPT predicts a text.
@@ -538,25 +562,47 @@ class Evaluate(Model):
     text: Positional[str]  # a file, a folder, or a pattern such as "*.txt"
     more: Positional[tuple[str, ...]] = ()  # more of them
     skip: Flag = False  # leave out what isn't text, and name it
+    limit: Maybe[int] = None  # read this many tokens at most; default: all
 
-    def run(self) -> None:
-        """Print the mean loss over the whole text, each token predicted once."""
-        model, tokenizer = self.load()
-        ids, characters, total = [], 0, 0.0
+    def read(self, tokenizer: Tokenizer) -> Iterator[tuple[list[int], int]]:
+        """Ids, piece by piece, and of how many characters they are."""
         end = tokenizer.special_tokens.get("<|endoftext|>")
         for document in read_documents(self.text, *self.more, skip=self.skip):
             for piece in document.pieces():
-                ids += tokenizer.encode(piece)
-                characters += len(piece)
-            ids += [] if end is None else [end]
-        if len(ids) < 2:
-            raise ValueError("a text of one token leaves nothing to predict")
-        for start in range(0, len(ids) - 1, model.config.context):
-            window = ids[start : start + model.config.context + 1]
-            total -= glassgpt.log_probabilities(model, window).sum().item()
-        loss, each = total / (len(ids) - 1), total / characters
+                yield tokenizer.encode(piece), len(piece)
+            if end is not None:
+                yield [end], 0
+
+    def run(self) -> None:
+        """Print the mean loss over the text, each token predicted once."""
+        if self.limit is not None and self.limit < 2:
+            raise ValueError(f"--limit must be at least 2, not {self.limit}")
+        model, tokenizer = self.load()
+        model.eval()
+        context, size = model.config.context, model.config.vocab_size
+        windows = max(1, min(32, 2**25 // (context * size)))  # logits: 128 MiB at most
+        step = windows * context
+        total, count, characters, waiting = 0.0, 0, 0, []
+        with tqdm(unit=" tokens", disable=not sys.stderr.isatty()) as bar:
+            for ids, length in self.read(tokenizer):
+                if self.limit is not None and count + len(ids) > self.limit:
+                    ids = ids[: self.limit - count]
+                    length = len(tokenizer.decode(ids))
+                count += len(ids)
+                characters += length
+                waiting += ids
+                while len(waiting) > step:
+                    total += summed_loss(model, waiting[: step + 1])
+                    del waiting[:step]  # the last one begins the next window
+                    bar.update(step)
+                if count == self.limit:
+                    break
+            if count < 2:
+                raise ValueError("a text of one token leaves nothing to predict")
+            total += summed_loss(model, waiting)
+        loss, each = total / (count - 1), total / characters
         said = f"loss {loss:.4f} nats a token, {each:.4f} nats a character, perplexity"
-        size = f"{len(ids):,} tokens, {characters:,} characters"
+        size = f"{count:,} tokens, {characters:,} characters"
         print(f"{said} {math.exp(loss):.2f}: {size}")
 
 
