@@ -907,30 +907,6 @@ def test_a_start_never_removes_the_tokens_of_another(made, tmp_path, monkeypatch
     assert hashes(data) == hashes(made / "run" / "data")
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
-@pytest.mark.parametrize(
-    ("library", "code", "quiet"),
-    [
-        ("torch", "import glassgpt", False),
-        ("torch", None, True),
-        ("tyro", None, True),
-    ],
-)
-def test_ctrl_c_while_the_libraries_load_is_quiet(tmp_path, library, code, quiet):
-    """In the command; a program of others keeps its traceback."""
-    (tmp_path / library).mkdir()
-    stop = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nNone\n"
-    (tmp_path / library / "__init__.py").write_text(stop)
-    places = [str(tmp_path), str(Path(glassgpt.__file__).parents[1])]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
-    command = [sys.executable, "-c", code] if code else [SCRIPT, "--version"]
-    done = subprocess.run(command, env=env, capture_output=True)
-    if quiet:
-        assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")
-    else:
-        assert b"KeyboardInterrupt" in done.stderr
-
-
 def test_a_program_that_calls_main_keeps_its_handlers():
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = [signal.getsignal(number) for number in numbers]
