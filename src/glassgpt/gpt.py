@@ -61,7 +61,13 @@ class GPT(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.config = c = config
+        self.config = config
+        self.make_parts()
+        self.initialize()
+
+    def make_parts(self) -> None:
+        """The modules of the model; another architecture makes others."""
+        c = self.config
         self.tokens = Embedding(c.vocab_size, c.width)
         self.positions = Embedding(c.context, c.width)
         self.dropout = nn.Dropout(c.dropout)
@@ -71,7 +77,6 @@ class GPT(nn.Module):
         self.head = nn.Linear(c.width, c.vocab_size, bias=False)
         if c.tied:
             self.head.weight = self.tokens.weight
-        self.initialize()
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         """What enters the first block, (B, T, C)."""

@@ -249,9 +249,9 @@ class ModernGPT(GPT):
 
     config: ModernConfig
 
-    def __init__(self, config: ModernConfig):
-        nn.Module.__init__(self)  # not GPT's, which would make its parts
-        self.config = c = config
+    def make_parts(self) -> None:
+        """The modules of the model, as its configuration chooses them."""
+        c = self.config
         self.tokens = Embedding(c.vocab_size, c.width)
         if c.positions == "learned":
             self.positions = Embedding(c.context, c.width)
@@ -263,7 +263,6 @@ class ModernGPT(GPT):
             self.head.weight = self.tokens.weight
         # Not weights: 16 bits would round them.
         self.tables: tuple[Tensor, Tensor] | None = None
-        self.initialize()
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         """What enters the first block, (B, T, C)."""
