@@ -28,12 +28,13 @@ from glassgpt.generation import (
     KeyValueCache,
     Sampling,
     generate,
+    generate_text,
     log_probabilities,
     sample,
     stream,
     stream_text,
 )
-from glassgpt.gpt import GPT, GPTConfig
+from glassgpt.gpt import GPT, GPTConfig, by_hand
 from glassgpt.heads import MultiHeadAttention, merge_heads, split_heads
 from glassgpt.hub import ForeignTokenizer, write_card, write_gguf
 from glassgpt.inspection import (
@@ -104,12 +105,14 @@ __all__ = [
     "KeyValueCache",
     "Sampling",
     "generate",
+    "generate_text",
     "log_probabilities",
     "sample",
     "stream",
     "stream_text",
     "GPT",
     "GPTConfig",
+    "by_hand",
     "MultiHeadAttention",
     "merge_heads",
     "split_heads",
