@@ -191,11 +191,12 @@ def test_nothing_is_wider_than_the_paper(paper, marked):
             assert inside, text.get_text_bounded(*text.get_rect(number))
 
 
-def test_solutions_stand_at_the_end_and_other_folded_code_nowhere(paper):
+def test_solutions_stand_at_the_end_and_of_a_check_its_name(paper):
     texts = text_of(paper)
     solution = [n for n, text in enumerate(texts) if "def solution_softmax" in text]
     heading = [n for n, text in enumerate(texts) if "\nSolutions\r" in text]
     assert heading[0] <= solution[0]
     assert len(solution) == 1
     assert any("\nHint\r" in text for text in texts)
-    assert not any("def check_softmax" in text or "Show the" in text for text in texts)
+    assert not any("def check_softmax" in text or "Show:" in text for text in texts)
+    assert any(re.search(r"check_softmax.*, \d+ lines, on the page", t) for t in texts)

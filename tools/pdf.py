@@ -5,7 +5,8 @@ alternative texts. It prints twice: the first time shows on which page each head
 then the contents get their numbers.
 
 On paper there is nothing to unfold. Hints stand open, solutions and answers move to the end of
-their chapter, and other folded code is left out: the page has it.
+their chapter. The whole program is printed; of the checks their names and lengths, since the page
+has them. Folded code that draws a figure is left out.
 """
 
 import copy
@@ -75,15 +76,26 @@ def keep_still(moving):
 
 
 def unfold(article, name):
-    """Open the hints, move solutions and answers to the end, leave other folded code out."""
+    """Print the program and the hints, move solutions and answers to the end.
+
+    Of a folded check its name and length are printed; other folded code, which draws, is left out.
+    """
     solutions = {}
     for folded in article("details"):
         code = "hide" in folded.get("class", [])
         cell = folded.find_parent("div", class_="cell")
         if code and "tag_hide-cell" not in cell["class"]:
-            folded.decompose()
-            if not cell.select_one("div.cell_output"):
-                cell.decompose()
+            if "tag_check" in cell["class"]:
+                label = folded.summary.get_text(strip=True).removeprefix("Hide: ")
+                label = label.split("Hide: ")[0].removeprefix("Show: ")
+                folded.replace_with(parse(f'<p class="enters">{label}, on the page</p>'))
+            elif "tag_export" in cell["class"]:
+                folded.summary.decompose()
+                folded.name, folded.attrs = "div", {}
+            else:
+                folded.decompose()
+                if not cell.select_one("div.cell_output"):
+                    cell.decompose()
         elif code or folded.summary.get_text(strip=True) == "Answers":
             section = folded.find_parent("section")
             solutions.setdefault(section["id"], (section, []))[1].append(folded)

@@ -47,3 +47,19 @@ for (const change of ["resize", "input", "toggle"]) addEventListener(change, ask
 addEventListener("click", ({ target }) => {
   if (target.closest("a")?.hash) target.closest("dialog")?.close();
 });
+
+// A page with folded code of the package has a button that opens all of it.
+const program = [...document.querySelectorAll("div.cell.tag_export details.hide")];
+if (program.length) {
+  const button = document.createElement("button");
+  const say = (open) => (button.textContent = open ? "Fold the code again" : "Open all code");
+  button.className = "glass-open-all";
+  button.type = "button";
+  button.onclick = () => {
+    const open = program.some((fold) => !fold.open);
+    program.forEach((fold) => (fold.open = open));
+    say(open);
+  };
+  say(false);
+  document.querySelector("article h1").after(button);
+}

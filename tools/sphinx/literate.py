@@ -3,7 +3,8 @@
 * The lines `#| export`, `#| default_exp` and `#@title` are left out of the page.
 * Citations, in a notebook links to the list of references, become citations of MyST, and links
   to sections, named as Jupyter names them, get MyST's names.
-* An exported cell gets a label, "enters glassgpt.attention", that links to the module.
+* An exported cell gets a label, "enters glassgpt.attention", that links to the module; where it
+  is folded, the fold names what is in it and how long it is.
 * The title of a chapter gets its number above it.
 * The reading time is followed by what the chapter takes to run, as tools/colab.py measured it.
 * The button Colab leads to the branch `colab`, whose chapters install the package of the page.
@@ -11,6 +12,7 @@
 * The directive `names` makes the index of every exported name.
 """
 
+import ast
 import codecs
 import importlib.util
 import json
@@ -60,6 +62,24 @@ def script_name(code):
     return ", ".join(panel for _, panel in names if panel) or names[-1][0]
 
 
+def fold_name(code):
+    """What a folded cell of Python holds and how long it is: "save, load, 44 lines"."""
+    body = ast.parse(code).body
+    definitions = (ast.FunctionDef, ast.ClassDef)
+    names = [node.name for node in body if isinstance(node, definitions)]
+    if not names:
+        assigned = [node.targets[0] for node in body if isinstance(node, ast.Assign)]
+        names = [target.id for target in assigned if isinstance(target, ast.Name)]
+    if not names:
+        names = ["imports"]
+    names.sort(key=lambda name: name.startswith("_"))  # public names first
+    shown = ", ".join(names[:3])
+    if len(names) > 3:
+        shown += f" and {len(names) - 3} more"
+    length = len(code.strip().splitlines())
+    return f"{shown}, {length} {'line' if length == 1 else 'lines'}"
+
+
 def read_notebook(app, docname, source):
     """Take the marker lines out of a notebook; remember in tags what they said."""
     if not str(app.env.doc2path(docname)).endswith(".ipynb"):
@@ -81,9 +101,11 @@ def read_notebook(app, docname, source):
                 tags.append("remove-cell")
             else:
                 if "hide-input" in tags:
-                    checks = (name or "").startswith("checks")
-                    folded = "the check" if checks else "the code"
-                tags += ["export", f"enters-{name or default}"]
+                    folded = fold_name(cell["source"])
+                module = name or default
+                tags += ["export", f"enters-{module}"]
+                if module.startswith("checks"):
+                    tags.append("check")
         elif script := SCRIPT.match(code):
             cell["source"] = "%%javascript\n" + code[script.end() :]
             folded = script_name(code) if "hide-input" in tags else None
