@@ -239,7 +239,8 @@ class Tokenizer:
             if differ := [part for part in _PARTS if saved[part] != ours[part]]:
                 raise ValueError(f"glassgpt writes {differ} differently")
         except Exception as error:  # whatever a broken file makes Python stumble over
-            raise ValueError(f"{path} is damaged or foreign: {error!r}") from error
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{path} is damaged or foreign: {reason}") from error
         if not isinstance(tokenizer, cls):
             raise ValueError(f"{path} holds a {type(tokenizer).__name__}")
         return tokenizer
