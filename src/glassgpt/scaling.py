@@ -143,11 +143,11 @@ class DDPTrainer(ParallelTrainer):
         self.loss = self.ddp = wrap(whole, gradient_as_bucket_view=True)  # no copy
 
     def parts(self, batch: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
-        *early, last = super().parts(batch)
-        for part in early:
-            with self.ddp.no_sync():  # while its loss and gradient are computed
-                yield part
-        yield last
+        parts = list(super().parts(batch))
+        for number, part in enumerate(parts):
+            is_last = number == len(parts) - 1
+            self.ddp.require_backward_grad_sync = is_last  # before its forward pass
+            yield part
 
     def backward(self, loss: Tensor) -> None:
         super().backward(loss * self.world)  # DDP divides by it
@@ -211,7 +211,8 @@ class _SlicesTrainer(ParallelTrainer):
         found = {}
         for name, tensor in tensors.items():
             whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-            found |= {} if self.rank else {name: whole.detach().cpu()}
+            if self.rank == 0:
+                found[name] = whole.detach().cpu()
         return found
 
     def state_dict(self) -> dict[str, Any]:
