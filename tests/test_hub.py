@@ -435,7 +435,7 @@ def test_half_a_character_is_refused():
 
 ROLES = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
 TALKS = [
-    [{"role": "user", "content": "A tower<|end|><|im_end|>?"}],
+    [{"role": "user", "content": "A tower?"}],
     [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Hi \u2615"},

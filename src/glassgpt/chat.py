@@ -3,7 +3,6 @@
 
 import copy
 import json
-import re
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from glassgpt.data import Batch, TokenData, Tokens
 from glassgpt.generation import stream_text
 from glassgpt.gpt import GPT
-from glassgpt.tokens import UNESCAPE, BPETokenizer, CharTokenizer, Tokenizer
+from glassgpt.tokens import BPETokenizer, CharTokenizer, Tokenizer
 from glassgpt.training import Loss, count_targets
 
 ROLES = ("system", "user", "assistant")
@@ -61,8 +60,10 @@ def template_of(tokenizer: Any) -> Template:
         return GLASS
     if {"<|im_start|>", CHATML.stop} <= known:
         return CHATML
-    advice = "give it roles with glassgpt.add_roles, and train it on conversations"
-    raise ValueError(f"this model knows no roles: {advice}")
+    raise ValueError(
+        "this model knows no roles: give it roles with glassgpt.add_roles, "
+        "and train it on conversations"
+    )
 
 
 Conversation = Sequence[Mapping[str, str]]  # turns {"role": ..., "content": ...}
@@ -83,18 +84,19 @@ def render(conversation: Conversation, tokenizer: Any, reply: bool = False) -> R
     ids: list[int] = []
     mask: list[bool] = []
 
-    def write(text: str, learn: bool, special: bool) -> None:
-        ids.extend(tokenizer.encode(text, allow_special=special))
-        mask.extend([learn] * (len(ids) - len(mask)))
+    def write(text: str, special: bool, learn: bool) -> None:
+        new = tokenizer.encode(text, allow_special=special)
+        ids.extend(new)
+        mask.extend([learn] * len(new))
 
     for role, content in _turns(conversation, template):
         answer = role == "assistant"
-        write(template.before[role], False, True)
-        write(content, answer, False)
-        write(template.stop, answer, True)
-        write(template.after, False, True)
+        write(template.before[role], special=True, learn=False)
+        write(content, special=False, learn=answer)
+        write(template.stop, special=True, learn=answer)
+        write(template.after, special=True, learn=False)
     if reply:
-        write(template.before["assistant"], False, True)
+        write(template.before["assistant"], special=True, learn=False)
     return ids, mask
 
 
@@ -106,8 +108,10 @@ def _turns(conversation: Conversation, template: Template) -> list[tuple[str, st
             case {"role": str(role), "content": str(content)} if role in ROLES:
                 turns.append((role, content))
             case _:
-                due = f'{{"role": {" or ".join(ROLES)}, "content": text}}'
-                raise ValueError(f"a turn is {due}, not {turn!r:.80}")
+                raise ValueError(
+                    'a turn is {"role": "system", "user" or "assistant", '
+                    f'"content": text}}, not {turn!r:.80}'
+                )
     if not turns:
         raise ValueError("a conversation needs at least one turn")
     if template.default_system is not None and turns[0][0] != "system":
@@ -135,21 +139,47 @@ def stream_answer(
     Book: 16_chat.html#talking
     """
     ids, _ = render(conversation, tokenizer, reply=True)
-    room, stop = model.config.context - len(ids), tokenizer.special_tokens.values()
+    room = model.config.context - len(ids)
     if room < 1:
         raise ValueError(f"a talk of {len(ids)} tokens leaves no room for an answer")
-    tokens = min(max_new_tokens, room)
+    max_new_tokens = min(max_new_tokens, room)
+    stop = tokenizer.special_tokens.values()
     return stream_text(
         model,
         tokenizer,
         ids,
-        tokens,
+        max_new_tokens,
         stop,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
         seed=seed,
     )
+
+
+def fit_history(
+    conversation: Conversation, tokenizer: Any, room: int
+) -> list[Mapping[str, str]]:
+    """A conversation without its oldest turns, so that it takes at most `room` tokens.
+
+    Each question goes with its answer. A system line at the beginning stays, and so
+    does the last question. Raises ValueError where that isn't enough, and for what
+    `render` refuses.
+
+    Book: 16_chat.html#talking
+    """
+    turns = list(conversation)
+    oldest = 1 if turns and turns[0]["role"] == "system" else 0
+    while True:
+        ids, _ = render(turns, tokenizer, reply=True)
+        if len(ids) <= room:
+            return turns
+        if len(turns) - oldest < 3:  # nothing but the last question
+            raise ValueError(
+                f"the last message (system line included) takes {len(ids)} tokens, "
+                f"more than the {room} there are: shorten it"
+            )
+        del turns[oldest : oldest + 2]
 
 
 END_OF_TEXT = "<|endoftext|>"  # between conversations
@@ -165,16 +195,18 @@ def add_roles(model: GPT, tokenizer: Tokenizer) -> tuple[GPT, Tokenizer]:
 
     Book: 16_chat.html#new-rows-in-the-table
     """
-    due = [END_OF_TEXT, *GLASS.before.values(), GLASS.stop]
-    names = dict.fromkeys([*tokenizer.special_tokens, *due])  # each once
-    known = tokenizer.vocab_size
+    roles = [END_OF_TEXT, *GLASS.before.values(), GLASS.stop]
+    names = dict.fromkeys([*tokenizer.special_tokens, *roles])  # each once, in order
+    larger: Tokenizer
     if isinstance(tokenizer, BPETokenizer):
-        larger: Tokenizer = BPETokenizer(tokenizer.merges, names)
+        larger = BPETokenizer(tokenizer.merges, names)
     elif isinstance(tokenizer, CharTokenizer):
         larger = CharTokenizer(tokenizer._symbols, names)
     else:
         raise ValueError(f"a {type(tokenizer).__name__} can't gain special tokens")
-    model, size = copy.deepcopy(model), max(larger.vocab_size, model.config.vocab_size)
+    known = tokenizer.vocab_size
+    size = max(larger.vocab_size, model.config.vocab_size)
+    model = copy.deepcopy(model)
     tables: list[Any] = [model.tokens, model.head]
     for layer in tables:
         rows = layer.weight.detach()[:known]
@@ -182,7 +214,8 @@ def add_roles(model: GPT, tokenizer: Tokenizer) -> tuple[GPT, Tokenizer]:
         layer.weight = nn.Parameter(torch.cat((rows, new)))
     if model.config.tied:
         model.head.weight = model.tokens.weight
-    model.config, model.head.out_features = replace(model.config, vocab_size=size), size
+    model.head.out_features = size
+    model.config = replace(model.config, vocab_size=size)
     return model, larger
 
 
@@ -203,7 +236,8 @@ def pack(conversations: Iterable[Rendered], context: int, separator: int) -> Bat
     def room(row: list[tuple[int, int]]) -> int:
         return context - len(row)
 
-    end, pieces = (separator, IGNORED), []
+    end = (separator, IGNORED)
+    pieces = []
     for ids, mask in conversations:
         pairs = [
             (token, target if learn else IGNORED)
@@ -216,9 +250,9 @@ def pack(conversations: Iterable[Rendered], context: int, separator: int) -> Bat
         place = bisect_left(rows, len(piece), key=room)
         row = rows.pop(place) if place < len(rows) else []
         insort(rows, row + piece, key=room)
-    table = torch.tensor([row + [end] * room(row) for row in rows], dtype=torch.long)
-    inputs, targets = table.view(len(rows), context, 2).unbind(-1)
-    return inputs, targets
+    filled = [row + [end] * room(row) for row in rows]
+    table = torch.tensor(filled, dtype=torch.long).view(len(rows), context, 2)
+    return table[..., 0], table[..., 1]
 
 
 def separate(ids: Tensor, separator: int) -> tuple[Tensor, Tensor]:
@@ -265,7 +299,9 @@ class Packed(Tokens):
     """
 
     def __init__(self, inputs: Tensor, targets: Tensor):
-        self.inputs, self.targets, self.characters = inputs, targets, None
+        self.inputs = inputs
+        self.targets = targets
+        self.characters = None  # so losses are by token only
 
     def __len__(self) -> int:
         return count_targets(self.targets)
@@ -275,9 +311,12 @@ class Packed(Tokens):
 
         Raises ValueError for rows longer than the context, or without any target.
         """
-        if (long := self.inputs.shape[1]) > context:
-            raise ValueError(f"rows of {long} tokens don't fit a context of {context}")
-        if not len(self):
+        length = self.inputs.shape[1]
+        if length > context:
+            raise ValueError(
+                f"rows of {length} tokens don't fit a context of {context}"
+            )
+        if len(self) == 0:
             raise ValueError("no answer to learn from: is there an assistant?")
         return len(self.inputs)
 
@@ -288,12 +327,17 @@ class Packed(Tokens):
 
         A seed alone means step 0.
         """
-        seed, step = (seed, 0) if isinstance(seed, int) else seed
+        step = 0
+        if not isinstance(seed, int):
+            seed, step = seed
         count = len(self.inputs)
         epoch, place = divmod(step * batch_size, count)
-        epochs = range(epoch, epoch + 2 + batch_size // count)
-        order = [np.random.default_rng((seed, n)).permutation(count) for n in epochs]
-        rows = np.concatenate(order)[place : place + batch_size]
+        order: list[int] = []  # of this epoch, and of those in which the batch ends
+        while len(order) < place + batch_size:
+            random = np.random.default_rng((seed, epoch))
+            order.extend(random.permutation(count).tolist())
+            epoch += 1
+        rows = order[place : place + batch_size]
         return self.inputs[rows], self.targets[rows]
 
     def fixed_batches(
@@ -305,8 +349,8 @@ class Packed(Tokens):
         """
         last = len(self.inputs) - 1
         rows = np.linspace(0, last, min(crops, last + 1)).astype(np.int64)
-        for some in torch.from_numpy(rows).split(batch_size):
-            yield self.inputs[some], self.targets[some]
+        for batch in torch.from_numpy(rows).split(batch_size):
+            yield self.inputs[batch], self.targets[batch]
 
 
 def pack_data(
@@ -321,75 +365,68 @@ def pack_data(
 
     Book: 16_chat.html#the-loss-and-its-weight
     """
-    end, parts = tokenizer.special_tokens[END_OF_TEXT], []
-    for talks in (train, validation):
-        rows = pack((render(talk, tokenizer) for talk in talks), context, end)
-        parts.append(Packed(*rows))
-    return TokenData(parts[0], parts[1], tokenizer.vocab_size)
+    separator = tokenizer.special_tokens[END_OF_TEXT]
+
+    def packed(conversations: Iterable[Conversation]) -> Packed:
+        rendered = [render(talk, tokenizer) for talk in conversations]
+        return Packed(*pack(rendered, context, separator))
+
+    return TokenData(packed(train), packed(validation), tokenizer.vocab_size)
 
 
 _JINJA = """\
 {%- for turn in messages -%}
-{%- if turn['content'] is not string -%}{{ raise_exception('no text') }}{%- endif -%}
-{%- set words = turn['content']ESCAPES -%}
-{%- if loop.first and turn['role'] != 'system' -%}{{- DEFAULT -}}{%- endif -%}
-{%- if turn['role'] == 'system' -%}{{- SYSTEM + words + STOP + AFTER -}}
-{%- elif turn['role'] == 'user' -%}{{- USER + words + STOP + AFTER -}}
-{%- elif turn['role'] == 'assistant' -%}
-{{- ASSISTANT -}}
-{%- generation -%}{{- words + STOP -}}{%- endgeneration -%}{{- AFTER -}}
-{%- else -%}{{ raise_exception('unknown role') }}{%- endif -%}
+{%- if turn.role not in before or turn.content is not string -%}
+{{- raise_exception('a turn has a known role, and a text') -}}
+{%- endif -%}
+{%- if loop.first and turn.role != 'system' -%}{{- default_system -}}{%- endif -%}
+{{- before[turn.role] -}}
+{%- if turn.role == 'assistant' -%}
+{%- generation -%}{{- turn.content + stop -}}{%- endgeneration -%}
+{%- else -%}
+{{- turn.content + stop -}}
+{%- endif -%}
+{{- after -}}
 {%- endfor -%}
-{%- if add_generation_prompt -%}{{- ASSISTANT -}}{%- endif -%}"""
+{%- if add_generation_prompt -%}{{- before.assistant -}}{%- endif -%}"""
 
 
-def to_jinja(template: Template, escaped: Sequence[str] = ()) -> str:
+def to_jinja(template: Template) -> str:
     """A template as `transformers` has it, a program in Jinja.
 
     Between {% generation %} and {% endgeneration %} stands what is learned. Other roles
-    and contents that aren't text raise an error. escaped: special tokens that contents
-    may spell; each one's first character gets an escape. See `tokenizer_files`.
+    and contents that aren't text raise an error. A content that spells a special token
+    becomes one there.
 
     Book: 16_chat.html#in-the-usual-stack
     """
-    parts = {role.upper(): mark for role, mark in template.before.items()}
-    parts |= {"STOP": template.stop, "AFTER": template.after, "DEFAULT": ""}
-    if (line := template.default_system) is not None:
-        parts["DEFAULT"] = parts["SYSTEM"] + line + template.stop + template.after
-    parts = {name: json.dumps(text) for name, text in parts.items()}
-    pairs = [("\ufdd0", "\ufdd00")] if escaped else []
-    pairs += [(c, f"{c}\ufdd01") for c in sorted({name[0] for name in escaped})]
-    filters = [f" | replace({json.dumps(a)}, {json.dumps(b)})" for a, b in pairs]
-    parts["ESCAPES"] = "".join(filters)
-    return re.sub(r"\b[A-Z]{4,}\b", lambda word: parts[word[0]], _JINJA)
+    default = ""
+    if template.default_system is not None:
+        opening = template.before["system"]
+        default = opening + template.default_system + template.stop + template.after
+    lines = [
+        f"{{%- set before = {json.dumps(dict(template.before))} -%}}",
+        f"{{%- set stop = {json.dumps(template.stop)} -%}}",
+        f"{{%- set after = {json.dumps(template.after)} -%}}",
+        f"{{%- set default_system = {json.dumps(default)} -%}}",
+        _JINJA,
+    ]
+    return "\n".join(lines)
 
 
 def tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
     """The files of a tokenizer in a model's folder: their names, and what they hold.
 
-    tokenizer.json, and where there are roles chat_template.jinja. The template escapes
-    special tokens that people spell, and tokenizer.json undoes that, so that
-    `transformers` gives the ids and the assistant's mask of `render` (with ChatML, but
-    for contents that begin with white space; and a tokenizer of others with a
-    normalizer of its own has no place for the second half). Raises ValueError for a
-    special token that an escape can't break: of one character, with a "1" in front or
-    U+FDD0 anywhere, or one that begins with a mark of the template.
+    tokenizer.json, and where there are roles chat_template.jinja, with which
+    `transformers` gives the ids and the assistant's mask of `render`, as long as no
+    content spells a special token. (With ChatML, none may begin with white space.)
 
-    Book: 16_chat.html#a-template-that-can-t-be-forged
+    Book: 16_chat.html#in-the-usual-stack
     """
-    content = tokenizer.to_json()
+    files = {"tokenizer.json": tokenizer.to_json()}
     try:
         template = template_of(tokenizer)
     except ValueError:  # no roles, no template
-        return {"tokenizer.json": content}
-    facts, escaped = json.loads(content), []
-    if facts["normalizer"] is None:
-        facts["normalizer"], escaped = UNESCAPE, list(tokenizer.special_tokens)
-        content = json.dumps(facts, ensure_ascii=False, indent=1)
-    marks = (template.stop, *template.before.values())
-    for name in escaped:
-        longer = name.startswith(marks) and name not in marks
-        if longer or len(name) < 2 or name[0] == "1" or "\ufdd0" in name:
-            raise ValueError(f"no escape keeps people from spelling {name!r}")
-    jinja = to_jinja(template, escaped)
-    return {"tokenizer.json": content, "chat_template.jinja": jinja}
+        return files
+    files["chat_template.jinja"] = to_jinja(template)
+    return files

@@ -23,13 +23,9 @@ from glassgpt.checks.block import (
 from glassgpt.checks.chat import (
     check_answers_only,
     check_apart,
-    check_every_answer,
     check_no_forgery,
-    check_no_targets,
     check_pack,
     check_prefix_stable,
-    check_something_learned,
-    check_stop_learned,
     check_weighing,
 )
 from glassgpt.checks.cli import (
@@ -71,6 +67,7 @@ from glassgpt.checks.gpt import (
     check_config,
     check_early_logits,
     check_gpt,
+    check_own_parts,
     check_parameter_count,
 )
 from glassgpt.checks.grading import (
@@ -232,7 +229,6 @@ __all__ = [
     "check_embedding_gradient",
     "check_epochs",
     "check_evaluate",
-    "check_every_answer",
     "check_fit_memory",
     "check_fold",
     "check_fused_attention",
@@ -264,7 +260,6 @@ __all__ = [
     "check_names",
     "check_nats_per_character",
     "check_no_forgery",
-    "check_no_targets",
     "check_one_not_both",
     "check_one_pass",
     "check_optimum",
@@ -275,6 +270,7 @@ __all__ = [
     "check_page_min_p",
     "check_pairs",
     "check_parallel",
+    "check_own_parts",
     "check_parameter_count",
     "check_parity",
     "check_patch",
@@ -302,7 +298,6 @@ __all__ = [
     "check_sinusoidal_positions",
     "check_size",
     "check_softmax",
-    "check_something_learned",
     "check_sources",
     "check_special",
     "check_special_tokens",
@@ -314,7 +309,6 @@ __all__ = [
     "check_state_dict",
     "check_step_memory",
     "check_stop",
-    "check_stop_learned",
     "check_stream",
     "check_stream_text",
     "check_streaming_attention",
