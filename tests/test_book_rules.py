@@ -5,7 +5,6 @@ import functools
 import io
 import json
 import re
-import statistics
 import tokenize
 from collections import Counter
 from pathlib import Path
@@ -345,16 +344,6 @@ def test_folded_scripts_are_told_apart(path):
     folded = [source(cell) for cell in code_cells(path) if "hide-input" in tags(cell)]
     scripts = [text for text in folded if tangle.SCRIPT.match(text)]
     assert len({*map(literate.script_name, scripts)}) == len(scripts)
-
-
-@each_chapter
-def test_the_median_code_cell_has_at_most_eight_lines(path):
-    """Of Python that stands open: what is folded isn't read with the text."""
-    folded = {"hide-input", "hide-cell", "remove-cell"}
-    cells = [cell for cell in code_cells(path) if not tags(cell) & folded]
-    cells = [cell for cell in cells if not tangle.SCRIPT.match(source(cell))]
-    sizes = [len(source(cell).splitlines()) for cell in cells]
-    assert statistics.median(sizes) <= 8
 
 
 @each_chapter

@@ -185,7 +185,9 @@ PANELS.attention = {
 };
 
 PANELS.lens = {
-  html: () => `<p class="title"></p><table></table>`,
+  html: () => `<p class="title"></p>
+    <div class="wide" tabindex="0" role="group" aria-label="Guesses of each block">
+    <table></table></div>`,
   async update({ ask, writing, text: { ids, position, piece } }, find) {
     if (writing) return;
     const cell = ({ piece, probability }) =>
@@ -341,7 +343,8 @@ code{font:.95rem ui-monospace,Menlo,Consolas,monospace;white-space:pre}
 .strip i{flex:1}
 @media(pointer:coarse){.tokens{line-height:2.5}.tokens span{padding:.4em .45em}
 .guesses{gap:6px}}
-.said{white-space:pre-wrap}
+.said{white-space:pre-wrap;overflow-wrap:anywhere}
+.wide{overflow-x:auto}
 [role=log]{max-height:24rem;overflow:auto;margin-top:.5rem}
 label:not(:has(output)){grid-template-columns:7em 1fr}
 small{font:inherit;user-select:none}
