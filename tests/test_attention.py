@@ -92,6 +92,14 @@ def test_the_result_keeps_its_dtype(dtype):
     assert context.isfinite().all()
 
 
+@pytest.mark.parametrize("x", [1e30, -1e30])
+def test_huge_inputs_give_no_nan(x):
+    text = torch.tensor([[x], [1.0], [-x]], dtype=torch.float64)
+    context, weights = attention(text, text, text, causal_mask(3))
+    assert context.isfinite().all()
+    assert weights.sum(-1).tolist() == [1, 1, 1]
+
+
 @pytest.mark.parametrize(
     ("shapes", "mask"),
     [

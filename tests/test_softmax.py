@@ -356,3 +356,12 @@ def test_the_gradient_knows_how_large_the_vocabulary_is():
         checks.check_cross_entropy_gradient(
             lambda x, y: (softmax(x) - F.one_hot(y)) / 6
         )
+
+
+def test_the_check_of_cross_entropy_gives_rows_without_a_batch():
+    def three_axes(logits, targets):
+        B, T, V = logits.shape
+        return F.cross_entropy(logits.view(B * T, V), targets.flatten())
+
+    with pytest.raises(ValueError, match="unpack"):
+        checks.check_cross_entropy(three_axes)

@@ -16,7 +16,7 @@ def softmax(x: Tensor, dim: int = -1, temperature: float = 1.0) -> Tensor:
 
     Book: 05_softmax.html#the-function
     """
-    below = x - x.amax(dim, keepdim=True)  # 0 at the largest score
+    below = x - x.detach().amax(dim, keepdim=True)  # 0 at the largest score
     powers = (below / temperature).exp()
     return powers / powers.sum(dim, keepdim=True)
 
@@ -30,7 +30,7 @@ def log_softmax(x: Tensor, dim: int = -1) -> Tensor:
 
     Book: 05_softmax.html#logarithms-of-probabilities
     """
-    below = x - x.amax(dim, keepdim=True)  # 0 at the largest score
+    below = x - x.detach().amax(dim, keepdim=True)  # 0 at the largest score
     return below - below.exp().sum(dim, keepdim=True).log()
 
 
