@@ -42,12 +42,19 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 @contextmanager
 def blaming(path: Path, what: str) -> Iterator[None]:
-    """Turn any error into a ValueError that says what is wrong with a file.
+    """Turn an error into a ValueError that says what is wrong with a file.
+
+    A MemoryError comes out as it is, and so does an OSError, but for a missing file:
+    the machine is to blame, not the file.
 
     Book: 20_runs_that_survive.html#a-model-on-disk
     """
     try:
         yield
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} {what}: {error}") from error
+    except (MemoryError, OSError):
+        raise
     except Exception as error:  # a forged file can raise anything
         raise ValueError(f"{path} {what}: {error}") from error
 

@@ -19,7 +19,7 @@ import numpy as np
 from safetensors.torch import load_file
 
 from glassgpt.checkpoints import blaming, load, write_model, write_tensors
-from glassgpt.data import SPLITS, TokenData, Tokens, _hash_of, write_tokens
+from glassgpt.data import SPLITS, TokenData, Tokens, write_tokens
 from glassgpt.device import Machine, Plan, on_paper, pick_device, pick_precision, take
 from glassgpt.files import all_or_nothing, flush, write_file, write_json
 from glassgpt.gpt import GPT
@@ -67,11 +67,6 @@ def checkpoints_in(directory: Path) -> list[Path]:
     return sorted(directory.glob(f"checkpoint-{8 * '[0-9]'}/"))
 
 
-def _hashes(folder: Path) -> dict[str, str]:
-    """The SHA-256 of the files in a folder, by name."""
-    return {p.name: _hash_of(p) for p in sorted(folder.iterdir()) if p.is_file()}
-
-
 def _drop(directory: Path, checkpoints: list[Path]) -> None:
     """Delete these and what a kill left; names go first: what has one is whole."""
     for path in checkpoints:
@@ -101,33 +96,17 @@ def write_checkpoint(run: Run) -> None:
             moments = {f"{p}.{k}": v for p, own in saved for k, v in own.items()}
             write_tensors(partial / f"optimizer-{number}.safetensors", moments)
         write_json(partial / "trainer.json", state)
-        write_json(partial / "hashes.json", _hashes(partial))
     _drop(run.directory, checkpoints_in(run.directory)[: -run.saving.keep])
-
-
-def _is_whole(path: Path) -> bool:
-    """Whether the files of a checkpoint are those of its hashes."""
-    try:
-        due = json.loads((path / "hashes.json").read_text("utf-8"))
-        return due.items() <= _hashes(path).items()
-    except (FileNotFoundError, ValueError, AttributeError, TypeError, RecursionError):
-        return False
 
 
 def read_checkpoint(path: Path) -> tuple[GPT, Tokenizer, dict[str, Any]]:
     """The model, the tokenizer, and the rest of what a step changes.
 
-    A forged file runs no code and takes no memory. Raises ValueError for a damaged one.
+    A forged file runs no code and takes no memory. Raises ValueError where a file is
+    damaged or missing, and OSError where the disk can't be read.
 
     Book: 20_runs_that_survive.html#a-file-that-attacks
     """
-    if not _is_whole(path):
-        raise ValueError(f"{path} is damaged: its files don't match their hashes")
-    return _contents(path)
-
-
-def _contents(path: Path) -> tuple[GPT, Tokenizer, dict[str, Any]]:
-    """What `read_checkpoint` returns, of a checkpoint that is whole."""
     with blaming(path, "can't be used"):
         model, tokenizer = load(path)
         state = json.loads((path / "trainer.json").read_text("utf-8"))
@@ -263,14 +242,13 @@ def _read_run(directory: Path) -> tuple[dict[str, Any], Path, str]:
 
 
 def _find_tokens(place: Path, fingerprint: str) -> TokenData:
-    """The tokens of a run, read whole once. Raises ValueError for others."""
+    """The tokens of a run. Raises ValueError for others, by their fingerprint."""
     if not place.exists():
         what = f"{place}, the tokens of this run, is gone"
         raise FileNotFoundError(f"{what}: say where it is now: data=... or --data")
     data = TokenData.open(place)
     if data.fingerprint != fingerprint:
         raise ValueError(f"{place} holds other tokens than those of this run")
-    data.verify()
     return data
 
 
@@ -377,7 +355,6 @@ def start_run(
         raise ValueError(f"the data has {sizes}: it is not the one that made them")
     if model is not None and model.config != plan.model:
         raise ValueError(f"the model has {model.config}, the plan {plan.model}")
-    data.verify()
     run = Run(directory, make_trainer(plan, data, model), tokenizer, plan, saving)
     with locked(directory):
         refuse_occupied(directory)  # again, now that it is ours
@@ -385,6 +362,32 @@ def start_run(
         write_checkpoint(run)
         _write_run(run, data)  # now there is a run
         return _go_on(run, on_record, progress)
+
+
+def _read_newest(
+    directory: Path,
+) -> tuple[Path, tuple[GPT, Tokenizer, dict[str, Any]], list[Path]]:
+    """The newest checkpoint that can be read, what is in it, and those passed over.
+
+    Raises FileNotFoundError where there is none, OSError where the disk can't be read.
+    """
+    damaged: list[Path] = []
+    for checkpoint in reversed(checkpoints_in(directory)):
+        try:
+            return checkpoint, read_checkpoint(checkpoint), damaged
+        except ValueError:
+            damaged.append(checkpoint)
+    raise FileNotFoundError(
+        f"{directory} has no checkpoint that can be read: start a new run"
+    )
+
+
+def _set_aside(checkpoint: Path) -> None:
+    """Give a damaged checkpoint another name; its files stay as they are."""
+    aside = checkpoint.with_suffix(".damaged")
+    while aside.exists():  # an earlier one of the same step
+        aside = aside.with_name(f"{aside.name}.damaged")
+    checkpoint.rename(aside)
 
 
 def resume_run(
@@ -400,10 +403,10 @@ def resume_run(
 
     data: where its tokens are now, if they moved. changes: `steps`, to extend it, or
     other values of `CHANGEABLE`. say: called with a line that says what is different.
-    A damaged checkpoint is passed over: the one before leads to the same bits, if no
-    setting has changed since. Raises FileNotFoundError where there is no run, or no
-    checkpoint that is whole, ValueError for a damaged run.json, other or damaged tokens
-    or a change of what must stay, and what `start_run` raises.
+    A checkpoint that can't be read is passed over: the one before leads to the same
+    bits, if no setting has changed since. Raises FileNotFoundError where there is no
+    run, or no checkpoint that can be read, ValueError for a damaged run.json, other
+    tokens or a change of what must stay, and what `start_run` raises.
 
     Book: 20_runs_that_survive.html#one-run-in-a-folder
     """
@@ -416,22 +419,19 @@ def resume_run(
         kind = MuonConfig if "matrix_learning_rate" in now else TrainConfig
         training, machine, saving = (take(k, now) for k in (kind, Machine, Saving))
         tokens = _find_tokens(Path(data or place), fingerprint)
-        found, damaged = checkpoints_in(directory), []
-        while found and not _is_whole(found[-1]):
-            damaged.append(found.pop())
-        if not found:
-            raise FileNotFoundError(f"{directory} has no whole checkpoint: start anew")
-        model, tokenizer, state = _contents(found[-1])
+        checkpoint, contents, damaged = _read_newest(directory)
+        model, tokenizer, state = contents
         plan = Plan(model.config, training, machine, math.nan)
         trainer = make_trainer(plan, tokens, model)
-        restore(trainer, state, found[-1])
+        restore(trainer, state, checkpoint)
         if (done := trainer.step) > (steps := training.steps):
             raise ValueError(f"steps can't be {steps}: {done} are done")
         run = Run(directory, trainer, tokenizer, plan, saving)
+        for path in damaged:
+            _set_aside(path)
         _write_run(run, tokens)
-        _drop(directory, damaged)
-        notes = [f"going on from {found[-1].name}"]
-        notes += [f"{path.name} was damaged" for path in damaged]
+        notes = [f"going on from {checkpoint.name}"]
+        notes += [f"{path.name} can't be read" for path in damaged]
         notes += [
             f"{k} {v} (was {before[k]})" for k, v in now.items() if v != before[k]
         ]
