@@ -30,7 +30,7 @@ import torch
 
 from glassgpt.generation import generate
 from glassgpt.gpt import GPT, GPTConfig
-from glassgpt.speed import LightLinear, lighten
+from glassgpt.speed import light_layer, lighten
 
 PROMPT = [64, 29350, 412, 733, 417, 10580, 318, 257]
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
@@ -104,7 +104,7 @@ def products(weights: str, rounds: int) -> float:
     sizes = [(768, 2304), (768, 768), (768, 3072), (3072, 768)] * 12 + [(768, 50_257)]
     layers = [torch.nn.Linear(*size, bias=False) for size in sizes]
     if weights != "float32":
-        layers = [LightLinear(layer, weights) for layer in layers]
+        layers = [light_layer(layer, weights) for layer in layers]
     rows = [torch.ones(1, width) for width, _ in sizes]
     times = []
     for _ in range(rounds):

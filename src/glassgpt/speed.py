@@ -5,12 +5,9 @@
 
 import copy
 import ctypes
-import math
 import platform
-from collections.abc import Callable, Sequence
 from functools import cache, partial
 from time import perf_counter
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,101 +32,140 @@ def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x / scale).round_().to(torch.int8), scale
 
 
-Product = Callable[[Tensor], Tensor]  # (..., in) to (..., out)
-
-
-def int8_product(weight: Tensor, bias: Tensor) -> Product:
-    """x times the weights (out, in) in int8, plus the bias (out,).
-
-    On anything but a CPU the weights go back to 32 bits at each call: it saves memory.
+def bias_of(linear: nn.Linear) -> Tensor:
+    """A copy of a linear layer's bias (out,) in 32 bits, zeros where it has none.
 
     Book: 21_speed.html#a-light-layer
     """
-    # In pieces, so that no large copy is made on the way.
-    pieces = [round_rows(part.float()) for part in weight.split(4096)]
-    whole, scale = (torch.cat(parts) for parts in zip(*pieces, strict=True))
-    whole, scale = whole.t(), scale[:, 0]
-
-    def product(x: Tensor) -> Tensor:
-        if not x.is_cpu:  # a GPU's product of whole numbers wants many rows
-            return x @ whole.float() * scale + bias
-        x_whole, x_scale = round_rows(x.view(-1, x.shape[-1]))
-        sums = torch._int_mm(x_whole, whole)  # (N, out) int32
-        y = torch.addcmul(bias, sums, x_scale * scale)
-        return y.view(*x.shape[:-1], -1)
-
-    return product
-
-
-def half_product(weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Product:
-    """x times the weights (out, in) in 16 bits, plus the bias (out,) in 32.
-
-    Book: 21_speed.html#a-light-layer
-    """
-    if PACKED and weight.is_cpu:
-        if dtype != torch.float16:  # to which packing rounds by itself
-            weight = weight.to(dtype).float()
-        packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), bias)
-        return lambda x: torch.ops.quantized.linear_dynamic_fp16(x, packed)
-    weight = weight.to(dtype)
-    return lambda x: F.linear(x.to(dtype), weight) + bias
+    if linear.bias is None:
+        return linear.weight.new_zeros(linear.out_features, dtype=torch.float32)
+    return linear.bias.detach().float().clone()
 
 
 class LightLinear(nn.Module):
-    """A linear layer with lighter weights, for generation: (B, T, in) to (B, T, out).
+    """A linear layer in int8, for generation: (B, T, in) to (B, T, out).
 
-    weights: "int8", which also rounds each vector that comes in to 8 bits, "bfloat16"
-    or "float16". It stays on the device of `linear`, and its `state_dict` raises
-    ValueError: save the model it comes from.
+    It rounds each vector that comes in to 8 bits, too. On anything but a CPU the
+    weights go back to 32 bits at each call: that saves memory.
     Source of the scales: Dettmers et al. (2022).
 
     Book: 21_speed.html#a-light-layer
     """
 
-    def __init__(self, linear: nn.Linear, weights: str):
+    whole: Tensor  # (in, out) int8
+    scale: Tensor  # (out,), one for each row of the weights
+    bias: Tensor  # (out,)
+
+    def __init__(self, linear: nn.Linear):
         super().__init__()
-        weight = linear.weight.detach()
-        bias = weight.new_zeros(len(weight)) if linear.bias is None else linear.bias
-        bias = bias.detach().float()
-        if weights == "int8":
-            self.product = int8_product(weight, bias)
-        else:
-            self.product = half_product(weight, bias, getattr(torch, weights))
+        numbers, scales = [], []
+        # In pieces, so that no large copy is made on the way.
+        for rows in linear.weight.detach().split(4096):
+            whole, scale = round_rows(rows.float())
+            numbers.append(whole)
+            scales.append(scale[:, 0])
+        self.register_buffer("whole", torch.cat(numbers).t())
+        self.register_buffer("scale", torch.cat(scales))
+        self.register_buffer("bias", bias_of(linear))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.product(x.float()).to(x.dtype)
+        if not x.is_cpu:  # a GPU's product of whole numbers wants many rows
+            y = x.float() @ self.whole.float() * self.scale + self.bias
+            return y.to(x.dtype)
+        x_whole, x_scale = round_rows(x.float().view(-1, x.shape[-1]))
+        sums = torch._int_mm(x_whole, self.whole)  # (N, out) int32
+        y = torch.addcmul(self.bias, sums, x_scale * self.scale)
+        return y.view(*x.shape[:-1], -1).to(x.dtype)
 
-    def state_dict(self, *_: Any, **__: Any) -> Any:
-        raise ValueError("a lightened model can't be saved: save the one it comes from")
+
+class HalfLinear(nn.Module):
+    """A linear layer with weights of 16 bits: (B, T, in) to (B, T, out).
+
+    Book: 21_speed.html#a-light-layer
+    """
+
+    weight: Tensor  # (out, in) in 16 bits
+    bias: Tensor  # (out,) in 32 bits
+
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype):
+        super().__init__()
+        self.register_buffer("weight", linear.weight.detach().to(dtype))
+        self.register_buffer("bias", bias_of(linear))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x.to(self.weight.dtype), self.weight) + self.bias
+        return y.to(x.dtype)
+
+
+class PackedLinear(nn.Module):
+    """A linear layer with float16 weights packed by FBGEMM: (B, T, in) to (B, T, out).
+
+    dtype: float16, or bfloat16, to which the weights are rounded first. The packed
+    weights stay on the CPU.
+
+    Book: 21_speed.html#a-light-layer
+    """
+
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype):
+        super().__init__()
+        weight = linear.weight.detach()
+        if dtype != torch.float16:  # to which packing rounds by itself
+            weight = weight.to(dtype)
+        self.pack(weight, bias_of(linear))
+
+    def pack(self, weight: Tensor, bias: Tensor) -> None:
+        """Keep the weights (out, in) and the bias (out,)."""
+        pack = torch.ops.quantized.linear_prepack_fp16
+        self.packed = pack(weight.float(), bias)
+
+    def get_extra_state(self) -> tuple[Tensor, Tensor]:
+        """What `state_dict` keeps: the weights in float16 and the bias."""
+        weight, bias = torch.ops.quantized.linear_unpack_fp16(self.packed)
+        return weight.half(), bias
+
+    def set_extra_state(self, state: tuple[Tensor, Tensor]) -> None:
+        """What `load_state_dict` does with it."""
+        self.pack(*state)
+
+    def forward(self, x: Tensor) -> Tensor:
+        product = torch.ops.quantized.linear_dynamic_fp16
+        return product(x.float(), self.packed).to(x.dtype)
+
+
+def light_layer(linear: nn.Linear, weights: str) -> nn.Module:
+    """A lighter layer in a linear layer's place: (B, T, in) to (B, T, out).
+
+    weights: "int8", "bfloat16" or "float16". It is on the device of `linear`.
+
+    Book: 21_speed.html#a-light-layer
+    """
+    if weights == "int8":
+        return LightLinear(linear)
+    dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}[weights]
+    if PACKED and linear.weight.is_cpu:
+        return PackedLinear(linear, dtype)
+    return HalfLinear(linear, dtype)
 
 
 @torch.inference_mode()
-def fastest_weights(layers: Sequence[nn.Linear]) -> str:
-    """Which of FORMATS takes one vector through these layers fastest, as measured.
+def fastest_weights(linear: nn.Linear) -> str:
+    """Which of FORMATS takes one vector through this layer fastest, as measured.
 
-    Of the first eight, two blocks', four warm the routines up and four are timed.
-    Between rounds others are read, so that the cache holds what it does in decoding.
     On anything but a CPU "float16", unmeasured.
 
     Book: 21_speed.html#which-is-fastest-here
     """
-    if not layers[0].weight.is_cpu:
+    if not linear.weight.is_cpu:
         return "float16"
-    first, others = layers[:8], layers[8:24]
-    inputs = [layer.weight[:1] for layer in first]  # any vector will do
-    middle = len(first) // 2
-    ways: dict[str, Sequence[nn.Module]] = {"float32": first}
+    layers: dict[str, nn.Module] = {"float32": linear}
     for name in ("float16", "int8") if PACKED else FORMATS[1:]:
-        ways[name] = [LightLinear(layer, name) for layer in first]
-    seconds = dict.fromkeys(ways, math.inf)
-    for _ in range(20):  # in turn, so that a slow moment hits all of them
-        for layer in others:
-            layer.weight.sum()
-        for name, way in ways.items():
-            for part in (slice(middle), slice(middle, None)):  # the second counts
-                start = perf_counter()
-                for layer, x in zip(way[part], inputs[part], strict=True):
-                    layer(x)
+        layers[name] = light_layer(linear, name)
+    x = linear.weight[:1]  # any vector will do
+    seconds = dict.fromkeys(layers, float("inf"))
+    for _ in range(10):  # in turn, so that a slow moment hits all of them
+        for name, layer in layers.items():
+            start = perf_counter()
+            layer(x)
             seconds[name] = min(seconds[name], perf_counter() - start)
     return min(seconds, key=seconds.__getitem__)
 
@@ -138,8 +174,8 @@ def lighten(model: GPT, weights: str | None = None) -> GPT:
     """A model for generation, with lighter weights in its linear layers.
 
     weights: one of FORMATS; without it, what `fastest_weights` finds.
-    Tables, norms and biases it shares with the model that it comes from, which is the
-    one to train and to save; in float32 all weights, so it can be saved, too. Raises
+    Tables and norms share memory with the model that it comes from, which is the one to
+    train and to save; in float32 all weights do, so it can be saved, too. Raises
     ValueError for other weights, and for a model that is light already.
 
     Book: 21_speed.html#which-is-fastest-here
@@ -148,15 +184,23 @@ def lighten(model: GPT, weights: str | None = None) -> GPT:
     if not linear:
         raise ValueError("this model is light already: lighten the one it comes from")
     if weights is None:
-        weights = fastest_weights(linear)
+        weights = fastest_weights(max(linear, key=lambda layer: layer.weight.numel()))
     if weights not in FORMATS:
         raise ValueError(f"weights must be {', '.join(FORMATS)}, not {weights!r}")
-    memo: dict[int, Any] = {id(part): part for part in model.parameters()}
-    if weights != "float32":
-        memo |= {id(layer): LightLinear(layer, weights) for layer in linear}
-    drops = [part for part in model.modules() if isinstance(part, nn.Dropout)]
-    memo |= {id(part): nn.Identity() for part in drops}  # nothing is dropped: no call
-    return copy.deepcopy(model, memo).eval()
+    light = copy.deepcopy(model)
+    for path, layer in model.named_modules():
+        new: nn.Module
+        if isinstance(layer, nn.Linear) and weights != "float32":
+            new = light_layer(layer, weights)
+        elif isinstance(layer, nn.Dropout):
+            new = nn.Identity()  # nothing is dropped: no call
+        else:
+            continue
+        parent, _, name = path.rpartition(".")
+        setattr(light.get_submodule(parent), name, new)
+    for name, parameter in light.named_parameters():
+        parameter.data = model.get_parameter(name).data
+    return light.eval()
 
 
 def keep_freed_memory() -> bool:
