@@ -24,6 +24,7 @@ from glassgpt.checks import gpt as checks
 from glassgpt.generation import KeyValueCache
 from glassgpt.gpt import GPT, GPTConfig, by_hand, check_ids
 from glassgpt.mlp import gelu
+from glassgpt.modern import ModernConfig, ModernGPT
 from glassgpt.softmax import cross_entropy
 
 SIZES = {"vocab_size": 97, "context": 32, "layers": 3, "heads": 4, "width": 48}
@@ -523,6 +524,12 @@ def test_by_hand_learns_and_leaves_the_model_as_it_was():
     assert all(
         torch.equal(value, before[name]) for name, value in model.state_dict().items()
     )
+
+
+def test_by_hand_refuses_a_model_of_other_parts():
+    modern = ModernGPT(ModernConfig(97, context=32, layers=1, heads=4, width=48))
+    with pytest.raises(TypeError, match="by_hand takes a plain GPT, not a ModernGPT"):
+        by_hand(modern)
 
 
 def test_by_hand_drops_in_training_only():

@@ -182,9 +182,12 @@ def by_hand(
 
     attention, gelu, layer_norm: called as those of chapters 6, 8 and 9. The copy has
     the same weights under the same names, gives the same logits, and can be trained.
+    Raises TypeError for another class than GPT, whose parts may be others.
 
     Book: 10_gpt.html#a-gpt-of-our-own-functions
     """
+    if type(model) is not GPT:
+        raise TypeError(f"by_hand takes a plain GPT, not a {type(model).__name__}")
 
     def attend(
         queries: Tensor,
