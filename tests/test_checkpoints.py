@@ -374,6 +374,25 @@ def test_what_was_changed_in_their_keys_is_what_transformers_reads(tmp_path):
     torch.testing.assert_close(ours(IDS), theirs(IDS).logits, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("config", [CONFIG, MODERN])
+def test_a_class_of_your_own_is_not_saved(tmp_path, config):
+    """It would be read back as a model that computes something else."""
+
+    class Doubled(type(build(config))):
+        def forward(self, *arguments):
+            return 2 * super().forward(*arguments)
+
+    with pytest.raises(ValueError, match="a Doubled would be read back as another"):
+        save(tmp_path / "model", Doubled(config), tokenizer_of())
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("size", [3, 96, 97])
+def test_a_tokenizer_may_have_fewer_ids_than_the_model(tmp_path, size):
+    save(tmp_path, random_gpt(), tokenizer_of(size))
+    assert load(tmp_path)[1].vocab_size == size
+
+
 def test_what_a_compiler_returned_is_not_saved(tmp_path):
     with pytest.raises(ValueError, match="before you lighten it or compile it"):
         save(tmp_path / "model", torch.compile(random_gpt()), tokenizer_of())

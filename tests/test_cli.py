@@ -167,11 +167,11 @@ MISTAKES = {
     "unknown device": ([*MY, "--device", "abacus"], "abacus"),
     "diverging": (
         [*MY, "--optimizer", "adamw", "--learning-rate", "1e9"],
-        "resume new --learning-rate ..., or resume_run(..., learning_rate=...)",
+        "resume the run in new with a lower --learning-rate",
     ),
     "diverging with Muon": (
         [*MY, "--optimizer", "muon", "--matrix-learning-rate", "1e25"],
-        "--matrix-learning-rate ..., or resume_run(..., learning_rate=..., matrix_lea",
+        "resume the run in new with a lower --learning-rate",
     ),
     "thirty thousand years": (
         [*MY, "--steps", "1000000000000000000"],
@@ -1397,8 +1397,8 @@ WRONG_TYPES = {
     "glassgpt.ModernConfig(9, positions='absolute')": "arg-type",
     "glassgpt.ModernConfig(9, norm='batch')": "arg-type",
     "glassgpt.ModernConfig(9, activation='relu')": "arg-type",
-    "glassgpt.Machine(precision='int4')": "arg-type",
-    "glassgpt.Machine(compile='yes')": "arg-type",
+    "glassgpt.device.Machine(precision='int4')": "arg-type",
+    "glassgpt.device.Machine(compile='yes')": "arg-type",
 }
 
 

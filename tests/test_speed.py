@@ -273,11 +273,14 @@ def test_check_takes_weights_alone_and_vectors_rounded_in_other_code():
 
 
 def without_bias(model, weights):
-    bare = copy.deepcopy(model)
-    for layer in bare.modules():
-        if isinstance(layer, torch.nn.Linear):
-            layer.bias = None
-    return lighten(bare, weights)
+    light = lighten(model, weights)
+    for layer in light.modules():
+        if isinstance(layer, LightLinear | module.HalfLinear):
+            layer.bias.zero_()
+        if isinstance(layer, module.PackedLinear):
+            weight, bias = layer.get_extra_state()
+            layer.pack(weight, torch.zeros_like(bias))
+    return light
 
 
 def frozen(model, weights):

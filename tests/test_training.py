@@ -453,6 +453,23 @@ def test_progress_is_shown_when_asked_for(capsys):
     assert "1/1" in capsys.readouterr().err
 
 
+def test_training_drops_and_evaluations_do_not():
+    model, dropped = gpt().eval(), {"training": [], "evaluation": []}
+
+    def loss(ids, targets):
+        first, again = (token_loss(model)(ids, targets) for _ in range(2))
+        kind = "training" if torch.is_grad_enabled() else "evaluation"
+        dropped[kind].append(first.item() != again.item())
+        return first
+
+    made = run(model, loss=loss)
+    assert made.step == len(dropped["training"])
+    assert all(dropped["training"])  # also after an evaluation
+    assert dropped["evaluation"]
+    assert not any(dropped["evaluation"])
+    assert not model.training  # as it came
+
+
 # Losses that are no numbers.
 
 

@@ -86,8 +86,8 @@ def unfold(article, name):
         cell = folded.find_parent("div", class_="cell")
         if code and "tag_hide-cell" not in cell["class"]:
             if "tag_check" in cell["class"]:
-                label = folded.summary.get_text(strip=True).removeprefix("Hide: ")
-                label = label.split("Hide: ")[0].removeprefix("Show: ")
+                shown = folded.summary.select_one(".collapsed").get_text(strip=True)
+                label = shown.removeprefix("Show: ")
                 folded.replace_with(parse(f'<p class="enters">{label}, on the page</p>'))
             elif "tag_export" in cell["class"]:
                 folded.summary.decompose()

@@ -1,6 +1,4 @@
 # Written by tools/tangle.py from book/20_runs_that_survive.ipynb: change it there.
-
-
 """Models on disk, as safetensors and JSON, which other programs can read."""
 
 import filecmp
@@ -10,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -21,6 +18,7 @@ from glassgpt.chat import tokenizer_files
 from glassgpt.device import on_paper
 from glassgpt.files import all_or_nothing, flush, write_file, write_json
 from glassgpt.gpt import GPT, GPTConfig
+from glassgpt.modern import ModernGPT
 from glassgpt.tokens import Tokenizer
 
 
@@ -60,8 +58,14 @@ def blaming(path: Path, what: str) -> Iterator[None]:
 
 
 # What `save` writes, and a model's card: where nothing else is, it may write again.
-FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-FILES |= {"chat_template.jinja", "README.md"}
+FILES = {
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "README.md",
+}
 
 
 def save(directory: str | Path, model: GPT, tokenizer: Tokenizer) -> None:
@@ -70,24 +74,33 @@ def save(directory: str | Path, model: GPT, tokenizer: Tokenizer) -> None:
     `transformers` reads the directory of a GPT-2 or a Llama with AutoModelForCausalLM
     and AutoTokenizer.
     Raises OSError where the disk is full or can't be written, FileExistsError for a
-    folder with anything in it but an older model, ValueError for a tokenizer of another
-    model, for weights that are nan or infinite, for a model made lighter, whose weights
-    are gone, or what `torch.compile` returned.
+    folder with anything in it but an older model, ValueError for a model of a class of
+    your own, for a tokenizer with more ids than the model, for weights that are nan or
+    infinite, for a model made lighter, whose weights are gone, or what `torch.compile`
+    returned.
 
     Book: 20_runs_that_survive.html#a-model-on-disk
     """
     directory = Path(directory)
-    due = dict(on_paper(model.config).named_parameters())
-    if due.keys() != dict(model.named_parameters()).keys():
-        what = "weights are missing or have other names"
-        raise ValueError(f"{what}: save the model before you lighten it or compile it")
+    if isinstance(model, GPT) and type(model) not in (GPT, ModernGPT):
+        raise ValueError(
+            f"a {type(model).__name__} would be read back as another model: "
+            "only a GPT or a ModernGPT can be saved"
+        )
+    wanted = dict(on_paper(model.config).named_parameters())
+    if wanted.keys() != dict(model.named_parameters()).keys():
+        raise ValueError(
+            "weights are missing or have other names: "
+            "save the model before you lighten it or compile it"
+        )
     hub.require_fit(tokenizer, model.config)
     if not all(p.isfinite().all() for p in model.parameters()):
         raise ValueError("the model has weights that are nan or infinite")
     names = {p.name for p in directory.glob("[!.]*") if p.suffix != ".partial"}
     if others := sorted(names - FILES):
-        what = f"{directory} is not empty, {others[0]} is in it"
-        raise FileExistsError(f"{what}: use another folder")
+        raise FileExistsError(
+            f"{directory} is not empty, {others[0]} is in it: use another folder"
+        )
     write_model(directory, model, tokenizer)
 
 
@@ -103,10 +116,13 @@ def write_model(directory: Path, model: GPT, tokenizer: Tokenizer) -> None:
         parts, end = tokenizer_files(tokenizer), hub.end_of(tokenizer)
         for name, content in parts.items():
             write_file(new / name, content.encode())
-        about: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
-        about |= dict.fromkeys(("bos_token", "eos_token"), end)
-        about |= {"model_max_length": model.config.context}
-        about |= {"clean_up_tokenization_spaces": False}
+        about = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": end,
+            "eos_token": end,
+            "model_max_length": model.config.context,
+            "clean_up_tokenization_spaces": False,
+        }
         write_json(new / "tokenizer_config.json", about)
         ends = tokenizer.special_tokens.get(end or "")
         write_json(new / "config.json", hub.config_to_json(model.config, ends))
@@ -174,11 +190,15 @@ def load(name: str | Path) -> tuple[GPT, Tokenizer]:
     path = directory / "config.json"
     if not path.exists():
         if (directory / "run.json").exists():
-            what = "is a run without an evaluation: resume it, or name a checkpoint"
-            raise FileNotFoundError(f"{directory} {what} in it")
+            raise FileNotFoundError(
+                f"{directory} is a run without an evaluation: "
+                "resume it, or name a checkpoint in it"
+            )
         names = ", ".join([*shipped, *hub.NAMES])
-        what = f"{directory} holds no model: config.json is missing"
-        raise FileNotFoundError(f"{what}. Give a run's folder, or a name: {names}")
+        raise FileNotFoundError(
+            f"{directory} holds no model: config.json is missing. "
+            f"Give a run's folder, or a name: {names}"
+        )
     with blaming(path, "does not describe a GPT"):
         config = hub.config_from_json(json.loads(path.read_text("utf-8")))
     tokenizer = hub.read_tokenizer(directory / "tokenizer.json")

@@ -1,6 +1,4 @@
 # Written by tools/tangle.py from book/20_runs_that_survive.ipynb: change it there.
-
-
 """Files written whole or not at all: under another name, flushed, then renamed."""
 
 import errno

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -199,8 +198,16 @@ def locked(directory: Path) -> Iterator[None]:
 
 
 # What may be another than before when a run goes on.
-CHANGEABLE = {"steps", "learning_rate", "matrix_learning_rate", "accumulate"}
-CHANGEABLE |= {"evaluate_every", "checkpoint_every", "keep", *vars(Machine())}
+CHANGEABLE = {
+    "steps",
+    "learning_rate",
+    "matrix_learning_rate",
+    "accumulate",
+    "evaluate_every",
+    "checkpoint_every",
+    "keep",
+    *vars(Machine()),
+}
 
 
 def _changed(before: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -244,8 +251,9 @@ def _read_run(directory: Path) -> tuple[dict[str, Any], Path, str]:
 def _find_tokens(place: Path, fingerprint: str) -> TokenData:
     """The tokens of a run. Raises ValueError for others, by their fingerprint."""
     if not place.exists():
-        what = f"{place}, the tokens of this run, is gone"
-        raise FileNotFoundError(f"{what}: say where it is now: data=... or --data")
+        raise FileNotFoundError(
+            f"{place}, the tokens of this run, is gone: say where it is now as data"
+        )
     data = TokenData.open(place)
     if data.fingerprint != fingerprint:
         raise ValueError(f"{place} holds other tokens than those of this run")
@@ -256,35 +264,40 @@ OnRecord = Callable[[dict[str, float]], None]
 MakeTrainer = Callable[[Plan, TokenData, GPT | None], Trainer]
 
 
+def _write_record(run: Run) -> None:
+    """Write all records, and the model, if its last record is the best."""
+    records = run.trainer.records
+    lines = [json.dumps(record) + "\n" for record in records]
+    write_file(run.directory / "metrics.jsonl", "".join(lines).encode())
+    *earlier, last = [record["validation_loss"] for record in records]
+    if last < min(earlier, default=math.inf):
+        write_model(run.directory, run.trainer.model, run.tokenizer)
+
+
 def _go_on(run: Run, on_record: OnRecord | None, progress: bool) -> Run:
     """Train in a folder that is ours until the end or a signal."""
     directory, end = run.directory, run.plan.training.steps
 
     def after_step(trainer: Trainer) -> bool:
-        records, step = trainer.records, trainer.step
-        if records and records[-1]["step"] == step:
-            lines = "".join(json.dumps(record) + "\n" for record in records)
-            write_file(directory / "metrics.jsonl", lines.encode())
-            losses = [record["validation_loss"] for record in records]
-            if losses[-1] < min(losses[:-1], default=math.inf):
-                write_model(directory, trainer.model, run.tokenizer)
+        step = trainer.step
+        if trainer.records and trainer.records[-1]["step"] == step:
+            _write_record(run)
             if on_record:
-                on_record(records[-1])
-        if caught or step == end or step % run.saving.checkpoint_every == 0:
-            write_checkpoint(run)
-        if caught and step < end:
+                on_record(trainer.records[-1])
+        stops = len(caught) > 0 and step < end
+        if stops:
             run.stopped_by = caught[0]
-        return run.stopped_by > 0
+        if stops or step == end or step % run.saving.checkpoint_every == 0:
+            write_checkpoint(run)
+        return stops
 
     try:
         with stop_signals() as caught:
             train(run.trainer, after_step, progress)
     except FloatingPointError as error:
-        rates = [k for k in asdict(run.plan.training) if k.endswith("learning_rate")]
-        options = " ".join(f"--{rate.replace('_', '-')} ..." for rate in rates)
-        call = f"resume_run(..., {', '.join(f'{rate}=...' for rate in rates)})"
-        how = f"with glassgpt resume {quote(str(directory))} {options}"
-        raise FloatingPointError(f"{error}; go on {how}, or {call}") from error
+        raise FloatingPointError(
+            f"{error}; resume the run in {directory} with a lower learning_rate"
+        ) from error
     if not (directory / "model.safetensors").exists():  # stopped early
         write_model(directory, run.trainer.model, run.tokenizer)
     return run
@@ -303,8 +316,9 @@ def refuse_occupied(directory: Path) -> None:
         )
     for name in sorted(path.name for path in directory.glob("[!.]*")):
         if not re.fullmatch(r"data|checkpoint-00000000|.*\.partial", name):
-            what = f"{directory} is not empty, {name} is in it"
-            raise FileExistsError(f"{what}: choose another folder")
+            raise FileExistsError(
+                f"{directory} is not empty, {name} is in it: choose another folder"
+            )
 
 
 def _on_disk(data: TokenData, folder: Path, tokenizer: Tokenizer) -> TokenData:
@@ -417,23 +431,28 @@ def resume_run(
         before, place, fingerprint = _read_run(directory)
         now = _changed(before, changes)
         kind = MuonConfig if "matrix_learning_rate" in now else TrainConfig
-        training, machine, saving = (take(k, now) for k in (kind, Machine, Saving))
+        training = take(kind, now)
+        machine = take(Machine, now)
+        saving = take(Saving, now)
         tokens = _find_tokens(Path(data or place), fingerprint)
         checkpoint, contents, damaged = _read_newest(directory)
         model, tokenizer, state = contents
         plan = Plan(model.config, training, machine, math.nan)
         trainer = make_trainer(plan, tokens, model)
         restore(trainer, state, checkpoint)
-        if (done := trainer.step) > (steps := training.steps):
-            raise ValueError(f"steps can't be {steps}: {done} are done")
+        if trainer.step > training.steps:
+            raise ValueError(
+                f"steps can't be {training.steps}: {trainer.step} are done"
+            )
         run = Run(directory, trainer, tokenizer, plan, saving)
         for path in damaged:
             _set_aside(path)
         _write_run(run, tokens)
         notes = [f"going on from {checkpoint.name}"]
-        notes += [f"{path.name} can't be read" for path in damaged]
-        notes += [
-            f"{k} {v} (was {before[k]})" for k, v in now.items() if v != before[k]
-        ]
+        for path in damaged:
+            notes.append(f"{path.name} can't be read")
+        for name, value in now.items():
+            if value != before[name]:
+                notes.append(f"{name} {value} (was {before[name]})")
         say("; ".join(notes))
         return _go_on(run, on_record, progress)

@@ -3,7 +3,6 @@
 
 """Speed: lighter weights, and memory that is not given back."""
 
-import copy
 import ctypes
 import platform
 from functools import cache, partial
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from glassgpt.device import on_paper
 from glassgpt.gpt import GPT
 
 FORMATS = ("float32", "bfloat16", "float16", "int8")
@@ -187,8 +187,11 @@ def lighten(model: GPT, weights: str | None = None) -> GPT:
         weights = fastest_weights(max(linear, key=lambda layer: layer.weight.numel()))
     if weights not in FORMATS:
         raise ValueError(f"weights must be {', '.join(FORMATS)}, not {weights!r}")
-    light = copy.deepcopy(model)
-    for path, layer in model.named_modules():
+    light = on_paper(model.config)  # has no memory of its own
+    light.load_state_dict(model.state_dict(), assign=True)
+    if model.config.tied:
+        light.head.weight = light.tokens.weight
+    for path, layer in list(light.named_modules()):  # which change on the way
         new: nn.Module
         if isinstance(layer, nn.Linear) and weights != "float32":
             new = light_layer(layer, weights)
@@ -198,8 +201,6 @@ def lighten(model: GPT, weights: str | None = None) -> GPT:
             continue
         parent, _, name = path.rpartition(".")
         setattr(light.get_submodule(parent), name, new)
-    for name, parameter in light.named_parameters():
-        parameter.data = model.get_parameter(name).data
     return light.eval()
 
 

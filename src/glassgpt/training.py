@@ -216,13 +216,14 @@ class Trainer:
         self.records: list[dict[str, float]] = []
         self.recent: list[float] = []  # the losses since the last record
         self.unread: list[Tensor] = []  # and those that are still on the device
+        self.unread_since = 0.0  # when the first step of the unread ones began
 
     def take_step(self) -> None:
         """Learn from one batch, which seed and step decide."""
         c, context = self.config, self.model.config.context
         seed = (c.seed, self.step)
         if not self.unread:
-            self.began = time.perf_counter()
+            self.unread_since = time.perf_counter()
         self.model.train().zero_grad()
         with random_numbers((*seed, 1), self.device):
             batch = self.data.train.random_batch(c.batch_size, context, seed)
@@ -232,7 +233,9 @@ class Trainer:
                 loss = self.loss(*part) * (count_targets(part[1]) / count)
                 self.backward(loss)
                 total += loss.detach()
-            self.unread.append(total + 0 * self.update())  # nan where the gradient is
+            norm = self.update()
+        # A gradient that is not finite is noticed when the losses are read.
+        self.unread.append(torch.where(norm.isfinite(), total, math.nan))
         self.step += 1
 
     def parts(self, batch: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
@@ -261,7 +264,7 @@ class Trainer:
         """
         if self.unread:
             self.recent += torch.stack(self.unread).tolist()
-            self.seconds += time.perf_counter() - self.began
+            self.seconds += time.perf_counter() - self.unread_since
             self.unread, self.last_loss = [], self.recent[-1]
         for step, loss in enumerate(self.recent, self.step - len(self.recent) + 1):
             self._require_finite(loss, f"the loss or its gradient at step {step}")
