@@ -185,7 +185,9 @@ def test_weights_and_lens_are_the_models(page, shakespeare):
     assert torch.allclose(torch.tensor(found), wanted, atol=1e-5)
     rows = page.evaluate(ASK, ["lens", ids, 5, 1])
     streams = [seen["embedding"], *(seen[f"{n}.stream"] for n in range(4))]
-    best = [glassgpt.inspection.logit_lens(model, s)[0, 5].argmax().item() for s in streams]
+    best = [
+        glassgpt.inspection.logit_lens(model, s)[0, 5].argmax().item() for s in streams
+    ]
     assert [row[0]["id"] for row in rows] == best
 
 
