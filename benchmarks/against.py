@@ -20,9 +20,9 @@ from pathlib import Path
 WORKER = """
 import sys, time, torch
 try:
-    from glassgpt.speed import keep_freed_memory
+    from glassgpt.quantization import keep_freed_memory
 except ImportError:
-    from glassgpt.device import keep_freed_memory
+    from glassgpt.plan import keep_freed_memory
 keep_freed_memory()
 from glassgpt import BPETokenizer, GPT, GPTConfig, TokenData, TrainConfig
 from glassgpt import generate, lighten
@@ -41,7 +41,7 @@ def steps(make, config, sizes, count, **settings):
     ids = torch.randint(1024, (100_000,)).tolist()
     data = TokenData.of(ids, ids[:5000], 1024)
     if hasattr(Trainer, "take_step"):
-        from glassgpt.device import Machine, Plan
+        from glassgpt.plan import Machine, Plan
         from glassgpt.modern import MuonConfig
         kind = {"muon": MuonConfig}.get(settings.pop("optimizer", ""), TrainConfig)
         training = kind(steps=10**6, batch_size=settings.pop("batch_size"))

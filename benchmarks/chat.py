@@ -1,4 +1,4 @@
-"""Questions of chapter 16, with more training than a chapter has time for.
+"""Questions of chapter 17, with more training than a chapter has time for.
 
     python benchmarks/chat.py masks     answers only, or everything? three seeds each
     python benchmarks/chat.py system    what a line such as "You are HAMLET." does

@@ -30,7 +30,7 @@ import torch
 
 from glassgpt.generation import generate
 from glassgpt.gpt import GPT, GPTConfig
-from glassgpt.speed import light_layer, lighten
+from glassgpt.quantization import light_layer, lighten
 
 PROMPT = [64, 29350, 412, 733, 417, 10580, 318, 257]
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}

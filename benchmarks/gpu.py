@@ -30,7 +30,8 @@ import torch
 from training import machine, write_section
 
 from glassgpt.data import TokenData
-from glassgpt.device import (
+from glassgpt.modern import GPT2_CHOICES, ModernConfig, MuonConfig
+from glassgpt.plan import (
     SIZES,
     Machine,
     Plan,
@@ -38,7 +39,6 @@ from glassgpt.device import (
     pick_device,
     pick_precision,
 )
-from glassgpt.modern import GPT2_CHOICES, ModernConfig, MuonConfig
 from glassgpt.training import TrainConfig
 
 GPT2, ROUND = 50_257, 50_304  # GPT-2's vocabulary, and the next multiple of 64

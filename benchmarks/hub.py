@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 import glassgpt
-from glassgpt.hub import find_model
+from glassgpt.huggingface import find_model
 
 TALK = "<|im_start|>user\nTell me about the Eiffel tower.<|im_end|>\n"
 TALK += "<|im_start|>assistant\n"

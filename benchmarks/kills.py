@@ -22,9 +22,9 @@ import torch
 
 from glassgpt import checkpoints, runs
 from glassgpt.data import TokenData
-from glassgpt.device import Machine, Plan
 from glassgpt.gpt import GPTConfig
 from glassgpt.modern import MuonConfig
+from glassgpt.plan import Machine, Plan
 from glassgpt.tokens import CharTokenizer
 from glassgpt.training import Trainer
 

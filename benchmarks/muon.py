@@ -15,7 +15,7 @@ import torch
 from training import machine
 
 from glassgpt.modern import ModernConfig, ModernGPT, Muon
-from glassgpt.speed import keep_freed_memory
+from glassgpt.quantization import keep_freed_memory
 
 SIZES = {
     "4 blocks of width 128": {"layers": 4, "heads": 4, "width": 128},

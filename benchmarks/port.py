@@ -1,4 +1,4 @@
-"""What a loss says about a port: chapter 19's wrong versions, on the book's model.
+"""What a loss says about a port: appendix A4's wrong versions, on the book's model.
 
     python benchmarks/port.py
 
@@ -24,7 +24,7 @@ RECORD = BOOK / "runs" / "port.json"
 
 def sources():
     """The chapter's cells by their ids."""
-    chapter = json.loads((BOOK / "19_publishing.ipynb").read_text("utf-8"))
+    chapter = json.loads((BOOK / "a4_publishing.ipynb").read_text("utf-8"))
     return {cell["id"]: "".join(cell["source"]) for cell in chapter["cells"]}
 
 

@@ -20,9 +20,9 @@ import torch
 from training import machine
 
 from glassgpt.data import TokenData, shakespeare, tokenize
-from glassgpt.device import Machine, make_loss
 from glassgpt.modern import ModernConfig, ModernGPT, MuonConfig, muon_optimizers
-from glassgpt.speed import keep_freed_memory
+from glassgpt.plan import Machine, make_loss
+from glassgpt.quantization import keep_freed_memory
 from glassgpt.tokens import CharTokenizer
 from glassgpt.training import Trainer, train
 

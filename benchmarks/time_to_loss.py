@@ -33,9 +33,9 @@ import torch
 from training import machine, write_section
 
 from glassgpt.data import TokenData, read_documents, split_documents
-from glassgpt.device import Machine, Plan, pick_precision
 from glassgpt.modern import ModernConfig, MuonConfig
-from glassgpt.speed import keep_freed_memory
+from glassgpt.plan import Machine, Plan, pick_precision
+from glassgpt.quantization import keep_freed_memory
 from glassgpt.tokens import CharTokenizer
 
 Result = tuple[float, int, float]  # seconds, steps, validation loss in nats

@@ -61,8 +61,8 @@ ROOT = Path(__file__).resolve().parent
 def our_step(size: str, name: str) -> Callable[[], None]:
     """One step of glassgpt, imported here: a peer's memory is counted without it."""
     from glassgpt.data import TokenData
-    from glassgpt.device import Machine, Plan
     from glassgpt.modern import GPT2_CHOICES, ModernConfig, MuonConfig
+    from glassgpt.plan import Machine, Plan
     from glassgpt.training import TrainConfig
 
     sizes, batch_size, _ = SIZES[size]
@@ -155,7 +155,7 @@ def prepare(
 ) -> dict[str, Callable[[], None]]:
     """A step of each candidate, compiled and ready."""
     if kept:
-        from glassgpt.speed import keep_freed_memory
+        from glassgpt.quantization import keep_freed_memory
 
         if not keep_freed_memory():
             raise SystemExit("this C library can't be told to keep memory")

@@ -651,7 +651,7 @@ def test_a_pipe_is_stopped_as_a_whole(folder, monkeypatch):
 def test_the_chapter_shows_the_record():
     book = cli.Path(glassgpt.__file__).parents[2] / "book"
     record = json.loads((book / "runs" / "chat.json").read_text("utf-8"))
-    chapter = json.loads((book / "16_chat.ipynb").read_text("utf-8"))
+    chapter = json.loads((book / "17_chat.ipynb").read_text("utf-8"))
     sources = {cell["id"]: "".join(cell["source"]) for cell in chapter["cells"]}
     shown: dict = {}
     records = ("system-record", "everything-read", "lora-record")

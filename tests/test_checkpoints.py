@@ -18,11 +18,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from glassgpt import hub
+from glassgpt import huggingface
+from glassgpt.atomic import all_or_nothing, flush, write_file
 from glassgpt.chat import GLASS
 from glassgpt.checkpoints import load, save, write_model, write_tensors
 from glassgpt.checks import runs as checks
-from glassgpt.files import all_or_nothing, flush, write_file
 from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.modern import ModernConfig, build
 from glassgpt.tokens import BPETokenizer, CharTokenizer
@@ -223,7 +223,7 @@ def test_a_config_made_to_attack_is_refused(tmp_path, config, change, message):
         change = {"glassgpt": content["glassgpt"] | change["glassgpt"]}
     (tmp_path / "config.json").write_text(json.dumps(content | change))
     with (
-        patch.object(hub, "fill", side_effect=AssertionError("was read")),
+        patch.object(huggingface, "fill", side_effect=AssertionError("was read")),
         pytest.raises(ValueError, match=message),
     ):
         load(tmp_path)

@@ -35,7 +35,7 @@ from glassgpt import GPT, GPTConfig, TokenData, TrainConfig, cli, generate, load
 from glassgpt.checkpoints import save
 from glassgpt.checks.cli import check_mistakes
 from glassgpt.cli import comments, main
-from glassgpt.device import SIZES
+from glassgpt.plan import SIZES
 from glassgpt.tokens import BPETokenizer, CharTokenizer
 
 SCRIPT = Path(sys.executable).with_name("glassgpt")
@@ -1107,7 +1107,7 @@ def test_the_programs_of_the_readme_run(made, tmp_path, monkeypatch, capsys):
 
 def check_in(cell):
     """The check of an exercise, which stands in its chapter alone."""
-    cells = nbformat.read(ROOT / "book/23_command_line.ipynb", 4).cells
+    cells = nbformat.read(ROOT / "book/a3_command_line.ipynb", 4).cells
     (source,) = (c.source for c in cells if c.id == cell)
     return source.partition("grade(")[0]
 
@@ -1397,8 +1397,8 @@ WRONG_TYPES = {
     "glassgpt.ModernConfig(9, positions='absolute')": "arg-type",
     "glassgpt.ModernConfig(9, norm='batch')": "arg-type",
     "glassgpt.ModernConfig(9, activation='relu')": "arg-type",
-    "glassgpt.device.Machine(precision='int4')": "arg-type",
-    "glassgpt.device.Machine(compile='yes')": "arg-type",
+    "glassgpt.plan.Machine(precision='int4')": "arg-type",
+    "glassgpt.plan.Machine(compile='yes')": "arg-type",
 }
 
 

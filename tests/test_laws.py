@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glassgpt.checks.laws import check_law, check_optimum, check_tokens_needed
-from glassgpt.device import count
 from glassgpt.laws import Law, fit_law
 from glassgpt.modern import ModernConfig
+from glassgpt.plan import count
 
 ROOT = Path(__file__).parent.parent
 
@@ -193,7 +193,7 @@ def recorded(name):
 
 def test_the_page_has_the_recorded_runs():
     record = recorded("scaling")
-    cells = json.loads((ROOT / "book" / "24_scaling_laws.ipynb").read_text("utf-8"))
+    cells = json.loads((ROOT / "book" / "16_scaling_laws.ipynb").read_text("utf-8"))
     code = next("".join(c["source"]) for c in cells["cells"] if c["id"] == "law-runs")
     tree = ast.parse(code)
     runs = eval(compile(ast.Expression(tree.body[0].value), "page", "eval"))
@@ -217,7 +217,7 @@ def test_the_page_has_the_recorded_runs():
 
 def test_the_page_has_the_measured_losses():
     measured = recorded("prediction")["measured"]
-    cells = json.loads((ROOT / "book" / "24_scaling_laws.ipynb").read_text("utf-8"))
+    cells = json.loads((ROOT / "book" / "16_scaling_laws.ipynb").read_text("utf-8"))
     found = {cell["id"]: "".join(cell["source"]) for cell in cells["cells"]}
     for name, key in (("HELD_OUT", "validation_loss"), ("TRAINING", "train_loss")):
         assert f"{name} = {measured[key]}" in found["measured-run"]

@@ -42,7 +42,7 @@ EVERY_RULE = {"rules": {"label-content-name-mismatch": {"enabled": True}}}
 COLORS = ["color-contrast", "link-in-text-block"]
 OF_COLORS = {"runOnly": COLORS}
 BUT_COLORS = {"rules": EVERY_RULE["rules"] | {r: {"enabled": False} for r in COLORS}}
-SMALL = "book/24_scaling_laws.html"
+SMALL = "book/16_scaling_laws.html"
 # Text has a few colors on a few grounds, thousands of times: axe sees three of each, on
 # the first pages that have them. It doesn't judge a single character.
 THREE_OF_EACH = """(seen) => {

@@ -531,7 +531,7 @@ def test_a_wrong_answer_is_named(check, wrong, message):
 def test_the_chapter_shows_the_record_of_wrong_ports(names_in):
     book = Path(__file__).parents[1] / "book"
     record = json.loads((book / "runs" / "port.json").read_text("utf-8"))
-    shown = names_in("19_publishing.ipynb", "wrong-versions")
+    shown = names_in("a4_publishing.ipynb", "wrong-versions")
     versions = record["versions"]
     right = versions.pop("right")
     assert list(versions) == list(shown["EDITS"])

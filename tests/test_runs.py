@@ -33,9 +33,10 @@ from glassgpt import checkpoints, runs
 from glassgpt.checkpoints import load, save
 from glassgpt.checks import runs as checks
 from glassgpt.data import TokenData, write_tokens
-from glassgpt.device import Machine, Plan
+from glassgpt.distributed import StreamedTokens
 from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.modern import ModernConfig, MuonConfig
+from glassgpt.plan import Machine, Plan
 from glassgpt.runs import (
     Run,
     Saving,
@@ -47,7 +48,6 @@ from glassgpt.runs import (
     resume_run,
     start_run,
 )
-from glassgpt.scaling import StreamedTokens
 from glassgpt.tokens import CharTokenizer
 from glassgpt.training import TrainConfig
 

@@ -1,4 +1,4 @@
-# Written by tools/tangle.py from book/23_command_line.ipynb: change it there.
+# Written by tools/tangle.py from book/a3_command_line.ipynb: change it there.
 
 
 """Glass GPT: a GPT you can see through.
@@ -22,7 +22,6 @@ from glassgpt.chat import (
 )
 from glassgpt.checkpoints import load, save
 from glassgpt.data import TokenData, tokenize
-from glassgpt.device import Plan, make_plan, pick_device
 from glassgpt.embeddings import Embedding, cosine_similarity, nearest_neighbors
 from glassgpt.generation import (
     KeyValueCache,
@@ -36,15 +35,16 @@ from glassgpt.generation import (
 )
 from glassgpt.gpt import GPT, GPTConfig, by_hand
 from glassgpt.heads import MultiHeadAttention
-from glassgpt.hub import write_gguf
+from glassgpt.huggingface import write_gguf
 from glassgpt.inspection import trace
 from glassgpt.mlp import MLP
 from glassgpt.modern import ModernConfig, ModernGPT, MuonConfig, build
+from glassgpt.plan import Plan, make_plan, pick_device
 from glassgpt.positions import sinusoidal_positions
 from glassgpt.publish import publish
+from glassgpt.quantization import keep_freed_memory, lighten
 from glassgpt.runs import Run, resume_run, start_run
 from glassgpt.softmax import cross_entropy, log_softmax, softmax
-from glassgpt.speed import keep_freed_memory, lighten
 from glassgpt.tokens import BPETokenizer, CharTokenizer, Tokenizer
 from glassgpt.training import TrainConfig, Trainer, evaluate, train
 

@@ -1,4 +1,4 @@
-# Written by tools/tangle.py from book/23_command_line.ipynb: change it there.
+# Written by tools/tangle.py from book/a3_command_line.ipynb: change it there.
 
 
 """The command line, as `python -m glassgpt`."""

@@ -1,4 +1,4 @@
-# Written by tools/tangle.py from book/16_chat.ipynb: change it there.
+# Written by tools/tangle.py from book/17_chat.ipynb: change it there.
 """Chat: conversations with marked roles, and a model that learns to answer."""
 
 import copy
@@ -29,7 +29,7 @@ class Template:
     before: what opens each role's turns. stop: the token that ends a turn. after: what
     follows it. default_system: a system line for conversations that begin without one.
 
-    Book: 16_chat.html#roles-nobody-can-forge
+    Book: 17_chat.html#roles-nobody-can-forge
     """
 
     before: Mapping[str, str]
@@ -53,7 +53,7 @@ def template_of(tokenizer: Any) -> Template:
 
     Raises ValueError, with advice, where it has those of none.
 
-    Book: 16_chat.html#roles-nobody-can-forge
+    Book: 17_chat.html#roles-nobody-can-forge
     """
     known = tokenizer.special_tokens.keys()
     if {GLASS.stop, *GLASS.before.values()} <= known:
@@ -78,7 +78,7 @@ def render(conversation: Conversation, tokenizer: Any, reply: bool = False) -> R
     token after which the assistant answers. No content becomes a special token.
     Raises ValueError for any other turn, and for none at all.
 
-    Book: 16_chat.html#roles-nobody-can-forge
+    Book: 17_chat.html#roles-nobody-can-forge
     """
     template = template_of(tokenizer)
     ids: list[int] = []
@@ -136,7 +136,7 @@ def stream_answer(
     The settings: as in `Sampling`. Raises ValueError for what `render` and `stream`
     refuse, and where the conversation leaves no room.
 
-    Book: 16_chat.html#talking
+    Book: 17_chat.html#talking
     """
     ids, _ = render(conversation, tokenizer, reply=True)
     room = model.config.context - len(ids)
@@ -166,7 +166,7 @@ def fit_history(
     does the last question. Raises ValueError where that isn't enough, and for what
     `render` refuses.
 
-    Book: 16_chat.html#talking
+    Book: 17_chat.html#talking
     """
     turns = list(conversation)
     oldest = 1 if turns and turns[0]["role"] == "system" else 0
@@ -193,7 +193,7 @@ def add_roles(model: GPT, tokenizer: Tokenizer) -> tuple[GPT, Tokenizer]:
     and its conversations are from then on written with them. Source: Hewitt (2021).
     Raises ValueError for a tokenizer of another package.
 
-    Book: 16_chat.html#new-rows-in-the-table
+    Book: 17_chat.html#new-rows-in-the-table
     """
     roles = [END_OF_TEXT, *GLASS.before.values(), GLASS.stop]
     names = dict.fromkeys([*tokenizer.special_tokens, *roles])  # each once, in order
@@ -230,7 +230,7 @@ def pack(conversations: Iterable[Rendered], context: int, separator: int) -> Bat
     others are -100. A conversation longer than a row is cut. Best fit, longest first.
     Raises ValueError for a mask that is shorter or longer than its ids.
 
-    Book: 16_chat.html#packing
+    Book: 17_chat.html#packing
     """
 
     def room(row: list[tuple[int, int]]) -> int:
@@ -261,7 +261,7 @@ def separate(ids: Tensor, separator: int) -> tuple[Tensor, Tensor]:
     A position sees itself and what came before in its own conversation, where positions
     count from 0. separator: the id in which every conversation ends.
 
-    Book: 16_chat.html#conversations-that-don-t-see-each-other
+    Book: 17_chat.html#conversations-that-don-t-see-each-other
     """
     column = torch.arange(ids.shape[1], device=ids.device)
     begins = F.pad(ids[:, :-1] == separator, (1, 0))  # (1, 0) puts a False in front
@@ -276,7 +276,7 @@ def chat_loss(model: GPT, separator: int) -> Loss:
     separator: the id between conversations, which don't see each other. Without any
     target the loss is 0. For `Trainer` and `evaluate`. Batches may lie on any device.
 
-    Book: 16_chat.html#the-loss-and-its-weight
+    Book: 17_chat.html#the-loss-and-its-weight
     """
     device = next(model.parameters()).device
 
@@ -295,7 +295,7 @@ class Packed(Tokens):
 
     inputs, targets: what `pack` returned. Its length is the number of targets.
 
-    Book: 16_chat.html#the-loss-and-its-weight
+    Book: 17_chat.html#the-loss-and-its-weight
     """
 
     def __init__(self, inputs: Tensor, targets: Tensor):
@@ -363,7 +363,7 @@ def pack_data(
 
     Train with `chat_loss`. Raises ValueError for what `render` refuses.
 
-    Book: 16_chat.html#the-loss-and-its-weight
+    Book: 17_chat.html#the-loss-and-its-weight
     """
     separator = tokenizer.special_tokens[END_OF_TEXT]
 
@@ -398,7 +398,7 @@ def to_jinja(template: Template) -> str:
     and contents that aren't text raise an error. A content that spells a special token
     becomes one there.
 
-    Book: 16_chat.html#in-the-usual-stack
+    Book: 17_chat.html#in-the-usual-stack
     """
     default = ""
     if template.default_system is not None:
@@ -421,7 +421,7 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
     `transformers` gives the ids and the assistant's mask of `render`, as long as no
     content spells a special token. (With ChatML, none may begin with white space.)
 
-    Book: 16_chat.html#in-the-usual-stack
+    Book: 17_chat.html#in-the-usual-stack
     """
     files = {"tokenizer.json": tokenizer.to_json()}
     try:

@@ -1,4 +1,4 @@
-# Written by tools/tangle.py from book/20_runs_that_survive.ipynb: change it there.
+# Written by tools/tangle.py from book/23_runs_that_survive.ipynb: change it there.
 """Models on disk, as safetensors and JSON, which other programs can read."""
 
 import filecmp
@@ -13,19 +13,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from glassgpt import hub
+from glassgpt import huggingface
+from glassgpt.atomic import all_or_nothing, flush, write_file, write_json
 from glassgpt.chat import tokenizer_files
-from glassgpt.device import on_paper
-from glassgpt.files import all_or_nothing, flush, write_file, write_json
 from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.modern import ModernGPT
+from glassgpt.plan import on_paper
 from glassgpt.tokens import Tokenizer
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Tensors as a safetensors file, whole or not at all. Raises OSError.
 
-    Book: 20_runs_that_survive.html#a-model-on-disk
+    Book: 23_runs_that_survive.html#a-model-on-disk
     """
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     with all_or_nothing(path) as partial:
@@ -45,7 +45,7 @@ def blaming(path: Path, what: str) -> Iterator[None]:
     A MemoryError comes out as it is, and so does an OSError, but for a missing file:
     the machine is to blame, not the file.
 
-    Book: 20_runs_that_survive.html#a-model-on-disk
+    Book: 23_runs_that_survive.html#a-model-on-disk
     """
     try:
         yield
@@ -79,7 +79,7 @@ def save(directory: str | Path, model: GPT, tokenizer: Tokenizer) -> None:
     infinite, for a model made lighter, whose weights are gone, or what `torch.compile`
     returned.
 
-    Book: 20_runs_that_survive.html#a-model-on-disk
+    Book: 23_runs_that_survive.html#a-model-on-disk
     """
     directory = Path(directory)
     if isinstance(model, GPT) and type(model) not in (GPT, ModernGPT):
@@ -93,7 +93,7 @@ def save(directory: str | Path, model: GPT, tokenizer: Tokenizer) -> None:
             "weights are missing or have other names: "
             "save the model before you lighten it or compile it"
         )
-    hub.require_fit(tokenizer, model.config)
+    huggingface.require_fit(tokenizer, model.config)
     if not all(p.isfinite().all() for p in model.parameters()):
         raise ValueError("the model has weights that are nan or infinite")
     names = {p.name for p in directory.glob("[!.]*") if p.suffix != ".partial"}
@@ -107,13 +107,13 @@ def save(directory: str | Path, model: GPT, tokenizer: Tokenizer) -> None:
 def write_model(directory: Path, model: GPT, tokenizer: Tokenizer) -> None:
     """What `save` does, once it is known to be right.
 
-    Book: 20_runs_that_survive.html#a-model-on-disk
+    Book: 23_runs_that_survive.html#a-model-on-disk
     """
     new = directory / ".new"  # a disk that gets full changes nothing of an older model
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     try:
-        parts, end = tokenizer_files(tokenizer), hub.end_of(tokenizer)
+        parts, end = tokenizer_files(tokenizer), huggingface.end_of(tokenizer)
         for name, content in parts.items():
             write_file(new / name, content.encode())
         about = {
@@ -125,8 +125,8 @@ def write_model(directory: Path, model: GPT, tokenizer: Tokenizer) -> None:
         }
         write_json(new / "tokenizer_config.json", about)
         ends = tokenizer.special_tokens.get(end or "")
-        write_json(new / "config.json", hub.config_to_json(model.config, ends))
-        state = hub.to_theirs(model, hub.format_of(model.config))
+        write_json(new / "config.json", huggingface.config_to_json(model.config, ends))
+        state = huggingface.to_theirs(model, huggingface.format_of(model.config))
         write_tensors(new / "model.safetensors", state)
         weights = directory / "model.safetensors"
         others = {path.name for path in new.iterdir()} - {weights.name}
@@ -149,7 +149,7 @@ def load_parameters(directory: Path, config: GPTConfig) -> GPT:
     ValueError for a damaged file, and for one of another model before memory is taken
     for it.
 
-    Book: 20_runs_that_survive.html#a-model-on-disk
+    Book: 23_runs_that_survive.html#a-model-on-disk
     """
     state: dict[str, Tensor] = {}
     parts = sorted(directory.glob("model-*-of-*.safetensors"))
@@ -159,12 +159,14 @@ def load_parameters(directory: Path, config: GPTConfig) -> GPT:
     if "wte.weight" in state:  # so in the file in which OpenAI's weights are shared
         body = state.keys() - {"lm_head.weight"}
         state |= {f"transformer.{name}": state.pop(name) for name in body}
-    theirs = hub.OURS if "tokens.weight" in state else hub.format_of(config)
+    theirs = (
+        huggingface.OURS if "tokens.weight" in state else huggingface.format_of(config)
+    )
     with blaming(directory, "does not fit its config.json"):
         shapes = {name: tuple(value.shape) for name, value in state.items()}
-        model = hub.fit(config, shapes, theirs)
+        model = huggingface.fit(config, shapes, theirs)
     with blaming(directory, "can't be used"):
-        return hub.fill(model, state.__getitem__, theirs)
+        return huggingface.fill(model, state.__getitem__, theirs)
 
 
 MODELS = Path(str(files("glassgpt")), "models")  # what comes with the package
@@ -179,14 +181,16 @@ def load(name: str | Path) -> tuple[GPT, Tokenizer]:
     Raises FileNotFoundError for a missing file, ValueError for a damaged or foreign
     one, before memory is taken for it, ModuleNotFoundError for a missing package.
 
-    Book: 20_runs_that_survive.html#a-model-on-disk
+    Book: 23_runs_that_survive.html#a-model-on-disk
     """
     directory = Path(name)
     shipped = {path.name: path for path in MODELS.glob("*/")}
     if not directory.exists():  # a folder is never hidden by a name
-        directory = shipped.get(str(name)) or hub.find_model(str(name)) or directory
+        directory = (
+            shipped.get(str(name)) or huggingface.find_model(str(name)) or directory
+        )
     if directory.suffix == ".gguf":
-        return hub.load_gguf(directory)
+        return huggingface.load_gguf(directory)
     path = directory / "config.json"
     if not path.exists():
         if (directory / "run.json").exists():
@@ -194,14 +198,14 @@ def load(name: str | Path) -> tuple[GPT, Tokenizer]:
                 f"{directory} is a run without an evaluation: "
                 "resume it, or name a checkpoint in it"
             )
-        names = ", ".join([*shipped, *hub.NAMES])
+        names = ", ".join([*shipped, *huggingface.NAMES])
         raise FileNotFoundError(
             f"{directory} holds no model: config.json is missing. "
             f"Give a run's folder, or a name: {names}"
         )
     with blaming(path, "does not describe a GPT"):
-        config = hub.config_from_json(json.loads(path.read_text("utf-8")))
-    tokenizer = hub.read_tokenizer(directory / "tokenizer.json")
+        config = huggingface.config_from_json(json.loads(path.read_text("utf-8")))
+    tokenizer = huggingface.read_tokenizer(directory / "tokenizer.json")
     with blaming(directory, "mixes two models"):
-        hub.require_fit(tokenizer, config)
+        huggingface.require_fit(tokenizer, config)
     return load_parameters(directory, config).eval(), tokenizer

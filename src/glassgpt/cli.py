@@ -1,4 +1,4 @@
-# Written by tools/tangle.py from book/23_command_line.ipynb: change it there.
+# Written by tools/tangle.py from book/a3_command_line.ipynb: change it there.
 """The command line: train, resume, generate, chat, serve, publish, ...."""
 
 import io
@@ -29,17 +29,17 @@ from tqdm.auto import tqdm
 from tyro.conf import OmitArgPrefixes, Positional, subcommand
 
 import glassgpt
+from glassgpt.atomic import write_file
 from glassgpt.chat import render, stream_answer, template_of
 from glassgpt.checkpoints import blaming
 from glassgpt.data import TokenData, read_documents, split_documents
-from glassgpt.device import RECIPES, SIZES, Machine, names, take
-from glassgpt.files import write_file
+from glassgpt.distributed import make_trainer, team
 from glassgpt.generation import Sampling, stream_text
 from glassgpt.gpt import GPT
-from glassgpt.hub import read_tokenizer
+from glassgpt.huggingface import read_tokenizer
 from glassgpt.modern import ModernConfig, MuonConfig, build
+from glassgpt.plan import RECIPES, SIZES, Machine, names, take
 from glassgpt.runs import CHANGEABLE, Run, Saving, memory_advice, refuse_occupied
-from glassgpt.scaling import make_trainer, team
 from glassgpt.tokens import BPETokenizer, CharTokenizer, Tokenizer
 
 Size = Literal[tuple(SIZES)]
@@ -49,7 +49,7 @@ Size = Literal[tuple(SIZES)]
 class Choices:
     """What `make_plan` takes beside the fields of configurations.
 
-    Book: 23_command_line.html#given-or-not-given
+    Book: a3_command_line.html#given-or-not-given
     """
 
     size: Size | None = None  # layers/heads/width: 4/4/128, 6/6/384, then GPT-2's
@@ -63,7 +63,7 @@ KINDS = (Choices, ModernConfig, MuonConfig, Machine, Saving)
 def comments(kind: type) -> dict[str, str]:
     """The comments at the ends of a dataclass's lines, by the field they explain.
 
-    Book: 23_command_line.html#given-or-not-given
+    Book: a3_command_line.html#given-or-not-given
     """
     kinds = [k for k in reversed(kind.__mro__[:-1]) if k.__module__ != "__main__"]
     source = "".join(map(getsource, kinds))  # a class of a notebook has none
@@ -75,7 +75,7 @@ def given(wanted: set[str], usual: Callable[[], dict[str, Any]]) -> Any:
 
     usual: makes the defaults, when a help text is shown.
 
-    Book: 23_command_line.html#given-or-not-given
+    Book: a3_command_line.html#given-or-not-given
     """
 
     def default_of(option: Field, _: Any) -> str:
@@ -97,7 +97,7 @@ def given(wanted: set[str], usual: Callable[[], dict[str, Any]]) -> Any:
 def suited() -> dict[str, Any]:
     """What a run has on this machine, where nothing else is said.
 
-    Book: 23_command_line.html#given-or-not-given
+    Book: a3_command_line.html#given-or-not-given
     """
     plan = glassgpt.make_plan(1024)
     chosen = {**asdict(plan.model), **asdict(plan.training), **asdict(plan.machine)}
@@ -117,7 +117,7 @@ Shard = Maybe[Literal["nothing", "optimizer", "model"]]
 def summary(data: TokenData) -> str:
     """A folder of tokens in a line.
 
-    Book: 23_command_line.html#from-text-to-tokens
+    Book: a3_command_line.html#from-text-to-tokens
     """
     train, rest, size = len(data.train), len(data.validation), data.vocab_size
     return f"{data.directory}: {train:,} tokens, {rest:,} held out, vocabulary {size:,}"
@@ -127,7 +127,7 @@ def summary(data: TokenData) -> str:
 class Text:
     """Where text comes from, and its tokenizer: what `train` and `tokenize` share.
 
-    Book: 23_command_line.html#from-text-to-tokens
+    Book: a3_command_line.html#from-text-to-tokens
     """
 
     data: tuple[str, ...] = ("shakespeare",)  # files, folders, "*.txt"
@@ -183,7 +183,7 @@ class Text:
 class Tokenize(Text):
     """Turn texts into a folder of token ids, for `glassgpt train --data`.
 
-    Book: 23_command_line.html#from-text-to-tokens
+    Book: a3_command_line.html#from-text-to-tokens
     """
 
     out: str = "tokens"  # the new folder
@@ -209,7 +209,7 @@ SAID = {
 def telling(shard: str | None) -> dict[str, Any]:
     """What `start_run` needs: prints of each evaluation, and how a run is shared.
 
-    Book: 23_command_line.html#a-run-and-going-on-with-it
+    Book: a3_command_line.html#a-run-and-going-on-with-it
     """
 
     def on_record(record: dict[str, float]) -> None:
@@ -224,7 +224,7 @@ def telling(shard: str | None) -> dict[str, Any]:
 def ended(run: Run) -> int:
     """Say what to do next. The exit code: 0, or 128 + the signal that stopped it.
 
-    Book: 23_command_line.html#a-run-and-going-on-with-it
+    Book: a3_command_line.html#a-run-and-going-on-with-it
     """
     name = quote(str(run.directory))
     if run.stopped_by:
@@ -238,7 +238,7 @@ def ended(run: Run) -> int:
 class Resume:
     """Go on with a run, to the same weights as if it had never stopped.
 
-    Book: 23_command_line.html#a-run-and-going-on-with-it
+    Book: a3_command_line.html#a-run-and-going-on-with-it
     """
 
     directory: Positional[str]  # of the run: what `train` called --out
@@ -256,7 +256,7 @@ class Resume:
 def began(out: Path) -> dict[str, Any]:
     """What was asked of the `train` that began in a folder, {} if nobody knows.
 
-    Book: 23_command_line.html#a-run-and-going-on-with-it
+    Book: a3_command_line.html#a-run-and-going-on-with-it
     """
     file = out / ".command.json"
     with blaming(file, f"is damaged: try `glassgpt resume {quote(str(out))}`"):
@@ -271,7 +271,7 @@ def _flags(names: Iterable[str]) -> str:
 class Train(Text):
     """Train a GPT on a text.
 
-    Book: 23_command_line.html#a-run-and-going-on-with-it
+    Book: a3_command_line.html#a-run-and-going-on-with-it
     """
 
     out: Maybe[str] = None  # the run's folder; default: runs/ and the text's name
@@ -381,7 +381,7 @@ Weights = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 class Model:
     """A model that is here to be used: what four commands share.
 
-    Book: 23_command_line.html#writing-and-measuring
+    Book: a3_command_line.html#writing-and-measuring
     """
 
     model: Positional[str]  # a run's folder, a checkpoint, or a name: shakespeare
@@ -400,7 +400,7 @@ class Model:
 class Generate(Model):
     """Write with a trained GPT.
 
-    Book: 23_command_line.html#writing-and-measuring
+    Book: a3_command_line.html#writing-and-measuring
     """
 
     prompt: Maybe[str] = None  # to go on with; -: what is piped in; default: a new line
@@ -443,7 +443,7 @@ def fit_history(
     Questions go with their answers. A system line at the beginning stays, and so does
     the last question. Raises ValueError where that isn't enough.
 
-    Book: 23_command_line.html#writing-and-measuring
+    Book: a3_command_line.html#writing-and-measuring
     """
     turns = list(conversation)
     first = int(turns[0]["role"] == "system")
@@ -461,7 +461,7 @@ class Chat(Model):
 
     In the talk, /system TEXT sets the system line, and /reset starts over.
 
-    Book: 23_command_line.html#writing-and-measuring
+    Book: a3_command_line.html#writing-and-measuring
     """
 
     weights: Weights = "auto"  # lighter ones: faster for large models
@@ -536,7 +536,7 @@ def summed_loss(model: GPT, ids: list[int]) -> float:
 
     Windows of the model's context are computed as one batch; a shorter rest follows.
 
-    Book: 23_command_line.html#writing-and-measuring
+    Book: a3_command_line.html#writing-and-measuring
     """
     device, context = next(model.parameters()).device, model.config.context
     inputs = torch.tensor(ids[:-1], device=device)
@@ -556,7 +556,7 @@ def summed_loss(model: GPT, ids: list[int]) -> float:
 class Evaluate(Model):
     """Measure how well a GPT predicts a text.
 
-    Book: 23_command_line.html#writing-and-measuring
+    Book: a3_command_line.html#writing-and-measuring
     """
 
     text: Positional[str]  # a file, a folder, or a pattern such as "*.txt"
@@ -610,14 +610,14 @@ class Evaluate(Model):
 class Serve(Model):
     """Serve a GPT on this machine, as OpenAI's clients expect it.
 
-    Book: 23_command_line.html#writing-and-measuring
+    Book: a3_command_line.html#writing-and-measuring
     """
 
     port: int = 8000  # 0: any that is free
 
     def run(self) -> None:
         """Serve until Ctrl-C."""
-        from glassgpt.server import make_app, running  # its libraries are an extra
+        from glassgpt.serving import make_app, running  # its libraries are an extra
 
         if not 0 <= self.port < 65536:
             raise ValueError(f"--port must lie in 0 to 65535, not {self.port}")
@@ -631,7 +631,7 @@ class Serve(Model):
 class Publish:
     """Write a GPT into one HTML file that any browser runs, without a network.
 
-    Book: 23_command_line.html#writing-and-measuring
+    Book: a3_command_line.html#writing-and-measuring
     """
 
     model: Positional[str]  # a run's folder, a checkpoint, or a name: shakespeare
@@ -664,7 +664,7 @@ def in_a_sentence(box: str, words: Sequence[str]) -> str:
     In a frame, in a terminal with colors, and with lines (of ─ or -) between, it has a
     title, what is wrong, what is near it, and where the help is.
 
-    Book: 23_command_line.html#mistakes-get-a-sentence
+    Book: a3_command_line.html#mistakes-get-a-sentence
     """
     text = re.sub(r"[│╭╮╰╯]|\x1b\[[\d;]*m", "", box)
     parts = (" ".join(part.split()) for part in re.split("[─-]{9,}", text))
@@ -685,7 +685,7 @@ def parse(words: Sequence[str]) -> Any:
     Raises ValueError for words that make no sense. Leaves with SystemExit after --help,
     and where there are no words.
 
-    Book: 23_command_line.html#mistakes-get-a-sentence
+    Book: a3_command_line.html#mistakes-get-a-sentence
     """
     about = {kind: str(getdoc(kind)).partition("\n\nBook:")[0] for kind in COMMANDS}
     commands = {kind.__name__.lower(): kind for kind in COMMANDS}
@@ -727,7 +727,7 @@ def is_mistake(error: BaseException) -> bool:
     What isn't UTF-8, read or written, counts, too. Everything else, such as a
     ValueError that some library raised, is a fault of ours.
 
-    Book: 23_command_line.html#mistakes-get-a-sentence
+    Book: a3_command_line.html#mistakes-get-a-sentence
     """
     last = traceback.extract_tb(error.__traceback__)[-1]
     ours = Path(glassgpt.__file__).parent in Path(last.filename).parents
@@ -742,7 +742,7 @@ def as_a_process(main: Callable[[Sequence[str]], int]) -> int:
 
     A shell ends its loop when a command dies of Ctrl-C, not when one exits with 130.
 
-    Book: 23_command_line.html#when-a-signal-ends-it
+    Book: a3_command_line.html#when-a-signal-ends-it
     """
     streams: dict[str, dict[str, Any]] = {
         "stdin": {"encoding": "utf-8"},
@@ -783,7 +783,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments: if None, those of this process, as `as_a_process` runs them; else it
     leaves with SystemExit after --help.
 
-    Book: 23_command_line.html#when-a-signal-ends-it
+    Book: a3_command_line.html#when-a-signal-ends-it
     """
 
     @cache  # nothing is said twice

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from glassgpt.files import all_or_nothing
+from glassgpt.atomic import all_or_nothing
 from glassgpt.tokens import Tokenizer
 
 

@@ -505,7 +505,7 @@ def live_model(
 ) -> Picture:
     """The shipped model, alive in the published page; elsewhere a still stands for it.
 
-    show: the panels, such as "tokens next" (chapter 19 has them all). prompt: the text
+    show: the panels, such as "tokens next" (appendix A4 has them all). prompt: the text
     at the start. still: a picture; by default the prompt and its likeliest next tokens.
 
     Book: a1_figures.html#a-model-that-runs-in-the-page
@@ -550,15 +550,15 @@ _STOPS = {
     "13_generation": "generation",
     "14_after_gpt2": "after GPT-2",
     "15_full_gpt": "on a GPU",
-    "16_chat": "chat",
-    "17_gpt2": "hub",
-    "18_looking_inside": "inside",
-    "19_publishing": "publishing",
-    "20_runs_that_survive": "runs",
-    "21_speed": "speed",
-    "22_many_machines": "machines",
-    "23_command_line": "commands",
-    "24_scaling_laws": "scaling",
+    "17_chat": "chat",
+    "18_real_models": "hub",
+    "19_looking_inside": "inside",
+    "a4_publishing": "publishing",
+    "23_runs_that_survive": "runs",
+    "24_speed": "speed",
+    "25_many_machines": "machines",
+    "a3_command_line": "commands",
+    "16_scaling_laws": "scaling",
 }
 
 

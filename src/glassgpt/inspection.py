@@ -1,4 +1,4 @@
-# Written by tools/tangle.py from book/18_looking_inside.ipynb: change it there.
+# Written by tools/tangle.py from book/19_looking_inside.ipynb: change it there.
 
 
 """Looking inside: every activation by name, and what it does to the result."""
@@ -42,7 +42,7 @@ def _watched(layer: int, see: See) -> Callable[..., Tensor]:
 def watch(model: GPT, see: See) -> Iterator[None]:
     """Call see(name, activation) at each step; what it returns goes on in its place.
 
-    Book: 18_looking_inside.html#the-function
+    Book: 19_looking_inside.html#the-function
     """
     with ExitStack() as undo:
 
@@ -77,7 +77,7 @@ def trace(model: GPT, ids: Tensor, edit: See | None = None) -> dict[str, Tensor]
     and is what the trace holds. Dropout is off. The model stays as it was. Raises
     ValueError for ids that the model refuses, TypeError for an edit that returns None.
 
-    Book: 18_looking_inside.html#the-function
+    Book: 19_looking_inside.html#the-function
     """
     seen: dict[str, Tensor] = {}
 
@@ -100,7 +100,7 @@ def ledger(model: GPT, seen: Mapping[str, Tensor]) -> dict[str, Tensor]:
     seen: a `trace` of the model. Entries: "embedding", and for each layer "0.head.0"
     for each head, "0.bias" where attention's last layer has one, and "0.mlp".
 
-    Book: 18_looking_inside.html#the-ledger-balances
+    Book: 19_looking_inside.html#the-ledger-balances
     """
     parts = {"embedding": seen["embedding"]}
     block: Any
@@ -126,7 +126,7 @@ def attribute(
     scale of the norm is taken as the whole stream made it, so a ledger without its
     embedding gets a ValueError. Source: Elhage et al. (2021).
 
-    Book: 18_looking_inside.html#who-writes-the-bracket
+    Book: 19_looking_inside.html#who-writes-the-bracket
     """
     if "embedding" not in parts:
         raise ValueError("the whole ledger is needed: it sets the scale of the norm")
@@ -148,7 +148,7 @@ def without(heads: Iterable[tuple[int, int]], usual: Mapping[str, Tensor]) -> Se
     usual: a trace of other texts; its mean over texts and positions takes the place of
     a head's contexts. Raises KeyError or IndexError, at once, for heads that it lacks.
 
-    Book: 18_looking_inside.html#proof-by-removal
+    Book: 19_looking_inside.html#proof-by-removal
     """
     removed: dict[str, list[int]] = {}
     for layer, head in heads:
@@ -173,7 +173,7 @@ def logit_lens(model: GPT, stream: Tensor) -> Tensor:
 
     Source: nostalgebraist (2020).
 
-    Book: 18_looking_inside.html#when-does-it-know
+    Book: 19_looking_inside.html#when-does-it-know
     """
     logits: Tensor = model.head(model.norm(stream))
     return logits
@@ -186,7 +186,7 @@ def fit_lens(stream: Tensor, final: Tensor) -> Callable[[Tensor], Tensor]:
     in all C directions. Raises ValueError unless there are more than C + 1 positions.
     Source: Belrose et al. (2023), who fit the probabilities instead.
 
-    Book: 18_looking_inside.html#when-does-it-know
+    Book: 19_looking_inside.html#when-does-it-know
     """
     inputs = F.pad(stream.flatten(0, -2), (0, 1), value=1.0)  # (B T, C + 1)
     if len(inputs) <= inputs.shape[1]:
@@ -202,7 +202,7 @@ def induction_scores(seen: Mapping[str, Tensor]) -> Tensor:
     mean weight, over the second half, on the token after the earlier occurrence.
     Source: Olsson et al. (2022).
 
-    Book: 18_looking_inside.html#watch-an-ability-appear
+    Book: 19_looking_inside.html#watch-an-ability-appear
     """
     weights = torch.stack([w for name, w in seen.items() if name.endswith(".weights")])
     P = weights.shape[-1] // 2

@@ -1,4 +1,4 @@
-# Written by tools/tangle.py from book/24_scaling_laws.ipynb: change it there.
+# Written by tools/tangle.py from book/16_scaling_laws.ipynb: change it there.
 
 
 """A scaling law: the loss by size and tokens, fitted to small runs."""
@@ -15,7 +15,7 @@ class Law:
 
     Source: Hoffmann et al. (2022), approach 3 (the formula, not their fit).
 
-    Book: 24_scaling_laws.html#the-law
+    Book: 16_scaling_laws.html#the-law
     """
 
     E: float
@@ -39,7 +39,7 @@ def fit_law(N: np.ndarray, D: np.ndarray, losses: np.ndarray) -> Law:
     Raises ValueError where the best exponents are not between 0.02 and 1.5, and
     NumPy's LinAlgError, a kind of it, where all sizes or all D are equal.
 
-    Book: 24_scaling_laws.html#the-law
+    Book: 16_scaling_laws.html#the-law
     """
     low, width = np.array([0.02, 0.02]), np.array([1.5, 1.5])
     n, d = (np.exp(np.log(x).mean()).item() for x in (N, D))  # the middle

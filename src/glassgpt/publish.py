@@ -1,4 +1,4 @@
-# Written by tools/tangle.py from book/19_publishing.ipynb: change it there.
+# Written by tools/tangle.py from book/a4_publishing.ipynb: change it there.
 """Publishing: a GPT as one HTML file that runs in any browser."""
 
 import base64
@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from glassgpt.atomic import refuse_other, write_file
 from glassgpt.chat import template_of
-from glassgpt.files import refuse_other, write_file
 from glassgpt.gpt import GPT
 from glassgpt.tokens import BPETokenizer, CharTokenizer, Tokenizer
 
@@ -22,7 +22,7 @@ def as_text(parameter: Tensor, weights: str = "int8") -> dict[str, str]:
 
     weights: "int8", for parameters with two axes, or "float32".
 
-    Book: 19_publishing.html#one-byte-a-weight
+    Book: a4_publishing.html#one-byte-a-weight
     """
 
     def written(numbers: Tensor) -> str:
@@ -49,7 +49,7 @@ def page_model(
     another package or another size, a prompt that it can't encode, weights that are
     not finite, and a model too large for a page.
 
-    Book: 19_publishing.html#the-block-and-the-gpt
+    Book: a4_publishing.html#the-block-and-the-gpt
     """
     if weights not in ("int8", "float32"):
         raise ValueError(f"weights must be int8 or float32, not {weights!r}")
@@ -81,7 +81,7 @@ def tokenizer_data(tokenizer: Tokenizer) -> dict[str, Any]:
 
     Raises ValueError for a tokenizer of another package.
 
-    Book: 19_publishing.html#byte-pairs
+    Book: a4_publishing.html#byte-pairs
     """
     special = list(tokenizer.special_tokens)
     if isinstance(tokenizer, BPETokenizer):
@@ -100,7 +100,7 @@ def tokenizer_data(tokenizer: Tokenizer) -> dict[str, Any]:
 def chat_data(tokenizer: Tokenizer) -> dict[str, Any] | None:
     """A model's chat template, its marks as ids, or None where it knows no roles.
 
-    Book: 19_publishing.html#byte-pairs
+    Book: a4_publishing.html#byte-pairs
     """
     try:
         template = template_of(tokenizer)
@@ -118,7 +118,7 @@ def chat_data(tokenizer: Tokenizer) -> dict[str, Any] | None:
 def model_script(model: GPT, tokenizer: Tokenizer, **settings: str) -> str:
     """The JavaScript that hands a model to the page. settings: as in `page_model`.
 
-    Book: 19_publishing.html#one-file
+    Book: a4_publishing.html#one-file
     """
     stored = json.dumps(page_model(model, tokenizer, **settings))
     return f"globalThis.glassModel = {stored};\n".replace("<", "\\u003c")
@@ -127,7 +127,7 @@ def model_script(model: GPT, tokenizer: Tokenizer, **settings: str) -> str:
 def page_script() -> str:
     """The JavaScript that runs a model: the engine inside a function, and the page.
 
-    Book: 19_publishing.html#one-file
+    Book: a4_publishing.html#one-file
     """
     folder = files("glassgpt") / "page"
     engine = (folder / "gpt.js").read_text("utf-8")
@@ -178,7 +178,7 @@ def publish(
     tokenizer of another package, a model too large, weights that are no numbers; and
     OSError for a path that is no file's, or that of a file which is no such page.
 
-    Book: 19_publishing.html#one-file
+    Book: a4_publishing.html#one-file
     """
     refuse_other(path, PAGE.partition("{")[0].encode())
     script = model_script(model, tokenizer, weights=weights, prompt=prompt)

@@ -1,4 +1,4 @@
-# Written by tools/tangle.py from book/20_runs_that_survive.ipynb: change it there.
+# Written by tools/tangle.py from book/23_runs_that_survive.ipynb: change it there.
 """Runs that survive: one run in a folder, which ends with the same bits."""
 
 import json
@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 from safetensors.torch import load_file
 
+from glassgpt.atomic import all_or_nothing, flush, write_file, write_json
 from glassgpt.checkpoints import blaming, load, write_model, write_tensors
 from glassgpt.data import SPLITS, TokenData, Tokens, write_tokens
-from glassgpt.device import Machine, Plan, on_paper, pick_device, pick_precision, take
-from glassgpt.files import all_or_nothing, flush, write_file, write_json
 from glassgpt.gpt import GPT
 from glassgpt.modern import MuonConfig
+from glassgpt.plan import Machine, Plan, on_paper, pick_device, pick_precision, take
 from glassgpt.tokens import Tokenizer
 from glassgpt.training import TrainConfig, Trainer, check_fit, train
 
@@ -31,7 +31,7 @@ from glassgpt.training import TrainConfig, Trainer, check_fit, train
 class Saving:
     """When to save, and how much to keep. Raises ValueError for less than 1.
 
-    Book: 20_runs_that_survive.html#a-checkpoint
+    Book: 23_runs_that_survive.html#a-checkpoint
     """
 
     checkpoint_every: int = 250  # steps from one checkpoint to the next
@@ -47,7 +47,7 @@ class Saving:
 class Run:
     """A run in a folder. stopped_by: the signal that ended it early, or 0.
 
-    Book: 20_runs_that_survive.html#a-checkpoint
+    Book: 23_runs_that_survive.html#a-checkpoint
     """
 
     directory: Path
@@ -61,7 +61,7 @@ class Run:
 def checkpoints_in(directory: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first.
 
-    Book: 20_runs_that_survive.html#a-checkpoint
+    Book: 23_runs_that_survive.html#a-checkpoint
     """
     return sorted(directory.glob(f"checkpoint-{8 * '[0-9]'}/"))
 
@@ -81,7 +81,7 @@ def write_checkpoint(run: Run) -> None:
     A checkpoint is a folder that `load` reads, too. Raises OSError where the disk is
     full; the checkpoints before stay as they were.
 
-    Book: 20_runs_that_survive.html#a-checkpoint
+    Book: 23_runs_that_survive.html#a-checkpoint
     """
     final = run.directory / f"checkpoint-{run.trainer.step:08d}"
     # Only step 0 can be there already, of a start that was killed.
@@ -104,7 +104,7 @@ def read_checkpoint(path: Path) -> tuple[GPT, Tokenizer, dict[str, Any]]:
     A forged file runs no code and takes no memory. Raises ValueError where a file is
     damaged or missing, and OSError where the disk can't be read.
 
-    Book: 20_runs_that_survive.html#a-file-that-attacks
+    Book: 23_runs_that_survive.html#a-file-that-attacks
     """
     with blaming(path, "can't be used"):
         model, tokenizer = load(path)
@@ -124,7 +124,7 @@ def restore(trainer: Trainer, state: dict[str, Any], path: Path) -> None:
 
     Raises ValueError where the rest of the state is not that of this model.
 
-    Book: 20_runs_that_survive.html#a-file-that-attacks
+    Book: 23_runs_that_survive.html#a-file-that-attacks
     """
     with blaming(path, "can't be used"):
         pairs = zip(trainer.optimizers, state["optimizers"], strict=True)
@@ -145,7 +145,7 @@ def stop_signals() -> Iterator[list[int]]:
 
     A signal that is ignored, as SIGHUP is under nohup, stays ignored.
 
-    Book: 20_runs_that_survive.html#leaving-politely
+    Book: 23_runs_that_survive.html#leaving-politely
     """
     caught: list[int] = []
     with ExitStack() as before:
@@ -167,7 +167,7 @@ def stop_signals() -> Iterator[list[int]]:
 def memory_advice() -> Iterator[None]:
     """Turn an allocator's failure into a MemoryError that says what to do.
 
-    Book: 20_runs_that_survive.html#leaving-politely
+    Book: 23_runs_that_survive.html#leaving-politely
     """
     try:
         yield
@@ -185,7 +185,7 @@ def locked(directory: Path) -> Iterator[None]:
 
     Raises FileExistsError where another one has it.
 
-    Book: 20_runs_that_survive.html#one-run-in-a-folder
+    Book: 23_runs_that_survive.html#one-run-in-a-folder
     """
     from filelock import FileLock, Timeout  # here: `import glassgpt` stays quick
 
@@ -308,7 +308,7 @@ def refuse_occupied(directory: Path) -> None:
 
     What a start leaves that was killed before its run.json is none of it.
 
-    Book: 20_runs_that_survive.html#one-run-in-a-folder
+    Book: 23_runs_that_survive.html#one-run-in-a-folder
     """
     if (directory / "run.json").exists():
         raise FileExistsError(
@@ -353,13 +353,13 @@ def start_run(
 
     model: one to go on from instead of a new one. keep: how many checkpoints stay.
     on_record: called with each evaluation. make_trainer: that of many processes
-    (chapter 22). The folder has the best model, run.json, metrics.jsonl and the
+    (chapter 25). The folder has the best model, run.json, metrics.jsonl and the
     checkpoints. Ctrl-C, SIGTERM or SIGHUP finishes the step, writes a checkpoint and
     returns. Raises FileExistsError for a folder in use or not empty, TypeError or
     ValueError for what doesn't fit together, FloatingPointError, and OSError where the
     disk is full.
 
-    Book: 20_runs_that_survive.html#one-run-in-a-folder
+    Book: 23_runs_that_survive.html#one-run-in-a-folder
     """
     directory, saving = Path(directory), Saving(checkpoint_every, keep)
     refuse_occupied(directory)
@@ -422,7 +422,7 @@ def resume_run(
     run, or no checkpoint that can be read, ValueError for a damaged run.json, other
     tokens or a change of what must stay, and what `start_run` raises.
 
-    Book: 20_runs_that_survive.html#one-run-in-a-folder
+    Book: 23_runs_that_survive.html#one-run-in-a-folder
     """
     directory = Path(directory)
     if not (directory / "run.json").exists():

@@ -19,7 +19,7 @@ from typing import Any, Self
 
 import regex
 
-from glassgpt.files import write_file
+from glassgpt.atomic import write_file
 
 Pair = tuple[int, int]
 Texts = str | Iterable[str]
@@ -372,7 +372,7 @@ _FILE = """{"version": "1.0", "truncation": null, "padding": null, "normalizer":
 "byte_fallback": false, "ignore_merges": false}}"""
 _BYTE_LEVEL = """{"type": "ByteLevel", "add_prefix_space": false,
 "trim_offsets": true, "use_regex": true}"""
-# Takes out the escapes of a chat's template (chapter 16) behind special tokens.
+# Takes out the escapes of a chat's template (chapter 17) behind special tokens.
 _AWAY = {"type": "Replace", "pattern": {"String": "\ufdd01"}, "content": ""}
 _BACK = {"type": "Replace", "pattern": {"String": "\ufdd00"}, "content": "\ufdd0"}
 UNESCAPE = {"type": "Sequence", "normalizers": [_AWAY, _BACK]}

@@ -1,4 +1,4 @@
-# Written by tools/tangle.py from book/23_command_line.ipynb: change it there.
+# Written by tools/tangle.py from book/a3_command_line.ipynb: change it there.
 """The checks of all chapters.
 
 Each takes an implementation and raises AssertionError with a message that names the
@@ -38,12 +38,21 @@ from glassgpt.checks.data import (
     check_nats_per_character,
     check_split,
 )
-from glassgpt.checks.device import (
-    check_fit_memory,
-    check_padded_logits,
-    check_rounding,
-    check_scale,
-    check_step_memory,
+from glassgpt.checks.distributed import (
+    FrozenRows,
+    MeanOfMeans,
+    OneStepOfARing,
+    SwitchesAfterForward,
+    block_times,
+    check_gradient,
+    check_lost_time,
+    check_memory,
+    check_parallel,
+    check_ring,
+    check_stream,
+    table_slice,
+    train_in,
+    train_ways,
 )
 from glassgpt.checks.embeddings import (
     check_analogy,
@@ -82,7 +91,7 @@ from glassgpt.checks.heads import (
     check_multi_head,
     check_split_heads,
 )
-from glassgpt.checks.hub import (
+from glassgpt.checks.huggingface import (
     check_fold,
     check_pairs,
     check_parity,
@@ -122,6 +131,13 @@ from glassgpt.checks.modern import (
     check_rotary,
     check_rotary_tables,
 )
+from glassgpt.checks.plan import (
+    check_fit_memory,
+    check_padded_logits,
+    check_rounding,
+    check_scale,
+    check_step_memory,
+)
 from glassgpt.checks.positions import (
     check_add_positions,
     check_shift_matrix,
@@ -133,6 +149,12 @@ from glassgpt.checks.publish import (
     check_page_min_p,
     check_size,
 )
+from glassgpt.checks.quantization import (
+    check_accept,
+    check_groups,
+    check_light,
+    check_round_rows,
+)
 from glassgpt.checks.runs import (
     Walk,
     check_interval,
@@ -143,22 +165,6 @@ from glassgpt.checks.runs import (
     check_stop,
     check_whole_file,
 )
-from glassgpt.checks.scaling import (
-    FrozenRows,
-    MeanOfMeans,
-    OneStepOfARing,
-    SwitchesAfterForward,
-    block_times,
-    check_gradient,
-    check_lost_time,
-    check_memory,
-    check_parallel,
-    check_ring,
-    check_stream,
-    table_slice,
-    train_in,
-    train_ways,
-)
 from glassgpt.checks.softmax import (
     check_cross_entropy,
     check_cross_entropy_gradient,
@@ -166,12 +172,6 @@ from glassgpt.checks.softmax import (
     check_masked_softmax,
     check_one_pass,
     check_softmax,
-)
-from glassgpt.checks.speed import (
-    check_accept,
-    check_groups,
-    check_light,
-    check_round_rows,
 )
 from glassgpt.checks.tokens import (
     check_learn_merges,

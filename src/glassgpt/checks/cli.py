@@ -1,4 +1,4 @@
-# Written by tools/tangle.py from book/23_command_line.ipynb: change it there.
+# Written by tools/tangle.py from book/a3_command_line.ipynb: change it there.
 """Checks of the command line."""
 
 import contextlib
@@ -16,7 +16,7 @@ import glassgpt
 def call(main: Callable[[list[str]], int], words: list[str]) -> tuple[int, str, str]:
     """Run a command line; return its exit code, its result and what it said of it.
 
-    Book: 23_command_line.html#the-check
+    Book: a3_command_line.html#the-check
     """
     result, errors = io.StringIO(), io.StringIO()
     with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(result):
@@ -35,7 +35,7 @@ def call(main: Callable[[list[str]], int], words: list[str]) -> tuple[int, str, 
 def check_mistakes(main: Callable[[list[str]], int]) -> None:
     """Mistakes end in exit code 2 and a sentence, write nothing; faults come out.
 
-    Book: 23_command_line.html#the-check
+    Book: a3_command_line.html#the-check
     """
     with tempfile.TemporaryDirectory() as name, contextlib.chdir(name):
         folder = Path(name)

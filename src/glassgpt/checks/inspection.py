@@ -1,4 +1,4 @@
-# Written by tools/tangle.py from book/18_looking_inside.ipynb: change it there.
+# Written by tools/tangle.py from book/19_looking_inside.ipynb: change it there.
 
 
 """Checks of traces, ledgers, attribution and ablation that name the mistake."""
@@ -49,7 +49,7 @@ def check_trace(trace: Callable[..., dict[str, Tensor]]) -> None:
 
     trace: called as trace(model, ids) and trace(model, ids, edit).
 
-    Book: 18_looking_inside.html#the-function
+    Book: 19_looking_inside.html#the-function
     """
     for model, ids in _models():
         attends = [block.attention.attend for block in model.blocks]
@@ -149,7 +149,7 @@ def check_ledger(ledger: Callable[..., dict[str, Tensor]]) -> None:
 
     ledger: called as ledger(model, trace).
 
-    Book: 18_looking_inside.html#the-ledger-balances
+    Book: 19_looking_inside.html#the-ledger-balances
     """
     for model, ids in _models():
         seen = trace(model, ids)
@@ -184,7 +184,7 @@ def check_attribute(attribute: Callable[..., dict[str, Tensor]]) -> None:
 
     attribute: called as attribute(model, parts, direction).
 
-    Book: 18_looking_inside.html#who-writes-the-bracket
+    Book: 19_looking_inside.html#who-writes-the-bracket
     """
     for model, ids in _models():
         seen = trace(model, ids)
@@ -220,7 +220,7 @@ def check_without(without: Callable[..., See]) -> None:
 
     without: called as without(heads, usual).
 
-    Book: 18_looking_inside.html#proof-by-removal
+    Book: 19_looking_inside.html#proof-by-removal
     """
     for model, ids in _models():
         usual, seen = trace(model, ids.flip(1)[:1, 1:]), trace(model, ids)
@@ -254,7 +254,7 @@ def check_previous_scores(previous_scores: Callable[..., Tensor]) -> None:
 
     previous_scores: called as previous_scores(trace).
 
-    Book: 18_looking_inside.html#exercise-1-the-token-before
+    Book: 19_looking_inside.html#exercise-1-the-token-before
     """
     for model, ids in _models():
         seen = trace(model, ids)
@@ -286,7 +286,7 @@ def check_patch(patch: Callable[..., See]) -> None:
 
     patch: called as patch(clean, layer, head), returns an edit.
 
-    Book: 18_looking_inside.html#exercise-1-the-token-before
+    Book: 19_looking_inside.html#exercise-1-the-token-before
     """
     for model, ids in _models():
         texts = ids.flip(1)[:, model.config.layers // 12 :]  # also shorter ones
@@ -318,7 +318,7 @@ def check_sources(sources: Callable[..., Tensor]) -> None:
 
     sources: called as sources(model, trace, layer, head).
 
-    Book: 18_looking_inside.html#exercise-1-the-token-before
+    Book: 19_looking_inside.html#exercise-1-the-token-before
     """
     for model, ids in _models():
         seen = trace(model, ids)

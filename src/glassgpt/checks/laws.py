@@ -1,4 +1,4 @@
-# Written by tools/tangle.py from book/24_scaling_laws.ipynb: change it there.
+# Written by tools/tangle.py from book/16_scaling_laws.ipynb: change it there.
 
 
 """Checks of a scaling law and of what follows from it; they name the mistake."""
@@ -17,7 +17,7 @@ def check_law(fit: Callable[..., Any]) -> None:
 
     fit: called as fit(N, D, losses); what it returns is called as law(N, D).
 
-    Book: 24_scaling_laws.html#the-law
+    Book: 16_scaling_laws.html#the-law
     """
     N, D = (x.ravel() for x in np.meshgrid(np.geomspace(1e4, 1e6, 6), [1e5, 1e6, 1e7]))
     laws = [(1.5, 1.0, 0.34, 0.28), (0.5, 0.5, 0.8, 0.4), (2.5, 2.0, 0.3, 0.9)]
@@ -57,7 +57,7 @@ def check_tokens_needed(needed: Callable[[Law, float, float], float]) -> None:
 
     needed: called as needed(law, N, loss).
 
-    Book: 24_scaling_laws.html#exercise-1-tokens-in-place-of-parameters
+    Book: 16_scaling_laws.html#exercise-1-tokens-in-place-of-parameters
     """
     law = Law(1.7, 400.0, 0.34, 410.0, 0.28)
     for N, D in ((1e8, 1e9), (1e9, 1e12), (1e11, 1e12), (1e8, 1e16), (1e8, 1e24)):
@@ -82,7 +82,7 @@ def check_optimum(optimum: Callable[[Law, float], tuple[float, float]]) -> None:
 
     optimum: called as optimum(law, C).
 
-    Book: 24_scaling_laws.html#exercise-2-the-best-size-for-a-budget
+    Book: 16_scaling_laws.html#exercise-2-the-best-size-for-a-budget
     """
     for law in (Law(1.7, 400.0, 0.34, 410.0, 0.28), Law(1.0, 50.0, 0.5, 20.0, 0.5)):
         for C in (1e12, 1e21):

@@ -1,4 +1,4 @@
-# Written by tools/tangle.py from book/19_publishing.ipynb: change it there.
+# Written by tools/tangle.py from book/a4_publishing.ipynb: change it there.
 """Checks of a GPT in a page that name the mistake they find."""
 
 import base64
@@ -31,7 +31,7 @@ def _random_model(tokenizer: BPETokenizer, tied: bool) -> GPT:
 def check_page_logits(logits: Callable[[dict[str, Any], list[int]], Any]) -> None:
     """A page's logits after each token are those of the package, to 1e-4.
 
-    Book: 19_publishing.html#the-same-numbers
+    Book: a4_publishing.html#the-same-numbers
     """
     tokenizer, dice = BPETokenizer([(0, 1)]), torch.Generator().manual_seed(6)
     ids = torch.randint(len(tokenizer), (1, 11), generator=dice)
@@ -59,7 +59,7 @@ def check_page_logits(logits: Callable[[dict[str, Any], list[int]], Any]) -> Non
 def check_size(size: Callable[[int, int, int, int], int]) -> None:
     """Characters of a page's weights: one byte a number, scales, four for three.
 
-    Book: 19_publishing.html#exercise-1-how-large-is-the-page
+    Book: a4_publishing.html#exercise-1-how-large-is-the-page
     """
     for layers, width, vocabulary, context in ((1, 10, 257, 8), (4, 144, 2048, 256)):
         heads = 2
@@ -103,7 +103,7 @@ def check_page_min_p(
 ) -> None:
     """Chapter 13's min-p, on a page's candidates; what stays sums to 1 again.
 
-    Book: 19_publishing.html#exercise-2-another-filter-in-javascript
+    Book: a4_publishing.html#exercise-2-another-filter-in-javascript
     """
 
     def on_logits(logits: Tensor, share: float) -> Tensor:
@@ -137,7 +137,7 @@ def check_page_min_p(
 def check_kept(kept: Callable[[list[int], list[int], int], int]) -> None:
     """What two windows have in common at their beginning stays.
 
-    Book: 19_publishing.html#exercise-3-what-stays-in-the-cache
+    Book: a4_publishing.html#exercise-3-what-stays-in-the-cache
     """
     found = kept([1, 2, 3], [1, 2, 3, 4], 8)
     assert found == 3, f"one more token: all 3 stay, not {found}"

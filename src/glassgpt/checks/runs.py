@@ -1,4 +1,4 @@
-# Written by tools/tangle.py from book/20_runs_that_survive.ipynb: change it there.
+# Written by tools/tangle.py from book/23_runs_that_survive.ipynb: change it there.
 
 
 """Checks of files, models and runs that have to survive; they name the mistake."""
@@ -27,9 +27,9 @@ import torch
 from torch import nn
 
 from glassgpt.data import SPLITS, TokenData, write_tokens
-from glassgpt.device import Machine, Plan
 from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.modern import MuonConfig
+from glassgpt.plan import Machine, Plan
 from glassgpt.tokens import CharTokenizer
 from glassgpt.training import TrainConfig, Trainer
 
@@ -99,7 +99,7 @@ def check_whole_file(write: Callable[[Path, bytes], Any]) -> None:
 
     write: called as write(path, content) with bytes.
 
-    Book: 20_runs_that_survive.html#write-flush-rename
+    Book: 23_runs_that_survive.html#write-flush-rename
     """
     full = OSError(errno.ENOSPC, "No space left on device")
     with TemporaryDirectory() as place:
@@ -154,7 +154,7 @@ def check_round_trip(pair: tuple[Callable[..., Any], Callable[..., Any]]) -> Non
 
     pair: called as save(directory, model, tokenizer) and load(directory).
 
-    Book: 20_runs_that_survive.html#a-model-on-disk
+    Book: 23_runs_that_survive.html#a-model-on-disk
     """
     save, load = pair
     tokenizer = CharTokenizer("abcde")
@@ -197,7 +197,7 @@ def check_stop(stop_signals: Callable[[], Any]) -> None:
 
     stop_signals: called without arguments, a context that gives a list of numbers.
 
-    Book: 20_runs_that_survive.html#leaving-politely
+    Book: 23_runs_that_survive.html#leaving-politely
     """
     acted: list[int] = []
     numbers = [signal.SIGINT, signal.SIGTERM]
@@ -318,7 +318,7 @@ def check_resume(pair: tuple[Callable[..., Any], Callable[..., Any]]) -> None:
 
     pair: called like `start_run` and `resume_run`.
 
-    Book: 20_runs_that_survive.html#killed-and-resumed
+    Book: 23_runs_that_survive.html#killed-and-resumed
     """
     one_crop, text = list(range(5)), [n * n % 5 for n in range(60)]
     state = "the optimizer's moments or the schedule were not restored"
@@ -350,7 +350,7 @@ def check_interval(interval: Callable[[float, float], float]) -> None:
 
     interval: called as interval(cost, mean_time), all in seconds.
 
-    Book: 20_runs_that_survive.html#exercise-1-how-often
+    Book: 23_runs_that_survive.html#exercise-1-how-often
     """
     cases = ((2.0, 86_400.0), (30.0, 3_600.0), (0.5, 10_000.0), (300.0, 3_600.0))
     for cost, mean_time in cases:
@@ -373,7 +373,7 @@ def check_interval(interval: Callable[[float, float], float]) -> None:
 class Walk:
     """A process with four kinds of state: place, momentum, dice and a deck of cards.
 
-    Book: 20_runs_that_survive.html#exercise-2-everything-that-a-step-changes
+    Book: 23_runs_that_survive.html#exercise-2-everything-that-a-step-changes
     """
 
     def __init__(self, seed: int):
@@ -395,7 +395,7 @@ def check_state(pair: tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]) ->
     pair: called as state_of(walk), which may return any object, and as
     go_back(walk, state) with another walk, more than once with one state.
 
-    Book: 20_runs_that_survive.html#exercise-2-everything-that-a-step-changes
+    Book: 23_runs_that_survive.html#exercise-2-everything-that-a-step-changes
     """
     state_of, go_back = pair
     for steps in (0, 3, 5, 7):
@@ -435,7 +435,7 @@ def check_names(names_in: Callable[[bytes], set[str]]) -> None:
 
     names_in: of the bytes of a pickle, as a set of texts like "os mkdir".
 
-    Book: 20_runs_that_survive.html#exercise-3-what-a-pickle-asks-for
+    Book: 23_runs_that_survive.html#exercise-3-what-a-pickle-asks-for
     """
 
     class Bomb:

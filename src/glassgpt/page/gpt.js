@@ -1,4 +1,4 @@
-// Written by tools/tangle.py from book/19_publishing.ipynb: change it there.
+// Written by tools/tangle.py from book/a4_publishing.ipynb: change it there.
 
 function dot(x, y) {
   let even = 0, odd = 0, i = 0; // two sums: a processor works on both at once

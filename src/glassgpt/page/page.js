@@ -1,4 +1,4 @@
-// Written by tools/tangle.py from book/19_publishing.ipynb: change it there.
+// Written by tools/tangle.py from book/a4_publishing.ipynb: change it there.
 
 // A thread of its own for the engine, so that the page never waits: ask(question, ...).
 function startEngine(stored) {

@@ -16,10 +16,10 @@ import pytest
 import torch
 
 import glassgpt
-from glassgpt import server
+from glassgpt import serving
 from glassgpt.cli import main
 from glassgpt.gpt import GPT, GPTConfig
-from glassgpt.server import make_app, running, until
+from glassgpt.serving import make_app, running, until
 from glassgpt.tokens import BPETokenizer
 
 openai = pytest.importorskip("openai")
@@ -290,7 +290,7 @@ def test_what_is_no_request_is_refused(address, body):
 
 def test_a_body_too_large_is_refused(address):
     place = urlsplit(address)
-    status, content = post(address, b"x" * (server.LARGEST + 1))
+    status, content = post(address, b"x" * (serving.LARGEST + 1))
     assert status == 413
     assert "1,048,576 bytes" in json.loads(content)["error"]["message"]
     # One that doesn't say how long it is, and never ends.
@@ -399,7 +399,7 @@ class Counted:
 
     def __init__(self, monkeypatch):
         self.made, self.order, self.gate = {}, [], threading.Semaphore(0)
-        original = server.stream
+        original = serving.stream
 
         def counted(model, prompts, *rest, **settings):
             key = tuple(prompts[0])
@@ -414,7 +414,7 @@ class Counted:
 
             return one_by_one()
 
-        monkeypatch.setattr(server, "stream", counted)
+        monkeypatch.setattr(serving, "stream", counted)
 
 
 @pytest.mark.parametrize("in_pieces", [True, False])
@@ -502,7 +502,7 @@ def test_a_port_that_is_none_is_refused(port, capsys):
 
 def test_without_its_libraries_the_command_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    monkeypatch.delitem(sys.modules, "glassgpt.server")
+    monkeypatch.delitem(sys.modules, "glassgpt.serving")
     assert main(["serve", "shakespeare"]) == 2
     assert "pip install 'glassgpt[serve]'" in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-# Written by tools/tangle.py from book/22_many_machines.ipynb: change it there.
+# Written by tools/tangle.py from book/25_many_machines.ipynb: change it there.
 
 
 """Checks of runs on many processes, and of streams; they name the mistake."""
@@ -21,11 +21,11 @@ from torch import Tensor
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from torch.optim import AdamW
 
-from glassgpt import scaling
+from glassgpt import distributed
 from glassgpt.data import Batch, TokenData, Tokens
-from glassgpt.device import Machine, Plan
 from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.modern import MuonConfig, muon_optimizers
+from glassgpt.plan import Machine, Plan
 from glassgpt.runs import resume_run, start_run
 from glassgpt.tokens import CharTokenizer
 from glassgpt.training import TrainConfig, Trainer
@@ -49,7 +49,7 @@ def check_ring(ring: Callable[[Vectors], Iterable[Vectors]]) -> None:
 
     ring: called with n vectors of n numbers; yields them before and after each step.
 
-    Book: 22_many_machines.html#a-ring
+    Book: 25_many_machines.html#a-ring
     """
     for n, base in ((2, 10), (3, 10), (5, -10)):
         ranks = [float(base**rank) for rank in range(n)]
@@ -78,18 +78,18 @@ def check_ring(ring: Callable[[Vectors], Iterable[Vectors]]) -> None:
 def table_slice() -> list[list[int]]:
     """The shapes of a model's table, whole and as this process holds it.
 
-    Book: 22_many_machines.html#dividing-the-model
+    Book: 25_many_machines.html#dividing-the-model
     """
-    table: Any = _small_run(scaling.FSDPTrainer).model.tokens.weight
+    table: Any = _small_run(distributed.FSDPTrainer).model.tokens.weight
     return [list(table.shape), list(table.to_local().shape)]
 
 
 def block_times() -> list[tuple[str, int]]:
     """How many numbers of the first block's weights lie here, and when in a step.
 
-    Book: 22_many_machines.html#dividing-the-model
+    Book: 25_many_machines.html#dividing-the-model
     """
-    trainer = _small_run(scaling.FSDPTrainer, layers=3)
+    trainer = _small_run(distributed.FSDPTrainer, layers=3)
     first, found = trainer.model.blocks[0], []
 
     def note(when: str) -> Callable[..., None]:
@@ -167,16 +167,17 @@ def _weights_here(module: Any) -> int:
 def train_ways(kinds: Sequence[str], **how: Any) -> dict[str, dict[str, Any]]:
     """What three steps make of a small model, on each of the processes that call it.
 
-    kinds: names of trainers in `glassgpt.scaling`, or "Trainer". how: rows, accumulate,
-    muon. For each, weights, and how many numbers a process held: weights, gradients
+    kinds: names of trainers in `glassgpt.distributed`, or "Trainer". how: rows,
+    accumulate, muon. For each, weights, and how many numbers a process held:
+    weights, gradients
     before the step, moments; "busy" are the first two in a backward pass, at the end
     of the second of three blocks.
 
-    Book: 22_many_machines.html#one-check-six-ways
+    Book: 25_many_machines.html#one-check-six-ways
     """
     found = {}
     for name in kinds:
-        base: Any = getattr(scaling, name)
+        base: Any = getattr(distributed, name)
 
         class Counting(base):  # type: ignore[misc]
             def update(self) -> Tensor:
@@ -286,13 +287,13 @@ def check_parallel(kind: type[Trainer]) -> None:
     saved and loaded, or evaluated, between two steps.
     kind: a class of a module, called as `ParallelTrainer` is.
 
-    Book: 22_many_machines.html#one-check-six-ways
+    Book: 25_many_machines.html#one-check-six-ways
     """
     assert kind.__module__ != "__main__", (
         "new processes can't see a class of the notebook: write it to a file, import it"
     )
     try:
-        ranks = scaling.run_processes(3, _each_case, kind.__module__, kind.__name__)
+        ranks = distributed.run_processes(3, _each_case, kind.__module__, kind.__name__)
     except (ProcessExitedException, ProcessRaisedException) as error:
         if isinstance(error, ProcessRaisedException) and "Timed out" not in str(error):
             raise
@@ -339,10 +340,10 @@ def _compare(mistake: str, one: Ended, each: Sequence[Ended]) -> None:
         )
 
 
-class OneStepOfARing(scaling.ParallelTrainer):
+class OneStepOfARing(distributed.ParallelTrainer):
     """Wrong: each process adds its left neighbor's gradient, which is right for two.
 
-    Book: 22_many_machines.html#one-check-six-ways
+    Book: 25_many_machines.html#one-check-six-ways
     """
 
     def exchange(self) -> None:
@@ -352,10 +353,10 @@ class OneStepOfARing(scaling.ParallelTrainer):
             parameter.grad += everyone[self.rank - 1]
 
 
-class MeanOfMeans(scaling.ParallelTrainer):
+class MeanOfMeans(distributed.ParallelTrainer):
     """Wrong: the mean of each process's rows, then the mean of the processes.
 
-    Book: 22_many_machines.html#one-check-six-ways
+    Book: 25_many_machines.html#one-check-six-ways
     """
 
     def parts(self, batch: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
@@ -367,14 +368,14 @@ class MeanOfMeans(scaling.ParallelTrainer):
         super().backward(loss * self.factor)
 
 
-class SwitchesAfterForward(scaling.DDPTrainer):
+class SwitchesAfterForward(distributed.DDPTrainer):
     """Wrong: whether to send is said between the forward and the backward pass.
 
-    Book: 22_many_machines.html#one-check-six-ways
+    Book: 25_many_machines.html#one-check-six-ways
     """
 
     def parts(self, batch: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
-        parts = list(scaling.ParallelTrainer.parts(self, batch))
+        parts = list(distributed.ParallelTrainer.parts(self, batch))
         for number, part in enumerate(parts):
             self.last = number == len(parts) - 1
             yield part
@@ -384,10 +385,10 @@ class SwitchesAfterForward(scaling.DDPTrainer):
         super().backward(loss)
 
 
-class FrozenRows(scaling.ParallelTrainer):
+class FrozenRows(distributed.ParallelTrainer):
     """Wrong: the last slice of the table never moves, as in an older FSDP2.
 
-    Book: 22_many_machines.html#one-check-six-ways
+    Book: 25_many_machines.html#one-check-six-ways
     """
 
     def update(self) -> Tensor:
@@ -405,7 +406,7 @@ def train_in(
 
     killed_at: the last rank kills itself when the checkpoint of this step is there.
 
-    Book: 22_many_machines.html#kill-a-rank
+    Book: 25_many_machines.html#kill-a-rank
     """
     mark = Path(folder, f"checkpoint-{killed_at or 0:08d}")
 
@@ -422,10 +423,10 @@ def train_in(
     ids = tokenizer.encode(text)
 
     def make(plan: Plan, data: TokenData, model: GPT | None) -> Any:
-        return scaling.make_trainer(plan, data, model, shard)
+        return distributed.make_trainer(plan, data, model, shard)
 
     how: dict[str, Any] = {"progress": False, "make_trainer": make}
-    with scaling.team() as leads:
+    with distributed.team() as leads:
         if not leads:
             return []
         if Path(folder, "run.json").exists():
@@ -447,7 +448,7 @@ def check_stream(stream: Callable[..., Any]) -> None:
 
     stream: called as `StreamedTokens` is.
 
-    Book: 22_many_machines.html#a-corpus-larger-than-your-disk
+    Book: 25_many_machines.html#a-corpus-larger-than-your-disk
     """
     names = [*"abcdef"]
     fetched: list[weakref.ref] = []
@@ -504,7 +505,7 @@ def check_gradient(combine: Callable[[list[Tensor], list[int]], Tensor]) -> None
 
     combine: called as combine(gradients, targets).
 
-    Book: 22_many_machines.html#exercise-1-one-gradient-out-of-many
+    Book: 25_many_machines.html#exercise-1-one-gradient-out-of-many
     """
     for place, targets in enumerate(([2, 2], [2, 1], [1, 5], [1, 2, 3])):
         shape = ((6,), (2, 3))[place % 2]
@@ -538,7 +539,7 @@ def check_memory(memory: Callable[[list[tuple[int, int]], int, str], int]) -> No
 
     memory: called as memory(shapes, processes, what is divided).
 
-    Book: 22_many_machines.html#exercise-2-will-it-fit
+    Book: 25_many_machines.html#exercise-2-will-it-fit
     """
     shapes = [(101, 4), (8, 4), (4, 30)]
     cases = [
@@ -563,7 +564,7 @@ def check_lost_time(
 
     lost: called as lost(cards, years, cost, restart).
 
-    Book: 22_many_machines.html#exercise-3-how-much-time-is-lost
+    Book: 25_many_machines.html#exercise-3-how-much-time-is-lost
     """
     cases = [(1, 1.0, 10.0, 60.0), (16_384, 5.8, 30.0, 600.0)]
     cases += [(100_000, 5.8, 5.0, 300.0)]

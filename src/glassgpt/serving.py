@@ -1,4 +1,4 @@
-# Written by tools/tangle.py from book/17_gpt2.ipynb: change it there.
+# Written by tools/tangle.py from book/18_real_models.ipynb: change it there.
 
 
 """A server for OpenAI's clients, on this machine alone."""
@@ -39,7 +39,7 @@ def until(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
     Of two that end at once the longer counts. What could be the beginning of a stop
     text is held back until that is decided.
 
-    Book: 17_gpt2.html#a-server
+    Book: 18_real_models.html#a-server
     """
     held = ""
     for piece in pieces:
@@ -67,7 +67,7 @@ class Wanted:
     body: as OpenAI describes it. chat: whether it holds messages or a prompt. Raises
     ValueError, TypeError or KeyError for what makes no sense.
 
-    Book: 17_gpt2.html#a-server
+    Book: 18_real_models.html#a-server
     """
 
     def __init__(
@@ -162,7 +162,7 @@ def make_app(model: GPT, tokenizer: Tokenizer, name: str) -> Starlette:
 
     Clients are served in turns, a token each.
 
-    Book: 17_gpt2.html#a-server
+    Book: 18_real_models.html#a-server
     """
     turns = CapacityLimiter(1)
 
@@ -257,7 +257,7 @@ def running(app: Starlette, port: int = 0) -> Iterator[str]:
 
     port: 0 takes any that is free. Raises OSError where it is taken.
 
-    Book: 17_gpt2.html#a-server
+    Book: 18_real_models.html#a-server
     """
     with socket.create_server(("127.0.0.1", port)) as listening:
         options = {"log_level": "warning", "timeout_graceful_shutdown": 1}

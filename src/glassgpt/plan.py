@@ -505,7 +505,7 @@ def make_plan(
     """Choose everything for a run on this machine; any value can be given instead.
 
     size: one of `SIZES`. recipe: "gpt2", "modern" (for `ModernConfig`) or "llama".
-    cards: how many GPUs share model and batch (chapter 22). optimizer: "adamw" or
+    cards: how many GPUs share model and batch (chapter 25). optimizer: "adamw" or
     "muon", by default Muon where a run has to be short or the recipe is modern.
     values: fields of ModernConfig, MuonConfig and Machine.
     Raises ValueError for names and values that don't exist, and for what can't fit.

@@ -1,4 +1,4 @@
-# Written by tools/tangle.py from book/22_many_machines.ipynb: change it there.
+# Written by tools/tangle.py from book/25_many_machines.ipynb: change it there.
 """Many machines: one training run on many processes."""
 
 import os
@@ -19,16 +19,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from glassgpt.data import Batch, TokenData, Tokens
-from glassgpt.device import Plan, on_paper
 from glassgpt.gpt import GPT
 from glassgpt.modern import MuonConfig
+from glassgpt.plan import Plan, on_paper
 from glassgpt.training import Loss, Trainer
 
 
 def connect(**meeting: Any) -> None:
     """Join the other processes: GPUs talk by NCCL, everything else by gloo.
 
-    Book: 22_many_machines.html#starting-processes
+    Book: 25_many_machines.html#starting-processes
     """
     env = os.environ
     if env.get("LOCAL_WORLD_SIZE") == env.get("WORLD_SIZE") and os.name == "posix":
@@ -47,7 +47,7 @@ def run_processes(number: int, function: Callable[..., Any], *arguments: Any) ->
     tensors, numbers, strings, and lists and dicts of them. Raises the error of
     `torch.multiprocessing` where a process fails, or waits three minutes for another.
 
-    Book: 22_many_machines.html#starting-processes
+    Book: 25_many_machines.html#starting-processes
     """
     with TemporaryDirectory() as place:
         how = (number, place, function, arguments)
@@ -79,7 +79,7 @@ class ParallelTrainer(Trainer):
     Gradients are added up after the backward pass. Every process has the whole model
     and the whole optimizer. `accumulate` is in how many parts it computes its rows.
 
-    Book: 22_many_machines.html#all-processes-one-gradient
+    Book: 25_many_machines.html#all-processes-one-gradient
     """
 
     def __init__(self, *arguments: Any, **named: Any):
@@ -133,7 +133,7 @@ class _LossModule(nn.Module):
 class DDPTrainer(ParallelTrainer):
     """The same with PyTorch's DDP, which sends while the backward pass computes.
 
-    Book: 22_many_machines.html#pytorch-s-which-overlaps
+    Book: 25_many_machines.html#pytorch-s-which-overlaps
     """
 
     def __init__(self, *arguments: Any, **named: Any):
@@ -161,7 +161,7 @@ class ShardedOptimizerTrainer(DDPTrainer):
 
     Source: Rajbhandari et al. (2020), stage 1.
 
-    Book: 22_many_machines.html#dividing-the-optimizer
+    Book: 25_many_machines.html#dividing-the-optimizer
     """
 
     def __init__(self, *arguments: Any, **named: Any):
@@ -259,7 +259,7 @@ class FSDPTrainer(_SlicesTrainer):
     Not for Muon, which needs whole matrices. slices: the kind of device where they lie,
     if the model that is given begins elsewhere.
 
-    Book: 22_many_machines.html#dividing-the-model
+    Book: 25_many_machines.html#dividing-the-model
     """
 
     def __init__(self, *arguments: Any, slices: str | None = None, **named: Any):
@@ -302,7 +302,7 @@ class Conductor:
 
     trainer: a `ParallelTrainer`; each process has its own.
 
-    Book: 22_many_machines.html#a-whole-run
+    Book: 25_many_machines.html#a-whole-run
     """
 
     TOGETHER = ("take_step", "read_losses", "evaluate", "state_dict")
@@ -345,7 +345,7 @@ def make_trainer(
     With dropout each process draws masks of its own, so another number of them is
     another run.
 
-    Book: 22_many_machines.html#a-whole-run
+    Book: 25_many_machines.html#a-whole-run
     """
     if (shard := shard or "optimizer") not in (*SHARDS, "model"):
         raise ValueError(f"shard is nothing, optimizer or model, not {shard!r}")
@@ -384,7 +384,7 @@ def team() -> Iterator[bool]:
 
     Without `torchrun` there is one process, and it is rank 0.
 
-    Book: 22_many_machines.html#a-whole-run
+    Book: 25_many_machines.html#a-whole-run
     """
     if not dist.is_initialized():
         if int(os.environ.get("WORLD_SIZE", 1)) == 1:
@@ -429,7 +429,7 @@ class StreamedTokens(Tokens):
     context can be checked. steps_each: how many steps learn from a shard before the
     next. In each round every shard comes once. Seed and step alone decide which.
 
-    Book: 22_many_machines.html#a-corpus-larger-than-your-disk
+    Book: 25_many_machines.html#a-corpus-larger-than-your-disk
     """
 
     def __init__(

@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
-from glassgpt import scaling
-from glassgpt.checks import scaling as checks
-from glassgpt.checks.scaling import (
+from glassgpt import distributed
+from glassgpt.checks import distributed as checks
+from glassgpt.checks.distributed import (
     _each_case,
     _small_run,
     check_gradient,
@@ -34,17 +34,17 @@ from glassgpt.checks.scaling import (
 )
 from glassgpt.cli import main
 from glassgpt.data import TokenData, Tokens
-from glassgpt.device import Machine, Plan
-from glassgpt.gpt import GPT, GPTConfig
-from glassgpt.modern import MuonConfig
-from glassgpt.runs import checkpoints_in, read_checkpoint
-from glassgpt.scaling import (
+from glassgpt.distributed import (
     StreamedTokens,
     connect,
     make_trainer,
     run_processes,
     team,
 )
+from glassgpt.gpt import GPT, GPTConfig
+from glassgpt.modern import MuonConfig
+from glassgpt.plan import Machine, Plan
+from glassgpt.runs import checkpoints_in, read_checkpoint
 from glassgpt.training import TrainConfig, Trainer, count_targets
 
 COPIES = ["ParallelTrainer", "DDPTrainer", "ShardedOptimizerTrainer"]
@@ -87,7 +87,7 @@ def with_dropout():
     torch.manual_seed(0)
     model = GPT(GPTConfig(11, 8, layers=1, heads=1, width=8, dropout=0.5))
     data = TokenData.of([1] * 100, [1] * 100, 11)  # all rows are alike
-    trainer = scaling.ParallelTrainer(model, data, TrainConfig(batch_size=6))
+    trainer = distributed.ParallelTrainer(model, data, TrainConfig(batch_size=6))
     losses = []
     usual = trainer.loss
 
@@ -104,13 +104,13 @@ def started_apart():
     torch.manual_seed(dist.get_rank())
     model = GPT(GPTConfig(11, 8, layers=1, heads=1, width=8))
     data = TokenData.of(list(range(11)) * 9, list(range(11)), 11)
-    scaling.DDPTrainer(model, data, TrainConfig(batch_size=4))
+    distributed.DDPTrainer(model, data, TrainConfig(batch_size=4))
     return {name: value.detach() for name, value in model.named_parameters()}
 
 
 def loads_moments():
     """Of which parameters each optimizer loads moments, and of which there are some."""
-    trainer, given = _small_run(scaling.ShardedOptimizerTrainer), []
+    trainer, given = _small_run(distributed.ShardedOptimizerTrainer), []
     trainer.take_step()
     states = [trainer.state_dict()]
     dist.broadcast_object_list(states, 0)
@@ -122,31 +122,31 @@ def loads_moments():
     return given, [sorted(saved["state"]) for saved in states[0]["optimizers"]]
 
 
-class ReadsItsOwnLosses(scaling.ParallelTrainer):
+class ReadsItsOwnLosses(distributed.ParallelTrainer):
     read_losses = Trainer.read_losses
 
 
-class DropsTheSame(scaling.ParallelTrainer):
+class DropsTheSame(distributed.ParallelTrainer):
     def parts(self, batch):
         mine = [rows.tensor_split(self.world)[self.rank] for rows in batch]
         number = min(self.config.accumulate, len(batch[0]) // self.world)
         return zip(*(rows.tensor_split(number) for rows in mine), strict=True)
 
 
-class DropsTheSameInEachStep(scaling.ParallelTrainer):
+class DropsTheSameInEachStep(distributed.ParallelTrainer):
     def parts(self, batch):
         found = list(super().parts(batch))
         torch.manual_seed(self.rank)
         return iter(found)
 
 
-class BeginsApart(scaling.ParallelTrainer):
+class BeginsApart(distributed.ParallelTrainer):
     def __init__(self, *arguments):
         Trainer.__init__(self, *arguments)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
 
 
-class WeighsByRows(scaling.ParallelTrainer):
+class WeighsByRows(distributed.ParallelTrainer):
     def parts(self, batch):
         whole = count_targets(batch[1]) / len(batch[1])
         for part in super().parts(batch):
@@ -157,11 +157,11 @@ class WeighsByRows(scaling.ParallelTrainer):
         super().backward(loss * self.factor)
 
 
-class SavesItsOwnMoments(scaling.ShardedOptimizerTrainer):
+class SavesItsOwnMoments(distributed.ShardedOptimizerTrainer):
     state_dict = Trainer.state_dict
 
 
-class SendsOneOptimizers(scaling.ShardedOptimizerTrainer):
+class SendsOneOptimizers(distributed.ShardedOptimizerTrainer):
     def update(self):
         norm = Trainer.update(self)
         for group in self.optimizers[0].param_groups:
@@ -170,21 +170,21 @@ class SendsOneOptimizers(scaling.ShardedOptimizerTrainer):
         return norm
 
 
-class ForgetsMoments(scaling.DDPTrainer):
+class ForgetsMoments(distributed.DDPTrainer):
     def load_state_dict(self, state):
         super().load_state_dict(state)
         for optimizer in self.optimizers:
             optimizer.state.clear()
 
 
-class DividesTheEvaluation(scaling.ParallelTrainer):
+class DividesTheEvaluation(distributed.ParallelTrainer):
     def evaluate(self):
         record = super().evaluate()
         record["validation_loss"] /= self.world
         return record
 
 
-class CountsAtLeastOne(scaling.ParallelTrainer):
+class CountsAtLeastOne(distributed.ParallelTrainer):
     """Divides by a sum of targets to which each process gives one or more."""
 
     def parts(self, batch):
@@ -197,7 +197,7 @@ class CountsAtLeastOne(scaling.ParallelTrainer):
         super().backward(loss * self.factor)
 
 
-class KeepsTheTablesWhole(scaling.FSDPTrainer):
+class KeepsTheTablesWhole(distributed.FSDPTrainer):
     """After the forward pass, as PyTorch does it by default with the last group."""
 
     def __init__(self, *arguments):
@@ -271,9 +271,9 @@ def test_what_is_divided_decides_who_trains(monkeypatch):
     monkeypatch.setattr(Plan, "trainer", lambda *given: kinds.append(given[3]))
     plan = Plan(GPTConfig(11, 8), TrainConfig(), Machine(), 1e9)
     for shard in ("nothing", "optimizer", "model"):
-        scaling._begin(plan, TokenData.of([1, 2], [3], 11), shard)
-    assert kinds[:2] == [scaling.DDPTrainer, scaling.ShardedOptimizerTrainer]
-    assert kinds[2].func is scaling.FSDPTrainer
+        distributed._begin(plan, TokenData.of([1, 2], [3], 11), shard)
+    assert kinds[:2] == [distributed.DDPTrainer, distributed.ShardedOptimizerTrainer]
+    assert kinds[2].func is distributed.FSDPTrainer
 
 
 def records(folder):
@@ -345,7 +345,7 @@ def of_three(folder, of_two):
     calls = [(everything, CASES[3]), (with_dropout,), (started_apart,)]
     calls += [(loads_moments,)]
     calls += [(each_of_two, kind.__name__, number) for kind, number, _ in MISTAKES]
-    calls += [(_each_case, "glassgpt.scaling", name) for name in PASSED]
+    calls += [(_each_case, "glassgpt.distributed", name) for name in PASSED]
     calls += [(train_in, str(folder / shard), 30, shard) for shard in SHARDS]
     calls += [(commanded, str(folder), f"{RESUME} --steps 100000", True)]
     found = run_processes(3, in_turn, str(folder), calls)
@@ -396,7 +396,9 @@ def test_a_process_loads_no_moments_of_others(of_three):
 
 @pytest.mark.parametrize(("kind", "number", "why"), MISTAKES)
 def test_the_check_names_the_mistake(of_three, monkeypatch, kind, number, why):
-    monkeypatch.setattr(scaling, "run_processes", lambda *_: of_three[kind.__name__])
+    monkeypatch.setattr(
+        distributed, "run_processes", lambda *_: of_three[kind.__name__]
+    )
     monkeypatch.setattr(checks, "_CASES", two_cases(number))
     with pytest.raises(AssertionError, match=why):
         check_parallel(kind)
@@ -404,15 +406,15 @@ def test_the_check_names_the_mistake(of_three, monkeypatch, kind, number, why):
 
 @pytest.mark.parametrize("name", PASSED)
 def test_the_check_passes_the_trainers(of_three, monkeypatch, name):
-    monkeypatch.setattr(scaling, "run_processes", lambda *_: of_three[name])
-    check_parallel(getattr(scaling, name))
+    monkeypatch.setattr(distributed, "run_processes", lambda *_: of_three[name])
+    check_parallel(getattr(distributed, name))
 
 
 def test_the_check_says_that_a_process_was_missing(monkeypatch):
     def aborts(*_):
         raise ProcessExitedException("SIGABRT", 0, 0, -6)
 
-    monkeypatch.setattr(scaling, "run_processes", aborts)
+    monkeypatch.setattr(distributed, "run_processes", aborts)
     with pytest.raises(AssertionError, match="missing from a collective call"):
         check_parallel(Trainer)
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import grad
 
-from glassgpt.device import Machine, Plan
 from glassgpt.gpt import GPTConfig
+from glassgpt.plan import Machine, Plan
 from glassgpt.training import TrainConfig
 
 

@@ -1,4 +1,4 @@
-# Written by tools/tangle.py from book/17_gpt2.ipynb: change it there.
+# Written by tools/tangle.py from book/18_real_models.ipynb: change it there.
 """Checks of models, files and tokenizers that go to other programs and come back."""
 
 import json
@@ -29,7 +29,7 @@ from glassgpt.tokens import BPETokenizer
 def random_model(config: GPTConfig, seed: int = 0) -> GPT:
     """A model in 64 bits whose weights are large enough for a mistake to show.
 
-    Book: 17_gpt2.html#agreement-3-config-json-the-same-function
+    Book: 18_real_models.html#agreement-3-config-json-the-same-function
     """
     dice = torch.Generator().manual_seed(seed)
     model = build(config).double().eval()
@@ -43,7 +43,7 @@ def theirs_in_double(content: dict[str, Any]) -> Any:
 
     Llama's norms and rotary tables, which are made in 32 bits, are made as ours.
 
-    Book: 17_gpt2.html#agreement-3-config-json-the-same-function
+    Book: 18_real_models.html#agreement-3-config-json-the-same-function
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -85,7 +85,7 @@ def parity_gap(
 
     Raises AssertionError for names and shapes that don't fit.
 
-    Book: 17_gpt2.html#agreement-3-config-json-the-same-function
+    Book: 18_real_models.html#agreement-3-config-json-the-same-function
     """
     model = random_model(config, seed)
     content, state = export(model)
@@ -111,7 +111,7 @@ def check_parity(export: Callable[[GPT], Exported]) -> None:
     export: called as export(model) for a GPT-2 or a Llama; returns the content of
     config.json, and the parameters under their names and in their layout.
 
-    Book: 17_gpt2.html#agreement-3-config-json-the-same-function
+    Book: 18_real_models.html#agreement-3-config-json-the-same-function
     """
     llama = {**LLAMA_CHOICES, "hidden": 20, "rotary_base": 500.0, "norm_eps": 1e-4}
     for seed, config in enumerate(
@@ -139,7 +139,7 @@ def check_special(make: Callable[[str], Any]) -> None:
 
     make: called with the text of a tokenizer.json; returns a tokenizer.
 
-    Book: 17_gpt2.html#agreement-4-tokenizer-json-the-same-tokens
+    Book: 18_real_models.html#agreement-4-tokenizer-json-the-same-tokens
     """
     mark, text = "<|endoftext|>", "a tower<|endoftext|> of \u2615 and\n\n  caf\u00e9"
     with TemporaryDirectory() as place:
@@ -202,7 +202,7 @@ def check_unpack(unpack: Callable[[str, np.ndarray], np.ndarray]) -> None:
 
     unpack: called as unpack(kind, data) with the bytes of rows (rows, bytes).
 
-    Book: 17_gpt2.html#agreement-5-gguf-four-bits-for-a-number
+    Book: 18_real_models.html#agreement-5-gguf-four-bits-for-a-number
     """
     for kind in ("Q4_1", "Q8_0"):
         _check_kind(lambda data, kind=kind: unpack(kind, data), kind)  # type: ignore
@@ -218,7 +218,7 @@ def check_q4_0(unpack: Callable[[np.ndarray], np.ndarray]) -> None:
 
     unpack: called with the bytes of rows (rows, bytes).
 
-    Book: 17_gpt2.html#agreement-5-gguf-four-bits-for-a-number
+    Book: 18_real_models.html#agreement-5-gguf-four-bits-for-a-number
     """
     _check_kind(unpack, "Q4_0")
 
@@ -243,7 +243,7 @@ def check_pairs(reorder: Callable[[Tensor, int], Tensor]) -> None:
     reorder: called as reorder(rows, head_width), once with the rows (H D, C) of all
     queries, once with those of the keys, which may have fewer heads.
 
-    Book: 17_gpt2.html#rotary-positions-rows-in-the-right-order
+    Book: 18_real_models.html#rotary-positions-rows-in-the-right-order
     """
     dice = torch.Generator().manual_seed(0)
     x = torch.randn(7, 6, dtype=torch.float64, generator=dice)  # (T, C)
@@ -276,7 +276,7 @@ def check_safetensors(read: Callable[[bytes], dict[str, Tensor]]) -> None:
 
     read: called with the bytes of a file; returns tensors by name.
 
-    Book: 17_gpt2.html#exercises
+    Book: 18_real_models.html#exercises
     """
     from safetensors.torch import save
 
@@ -359,7 +359,7 @@ def check_fold(fold: Callable[[GPT], GPT]) -> None:
 
     fold: called with a ModernGPT; returns another with norm_weight=False.
 
-    Book: 17_gpt2.html#exercises
+    Book: 18_real_models.html#exercises
     """
     for tied, kind in ((True, torch.float64), (False, torch.float32)):
         choices = {**LLAMA_CHOICES, "tied": tied, "key_value_heads": 2, "hidden": 20}

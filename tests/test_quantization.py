@@ -9,14 +9,14 @@ from time import sleep
 import pytest
 import torch
 
-import glassgpt.checks.speed as checks
-import glassgpt.speed as module
+import glassgpt.checks.quantization as checks
+import glassgpt.quantization as module
 from glassgpt.checkpoints import save
 from glassgpt.checks.generation import _small_gpt
 from glassgpt.data import TokenData
 from glassgpt.generation import generate
 from glassgpt.gpt import GPT, GPTConfig
-from glassgpt.speed import (
+from glassgpt.quantization import (
     FORMATS,
     LightLinear,
     fastest_weights,
@@ -390,7 +390,7 @@ def test_keep_freed_memory_elsewhere(monkeypatch):
 KEPT = """
 import torch
 from pathlib import Path
-from glassgpt.speed import keep_freed_memory
+from glassgpt.quantization import keep_freed_memory
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4 // 1024

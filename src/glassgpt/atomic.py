@@ -1,4 +1,4 @@
-# Written by tools/tangle.py from book/20_runs_that_survive.ipynb: change it there.
+# Written by tools/tangle.py from book/23_runs_that_survive.ipynb: change it there.
 """Files written whole or not at all: under another name, flushed, then renamed."""
 
 import errno
@@ -16,7 +16,7 @@ def flush(path: Path) -> None:
 
     Raises OSError. Windows and some file systems of networks flush no folder.
 
-    Book: 20_runs_that_survive.html#write-flush-rename
+    Book: 23_runs_that_survive.html#write-flush-rename
     """
     folder = path.is_dir()
     if folder and os.name != "posix":
@@ -39,7 +39,7 @@ def all_or_nothing(path: str | Path) -> Iterator[Path]:
     disk is full or can't be written, and where a folder, a device or a pipe has the
     name; what is old stays.
 
-    Book: 20_runs_that_survive.html#write-flush-rename
+    Book: 23_runs_that_survive.html#write-flush-rename
     """
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():
@@ -65,7 +65,7 @@ def all_or_nothing(path: str | Path) -> Iterator[Path]:
 def write_file(path: str | Path, content: bytes) -> None:
     """Write all of a file or nothing. Raises OSError, as `all_or_nothing`.
 
-    Book: 20_runs_that_survive.html#write-flush-rename
+    Book: 23_runs_that_survive.html#write-flush-rename
     """
     with all_or_nothing(path) as partial:
         partial.write_bytes(content)
@@ -74,7 +74,7 @@ def write_file(path: str | Path, content: bytes) -> None:
 def write_json(path: str | Path, content: Any) -> None:
     """The same for what JSON can say.
 
-    Book: 20_runs_that_survive.html#write-flush-rename
+    Book: 23_runs_that_survive.html#write-flush-rename
     """
     write_file(path, json.dumps(content, indent=1).encode())
 
@@ -82,7 +82,7 @@ def write_json(path: str | Path, content: Any) -> None:
 def refuse_other(path: str | Path, begins: bytes) -> None:
     """Raise FileExistsError for a file that begins otherwise: it isn't ours.
 
-    Book: 20_runs_that_survive.html#write-flush-rename
+    Book: 23_runs_that_survive.html#write-flush-rename
     """
     if os.path.isfile(path):
         with open(path, "rb") as file:

@@ -21,8 +21,8 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from glassgpt import device as module
-from glassgpt.checks.device import (
+from glassgpt import plan as module
+from glassgpt.checks.plan import (
     check_fit_memory,
     check_padded_logits,
     check_rounding,
@@ -30,7 +30,10 @@ from glassgpt.checks.device import (
     check_step_memory,
 )
 from glassgpt.data import TokenData
-from glassgpt.device import (
+from glassgpt.gpt import GPT, GPTConfig
+from glassgpt.heads import fused_attention
+from glassgpt.modern import LLAMA_CHOICES, ModernConfig, MuonConfig, build
+from glassgpt.plan import (
     SIZES,
     Machine,
     Plan,
@@ -46,9 +49,6 @@ from glassgpt.device import (
     pick_precision,
     short_attention,
 )
-from glassgpt.gpt import GPT, GPTConfig
-from glassgpt.heads import fused_attention
-from glassgpt.modern import LLAMA_CHOICES, ModernConfig, MuonConfig, build
 from glassgpt.training import TrainConfig, Trainer, token_loss, train
 
 needs_compiler = pytest.mark.skipif(

@@ -1,4 +1,4 @@
-# Written by tools/tangle.py from book/21_speed.ipynb: change it there.
+# Written by tools/tangle.py from book/24_speed.ipynb: change it there.
 """Checks of light layers, and of the exercises on speed, that name the mistake."""
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from glassgpt.gpt import GPT
 def check_round_rows(round_rows: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
     """Every number comes back within half its own row's scale; the largest is 127.
 
-    Book: 21_speed.html#rounding-rows
+    Book: 24_speed.html#rounding-rows
     """
     x = torch.tensor([[0.3, -1.27, 0.0164, 0.88], [30.0, 127.0, 1.6, -88.4], [0.0] * 4])
     x = torch.cat([x[:2], x[:1] / 1000, x[2:]])
@@ -91,7 +91,7 @@ def check_light(lighten: Callable[[GPT, str], Any]) -> None:
     lighten: called as lighten(model, weights); each linear layer of what it returns is
     called with vectors.
 
-    Book: 21_speed.html#which-is-fastest-here
+    Book: 24_speed.html#which-is-fastest-here
     """
     ids = torch.tensor([[3, 1, 4, 1, 5]])
     model = _small_gpt().float().train()  # nothing is dropped: dropout is 0
@@ -133,7 +133,7 @@ def check_light(lighten: Callable[[GPT, str], Any]) -> None:
 def check_accept(accept: Callable[[list[int], list[int]], list[int]]) -> None:
     """A draft is kept up to its first wrong token, where the model's own follows.
 
-    Book: 21_speed.html#exercise-1-what-is-kept-of-a-draft
+    Book: 24_speed.html#exercise-1-what-is-kept-of-a-draft
     """
     for guess, own, wanted, why in (
         ([], [7], [7], "without a draft the model's own token is written"),
@@ -154,7 +154,7 @@ def check_accept(accept: Callable[[list[int], list[int]], list[int]]) -> None:
 def check_groups(groups: Callable[[Tensor, int], tuple[Tensor, Tensor]]) -> None:
     """Whole numbers from -7 to 7, with a scale for each group of a row.
 
-    Book: 21_speed.html#exercise-2-scales-for-groups
+    Book: 24_speed.html#exercise-2-scales-for-groups
     """
     x = torch.tensor([[0.7, -0.2, 70.0, 10.0, 6.0, 1.0], [0.0] * 3 + [-3.5, 1.4, 0.6]])
     x = torch.cat([x, x[:1] / 1000])

