@@ -1322,7 +1322,7 @@ def test_the_check_of_exercise_2(tmp_path, answer, said):
 
 
 def test_what_agents_are_told_is_true(capsys):
-    (program,), (said,) = blocks("python", "AGENTS.md"), blocks("text", "AGENTS.md")
+    (program, _), (said,) = blocks("python", "AGENTS.md"), blocks("text", "AGENTS.md")
     exec(program, {})
     assert capsys.readouterr().out == said
     text = (ROOT / "AGENTS.md").read_text("utf-8")

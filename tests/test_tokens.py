@@ -404,9 +404,9 @@ def test_grade_and_catch_say_what_they_found(capsys):
     def untouched():
         raise NotImplementedError
 
-    grade(check, lambda: 1)
-    grade(check, lambda: 2)
-    grade(check, untouched)
+    assert grade(check, lambda: 1) is True
+    assert grade(check, lambda: 2) is False
+    assert grade(check, untouched) is False
     catch(check, lambda: 2)
     printed = capsys.readouterr().out.splitlines()
     assert printed == [
@@ -434,7 +434,7 @@ def test_grade_tells_an_error_of_the_attempt_from_one_of_the_check(capsys):
     def unsupported(number):
         raise NotImplementedError("no such kernel")
 
-    grade(check_sum, lambda number: None)
+    assert grade(check_sum, lambda number: None) is False
     printed = capsys.readouterr().out
     assert printed.startswith("Not yet: what came back is of no use (TypeError: ")
     assert printed.endswith(" Does it return?\n")

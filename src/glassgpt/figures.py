@@ -550,15 +550,15 @@ _STOPS = {
     "13_generation": "generation",
     "14_after_gpt2": "after GPT-2",
     "15_full_gpt": "on a GPU",
+    "16_scaling_laws": "scaling",
     "17_chat": "chat",
-    "18_real_models": "hub",
+    "18_real_models": "real models",
     "19_looking_inside": "inside",
-    "a4_publishing": "publishing",
     "23_runs_that_survive": "runs",
     "24_speed": "speed",
     "25_many_machines": "machines",
     "a3_command_line": "commands",
-    "16_scaling_laws": "scaling",
+    "a4_publishing": "publishing",
 }
 
 
@@ -581,27 +581,33 @@ transform:translateX(-50%);line-height:13px}
 </style>"""
 
 
-def book_map(here: int) -> Picture:
+def book_map(here: int | str) -> Picture:
     """The way of a text through the model, chapter by chapter; `here` is marked.
+
+    here: the number of a chapter, or the name of an appendix, such as "A3".
 
     Book: a1_figures.html#the-map-of-the-book
     """
     stop = {}
     for page, label in _STOPS.items():
-        number = int(page[:2])
-        text = f"<b>{number}</b>{label}"
-        stop[number] = f'<a class="glass-stop" href="{page}.ipynb">{text}</a>'
-        if number == here:
-            place = f"chapter {here}, {label}"
+        name = page[:2].lstrip("0").upper()
+        text = f"<b>{name}</b>{label}"
+        stop[name] = f'<a class="glass-stop" href="{page}.ipynb">{text}</a>'
+        if name == str(here):
+            kind = "appendix" if name[0] == "A" else "chapter"
+            place = f"{kind} {name}, {label}"
             marked = 'class="glass-stop glass-here" aria-current="page"'
-            stop[here] = f"<span {marked}>{text}<small>you are here</small></span>"
+            stop[name] = f"<span {marked}>{text}<small>you are here</small></span>"
     arrow = '<span aria-hidden="true">\u2192</span>'
-    inside = "".join([stop[5], stop[6], stop[7], arrow, stop[8], stop[9]])
+    attention = stop["5"] + stop["6"] + stop["7"]
+    inside = f"{attention}{arrow}{stop['8']}{stop['9']}"
     block = f'<span class="glass-block">{inside}<span>\u00d7 L</span></span>'
-    way = ["text", stop[2], f"{stop[3]}+{stop[4]}", block, stop[10], stop[13]]
-    learning = f"{stop[11]}{arrow}{stop[12]}{arrow}slopes flow back (8) <span>|</span>"
-    rest = "".join(stop[number] for number in range(14, 25))
-    below = f"{stop[1]}<span>|</span>learning: {learning}{rest}"
+    embedded = f"{stop['3']}+{stop['4']}"
+    way = ["text", stop["2"], embedded, block, stop["10"], stop["13"]]
+    back = "gradients flow back (8) <span>|</span>"
+    learning = f"{stop['11']}{arrow}{stop['12']}{arrow}{back}"
+    rest = "".join(list(stop.values())[13:])  # chapter 14 and what follows
+    below = f"{stop['1']}<span>|</span>learning: {learning}{rest}"
     content = f"<div>{arrow.join(way)}</div><div>{below}</div>"
     alt = (
         "Map of the book: text becomes tokens, embeddings with positions, passes "

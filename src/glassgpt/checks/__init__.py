@@ -61,7 +61,6 @@ from glassgpt.checks.embeddings import (
     check_embedding_gradient,
     check_lookup,
     check_matrix_product,
-    expect_tensor,
 )
 from glassgpt.checks.generation import (
     check_beam_search,
@@ -319,7 +318,6 @@ __all__ = [
     "check_weighing",
     "check_whole_file",
     "check_without",
-    "expect_tensor",
     "grade",
     "parity_gap",
     "random_model",

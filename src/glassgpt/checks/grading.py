@@ -12,12 +12,12 @@ def _arose_in(attempt: Any, error: Exception) -> bool:
     return any(frame.name in own for frame in extract_tb(error.__traceback__))
 
 
-def grade(check: Callable[[Any], None], attempt: Any) -> None:
+def grade(check: Callable[[Any], None], attempt: Any) -> bool:
     """Run a check on a reader's attempt and print what it found.
 
     Prints `Correct`, `Not yet` with the mistake that the check names, or `Still to do`
     while the attempt raises a bare NotImplementedError. Other errors of the attempt
-    come through.
+    come through. Returns True when it is correct, or else False.
 
     Book: 02_tokens.html#words
     """
@@ -37,6 +37,8 @@ def grade(check: Callable[[Any], None], attempt: Any) -> None:
             print(f"Not yet: what came back is of no use ({reason}).{hint}")
     else:
         print(f"Correct: {goal}")
+        return True
+    return False
 
 
 def catch(check: Callable[[Any], None], wrong: Any) -> None:

@@ -5,17 +5,34 @@
 
 import math
 from collections.abc import Callable
-from copy import deepcopy
-from itertools import combinations, product
-from typing import Any
-from unittest.mock import patch
+from functools import partial
+from itertools import combinations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glassgpt.attention import attention, causal_mask
-from glassgpt.heads import MultiHeadAttention
+from glassgpt.checks.expect import expect_same
+from glassgpt.heads import MultiHeadAttention, merge_heads
+
+
+def _random(*shape: int) -> Tensor:
+    """Normal numbers in 64 bits, the same ones every time."""
+    random = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(shape, generator=random, dtype=torch.float64)
+
+
+def _split(x: Tensor, heads: int) -> Tensor:
+    return torch.stack(x.chunk(heads, dim=-1), dim=1)
+
+
+def _split_by_view(x: Tensor, heads: int) -> Tensor:
+    B, T, C = x.shape
+    return x.reshape(B, heads, T, C // heads)
+
+
+def _split_by_dealing(x: Tensor, heads: int) -> Tensor:
+    return torch.stack([x[..., head::heads] for head in range(heads)], dim=1)
 
 
 def check_split_heads(split_heads: Callable[[Tensor, int], Tensor]) -> None:
@@ -25,81 +42,55 @@ def check_split_heads(split_heads: Callable[[Tensor, int], Tensor]) -> None:
 
     Book: 07_multi_head_attention.html#split-and-merge
     """
-    b, t, c = torch.arange(4), torch.arange(5), torch.arange(6)
-    x = 1000 * b[:, None, None] + 100 * t[:, None] + c  # every number names its place
-    x = x.double().requires_grad_()
+    mistakes = {
+        "view(B, H, T, D) mixes positions; view as (B, T, H, D), then swap T and H": (
+            _split_by_view
+        ),
+        "the columns are dealt to the heads in turn: cut the width in pieces": (
+            _split_by_dealing
+        ),
+    }
     for heads in (2, 3):
-        split, D = split_heads(x, heads), 6 // heads
-        shape, wanted = tuple(split.shape), (4, heads, 5, D)
-        assert shape == wanted, f"shape {shape} for {heads} heads, not {wanted}"
-        assert split.dtype == x.dtype, f"the dtype changed to {split.dtype}"
-        assert split.requires_grad, "no gradient reaches x: move its own numbers"
-        split = split.long()
-        for b, c, t in product(range(4), range(6), range(5)):
-            found, head = int(split[b, c // D, t, c % D]), c // D
-            place = f"head {head} of position {t} holds column {found % 100}"
-            text, position = found // 1000, found // 100 % 10
-            assert text == b, f"text {b} holds a number of text {text}"
-            assert position == t, (
-                f"{place} of position {position}: view(B, H, T, D) mixes"
-                " positions; view as (B, T, H, D), then swap T and H"
-            )
-            assert found % 100 == c, f"{place}, not {c}: cut the width in pieces"
+        expect_same(
+            lambda x, heads=heads: split_heads(x, heads),
+            partial(_split, heads=heads),
+            _random(4, 5, 6),
+            mistakes={
+                mistake: partial(wrong, heads=heads)
+                for mistake, wrong in mistakes.items()
+            },
+            hint=f"Of {heads} heads, head h has the columns from h D on",
+        )
 
 
-def _random(*shapes: tuple[int, ...]) -> list[Tensor]:
-    """Normal numbers in 64 bits, the same ones every time."""
-    random = torch.Generator().manual_seed(0)
-    return [torch.randn(s, generator=random, dtype=torch.float64) for s in shapes]
-
-
-def _compare_gradients(
-    found: Tensor, wanted: Tensor, learning: dict[str, Tensor]
-) -> None:
-    """The same gradients reach every tensor from the one result as from the other."""
-    gradients = []
-    for result in (found, wanted):
-        for tensor in learning.values():
-            tensor.grad = None
-        if result.requires_grad:
-            result.sum().backward(retain_graph=True)
-        gradients.append([tensor.grad for tensor in learning.values()])
-    for name, ours, due in zip(learning, *gradients, strict=True):
-        right = ours is not None and torch.allclose(ours, due)
-        assert right, f"the gradient of {name} is wrong: was a part detached?"
+def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The plain attention of each head; the queries are the last positions."""
+    mask = causal_mask(k.shape[-2])[-q.shape[-2] :]
+    return attention(q, k, v, mask)[0]
 
 
 def check_causal_attention(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
-    """Causal attention of each head, equal to the plain one, one head after the other.
+    """Causal attention of each head, equal to the plain one.
 
     attend: maps queries, keys and values (B, H, T, D) to contexts of that shape.
 
     Book: 07_multi_head_attention.html#two-ways-one-result
     """
+    mistakes = {
+        "the mask is missing: every word sees the future": (
+            lambda q, k, v: attention(q, k, v)[0]
+        ),
+        "scores were not divided by the root of D": (
+            lambda q, k, v: _causal(q * math.sqrt(q.shape[-1]), k, v)
+        ),
+        "scores were divided by the root of C: take the head's width, D = C / H": (
+            lambda q, k, v: _causal(q / math.sqrt(q.shape[1]), k, v)
+        ),
+    }
     for T, D in ((5, 4), (3, 2)):
-        q, k, v = _random(*3 * [(2, 3, T, D)])
-        q[:, :, 1] = 0  # scores of 0 are no mask
-        learning = {"queries": q, "keys": k, "values": v}
-        for tensor in learning.values():
-            tensor.requires_grad_()
-        mask = causal_mask(T)
-        one_by_one = zip(q.unbind(1), k.unbind(1), v.unbind(1), strict=True)
-        wanted = torch.stack([attention(*head, mask)[0] for head in one_by_one], 1)
-        found = attend(q, k, v)
-        mistakes = {
-            "the mask is missing: every word sees the future": (q, k, v),
-            "the mask is transposed: words see the future": (q, k, v, mask.mT),
-            "scores were not divided by the root of D": (D**0.5 * q, k, v, mask),
-            "scores were divided by the root of C: take the head's width, D = C / H": (
-                (q / math.sqrt(3), k, v, mask)
-            ),
-        }
-        assert found.shape == wanted.shape, f"the shape changed to {tuple(found.shape)}"
-        for mistake, inputs in mistakes.items():
-            assert not torch.allclose(found, attention(*inputs)[0]), mistake
-        gap = (found - wanted).abs().max().item()
-        assert gap < 1e-12, f"differs from the plain attention by {gap:.1e}"
-        _compare_gradients(found, wanted, learning)
+        q, k, v = _random(3, 2, 3, T, D)
+        hint = "The plain attention of each head, with a causal mask, has this"
+        expect_same(attend, _causal, q, k, v, mistakes=mistakes, hint=hint)
 
 
 def check_fused_attention(fused_attention: Callable[..., Tensor]) -> None:
@@ -108,113 +99,61 @@ def check_fused_attention(fused_attention: Callable[..., Tensor]) -> None:
     Book: 07_multi_head_attention.html#two-ways-one-result
     """
     check_causal_attention(fused_attention)
-    q, k, v = _random(*3 * [(2, 3, 5, 4)])
-    last, some = q[:, :, -1:], q[:, :, -2:]
-    cases = [
-        (
-            (q, torch.ones(5, 5) > 0),
-            "a mask replaces the causal one: if it allows all, words see the future",
-        ),
-        ((last, None), "a single query is the last position: it sees all the keys"),
-    ]
-    for (queries, mask), mistake in cases:
-        found = fused_attention(queries, k, v, mask)
-        assert torch.allclose(found, attention(queries, k, v)[0]), mistake
-    mask = torch.tensor([True, False, True, True, False]).expand(2, 1, 2, 5)
-    found = fused_attention(some, k, v, mask)
-    inverted, _ = attention(some, k, v, ~mask)
-    assert not torch.allclose(found, inverted), "inverted: True must mean 'may look'"
-    wanted, _ = attention(some, k, v, mask)
-    assert torch.allclose(found, wanted), "the mask is ignored"
-    found = fused_attention(some, k, v)
-    open_, _ = attention(some, k, v)
-    assert not torch.allclose(found, open_), "2 queries, 5 keys: the mask is missing"
-    wanted, _ = attention(q, k, v, causal_mask(5))
-    assert torch.allclose(found, wanted[:, :, -2:]), (
-        "2 queries, 5 keys: the queries are the last positions, not the first"
-    )
+    q, k, v = _random(3, 2, 3, 5, 4)
+    for T, hint in (
+        (1, "A single query is the last position: it sees all the keys"),
+        (2, "2 queries, 5 keys: the queries are the last positions, not the first"),
+    ):
+        last = q[:, :, -T:]
+        expect_same(fused_attention, _causal, last, k, v, gradients=False, hint=hint)
+    padding = torch.tensor([True, False, True, True, False]).expand(2, 1, 5, 5)
+    for mask in (padding, torch.ones(5, 5).bool()):
+        expect_same(
+            fused_attention,
+            lambda *inputs: attention(*inputs)[0],
+            q,
+            k,
+            v,
+            mask,
+            mistakes={
+                "the mask is inverted: True must mean 'may look'": (
+                    lambda q, k, v, mask: attention(q, k, v, ~mask)[0]
+                ),
+                "the mask is ignored": lambda q, k, v, mask: _causal(q, k, v),
+            },
+            gradients=False,
+            hint="A mask replaces the causal one: some words see the future",
+        )
 
 
-def _by_columns(x: Tensor, heads: int) -> list[Tensor]:
-    """The columns of each head: H tensors (B, T, D)."""
-    return list(x.split(x.shape[-1] // heads, dim=-1))
+_STEPS = {
+    "order": "the first third of qkv are queries, the last values",
+    "split": "split: view(B, H, T, D) mixes positions, swap T and H",
+    "mask": "the mask is missing",
+    "root": "scores were divided by the root of C, not of D = C / H",
+    "merge": "merge: swap T and H back before the reshape",
+}
 
 
-def _one_by_one(
-    module: nn.Module,
-    x: Tensor,
-    heads: int,
-    split: Callable[[Tensor, int], list[Tensor]] = _by_columns,
-    merge: Callable[[list[Tensor]], Tensor] = lambda pieces: torch.cat(pieces, -1),
-    order: tuple[int, int, int] = (0, 1, 2),
-    shrink: float = 1.0,
-    may_look: Callable[[int], Tensor | None] = causal_mask,
+def _by_steps(
+    x: Tensor, module: nn.Module, heads: int, wrong: tuple[str, ...] = ()
 ) -> Tensor:
-    """One head after the other, with the module's weights, before the projection."""
-    parts = module.qkv(x).chunk(3, dim=-1)
-    pieces = zip(*(split(parts[i], heads) for i in order), strict=True)
-    mask = may_look(x.shape[1])
-    return merge([attention(q / shrink, k, v, mask)[0] for q, k, v in pieces])
-
-
-def _known_mistakes(module: nn.Module, x: Tensor, heads: int) -> dict[str, Tensor]:
-    """What the usual mistakes would give, before the projection."""
-
-    def by_view(part: Tensor, heads: int) -> list[Tensor]:
-        B, T, C = part.shape
-        return list(part.reshape(B, heads, T, C // heads).unbind(1))
-
-    def by_position(part: Tensor, heads: int) -> list[Tensor]:
-        B, T, C = part.shape
-        return list(part.reshape(B, T, heads, C // heads).unbind(1))
-
-    def by_reshape(pieces: list[Tensor]) -> Tensor:
-        return torch.stack(pieces, 1).reshape(x.shape)
-
-    steps = {
-        "order": {"order": (2, 1, 0)},
-        "split": {"split": by_view},
-        "mask": {"may_look": lambda T: None},
-        "merge": {"merge": by_reshape},
-    }
-    mistakes = {
-        "the mask is missing": steps["mask"],
-        "the mask is transposed: words see the future": {
-            "may_look": lambda T: causal_mask(T).mT
-        },
-        "the mask is inverted: True means 'may look'": {
-            "may_look": lambda T: ~causal_mask(T)
-        },
-        "split: T and H were not swapped, so heads look at heads": {
-            "split": by_position,
-            "merge": by_reshape,
-            "may_look": lambda T: None,
-        },
-        "split: view(B, H, T, D) mixes positions, swap T and H": steps["split"],
-        "merge: swap T and H back before the reshape": steps["merge"],
-        "scores were divided by the root of C, not of D = C / H": {
-            "shrink": math.sqrt(heads)
-        },
-        "scores were not divided by the root of D": {
-            "shrink": math.sqrt(heads / x.shape[-1])
-        },
-        "queries and keys are exchanged": {"order": (1, 0, 2)},
-        "keys and values are exchanged": {"order": (0, 2, 1)},
-        "the first third of qkv are queries, the last values": steps["order"],
-    }
-    # Several at once, each set of two to four, so that mending one is noticed.
-    for size in (2, 3, 4):
-        for names in combinations(steps, size):
-            changes = {key: v for name in names for key, v in steps[name].items()}
-            mistakes[f"still wrong: {', '.join(names)}"] = changes
-    return {
-        name: _one_by_one(module, x, heads, **change)
-        for name, change in mistakes.items()
-    }
+    """Multi-head attention with the module's weights; some steps may be wrong."""
+    q, k, v = module.qkv(x).chunk(3, dim=-1)
+    if "order" in wrong:
+        q, v = v, q
+    split = _split_by_view if "split" in wrong else _split
+    q, k, v = split(q, heads), split(k, heads), split(v, heads)
+    if "root" in wrong:
+        q = q / math.sqrt(heads)
+    mask = None if "mask" in wrong else causal_mask(x.shape[1])
+    context, _ = attention(q, k, v, mask)
+    merged = context.reshape(x.shape) if "merge" in wrong else merge_heads(context)
+    return module.projection(merged)
 
 
 def check_multi_head(module_class: Callable[[int, int], nn.Module]) -> None:
-    """All heads at once equal one head after the other, and no head sees the future.
+    """All heads at once equal the plain attention of each, and none sees the future.
 
     module_class(width, heads) makes a module (B, T, C) to (B, T, C) with two linear
     layers: `qkv` (queries, keys, values, in this order) and `projection`.
@@ -223,44 +162,26 @@ def check_multi_head(module_class: Callable[[int, int], nn.Module]) -> None:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        modules = {heads: module_class(12, heads).double() for heads in (3, 1, 4)}
-    for part in (modules[4].qkv.weight, modules[4].qkv.bias):
-        part.data[:3] = 0  # queries of 0 in the first head: scores of 0 are no mask
-    texts = _random((2, 5, 12), (2, 3, 12))
-    for (heads, module), x in product(modules.items(), texts):
-        learning = {"x": x.requires_grad_(), **dict(module.named_parameters())}
-        found, merged = module.train()(x), _one_by_one(module, x, heads)
-        assert found.shape == x.shape, f"the shape changed to {tuple(found.shape)}"
-        assert not torch.allclose(found, merged), "the projection is missing"
-        for mistake, wrong in _known_mistakes(module, x, heads).items():
-            # With a single head, several mistakes change nothing.
-            if not torch.allclose(wrong, merged):
-                same = torch.allclose(found, module.projection(wrong), equal_nan=True)
-                assert not same, mistake
-        assert not torch.allclose(found, x + module.projection(merged)), (
-            "x was added: return only what is to be added"
-        )
-        gap = (found - module.projection(merged)).abs().max().item()
-        assert gap < 1e-12, (
-            f"{heads} heads differ from one after the other by {gap:.1e}"
-        )
-        count = sum(p.numel() for p in module.parameters())
-        assert count == 4 * 12**2 + 4 * 12, f"{count} parameters, not 4 C^2 + 4 C"
-        _compare_gradients(found, module.projection(merged), learning)
-        same = torch.allclose(module.eval()(x), found)
-        assert same, "after eval() the result is another"
-
-
-_kernel = F.scaled_dot_product_attention
-
-
-def _sharing_refused(
-    query: Tensor, key: Tensor, *args: Any, enable_gqa: bool = False, **options: Any
-) -> Tensor:
-    contexts = _kernel(query, key, *args, enable_gqa=enable_gqa, **options)
-    H, G = query.shape[-3], key.shape[-3]
-    assert not enable_gqa, f"PyTorch shared {G} keys: bring them to {H} heads yourself"
-    return contexts
+        modules = {heads: module_class(12, heads).double() for heads in (3, 1, 2)}
+    # Any steps may be wrong at once, and mending one is noticed.
+    sets = [names for size in range(1, 6) for names in combinations(_STEPS, size)]
+    for heads, module in modules.items():
+        mistakes = {
+            "; ".join(_STEPS[name] for name in names): partial(
+                _by_steps, module=module, heads=heads, wrong=names
+            )
+            for names in sets
+        }
+        for training, T in ((True, 5), (False, 3)):
+            expect_same(
+                module.train(training),
+                partial(_by_steps, module=module, heads=heads),
+                _random(2, T, 12),
+                mistakes=mistakes,
+                parameters=dict(module.named_parameters()),
+                hint=f"The plain attention of {heads} heads, then the projection, has"
+                " this, in training and after eval()",
+            )
 
 
 def check_grouped_attention(
@@ -270,45 +191,25 @@ def check_grouped_attention(
 
     Book: 07_multi_head_attention.html#exercise-3-fewer-key-heads-than-query-heads
     """
-    mask = causal_mask(5)
     for G in (2, 1, 3):
-        q, k, v = _random((2, 6, 5, 3), (2, G, 5, 3), (2, G, 5, 3))
-        try:
-            with patch.object(F, "scaled_dot_product_attention", _sharing_refused):
-                found = grouped(q, k, v)
-        except RuntimeError as error:  # of PyTorch; an empty stub is no mistake
-            if isinstance(error, NotImplementedError):
-                raise
-            message = f"6 queries, {G} keys: each is for {6 // G} heads. PyTorch says:"
-            raise AssertionError(f"{message} {error}") from error
-        tensor = isinstance(found, Tensor)
-        assert tensor, "return the contexts only: attention(...)[0]"
-        shape = tuple(found.shape)
-        assert shape == q.shape, f"the shape is {shape}: one context per query"
-        groups = [h * G // 6 for h in range(6)]
-        wanted, _ = attention(q, k[:, groups], v[:, groups], mask)
-        unmasked, _ = attention(q, k[:, groups], v[:, groups])
-        dealt = [h % G for h in range(6)]
-        mixed, _ = attention(q, k[:, dealt], v[:, dealt], mask)
-        assert G == 1 or not torch.allclose(found, mixed), (
-            "heads 0 and 2 share a key: neighbors must, so take repeat_interleave"
+        neighbors = [head * G // 6 for head in range(6)]
+        dealt = [head % G for head in range(6)]
+        expect_same(
+            grouped,
+            lambda q, k, v, at=neighbors: _causal(q, k[:, at], v[:, at]),
+            _random(2, 6, 5, 3),
+            _random(2, G, 5, 3),
+            _random(2, G, 5, 3) ** 3,
+            mistakes={
+                "heads 0 and 2 share a key: neighbors must, by repeat_interleave": (
+                    lambda q, k, v, at=dealt: _causal(q, k[:, at], v[:, at])
+                ),
+                "the mask is missing": (
+                    lambda q, k, v, at=neighbors: attention(q, k[:, at], v[:, at])[0]
+                ),
+            },
+            hint=f"6 queries, {G} keys: each key is for {6 // G} neighboring heads",
         )
-        assert not torch.allclose(found, unmasked), "the mask is missing"
-        gap = (found - wanted).abs().max().item()
-        assert gap < 1e-12, f"differs from heads with repeated keys by {gap:.1e}"
-
-
-def _contributions(
-    module: nn.Module, x: Tensor, dim: int = -1, causal: bool = True
-) -> Tensor:
-    """What each head adds, its part of the projection cut from the axis `dim`."""
-    parts = module.qkv(x).chunk(3, dim=-1)
-    thirds = [_by_columns(part, module.heads) for part in parts]
-    mask = causal_mask(x.shape[1]) if causal else None
-    pieces = [attention(*qkv, mask)[0] for qkv in zip(*thirds, strict=True)]
-    cuts = module.projection.weight.chunk(module.heads, dim)
-    cuts = [cut.mT for cut in cuts] if dim == -1 else cuts
-    return torch.stack([z @ cut for z, cut in zip(pieces, cuts, strict=True)], 1)
 
 
 def check_contributions(contributions: Callable[[nn.Module, Tensor], Tensor]) -> None:
@@ -318,32 +219,40 @@ def check_contributions(contributions: Callable[[nn.Module, Tensor], Tensor]) ->
 
     Book: 07_multi_head_attention.html#exercise-4-who-said-what
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        module, other = (MultiHeadAttention(12, heads).double() for heads in (4, 3))
-    for part in (module.qkv.weight, module.qkv.bias):
-        part.data[:3] = 0  # the first head's queries: scores of 0 are no mask
-    (x,) = _random((2, 5, 12))
-    parts, wanted = contributions(module, x), module(x)
-    assert parts.shape == (2, 4, 5, 12), f"shape {tuple(parts.shape)}: (B, H, T, C)"
+
+    def contexts(x: Tensor, module: nn.Module) -> Tensor:
+        parts = module.qkv(x).chunk(3, dim=-1)
+        return _causal(*(_split(part, module.heads) for part in parts))
+
+    def reference(x: Tensor, module: nn.Module) -> Tensor:
+        cuts = module.projection.weight.unflatten(1, (module.heads, -1))
+        return torch.einsum("bhtd,chd->bhtc", contexts(x, module), cuts)
+
+    def by_rows(x: Tensor, module: nn.Module) -> Tensor:
+        cuts = module.projection.weight.unflatten(0, (module.heads, -1))
+        return torch.einsum("bhtd,hdc->bhtc", contexts(x, module), cuts)
+
     mistakes = {
         "rows of weight were taken: it is (out, in), a head is read by its columns": (
-            _contributions(module, x, dim=0)
+            by_rows
         ),
-        "the mask is missing": _contributions(module, x, causal=False),
+        "each head added the bias": (
+            lambda x, module: reference(x, module) + module.projection.bias
+        ),
     }
-    for mistake, wrong in mistakes.items():
-        assert not torch.allclose(parts, wrong), mistake
-    bias, total = module.projection.bias, parts.sum(1)
-    assert not torch.allclose(total, wanted + 3 * bias), "each head added the bias"
-    assert torch.allclose(total + bias, wanted), "the parts don't sum to the output"
-    for head in range(4):
-        cut, kept = deepcopy(module), [h for h in range(4) if h != head]
-        cut.projection.weight.data[:, 3 * head : 3 * head + 3] = 0  # its columns
-        without = contributions(cut, x)
-        message = f"head {head} was cut off from the projection, and yet"
-        assert (without[:, head] == 0).all(), f"{message} it adds something"
-        others = torch.allclose(without[:, kept], parts[:, kept])
-        assert others, f"{message} another head changed"
-    total = contributions(other, x).sum(1) + other.projection.bias
-    assert torch.allclose(total, other(x)), "right with 4 heads, wrong with 3"
+    for heads in (4, 3):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            module = MultiHeadAttention(12, heads).double()
+        expect_same(
+            partial(contributions, module),
+            partial(reference, module=module),
+            _random(2, 5, 12),
+            mistakes={
+                mistake: partial(wrong, module=module)
+                for mistake, wrong in mistakes.items()
+            },
+            gradients=False,
+            hint=f"Each of {heads} heads has its own contexts and its own columns of"
+            " the weight",
+        )
