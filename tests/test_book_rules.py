@@ -13,7 +13,6 @@ import address
 import literate
 import notebook
 import pybtex.database
-import pytest
 import tangle
 import yaml
 
@@ -101,7 +100,18 @@ def imported(code):
             yield from (alias.name for alias in node.names)
 
 
-each_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def each_chapter(rule):
+    """One test of the whole book; a failure names the notebook."""
+
+    def test():
+        for path in CHAPTERS:
+            try:
+                rule(path)
+            except AssertionError as error:
+                raise AssertionError(f"{path.name}: {error}") from error
+
+    test.__name__, test.__doc__ = rule.__name__, rule.__doc__
+    return test
 
 
 def test_there_are_chapters():
@@ -269,7 +279,7 @@ def test_paragraphs_are_short(path):
     assert {name: count for name, count in words.items() if count > 120} == {}
 
 
-@pytest.fixture(scope="module")
+@functools.cache
 def citations():
     """{key: how it is cited} of every work in the list of references."""
     literate.give_back_codecs()
@@ -289,7 +299,7 @@ def citations():
 
 
 @each_chapter
-def test_citations_are_text_that_agrees_with_the_references(path, citations):
+def test_citations_are_text_that_agrees_with_the_references(path):
     """Jupyter shows their links, and literate.py makes citations of them."""
     _, page = address.current(ROOT)
     link = re.compile(rf"\[([^][]+)\]\({page}book/references\.html#([\w-]+)\)")
@@ -300,7 +310,7 @@ def test_citations_are_text_that_agrees_with_the_references(path, citations):
         found = link.findall(text)
         assert len(found) == text.count("references.html"), f"cell {cell['id']}"
         for said, key in found:
-            assert said == citations[key], f"cell {cell['id']}: {key}"
+            assert said == citations()[key], f"cell {cell['id']}: {key}"
         assert literate.cite(text).count("references.html") == 0, f"cell {cell['id']}"
 
 
@@ -496,17 +506,15 @@ def places(pattern):
             yield chapter, number
 
 
-@pytest.mark.parametrize("term", glossary())
-def test_a_glossary_term_is_defined_before_it_is_used(term):
-    word = re.escape(term).replace(r"\ ", r"\s+").replace(r"\-", "[- ]")
-    defined = list(places(re.compile(rf"\*{word}(e?s)?\*", re.IGNORECASE)))
-    home = glossary()[term]
-    assert home in {chapter for chapter, _ in defined}, f"{term} isn't in italics there"
-    if term not in EVERYDAY:
-        used = next(places(re.compile(rf"\b{word}(e?s)?\b", re.IGNORECASE)))
-        assert used == defined[0], f"used in chapter {used[0]}, cell {used[1]}, before"
-        assert used[0] == home, f"defined in chapter {used[0]}"
-
-
-def test_there_is_a_glossary():
+def test_glossary_terms_are_defined_before_they_are_used():
     assert len(glossary()) > 50
+    for term, home in glossary().items():
+        word = re.escape(term).replace(r"\ ", r"\s+").replace(r"\-", "[- ]")
+        defined = list(places(re.compile(rf"\*{word}(e?s)?\*", re.IGNORECASE)))
+        chapters = {chapter for chapter, _ in defined}
+        assert home in chapters, f"{term} isn't in italics in chapter {home}"
+        if term in EVERYDAY:
+            continue
+        used = next(places(re.compile(rf"\b{word}(e?s)?\b", re.IGNORECASE)))
+        assert used == defined[0], f"{term}: chapter {used[0]}, cell {used[1]}, before"
+        assert used[0] == home, f"{term} is defined in chapter {used[0]}"
