@@ -13,7 +13,14 @@ import glassgpt
 from glassgpt.checks.publish import check_kept, check_page_min_p, check_size
 from glassgpt.generation import window_start
 from glassgpt.gpt import GPT, GPTConfig
-from glassgpt.publish import LARGEST, PAGE, as_text, page_model, publish
+from glassgpt.publish import (
+    LARGEST,
+    PAGE,
+    as_text,
+    page_model,
+    publish,
+    require_page,
+)
 from glassgpt.tokens import BPETokenizer, CharTokenizer
 
 ASK = "(question) => document.querySelector('glass-gpt').ask(...question)"
@@ -390,7 +397,7 @@ def test_what_a_page_cannot_run_is_refused_and_nothing_is_written(
         vast.norm.weight[0] = 1e39  # finite, but not in 32 bits
     for wrong, sentence in (
         ((own, letters), "GPT-2's architecture"),
-        ((vast, letters), "not finite"),
+        ((vast, letters), "norm.weight is not finite"),
         ((modern, tokenizer), "GPT-2's architecture"),
         ((glassgpt.lighten(model, "int8"), tokenizer), "GPT-2's architecture"),
         ((model, CharTokenizer("abc")), "3 tokens for a model of 2048"),
@@ -400,6 +407,9 @@ def test_what_a_page_cannot_run_is_refused_and_nothing_is_written(
             publish(*wrong, path)
     with pytest.raises(ValueError, match="is not in the vocabulary"):
         publish(small, letters, path, prompt="abd")
+    for config in (modern.config, large.config):
+        with pytest.raises(ValueError, match="architecture|52 MB"):
+            require_page(config)  # no weight is needed to ask
     with pytest.raises(ValueError, match="int8 or float32"):
         publish(model, tokenizer, path, weights="int4")
     assert path.read_text("utf-8") == mine

@@ -1,24 +1,19 @@
 """Runs: what survives a kill, a full disk, a forged file, and a change of machine."""
 
 import errno
-import io
 import json
 import math
 import os
 import pickle
-import pickletools
 import shutil
 import signal
 import struct
 import subprocess
 import sys
 import textwrap
-import threading
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from unittest.mock import Mock, patch
 
 import numpy as np
@@ -31,18 +26,14 @@ from safetensors.torch import load_file
 
 from glassgpt import checkpoints, runs
 from glassgpt.checkpoints import load, save
-from glassgpt.checks import runs as checks
 from glassgpt.data import TokenData, write_tokens
 from glassgpt.distributed import StreamedTokens
 from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.modern import ModernConfig, MuonConfig
 from glassgpt.plan import Machine, Plan
 from glassgpt.runs import (
-    Run,
-    Saving,
     checkpoints_in,
     locked,
-    memory_advice,
     read_checkpoint,
     refuse_occupied,
     resume_run,
@@ -149,300 +140,6 @@ def test_resuming_is_exact(tmp_path, model, training, precision):
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         files = [tmp_path / run / name for run in ("whole", "cut")]
         assert files[0].read_bytes() == files[1].read_bytes()
-
-
-def resume_from_the_oldest(*arguments, **options):
-    with patch.object(runs, "checkpoints_in", lambda place: checkpoints_in(place)[:1]):
-        return resume_run(*arguments, **options)
-
-
-def resume_without_checkpoints(*arguments, **options):
-    with patch.object(runs, "write_checkpoint", lambda run: None):
-        return resume_run(*arguments, **options)
-
-
-def resume_with_any_tokens(*arguments, **options):
-    with patch.object(runs, "_find_tokens", lambda place, _: TokenData.open(place)):
-        return resume_run(*arguments, **options)
-
-
-def resume_without_an_end(*arguments, **options):
-    def write(run, write=runs.write_checkpoint):
-        if run.trainer.step < run.plan.training.steps:
-            write(run)
-
-    with patch.object(runs, "write_checkpoint", write):
-        return resume_run(*arguments, **options)
-
-
-def resume_and_append(*arguments, **options):
-    def write(path, content, write=runs.write_file):
-        old = path.read_bytes() if path.exists() else b""
-        write(path, old + content.splitlines(keepends=True)[-1])
-
-    with patch.object(runs, "write_file", write):
-        return resume_run(*arguments, **options)
-
-
-def resume_where_it_was(directory, data=None, **options):
-    if data:
-        raise ValueError("other tokens")
-    return resume_run(directory, **options)
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        (resume_from_the_oldest, r"steps \[0, .*, not 3 to 7"),
-        (resume_without_checkpoints, "wrote no checkpoint at step 6"),
-        (resume_with_any_tokens, "other token was not noticed"),
-        (resume_without_an_end, "a run that was done trained again"),
-        (resume_and_append, r"metrics.jsonl has steps \[2, 4, 4, 6, 8, 8\]"),
-        (resume_where_it_was, "other tokens"),
-    ],
-)
-def test_a_wrong_resume_is_caught(wrong, message):
-    with pytest.raises((AssertionError, ValueError), match=message):
-        checks.check_resume((start_run, wrong))
-
-
-def noting(
-    second_acts,
-    cleans_up,
-    spares=lambda _, handler: handler == signal.SIG_IGN,
-    threads=True,
-):
-    """A `stop_signals` that may be wrong about the second signal, or about errors."""
-
-    @contextmanager
-    def stop():
-        caught, numbers = [], (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        if threads and threading.current_thread() is not threading.main_thread():
-            numbers = ()
-        before = {n: signal.getsignal(n) for n in numbers}
-
-        def note(number, frame):
-            if second_acts(number, caught):
-                before[number](number, frame)
-            caught.append(number)
-
-        def back():
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-        for number, handler in before.items():
-            signal.signal(number, handler if spares(number, handler) else note)
-        try:
-            yield caught
-        except Exception:
-            if cleans_up:
-                back()
-            raise
-        back()
-
-    return stop
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGHUP")
-def test_stopping_wrongly_is_caught():
-    any_acts, same_acts = (lambda _, caught: caught), (lambda n, caught: n in caught)
-    checks.check_stop(noting(any_acts, cleans_up=True))
-    with pytest.raises(AssertionError, match="SIGINT, then SIGINT: the second has to"):
-        checks.check_stop(noting(lambda n, caught: False, cleans_up=True))
-    with pytest.raises(AssertionError, match="SIGINT, then SIGTERM: the second has to"):
-        checks.check_stop(noting(same_acts, cleans_up=True))
-    with pytest.raises(AssertionError, match="are not back after an error"):
-        checks.check_stop(noting(any_acts, cleans_up=False))
-
-    def only_hangup(number, handler):
-        return number == signal.SIGHUP and handler == signal.SIG_IGN
-
-    with pytest.raises(AssertionError, match="an ignored signal"):
-        checks.check_stop(noting(any_acts, cleans_up=True, spares=only_hangup))
-
-    def all_if_one_is_ignored(number, handler):
-        kinds = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        return signal.SIG_IGN in map(signal.getsignal, kinds)
-
-    with pytest.raises(AssertionError, match="SIGINT is ignored, SIGTERM has to be"):
-        checks.check_stop(
-            noting(any_acts, cleans_up=True, spares=all_if_one_is_ignored)
-        )
-    with pytest.raises(AssertionError, match="in a thread: signal only works in main"):
-        checks.check_stop(noting(any_acts, cleans_up=True, threads=False))
-
-
-def only_strings_before(content):
-    """What a pickle looks up, as if names were never taken from its memory."""
-    names, said = set(), []
-    for code, value, _ in pickletools.genops(content):
-        if code.name == "STACK_GLOBAL":
-            names.add(" ".join(said[-2:]))
-        elif code.name == "GLOBAL":
-            names.add(value)
-        elif isinstance(value, str):
-            said.append(value)
-    return names
-
-
-class Anything:
-    def __init__(self, *arguments):
-        pass
-
-    def __call__(self, *arguments):
-        return self
-
-    __setitem__ = __setstate__ = append = extend = __call__
-
-
-def only_what_is_inside(content):
-    """What a pickle looks up, where it refers to nothing outside."""
-    names = set()
-
-    class Reader(pickle.Unpickler):
-        def find_class(self, module, name):
-            names.add(f"{module} {name}")
-            return Anything
-
-    Reader(io.BytesIO(content)).load()
-    return names
-
-
-def looked_up_and_thrown_away(content):
-    names = set()
-
-    class Reader(pickle.Unpickler):
-        def find_class(self, module, name):
-            super().find_class(module, name)
-            names.add(f"{module} {name}")
-            return Anything
-
-        def persistent_load(self, pid):
-            return Anything()
-
-    Reader(io.BytesIO(content)).load()
-    return names
-
-
-def harmless_unless(keeps):
-    """What a pickle looks up, where some names are left as they are."""
-
-    def names_in(content):
-        names = set()
-
-        class Reader(pickle.Unpickler):
-            def find_class(self, module, name):
-                names.add(f"{module} {name}")
-                found = getattr(sys.modules.get(module), name, Anything)
-                return found if keeps(name, found) else Anything
-
-            def persistent_load(self, pid):
-                return Anything()
-
-        Reader(io.BytesIO(content)).load()
-        return names
-
-    return names_in
-
-
-def global_names(*codes):
-    """What a pickle looks up, read code by code, by those that are given."""
-
-    def names_in(content):
-        names, stack, memory, mark = set(), [], {}, object()
-        for code, value, _ in pickletools.genops(content):
-            if code.name in codes:
-                names.add(value)
-            elif code.name == "STACK_GLOBAL":
-                names.add(" ".join(stack[-2:]))
-            if code.name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
-                memory[len(memory) if value is None else int(value)] = stack[-1]
-                continue
-            before = list(code.stack_before)
-            if pickletools.markobject in before:
-                while stack.pop() is not mark:
-                    pass
-                before = before[: before.index(pickletools.markobject)]
-            del stack[len(stack) - len(before) :]
-            if "GET" in code.name:
-                value = memory[int(value)]
-            stack += [mark if code.name == "MARK" else value] * len(code.stack_after)
-        return names
-
-    return names_in
-
-
-def test_names_may_be_read_code_by_code():
-    checks.check_names(global_names("GLOBAL", "INST"))
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        (lambda content: list(only_strings_before(content)), "is no set"),
-        (lambda content: {"builtins.exec"}, "'MODULE exec' is not among"),
-        (only_strings_before, "in place of"),
-        (only_what_is_inside, "refers to tensors outside"),
-        (looked_up_and_thrown_away, "imported, which runs its code"),
-        (global_names("GLOBAL"), "the opcode INST looks a name up"),
-        (
-            harmless_unless(lambda name, found: isinstance(found, type)),
-            "a class that is named was called",
-        ),
-        (
-            harmless_unless(
-                lambda name, _: name not in ("exec", "open", "system", "__import__")
-            ),
-            "a class that is named was called",
-        ),
-    ],
-)
-def test_a_wrong_list_of_names_is_caught(wrong, message):
-    with pytest.raises(AssertionError, match=message):
-        checks.check_names(wrong)
-
-
-def test_a_state_that_is_taken_out_without_a_copy_is_caught():
-    def put_away(walk):
-        return [walk.place, walk.momentum, list(walk.deck), walk.dice.get_state()]
-
-    def take_out(walk, state):
-        walk.place, walk.momentum, walk.deck, dice = state
-        walk.dice.set_state(dice)
-
-    with pytest.raises(AssertionError, match="for the second time: deck is"):
-        checks.check_state((put_away, take_out))
-
-    def put_away_late(walk):
-        walk.step()
-        return put_away(walk)
-
-    with pytest.raises(AssertionError, match="putting the walk away changed it"):
-        checks.check_state((put_away_late, take_out))
-
-
-def test_a_state_of_which_there_is_only_one_is_caught():
-    only = {}
-
-    def put_away(walk):
-        deck, dice = list(walk.deck), walk.dice.get_state()
-        only.update(place=walk.place, momentum=walk.momentum, deck=deck, dice=dice)
-
-    def take_out(walk, state):
-        walk.place, walk.momentum, deck, dice = only.values()
-        walk.deck = list(deck)
-        walk.dice.set_state(dice)
-
-    with pytest.raises(AssertionError, match="after 0 steps.* deck|the dice were not"):
-        checks.check_state((put_away, take_out))
-
-
-def test_an_interval_a_little_too_long_is_caught():
-    def interval(cost, mean_time):
-        return math.sqrt(2 * cost * (mean_time + cost))
-
-    with pytest.raises(AssertionError, match="of the time"):
-        checks.check_interval(interval)
 
 
 def test_a_finished_run_resumes_to_itself(run):
@@ -616,13 +313,11 @@ def test_other_things_are_not_overwritten(tmp_path, name):
 
 
 def test_what_is_no_folder_is_named(tmp_path):
-    (tmp_path / "link").symlink_to(tmp_path / "nothing")
     (tmp_path / "file").write_text("x")
-    for name in ("link", "file"):
-        with pytest.raises(FileExistsError, match="File exists"):
-            start(tmp_path / name)
-        with pytest.raises(FileNotFoundError, match="run.json is missing"):
-            resume(tmp_path / name)
+    with pytest.raises(FileExistsError, match="File exists"):
+        start(tmp_path / "file")
+    with pytest.raises(FileNotFoundError, match="run.json is missing"):
+        resume(tmp_path / "file")
 
 
 def test_where_no_run_is_nothing_is_made(tmp_path):
@@ -644,30 +339,6 @@ def test_two_runs_in_one_directory(tmp_path):
     assert refused == [4, 8, 12]
     with FileLock(tmp_path / ".lock", timeout=0):
         pass  # free again
-
-
-def test_the_lock_is_taken_once_and_released_last(tmp_path):
-    calls, data = [], write_tokens_of(tmp_path / "data")
-    acquire, release = FileLock.acquire, FileLock.release
-    write = runs.write_checkpoint
-
-    def noted(name, function):
-        def call(*arguments, **options):
-            calls.append(name)
-            return function(*arguments, **options)
-
-        return call
-
-    with (
-        patch.object(FileLock, "acquire", noted("acquire", acquire)),
-        patch.object(FileLock, "release", noted("release", release)),
-        patch.object(runs, "write_checkpoint", noted("write", write)),
-    ):
-        start(tmp_path, data=data)
-    writes = ["write"] * calls.count("write")
-    inside = [name for name in calls if name != "release"]  # garbage collectors release
-    assert inside == ["acquire", *writes]
-    assert calls.index("release") > len(writes)
 
 
 def test_a_read_only_folder(tmp_path):
@@ -789,12 +460,11 @@ def test_extending_a_constant_rate_is_exact(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("batch_size", 8), ("seed", 1), ("warmup", 5), ("width", 32), ("nonsense", 1)]
-    + [("matrix_learning_rate", 0.1), ("fingerprint", "")],
+    [("batch_size", 8), ("seed", 1), ("width", 32), ("matrix_learning_rate", 0.1)],
 )
 def test_nothing_else_may_change(run, name, value):
     before = (run / "run.json").read_bytes()
-    with pytest.raises(ValueError, match=f"a resumed run keeps its {name}"):
+    with pytest.raises((TypeError, ValueError), match=name):
         resume(run, **{name: value})
     assert (run / "run.json").read_bytes() == before
 
@@ -818,35 +488,6 @@ def test_saving_is_checked_before_anything_is_written(tmp_path, wrong):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_checkpoint_goes_when_a_newer_one_is_whole(tmp_path, monkeypatch):
-    """And what a kill left goes before: it would fill the disk."""
-    directory, there = tmp_path / "run", []
-    (directory / "checkpoint-00000009.partial").mkdir(parents=True)
-    write = runs.write_model
-
-    def counted(folder, *rest):
-        if folder.suffix == ".partial":
-            there.append([path.name for path in directory.glob("checkpoint-*")])
-        write(folder, *rest)
-
-    monkeypatch.setattr(runs, "write_model", counted)
-    start(directory, keep=1)
-    assert list(map(len, there)) == [0, *[1] * (len(there) - 1)]
-    assert len(there) > 2
-
-
-def test_a_name_is_gone_from_the_disk_before_what_it_named(tmp_path, monkeypatch):
-    done = []
-    flush, drop = runs.flush, shutil.rmtree
-    flushed = lambda path: (done.append("flush"), flush(path))  # noqa: E731
-    dropped = lambda path: (done.append("drop"), drop(path))  # noqa: E731
-    monkeypatch.setattr(runs, "flush", flushed)
-    monkeypatch.setattr(runs, "shutil", SimpleNamespace(rmtree=dropped))
-    start(tmp_path / "run", keep=1)
-    before = [one for one, two in pairwise(done) if two == "drop"]
-    assert before == ["flush"] * len(before) != []
-
-
 def test_a_run_that_is_stopped_before_an_evaluation_leaves_a_model(
     tmp_path, monkeypatch
 ):
@@ -856,14 +497,6 @@ def test_a_run_that_is_stopped_before_an_evaluation_leaves_a_model(
     model, _ = load(tmp_path / "run")
     found = torch.nn.utils.parameters_to_vector(model.parameters())
     assert torch.equal(found, weights(stopped))
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
-def test_an_interrupted_checkpoint_leaves_nothing(tmp_path, error):
-    run = Run(tmp_path, PLAN.trainer(DATA), TOKENIZER, PLAN, Saving(1, 1))
-    with patch.object(runs, "write_tensors", side_effect=error), pytest.raises(error):
-        runs.write_checkpoint(run)
-    assert os.listdir(tmp_path) == []
 
 
 def test_another_split_and_precision(tmp_path, whole):
@@ -1132,7 +765,7 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
-@pytest.mark.parametrize("which", [0, 3, 7, 12, 18, 30])
+@pytest.mark.parametrize("which", [0, 3, 7, 12, 18])
 def test_a_full_disk_leaves_the_checkpoints_before(tmp_path, call, which, whole):
     real, calls = getattr(os, call), []
 
@@ -1200,13 +833,6 @@ def test_a_loss_that_is_no_number_is_not_saved(tmp_path, spoil, whole):
 def nan_grad(loss, model):
     """The same loss; its gradient by the head is infinity times zero."""
     return loss + (model.head.weight.sum() * 0).sqrt()
-
-
-def test_no_memory_says_what_to_do():
-    with pytest.raises(MemoryError, match="use a smaller"), memory_advice():
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to")
-    with pytest.raises(RuntimeError, match="something else"), memory_advice():
-        raise RuntimeError("something else")
 
 
 def test_what_a_killed_start_leaves_is_no_obstacle(tmp_path):

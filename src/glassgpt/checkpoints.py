@@ -1,9 +1,7 @@
 # Written by tools/tangle.py from book/23_runs_that_survive.ipynb: change it there.
 """Models on disk, as safetensors and JSON, which other programs can read."""
 
-import filecmp
 import json
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.resources import files
@@ -14,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from glassgpt import huggingface
-from glassgpt.atomic import all_or_nothing, flush, write_file, write_json
+from glassgpt.atomic import all_or_nothing, flush, write_file
 from glassgpt.chat import tokenizer_files
 from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.modern import ModernGPT
@@ -22,25 +20,24 @@ from glassgpt.plan import on_paper
 from glassgpt.tokens import Tokenizer
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Tensors as a safetensors file, whole or not at all. Raises OSError.
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Tensors as a safetensors file that others may read. Raises OSError.
 
     Book: 23_runs_that_survive.html#a-model-on-disk
     """
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    with all_or_nothing(path) as partial:
-        partial.touch()
-        mode = partial.stat().st_mode  # the library makes it private
-        try:
-            save_file(tensors, partial, metadata={"format": "pt"})
-        except SafetensorError as error:  # the disk is full
-            raise OSError(error) from error
-        partial.chmod(mode)
+    path.touch()
+    mode = path.stat().st_mode  # the library makes it private
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # the disk is full
+        raise OSError(error) from error
+    path.chmod(mode)
 
 
 @contextmanager
-def blaming(path: Path, what: str) -> Iterator[None]:
-    """Turn an error into a ValueError that says what is wrong with a file.
+def reraise_as(message: str) -> Iterator[None]:
+    """Turn an error into a ValueError with a message that names the file at fault.
 
     A MemoryError comes out as it is, and so does an OSError, but for a missing file:
     the machine is to blame, not the file.
@@ -50,22 +47,21 @@ def blaming(path: Path, what: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise ValueError(f"{path} {what}: {error}") from error
+        raise ValueError(f"{message}: {error}") from error
     except (MemoryError, OSError):
         raise
     except Exception as error:  # a forged file can raise anything
-        raise ValueError(f"{path} {what}: {error}") from error
+        raise ValueError(f"{message}: {error}") from error
 
 
-# What `save` writes, and a model's card: where nothing else is, it may write again.
-FILES = {
+TEXTS = [
     "config.json",
-    "model.safetensors",
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
-    "README.md",
-}
+]
+# What `save` writes, and a model's card: where nothing else is, it may write again.
+FILES = [*TEXTS, "model.safetensors", "README.md"]
 
 
 def save(directory: str | Path, model: GPT, tokenizer: Tokenizer) -> None:
@@ -97,7 +93,8 @@ def save(directory: str | Path, model: GPT, tokenizer: Tokenizer) -> None:
     if not all(p.isfinite().all() for p in model.parameters()):
         raise ValueError("the model has weights that are nan or infinite")
     names = {p.name for p in directory.glob("[!.]*") if p.suffix != ".partial"}
-    if others := sorted(names - FILES):
+    others = sorted(names - {*FILES})
+    if others:
         raise FileExistsError(
             f"{directory} is not empty, {others[0]} is in it: use another folder"
         )
@@ -109,37 +106,34 @@ def write_model(directory: Path, model: GPT, tokenizer: Tokenizer) -> None:
 
     Book: 23_runs_that_survive.html#a-model-on-disk
     """
-    new = directory / ".new"  # a disk that gets full changes nothing of an older model
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    try:
-        parts, end = tokenizer_files(tokenizer), huggingface.end_of(tokenizer)
-        for name, content in parts.items():
-            write_file(new / name, content.encode())
-        about = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": end,
-            "eos_token": end,
-            "model_max_length": model.config.context,
-            "clean_up_tokenization_spaces": False,
-        }
-        write_json(new / "tokenizer_config.json", about)
-        ends = tokenizer.special_tokens.get(end or "")
-        write_json(new / "config.json", huggingface.config_to_json(model.config, ends))
-        state = huggingface.to_theirs(model, huggingface.format_of(model.config))
-        write_tensors(new / "model.safetensors", state)
-        weights = directory / "model.safetensors"
-        others = {path.name for path in new.iterdir()} - {weights.name}
-        same, *_ = filecmp.cmpfiles(new, directory, others, shallow=False)
-        if others - {*same}:  # a kill from here on leaves no mixture
-            weights.unlink(missing_ok=True)
-        if "chat_template.jinja" not in parts:  # of an older model
-            (directory / "chat_template.jinja").unlink(missing_ok=True)
-        for name in (*others, weights.name):
-            (new / name).replace(directory / name)
-        flush(directory)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
+    end = huggingface.end_of(tokenizer)
+    about = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": end,
+        "eos_token": end,
+        "model_max_length": model.config.context,
+        "clean_up_tokenization_spaces": False,
+    }
+    config = huggingface.config_to_json(
+        model.config, tokenizer.special_tokens.get(end or "")
+    )
+    texts = tokenizer_files(tokenizer)
+    texts["tokenizer_config.json"] = json.dumps(about, indent=1)
+    texts["config.json"] = json.dumps(config, indent=1)
+    new = {name: text.encode() for name, text in texts.items()}
+    weights = directory / "model.safetensors"
+    with all_or_nothing(weights) as partial:
+        save_tensors(
+            partial, huggingface.to_theirs(model, huggingface.format_of(model.config))
+        )
+        paths = [directory / name for name in TEXTS if (directory / name).exists()]
+        old = {path.name: path.read_bytes() for path in paths}
+        if old != new:
+            for path in (weights, *paths):
+                path.unlink(missing_ok=True)
+            flush(directory)
+            for name, content in new.items():
+                write_file(directory / name, content)
 
 
 def load_parameters(directory: Path, config: GPTConfig) -> GPT:
@@ -154,7 +148,7 @@ def load_parameters(directory: Path, config: GPTConfig) -> GPT:
     state: dict[str, Tensor] = {}
     parts = sorted(directory.glob("model-*-of-*.safetensors"))
     for path in parts or [directory / "model.safetensors"]:
-        with blaming(path, "is missing, damaged or no safetensors file"):
+        with reraise_as(f"{path} is missing, damaged or no safetensors file"):
             state |= load_file(path)  # mapped into memory, not read
     if "wte.weight" in state:  # so in the file in which OpenAI's weights are shared
         body = state.keys() - {"lm_head.weight"}
@@ -162,10 +156,10 @@ def load_parameters(directory: Path, config: GPTConfig) -> GPT:
     theirs = (
         huggingface.OURS if "tokens.weight" in state else huggingface.format_of(config)
     )
-    with blaming(directory, "does not fit its config.json"):
+    with reraise_as(f"{directory} does not fit its config.json"):
         shapes = {name: tuple(value.shape) for name, value in state.items()}
         model = huggingface.fit(config, shapes, theirs)
-    with blaming(directory, "can't be used"):
+    with reraise_as(f"{directory} can't be used"):
         return huggingface.fill(model, state.__getitem__, theirs)
 
 
@@ -203,9 +197,9 @@ def load(name: str | Path) -> tuple[GPT, Tokenizer]:
             f"{directory} holds no model: config.json is missing. "
             f"Give a run's folder, or a name: {names}"
         )
-    with blaming(path, "does not describe a GPT"):
+    with reraise_as(f"{path} does not describe a GPT"):
         config = huggingface.config_from_json(json.loads(path.read_text("utf-8")))
     tokenizer = huggingface.read_tokenizer(directory / "tokenizer.json")
-    with blaming(directory, "mixes two models"):
+    with reraise_as(f"{directory} mixes two models"):
         huggingface.require_fit(tokenizer, config)
     return load_parameters(directory, config).eval(), tokenizer

@@ -31,15 +31,15 @@ from tyro.conf import OmitArgPrefixes, Positional, subcommand
 import glassgpt
 from glassgpt.atomic import write_file
 from glassgpt.chat import render, stream_answer, template_of
-from glassgpt.checkpoints import blaming
+from glassgpt.checkpoints import reraise_as
 from glassgpt.data import TokenData, read_documents, split_documents
-from glassgpt.distributed import make_trainer, team
+from glassgpt.distributed import first_process_first, make_trainer, process_group
 from glassgpt.generation import Sampling, stream_text
 from glassgpt.gpt import GPT
 from glassgpt.huggingface import read_tokenizer
 from glassgpt.modern import ModernConfig, MuonConfig, build
 from glassgpt.plan import RECIPES, SIZES, Machine, names, take
-from glassgpt.runs import CHANGEABLE, Run, Saving, memory_advice, refuse_occupied
+from glassgpt.runs import CHANGEABLE, Run, Saving, refuse_occupied
 from glassgpt.tokens import BPETokenizer, CharTokenizer, Tokenizer
 
 Size = Literal[tuple(SIZES)]
@@ -259,7 +259,7 @@ def began(out: Path) -> dict[str, Any]:
     Book: a3_command_line.html#a-run-and-going-on-with-it
     """
     file = out / ".command.json"
-    with blaming(file, f"is damaged: try `glassgpt resume {quote(str(out))}`"):
+    with reraise_as(f"{file} is damaged: try `glassgpt resume {out}`"):
         return dict(json.loads(file.read_bytes())) if file.exists() else {}
 
 
@@ -323,15 +323,19 @@ class Train(Text):
         glassgpt.keep_freed_memory()
         ours = False  # what is in the folder
         try:
-            tokenizer = tokenizer or self.learn_tokenizer()
+            with first_process_first() as rank:
+                if not place and rank == 0:
+                    self.encode(tokenizer or self.learn_tokenizer(), new)
+            ours = not killed and rank == 0
+            data = TokenData.open(place or new)
+            tokenizer = tokenizer or read_tokenizer(new / "tokenizer.json")
             size = (model.config if model else tokenizer).vocab_size
             plan = replace(plan, model=replace(plan.model, vocab_size=size))
-            data = TokenData.open(place) if place else self.encode(tokenizer, new)
-            ours = not killed
             print(summary(data))
             print(plan.describe(), flush=True)
-            out.mkdir(parents=True, exist_ok=True)
-            write_file(out / ".command.json", json.dumps(asked).encode())
+            if rank == 0:
+                out.mkdir(parents=True, exist_ok=True)
+                write_file(out / ".command.json", json.dumps(asked).encode())
             how = telling(self.shard) | vars(saving)
             return ended(glassgpt.start_run(out, plan, data, tokenizer, model, **how))
         finally:
@@ -799,8 +803,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.simplefilter("always", UserWarning)
             warnings.showwarning = lambda message, *_: tell(str(message))
-            with team() as first, memory_advice():
-                return (parse(arguments).run() or 0) if first else 0
+            with process_group():
+                return parse(arguments).run() or 0
     except BrokenPipeError:  # whoever read the output has gone, as `head` does
         return 141
     except KeyboardInterrupt:

@@ -2,10 +2,9 @@
 """Many machines: one training run on many processes."""
 
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -36,7 +35,7 @@ def connect(**meeting: Any) -> None:
         loopback = "lo0" if sys.platform == "darwin" else "lo"
         env.setdefault("GLOO_SOCKET_IFNAME", loopback)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    # A day, since rank 0 may have a corpus to encode before its first order.
+    # A day, since the others wait while rank 0 encodes a corpus.
     dist.init_process_group(backend, **{"timeout": timedelta(days=1), **meeting})
 
 
@@ -115,7 +114,7 @@ class ParallelTrainer(Trainer):
         super().load_state_dict({"model": dict(self.model.named_parameters()), **state})
 
     def whole_model(self) -> GPT:
-        """The model with all its weights, on rank 0."""
+        """The model with all its weights, on rank 0; every rank must call."""
         return self.model
 
 
@@ -290,45 +289,42 @@ class FSDPTrainer(_SlicesTrainer):
         return norm.full_tensor()  # of all slices, by which each was clipped
 
 
-def _order(*order: Any) -> Any:
-    """What rank 0 says, on every process; the others call it with nothing."""
-    orders = [order]
-    dist.broadcast_object_list(orders, 0, device=torch.device("cpu"))
-    return orders[0]
+@contextmanager
+def process_group() -> Iterator[int]:
+    """Join the processes that `torchrun` started, and yield the rank; alone it is 0.
 
-
-class Conductor:
-    """The trainer of rank 0: what it is asked to do, the other processes do, too.
-
-    trainer: a `ParallelTrainer`; each process has its own.
+    What other ranks than 0 print is dropped. After an error the group stays as it is:
+    the process ends, and `torchrun` ends the others.
 
     Book: 25_many_machines.html#a-whole-run
     """
+    joins = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized()
+    if joins:
+        connect()
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    if rank == 0:
+        yield rank
+    else:
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+            yield rank
+    if joins:
+        dist.destroy_process_group()
 
-    TOGETHER = ("take_step", "read_losses", "evaluate", "state_dict")
 
-    def __init__(self, trainer: ParallelTrainer):
-        self.trainer = trainer
+@contextmanager
+def first_process_first() -> Iterator[int]:
+    """Let rank 0 through a block before the others, and yield the rank; alone it is 0.
 
-    def ask(self, name: str, *arguments: Any) -> Any:
-        """Call a method on every process, and return what it returns here."""
-        _order(name, *arguments)
-        return getattr(self.trainer, name)(*arguments)
+    The others wait in an all-reduce on the CPU, since none has chosen its GPU yet.
 
-    def __getattr__(self, name: str) -> Any:
-        if name in self.TOGETHER:
-            return partial(self.ask, name)
-        return getattr(self.trainer, name)
-
-    @property
-    def model(self) -> GPT:
-        """All weights, as one process would have them."""
-        model: GPT = self.ask("whole_model")
-        return model
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """As in `Trainer`; the weights are here already, and were sent."""
-        self.ask("load_state_dict", {k: v for k, v in state.items() if k != "model"})
+    Book: 25_many_machines.html#a-whole-run
+    """
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    if rank > 0:
+        dist.all_reduce(torch.zeros(1))
+    yield rank
+    if rank == 0 and dist.is_initialized():
+        dist.all_reduce(torch.zeros(1))
 
 
 SHARDS = {"nothing": DDPTrainer, "optimizer": ShardedOptimizerTrainer}
@@ -336,8 +332,8 @@ SHARDS = {"nothing": DDPTrainer, "optimizer": ShardedOptimizerTrainer}
 
 def make_trainer(
     plan: Plan, data: TokenData, model: GPT | None = None, shard: str | None = None
-) -> Any:
-    """`Plan.trainer`, with all processes where there are several; for `start_run`.
+) -> Trainer:
+    """`Plan.trainer`, on every rank where there are several; for `start_run`.
 
     shard: what they divide, "nothing", "optimizer" (if None) or "model". Raises
     ValueError for another one, fewer rows than processes, a device on which processes
@@ -347,79 +343,31 @@ def make_trainer(
 
     Book: 25_many_machines.html#a-whole-run
     """
-    if (shard := shard or "optimizer") not in (*SHARDS, "model"):
+    shard = shard or "optimizer"
+    if shard not in (*SHARDS, "model"):
         raise ValueError(f"shard is nothing, optimizer or model, not {shard!r}")
-    if not dist.is_initialized() or (world := dist.get_world_size()) == 1:
+    if not dist.is_initialized() or dist.get_world_size() == 1:
         return plan.trainer(data, model)
-    if (rows := plan.training.batch_size) < world:
+    plans = [plan]
+    dist.broadcast_object_list(plans, 0, device=torch.device("cpu"))
+    plan = plans[0]  # rank 0's
+    rows, world = plan.training.batch_size, dist.get_world_size()
+    if rows < world:
         raise ValueError(f"a batch of {rows} rows is too small for {world} processes")
-    if (kind := torch.device(plan.machine.device).type) not in ("cpu", "cuda"):
-        raise ValueError(f"several processes need the device cpu or cuda, not {kind}")
+    device = torch.device(plan.machine.device).type
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"several processes need the device cpu or cuda, not {device}")
     if plan.machine.precision == "float16":
         raise ValueError("several processes need the precision bfloat16 or float32")
     if shard == "model" and isinstance(plan.training, MuonConfig):
         raise ValueError("to divide the model takes the optimizer adamw")
-    place = data.directory.resolve() if data.directory else data
-    _order("begin", plan, place, shard)
-    return Conductor(_begin(plan, data, shard, model))
-
-
-def _begin(
-    plan: Plan, data: TokenData | Path, shard: str, model: GPT | None = None
-) -> Any:
-    """This process's trainer; weights come from rank 0."""
-    data = TokenData.open(data) if isinstance(data, Path) else data
-    device = torch.device(plan.machine.device).type
-    if device == "cuda":  # each has a card of its own
-        torch.cuda.set_device(card := f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+    if device == "cuda":  # each rank has a GPU of its own
+        card = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(card)
         plan = replace(plan, machine=replace(plan.machine, device=card))
     if shard == "model":  # made in main memory, where the whole may fit
         return plan.trainer(data, model, partial(FSDPTrainer, slices=device), "cpu")
     return plan.trainer(data, model, SHARDS[shard])
-
-
-@contextmanager
-def team() -> Iterator[bool]:
-    """Yield True on rank 0. The others do what it says; then it yields False to them.
-
-    Without `torchrun` there is one process, and it is rank 0.
-
-    Book: 25_many_machines.html#a-whole-run
-    """
-    if not dist.is_initialized():
-        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-            yield True
-            return
-        connect()
-    if leads := dist.get_rank() == 0:
-        try:
-            yield True
-        except (RuntimeError, MemoryError, KeyboardInterrupt):
-            raise  # in the middle of a step, perhaps, where nobody awaits an order
-        except BaseException:
-            _order()
-            raise
-        _order()
-    else:
-        _follow()
-    dist.destroy_process_group()
-    if not leads:
-        yield False
-
-
-def _follow() -> None:
-    """Do what rank 0 says, until it says nothing, whatever signal or nan comes."""
-    trainer: Any = None
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):  # Windows has no SIGHUP
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    while order := _order():
-        name, *arguments = order
-        if name == "begin":
-            trainer = _begin(*arguments)
-        else:
-            with suppress(FloatingPointError):  # rank 0 reports it
-                getattr(trainer, name)(*arguments)
 
 
 class StreamedTokens(Tokens):

@@ -1,15 +1,14 @@
 # Written by tools/tangle.py from book/19_looking_inside.ipynb: change it there.
-
-
 """Looking inside: every activation by name, and what it does to the result."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from glassgpt.attention import attention, causal_mask
 from glassgpt.gpt import GPT
@@ -18,21 +17,42 @@ from glassgpt.training import in_mode
 See = Callable[[str, Tensor], Tensor]  # of a name and an activation
 
 
-def _watched(layer: int, see: See) -> Callable[..., Tensor]:
+def _see_output(part: nn.Module, name: str, see: See) -> RemovableHandle:
+    def hook(part: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        return see(name, output)
+
+    return part.register_forward_hook(hook)
+
+
+def _see_input(part: nn.Module, name: str, see: See) -> RemovableHandle:
+    def hook(part: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (see(name, inputs[0]), *inputs[1:])
+
+    return part.register_forward_pre_hook(hook)
+
+
+def _seen_attention(layer: int, see: See) -> Callable[..., Tensor]:
     """Chapter 6's attention, without dropout, which shows each of its steps."""
 
     def attend(
-        queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, _: float
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        mask: Tensor | None = None,
+        dropout: float = 0.0,
     ) -> Tensor:
         queries = see(f"{layer}.queries", queries)
-        keys, values = see(f"{layer}.keys", keys), see(f"{layer}.values", values)
+        keys = see(f"{layer}.keys", keys)
+        values = see(f"{layer}.values", values)
         T, S = queries.shape[2], keys.shape[2]
         if mask is None:
             mask = causal_mask(S, queries.device)[S - T :]
         # Heads that share keys and values (chapter 14) get a copy each.
-        shared = queries.shape[1] // keys.shape[1]
-        keys, values = (part.repeat_interleave(shared, 1) for part in (keys, values))
-        weights = see(f"{layer}.weights", attention(queries, keys, values, mask)[1])
+        copies = queries.shape[1] // keys.shape[1]
+        keys = keys.repeat_interleave(copies, dim=1)
+        values = values.repeat_interleave(copies, dim=1)
+        _, weights = attention(queries, keys, values, mask)
+        weights = see(f"{layer}.weights", weights)
         return see(f"{layer}.contexts", weights @ values)
 
     return attend
@@ -44,30 +64,30 @@ def watch(model: GPT, see: See) -> Iterator[None]:
 
     Book: 19_looking_inside.html#the-function
     """
-    with ExitStack() as undo:
-
-        def output(name: str, part: nn.Module) -> None:
-            hook = part.register_forward_hook(lambda _part, _in, out: see(name, out))
-            undo.enter_context(hook)  # which removes it at the end
-
-        def entry(name: str, part: nn.Module) -> None:
-            hook = part.register_forward_pre_hook(
-                lambda _part, inputs: (see(name, inputs[0]), *inputs[1:])
-            )
-            undo.enter_context(hook)
-
-        entry("embedding", model.blocks[0])
-        block: Any
-        for layer, block in enumerate(model.blocks):
-            undo.callback(setattr, block.attention, "attend", block.attention.attend)
-            block.attention.attend = _watched(layer, see)
-            for name in ("attention_norm", "attention", "mlp_norm", "mlp"):
-                output(f"{layer}.{name}", getattr(block, name))
-            entry(f"{layer}.hidden", block.mlp.projection)
-            output(f"{layer}.stream", block)
-        output("final", model.norm)
-        output("logits", model.head)
+    blocks: Any = model.blocks
+    own_attention = [block.attention.attend for block in blocks]
+    hooks = [
+        _see_input(blocks[0], "embedding", see),
+        _see_output(model.norm, "final", see),
+        _see_output(model.head, "logits", see),
+    ]
+    for layer, block in enumerate(blocks):
+        block.attention.attend = _seen_attention(layer, see)
+        hooks += [
+            _see_output(block.attention_norm, f"{layer}.attention_norm", see),
+            _see_output(block.attention, f"{layer}.attention", see),
+            _see_output(block.mlp_norm, f"{layer}.mlp_norm", see),
+            _see_input(block.mlp.projection, f"{layer}.hidden", see),
+            _see_output(block.mlp, f"{layer}.mlp", see),
+            _see_output(block, f"{layer}.stream", see),
+        ]
+    try:
         yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for block, attend in zip(blocks, own_attention, strict=True):
+            block.attention.attend = attend
 
 
 def trace(model: GPT, ids: Tensor, edit: See | None = None) -> dict[str, Tensor]:
@@ -82,7 +102,8 @@ def trace(model: GPT, ids: Tensor, edit: See | None = None) -> dict[str, Tensor]
     seen: dict[str, Tensor] = {}
 
     def see(name: str, value: Tensor) -> Tensor:
-        value = edit(name, value) if edit else value
+        if edit is not None:
+            value = edit(name, value)
         if value is None:
             raise TypeError(f"the edit returned None for {name}")
         seen[name] = value
@@ -105,12 +126,14 @@ def ledger(model: GPT, seen: Mapping[str, Tensor]) -> dict[str, Tensor]:
     parts = {"embedding": seen["embedding"]}
     block: Any
     for layer, block in enumerate(model.blocks):
-        contexts, projection = seen[f"{layer}.contexts"], block.attention.projection
+        contexts = seen[f"{layer}.contexts"]  # (B, H, T, D)
+        projection = block.attention.projection
         matrices = projection.weight.chunk(contexts.shape[1], dim=1)  # H of (C, D)
         for head, matrix in enumerate(matrices):
             parts[f"{layer}.head.{head}"] = contexts[:, head] @ matrix.T
-        if (bias := projection.bias) is not None:
-            parts[f"{layer}.bias"] = bias.detach().expand_as(parts["embedding"])
+        if projection.bias is not None:
+            bias = projection.bias.detach()
+            parts[f"{layer}.bias"] = bias.expand_as(parts["embedding"])
         parts[f"{layer}.mlp"] = seen[f"{layer}.mlp"]
     return parts
 
@@ -137,7 +160,8 @@ def attribute(
     s = (stream.square().mean(-1) + norm.eps).sqrt()
     toward = direction if norm.weight is None else direction * norm.weight
     shares = {name: part @ toward / s for name, part in parts.items()}
-    if (bias := getattr(norm, "bias", None)) is not None:
+    bias = getattr(norm, "bias", None)
+    if bias is not None:
         shares["norm.bias"] = (bias @ direction).expand_as(s)
     return shares
 
@@ -150,18 +174,18 @@ def without(heads: Iterable[tuple[int, int]], usual: Mapping[str, Tensor]) -> Se
 
     Book: 19_looking_inside.html#proof-by-removal
     """
-    removed: dict[str, list[int]] = {}
+    means: dict[str, dict[int, Tensor]] = {}
     for layer, head in heads:
-        removed.setdefault(f"{layer}.contexts", []).append(head)
-    means = {
-        name: usual[name][:, own].mean((0, 2), keepdim=True)
-        for name, own in removed.items()
-    }
+        name = f"{layer}.contexts"
+        mean = usual[name][:, head].mean((0, 1))  # of (B, T, D)
+        means.setdefault(name, {})[head] = mean
 
     def edit(name: str, value: Tensor) -> Tensor:
-        if name in removed:
-            value = value.clone()
-            value[:, removed[name]] = means[name]
+        if name not in means:
+            return value
+        value = value.clone()
+        for head, mean in means[name].items():
+            value[:, head] = mean
         return value
 
     return edit
@@ -192,7 +216,8 @@ def fit_lens(stream: Tensor, final: Tensor) -> Callable[[Tensor], Tensor]:
     if len(inputs) <= inputs.shape[1]:
         raise ValueError(f"{len(inputs)} positions fit any lens: take more")
     solution = torch.linalg.lstsq(inputs, final.flatten(0, -2)).solution  # (C + 1, C)
-    return lambda x: x @ solution[:-1] + solution[-1]
+    A, b = solution[:-1], solution[-1]
+    return lambda x: x @ A + b
 
 
 def induction_scores(seen: Mapping[str, Tensor]) -> Tensor:
@@ -204,6 +229,8 @@ def induction_scores(seen: Mapping[str, Tensor]) -> Tensor:
 
     Book: 19_looking_inside.html#watch-an-ability-appear
     """
-    weights = torch.stack([w for name, w in seen.items() if name.endswith(".weights")])
+    layers = [value for name, value in seen.items() if name.endswith(".weights")]
+    weights = torch.stack(layers)  # (L, B, H, 2 P, 2 P)
     P = weights.shape[-1] // 2
-    return weights.diagonal(1 - P, -2, -1)[..., 1:].mean((1, 3))  # of (L, B, H, P)
+    after_earlier = weights.diagonal(1 - P, -2, -1)[..., 1:]  # (L, B, H, P)
+    return after_earlier.mean((1, 3))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from glassgpt.atomic import refuse_other, write_file
 from glassgpt.chat import template_of
-from glassgpt.gpt import GPT
+from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.tokens import BPETokenizer, CharTokenizer, Tokenizer
 
 
@@ -39,6 +39,31 @@ def as_text(parameter: Tensor, weights: str = "int8") -> dict[str, str]:
 LARGEST = 50_000_000  # characters of a model: a browser has to read them all
 
 
+def require_page(config: GPTConfig, weights: str = "int8") -> None:
+    """Raise ValueError where a page can't run a model of this configuration.
+
+    weights: "int8" or "float32", as in `publish`. No weight is needed to ask.
+
+    Book: a4_publishing.html#the-block-and-the-gpt
+    """
+    if weights not in ("int8", "float32"):
+        raise ValueError(f"weights must be int8 or float32, not {weights!r}")
+    if type(config) is not GPTConfig:
+        raise ValueError(
+            "a page runs GPT-2's architecture (glassgpt.GPT), no other: "
+            "use `glassgpt chat` or `glassgpt serve`"
+        )
+    count = 12 * config.layers * config.width**2
+    count += (config.vocab_size + config.context) * config.width
+    bytes_each = 4 if weights == "float32" else 1
+    size = count * bytes_each * 4 // 3  # base64 writes 4 characters for 3 bytes
+    if size > LARGEST:
+        raise ValueError(
+            f"the page would have {size / 1e6:.0f} MB, "
+            f"and a browser should read at most {LARGEST / 1e6:.0f} MB"
+        )
+
+
 def page_model(
     model: GPT, tokenizer: Tokenizer, weights: str = "int8", prompt: str = ""
 ) -> dict[str, Any]:
@@ -51,24 +76,24 @@ def page_model(
 
     Book: a4_publishing.html#the-block-and-the-gpt
     """
-    if weights not in ("int8", "float32"):
-        raise ValueError(f"weights must be int8 or float32, not {weights!r}")
-    c, parameters = model.config, dict(model.named_parameters())
+    config = model.config
+    require_page(config, weights)
+    parameters = dict(model.named_parameters())
     if type(model) is not GPT or "blocks.0.mlp.expand.weight" not in parameters:
         raise ValueError("a page runs GPT-2's architecture (glassgpt.GPT), no other")
-    if len(tokenizer) != c.vocab_size:
-        raise ValueError(f"{len(tokenizer)} tokens for a model of {c.vocab_size}")
-    size = sum(p.numel() for p in parameters.values()) * 4 // 3
-    size *= 4 if weights == "float32" else 1
-    if size > LARGEST:
-        most = f"a browser should read at most {LARGEST / 1e6:.0f} MB"
-        raise ValueError(f"the page would have {size / 1e6:.0f} MB, and {most}")
-    if not all(p.float().isfinite().all() for p in parameters.values()):
-        raise ValueError("some weights are not finite: is the model damaged?")
+    if len(tokenizer) != config.vocab_size:
+        raise ValueError(f"{len(tokenizer)} tokens for a model of {config.vocab_size}")
+    for name, parameter in parameters.items():
+        if not parameter.float().isfinite().all():
+            raise ValueError(f"{name} is not finite: is the model damaged?")
     tokenizer.encode(prompt)  # raises where the vocabulary lacks one of its characters
-    sizes = {name: getattr(c, name) for name in ("context", "layers", "heads", "width")}
     return {
-        "config": sizes,
+        "config": {
+            "context": config.context,
+            "layers": config.layers,
+            "heads": config.heads,
+            "width": config.width,
+        },
         "weights": {name: as_text(p, weights) for name, p in parameters.items()},
         "tokenizer": tokenizer_data(tokenizer),
         "chat": chat_data(tokenizer),
@@ -84,17 +109,18 @@ def tokenizer_data(tokenizer: Tokenizer) -> dict[str, Any]:
     Book: a4_publishing.html#byte-pairs
     """
     special = list(tokenizer.special_tokens)
+    data = {"merges": list(tokenizer.merges), "special": special}
     if isinstance(tokenizer, BPETokenizer):
-        symbols = {"bytes": list(tokenizer.decode_bytes(range(256)))}
-        start = tokenizer.encode("\n")
+        data["bytes"] = list(tokenizer.decode_bytes(range(256)))
+        data["start"] = tokenizer.encode("\n")
     elif isinstance(tokenizer, CharTokenizer):
         ids = range(len(tokenizer) - len(special))
-        symbols, start = {"characters": [tokenizer.decode([n]) for n in ids]}, [0]
+        data["characters"] = [tokenizer.decode([n]) for n in ids]
+        data["start"] = [0]
     else:
         kind = type(tokenizer).__name__
         raise ValueError(f"a page has tokenizers of this package only, no {kind}")
-    merges = list(tokenizer.merges)
-    return {**symbols, "merges": merges, "special": special, "start": start}
+    return data
 
 
 def chat_data(tokenizer: Tokenizer) -> dict[str, Any] | None:
@@ -110,9 +136,12 @@ def chat_data(tokenizer: Tokenizer) -> dict[str, Any] | None:
     def ids(text: str) -> list[int]:
         return tokenizer.encode(text, allow_special=True)
 
-    before = {role: ids(mark) for role, mark in template.before.items()}
-    marks = {"stop": ids(template.stop), "after": ids(template.after)}
-    return {"before": before, **marks, "usual": template.default_system}
+    return {
+        "before": {role: ids(mark) for role, mark in template.before.items()},
+        "stop": ids(template.stop),
+        "after": ids(template.after),
+        "usual": template.default_system,
+    }
 
 
 def model_script(model: GPT, tokenizer: Tokenizer, **settings: str) -> str:

@@ -9,20 +9,22 @@ import signal
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from glassgpt.atomic import all_or_nothing, flush, write_file, write_json
-from glassgpt.checkpoints import blaming, load, write_model, write_tensors
+from glassgpt.checkpoints import load, reraise_as, save_tensors, write_model
 from glassgpt.data import SPLITS, TokenData, Tokens, write_tokens
 from glassgpt.gpt import GPT
 from glassgpt.modern import MuonConfig
-from glassgpt.plan import Machine, Plan, on_paper, pick_device, pick_precision, take
+from glassgpt.plan import Machine, Plan, on_paper, pick_device, pick_precision
 from glassgpt.tokens import Tokenizer
 from glassgpt.training import TrainConfig, Trainer, check_fit, train
 
@@ -75,6 +77,39 @@ def _drop(directory: Path, checkpoints: list[Path]) -> None:
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
+def rank_here() -> int:
+    """The number of this process among those that train together; alone it is 0.
+
+    Book: 23_runs_that_survive.html#a-checkpoint
+    """
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def largest_of_all(number: int) -> int:
+    """The largest number of all ranks, each of which must call; alone one's own.
+
+    Book: 23_runs_that_survive.html#a-checkpoint
+    """
+    if not dist.is_initialized():
+        return number
+    largest = torch.tensor(number)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
+
+
+def whole_model(trainer: Trainer) -> GPT:
+    """The model with all its weights, on rank 0; every rank must call.
+
+    A trainer that divides the model among processes has a method for it (chapter 25).
+
+    Book: 23_runs_that_survive.html#a-checkpoint
+    """
+    if hasattr(trainer, "whole_model"):
+        model: GPT = trainer.whole_model()
+        return model
+    return trainer.model
+
+
 def write_checkpoint(run: Run) -> None:
     """Write everything that a step changes, then drop all but the last `keep`.
 
@@ -83,17 +118,19 @@ def write_checkpoint(run: Run) -> None:
 
     Book: 23_runs_that_survive.html#a-checkpoint
     """
+    state, model = run.trainer.state_dict(), whole_model(run.trainer)
+    if rank_here() > 0:
+        return
+    del state["model"]  # it has a file of its own
     final = run.directory / f"checkpoint-{run.trainer.step:08d}"
     # Only step 0 can be there already, of a start that was killed.
     _drop(run.directory, [final] if final.exists() else [])
-    state = run.trainer.state_dict()
-    del state["model"]  # it has a file of its own
     with all_or_nothing(final) as partial:
-        write_model(partial, run.trainer.model, run.tokenizer)
+        write_model(partial, model, run.tokenizer)
         for number, optimizer in enumerate(state.pop("optimizers")):
             saved = optimizer["state"].items()
             moments = {f"{p}.{k}": v for p, own in saved for k, v in own.items()}
-            write_tensors(partial / f"optimizer-{number}.safetensors", moments)
+            save_tensors(partial / f"optimizer-{number}.safetensors", moments)
         write_json(partial / "trainer.json", state)
     _drop(run.directory, checkpoints_in(run.directory)[: -run.saving.keep])
 
@@ -106,7 +143,7 @@ def read_checkpoint(path: Path) -> tuple[GPT, Tokenizer, dict[str, Any]]:
 
     Book: 23_runs_that_survive.html#a-file-that-attacks
     """
-    with blaming(path, "can't be used"):
+    with reraise_as(f"{path} can't be used"):
         model, tokenizer = load(path)
         state = json.loads((path / "trainer.json").read_text("utf-8"))
         state["optimizers"] = []
@@ -126,15 +163,15 @@ def restore(trainer: Trainer, state: dict[str, Any], path: Path) -> None:
 
     Book: 23_runs_that_survive.html#a-file-that-attacks
     """
-    with blaming(path, "can't be used"):
+    with reraise_as(f"{path} can't be used"):
         pairs = zip(trainer.optimizers, state["optimizers"], strict=True)
         for optimizer, saved in pairs:
             ours = [p.shape for g in optimizer.param_groups for p in g["params"]]
             for number, moments in saved["state"].items():
                 for name, moment in moments.items():
-                    due = () if name == "step" else ours[number]
-                    if moment.shape != due:
-                        raise ValueError(f"{name} of parameter {number} is not {due}")
+                    shape = () if name == "step" else ours[number]
+                    if moment.shape != shape:
+                        raise ValueError(f"{name} of parameter {number} is not {shape}")
         model = dict(trainer.model.named_parameters())
         trainer.load_state_dict({**state, "model": model})
 
@@ -148,35 +185,26 @@ def stop_signals() -> Iterator[list[int]]:
     Book: 23_runs_that_survive.html#leaving-politely
     """
     caught: list[int] = []
-    with ExitStack() as before:
+    before: dict[int, Any] = {}
 
-        def note(number: int, frame: Any) -> None:
-            before.close()  # the handlers of before are back
-            caught.append(number)
+    def put_back() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
-        if threading.current_thread() is threading.main_thread():  # no other may
-            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-                number = getattr(signal, name, None)  # Windows has no SIGHUP
-                if number and signal.getsignal(number) not in (signal.SIG_IGN, None):
-                    handler = signal.signal(number, note)
-                    before.callback(signal.signal, number, handler)
-        yield caught
+    def note(number: int, frame: Any) -> None:
+        put_back()
+        caught.append(number)
 
-
-@contextmanager
-def memory_advice() -> Iterator[None]:
-    """Turn an allocator's failure into a MemoryError that says what to do.
-
-    Book: 23_runs_that_survive.html#leaving-politely
-    """
+    if threading.current_thread() is threading.main_thread():  # no other may
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number and signal.getsignal(number) not in (signal.SIG_IGN, None):
+                before[number] = signal.getsignal(number)
+                signal.signal(number, note)
     try:
-        yield
-    except RuntimeError as error:
-        signs = "allocate memory|out of memory|ALLOC_FAILED|Invalid buffer"
-        if not re.search(signs, str(error)):
-            raise
-        advice = "use a smaller model or context, in training also a larger accumulate"
-        raise MemoryError(f"this does not fit into memory: {advice}") from error
+        yield caught
+    finally:
+        put_back()
 
 
 @contextmanager
@@ -210,22 +238,31 @@ CHANGEABLE = {
 }
 
 
-def _changed(before: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Other settings, also where the device of before does not exist here.
+Settings = TypeVar("Settings", TrainConfig, Machine, Saving)
 
-    Raises ValueError for a change of what must stay.
+
+def _changed(settings: Settings, **values: Any) -> Settings:
+    """The same settings but for those values that are not None."""
+    given = {name: value for name, value in values.items() if value is not None}
+    return replace(settings, **given)
+
+
+def _machine_here(
+    before: Machine, device: str | None, precision: str | None
+) -> Machine:
+    """The machine to go on with, also where the device of before does not exist.
+
+    Raises ValueError for a device that was asked for and does not exist.
     """
-    if kept := sorted(changes.keys() - (CHANGEABLE & before.keys())):
-        raise ValueError(f"a resumed run keeps its {', '.join(kept)}")
-    asked = changes.get("device")
     try:
-        device = pick_device(asked or before["device"])
+        chosen = pick_device(device or before.device)
     except ValueError:
-        device = pick_device(asked)  # the best one here, if none was asked for
-    now = {**before, **changes, "device": str(device)}
-    if "precision" not in changes and not before["device"].startswith(device.type):
-        now["precision"] = pick_precision(device)
-    return now
+        if device:
+            raise
+        chosen = pick_device()
+    if precision is None and not before.device.startswith(chosen.type):
+        precision = pick_precision(chosen)
+    return _changed(before, device=str(chosen), precision=precision)
 
 
 def _write_run(run: Run, data: TokenData) -> None:
@@ -238,14 +275,30 @@ def _write_run(run: Run, data: TokenData) -> None:
     write_json(run.directory / "run.json", content)
 
 
-def _read_run(directory: Path) -> tuple[dict[str, Any], Path, str]:
-    """Its settings by name, where its tokens are, and their fingerprint."""
+@dataclass
+class _RunFile:
+    """What run.json says."""
+
+    training: TrainConfig
+    machine: Machine
+    saving: Saving
+    data: Path
+    fingerprint: str
+
+
+def _read_run(directory: Path) -> _RunFile:
+    """The content of run.json. Raises ValueError for a damaged one."""
     path = directory / "run.json"
-    with blaming(path, "is damaged, start a new run"):
+    with reraise_as(f"{path} is damaged, start a new run"):
         content = json.loads(path.read_text("utf-8"))
-        settings = content["training"] | content["machine"] | content["saving"]
-        place = directory / content["data"]
-        return settings, place, content["fingerprint"]
+        has_muon = "matrix_learning_rate" in content["training"]
+        return _RunFile(
+            training=(MuonConfig if has_muon else TrainConfig)(**content["training"]),
+            machine=Machine(**content["machine"]),
+            saving=Saving(**content["saving"]),
+            data=directory / content["data"],
+            fingerprint=content["fingerprint"],
+        )
 
 
 def _find_tokens(place: Path, fingerprint: str) -> TokenData:
@@ -264,42 +317,53 @@ OnRecord = Callable[[dict[str, float]], None]
 MakeTrainer = Callable[[Plan, TokenData, GPT | None], Trainer]
 
 
-def _write_record(run: Run) -> None:
+def _write_best(run: Run) -> None:
+    """Write the model of this moment as that of the run; every rank must call."""
+    model = whole_model(run.trainer)
+    if rank_here() == 0:
+        write_model(run.directory, model, run.tokenizer)
+
+
+def _write_record(run: Run, on_record: OnRecord | None) -> None:
     """Write all records, and the model, if its last record is the best."""
     records = run.trainer.records
-    lines = [json.dumps(record) + "\n" for record in records]
-    write_file(run.directory / "metrics.jsonl", "".join(lines).encode())
+    if rank_here() == 0:
+        lines = [json.dumps(record) + "\n" for record in records]
+        write_file(run.directory / "metrics.jsonl", "".join(lines).encode())
     *earlier, last = [record["validation_loss"] for record in records]
-    if last < min(earlier, default=math.inf):
-        write_model(run.directory, run.trainer.model, run.tokenizer)
+    best_before = min(earlier, default=math.inf)
+    if largest_of_all(1 if last < best_before else 0) > 0:
+        _write_best(run)
+    if on_record and rank_here() == 0:
+        on_record(records[-1])
 
 
 def _go_on(run: Run, on_record: OnRecord | None, progress: bool) -> Run:
     """Train in a folder that is ours until the end or a signal."""
-    directory, end = run.directory, run.plan.training.steps
+    end = run.plan.training.steps
 
     def after_step(trainer: Trainer) -> bool:
         step = trainer.step
         if trainer.records and trainer.records[-1]["step"] == step:
-            _write_record(run)
-            if on_record:
-                on_record(trainer.records[-1])
-        stops = len(caught) > 0 and step < end
-        if stops:
-            run.stopped_by = caught[0]
+            _write_record(run, on_record)
+        caught_here = caught[0] if caught else 0
+        caught_anywhere = largest_of_all(caught_here)
+        if step < end:
+            run.stopped_by = caught_anywhere
+        stops = run.stopped_by > 0
         if stops or step == end or step % run.saving.checkpoint_every == 0:
             write_checkpoint(run)
         return stops
 
     try:
         with stop_signals() as caught:
-            train(run.trainer, after_step, progress)
+            train(run.trainer, after_step, progress and rank_here() == 0)
     except FloatingPointError as error:
         raise FloatingPointError(
-            f"{error}; resume the run in {directory} with a lower learning_rate"
+            f"{error}; resume the run in {run.directory} with a lower learning_rate"
         ) from error
-    if not (directory / "model.safetensors").exists():  # stopped early
-        write_model(directory, run.trainer.model, run.tokenizer)
+    if not run.trainer.records:  # stopped early
+        _write_best(run)
     return run
 
 
@@ -365,16 +429,20 @@ def start_run(
     refuse_occupied(directory)
     check_fit(on_paper(plan.model), data)  # takes no memory
     if tokenizer.vocab_size != data.vocab_size:
-        sizes = f"{data.vocab_size} token ids and the tokenizer {tokenizer.vocab_size}"
-        raise ValueError(f"the data has {sizes}: it is not the one that made them")
+        raise ValueError(
+            f"the data has {data.vocab_size} token ids and the tokenizer "
+            f"{tokenizer.vocab_size}: it is not the one that made them"
+        )
     if model is not None and model.config != plan.model:
         raise ValueError(f"the model has {model.config}, the plan {plan.model}")
     run = Run(directory, make_trainer(plan, data, model), tokenizer, plan, saving)
-    with locked(directory):
-        refuse_occupied(directory)  # again, now that it is ours
-        data = _on_disk(data, directory / "data", tokenizer)
+    with locked(directory) if rank_here() == 0 else nullcontext():
+        if rank_here() == 0:
+            refuse_occupied(directory)  # again, now that it is ours
+            data = _on_disk(data, directory / "data", tokenizer)
         write_checkpoint(run)
-        _write_run(run, data)  # now there is a run
+        if rank_here() == 0:
+            _write_run(run, data)  # now there is a run
         return _go_on(run, on_record, progress)
 
 
@@ -411,30 +479,50 @@ def resume_run(
     progress: bool = True,
     say: Callable[[str], None] = print,
     make_trainer: MakeTrainer = Plan.trainer,
-    **changes: Any,
+    *,
+    steps: int | None = None,
+    learning_rate: float | None = None,
+    matrix_learning_rate: float | None = None,
+    accumulate: int | None = None,
+    evaluate_every: int | None = None,
+    checkpoint_every: int | None = None,
+    keep: int | None = None,
+    device: str | None = None,
+    precision: str | None = None,
+    compile: str | None = None,
+    recompute: bool | None = None,
 ) -> Run:
     """Go on with the run in a folder; its bits are those of a run never stopped.
 
-    data: where its tokens are now, if they moved. changes: `steps`, to extend it, or
-    other values of `CHANGEABLE`. say: called with a line that says what is different.
+    data: where its tokens are now, if they moved. say: called with a line that says
+    what is different. steps, to extend the run, and all after it: None for as before.
     A checkpoint that can't be read is passed over: the one before leads to the same
     bits, if no setting has changed since. Raises FileNotFoundError where there is no
     run, or no checkpoint that can be read, ValueError for a damaged run.json, other
-    tokens or a change of what must stay, and what `start_run` raises.
+    tokens or an impossible change, and what `start_run` raises.
 
     Book: 23_runs_that_survive.html#one-run-in-a-folder
     """
     directory = Path(directory)
     if not (directory / "run.json").exists():
         raise FileNotFoundError(f"{directory} holds no run: run.json is missing")
-    with locked(directory):
-        before, place, fingerprint = _read_run(directory)
-        now = _changed(before, changes)
-        kind = MuonConfig if "matrix_learning_rate" in now else TrainConfig
-        training = take(kind, now)
-        machine = take(Machine, now)
-        saving = take(Saving, now)
-        tokens = _find_tokens(Path(data or place), fingerprint)
+    with locked(directory) if rank_here() == 0 else nullcontext():
+        before = _read_run(directory)
+        training = _changed(
+            before.training,
+            steps=steps,
+            learning_rate=learning_rate,
+            accumulate=accumulate,
+            evaluate_every=evaluate_every,
+        )
+        if matrix_learning_rate is not None:
+            if not isinstance(training, MuonConfig):
+                raise ValueError("a run with AdamW has no matrix_learning_rate")
+            training = replace(training, matrix_learning_rate=matrix_learning_rate)
+        machine = _machine_here(before.machine, device, precision)
+        machine = _changed(machine, compile=compile, recompute=recompute)
+        saving = _changed(before.saving, checkpoint_every=checkpoint_every, keep=keep)
+        tokens = _find_tokens(Path(data or before.data), before.fingerprint)
         checkpoint, contents, damaged = _read_newest(directory)
         model, tokenizer, state = contents
         plan = Plan(model.config, training, machine, math.nan)
@@ -444,15 +532,20 @@ def resume_run(
             raise ValueError(
                 f"steps can't be {training.steps}: {trainer.step} are done"
             )
+        if largest_of_all(trainer.step) > trainer.step:
+            raise ValueError(f"another rank has a newer checkpoint of {directory}")
         run = Run(directory, trainer, tokenizer, plan, saving)
-        for path in damaged:
-            _set_aside(path)
-        _write_run(run, tokens)
-        notes = [f"going on from {checkpoint.name}"]
-        for path in damaged:
-            notes.append(f"{path.name} can't be read")
-        for name, value in now.items():
-            if value != before[name]:
-                notes.append(f"{name} {value} (was {before[name]})")
-        say("; ".join(notes))
+        if rank_here() == 0:  # by now every rank has read
+            for path in damaged:
+                _set_aside(path)
+            _write_run(run, tokens)
+            notes = [f"going on from {checkpoint.name}"]
+            notes += [f"{path.name} can't be read" for path in damaged]
+            old = asdict(before.training) | asdict(before.machine)
+            old |= asdict(before.saving)
+            new = asdict(training) | asdict(machine) | asdict(saving)
+            for name, value in new.items():
+                if value != old[name]:
+                    notes.append(f"{name} {value} (was {old[name]})")
+            say("; ".join(notes))
         return _go_on(run, on_record, progress)

@@ -232,7 +232,7 @@ WRONG = {
         (OneNorm, "the MLP of its own norm"),
         (SeesAll, "the mask lets the future through"),
         (InPlace, "work on a copy"),
-        (Detached, "is wrong: is a part detached"),
+        (Detached, "is wrong: was a part detached"),
         (lambda *sizes: nn.Sequential(Block(*sizes), nn.Flatten(0, 1)), "became"),
         (DroppingTheStream, "dropout must act on what each part adds"),
         (lambda width, heads, dropout=0: Block(width, heads), "dropout must act on"),

@@ -316,7 +316,7 @@ WRONG = {
         (WithoutABlock, "look at the heads, the GELU, the norms"),
         (ReadByTheTable, "with 4 heads and tied=False"),
         (AlwaysTied, "tied=False was ignored"),
-        (Detached, "is wrong: is a part detached"),
+        (Detached, "is wrong: was a part detached"),
         (WithoutGradients, "no gradient flows back"),
         (OtherNames, "nothing in the model is called blocks.0.mlp.expand"),
         (OnlyTheLast, "the shape is (2, 1, 500), not (B, T, V)"),
@@ -342,7 +342,7 @@ WRONG = {
         (lambda: (unmasked, gelu, layer_norm), "with your attention"),
         (lambda: (attention, F.gelu, layer_norm), "with your GELU"),
         (lambda: (attention, gelu, by_the_root), "with your layer norm"),
-        (lambda: (attention, detached, layer_norm), "is a part detached"),
+        (lambda: (attention, detached, layer_norm), "was a part detached"),
     ],
     check_budget: [
         (lambda budget: None, "return a GPTConfig"),

@@ -109,7 +109,6 @@ from glassgpt.checks.inspection import (
     check_previous_scores,
     check_sources,
     check_trace,
-    check_without,
 )
 from glassgpt.checks.laws import (
     check_law,
@@ -317,7 +316,6 @@ __all__ = [
     "check_unpack",
     "check_weighing",
     "check_whole_file",
-    "check_without",
     "grade",
     "parity_gap",
     "random_model",

@@ -402,7 +402,7 @@ class FrozenRows(distributed.ParallelTrainer):
 def train_in(
     folder: str, steps: int, shard: str = "optimizer", killed_at: int | None = None
 ) -> list[float]:
-    """Start or go on with a small run; rank 0 returns its validation losses.
+    """Start or go on with a small run; returns its validation losses.
 
     killed_at: the last rank kills itself when the checkpoint of this step is there.
 
@@ -426,21 +426,18 @@ def train_in(
         return distributed.make_trainer(plan, data, model, shard)
 
     how: dict[str, Any] = {"progress": False, "make_trainer": make}
-    with distributed.team() as leads:
-        if not leads:
-            return []
-        if Path(folder, "run.json").exists():
-            run = resume_run(folder, say=lambda _: None, steps=steps, **how)
-        else:
-            size = tokenizer.vocab_size
-            model = GPTConfig(size, 16, layers=1, heads=2, width=32)
-            kind = TrainConfig if shard == "model" else MuonConfig
-            values = {"steps": steps, "batch_size": 7, "warmup": 5}
-            values |= {"evaluate_every": 10, "evaluation_crops": 8}
-            plan = Plan(model, kind(**values), Machine(), math.nan)
-            data = TokenData.of(ids[:1200], ids[1200:], size)
-            run = start_run(folder, plan, data, tokenizer, checkpoint_every=10, **how)
-        return [record["validation_loss"] for record in run.trainer.records]
+    if Path(folder, "run.json").exists():
+        run = resume_run(folder, say=lambda _: None, steps=steps, **how)
+    else:
+        size = tokenizer.vocab_size
+        model = GPTConfig(size, 16, layers=1, heads=2, width=32)
+        kind = TrainConfig if shard == "model" else MuonConfig
+        values = {"steps": steps, "batch_size": 7, "warmup": 5}
+        values |= {"evaluate_every": 10, "evaluation_crops": 8}
+        plan = Plan(model, kind(**values), Machine(), math.nan)
+        data = TokenData.of(ids[:1200], ids[1200:], size)
+        run = start_run(folder, plan, data, tokenizer, checkpoint_every=10, **how)
+    return [record["validation_loss"] for record in run.trainer.records]
 
 
 def check_stream(stream: Callable[..., Any]) -> None:

@@ -74,6 +74,8 @@ def _expect_gradients(
         if x.is_floating_point():
             name = "the input" if len(inputs) == 1 else f"input {number + 1}"
             learning[name] = x.requires_grad_()
+    if not learning:
+        return
     for name, tensor in learning.items():
         assert tensor.requires_grad, f"no gradient reaches {name}: it is frozen"
     # Copies, for a tensor that learns can't be changed in place.
