@@ -35,7 +35,6 @@ from glassgpt.huggingface import (
     to_theirs,
     unpack,
     values_of,
-    write_card,
     write_gguf,
 )
 from glassgpt.modern import LLAMA_CHOICES, ModernConfig, build
@@ -705,6 +704,47 @@ def forged(content, tmp_path):
         glassgpt.load(path)
 
 
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_a_damaged_gguf_is_answered_by_one_short_line(data, tmp_path_factory):
+    path = tmp_path_factory.mktemp("flipped") / "m.gguf"
+    write_gguf(path, random_model(llama()), BPETokenizer.train(TEXT, 270), "float32")
+    content = bytearray(path.read_bytes())
+    content[data.draw(st.integers(0, 3000))] ^= 1 << data.draw(st.integers(0, 7))
+    path.write_bytes(content)
+    try:
+        glassgpt.load(path)
+    except ValueError as error:  # some bits, as in a token's text, still make sense
+        message = str(error)
+        assert message.startswith(f"{path} is damaged or foreign: ")
+        assert "\n" not in message
+        assert len(message) < len(str(path)) + 250
+
+
+@pytest.mark.parametrize("kind", [8, 9])
+def test_a_length_beyond_the_file_is_refused_before_memory(kind, llama_gguf):
+    value = struct.pack("<IQ", 4, 2**60) if kind == 9 else struct.pack("<Q", 2**60)
+    good = with_field(llama_gguf.read_bytes(), b"glassgpt.x", kind, value)
+    llama_gguf.write_bytes(good)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"takes \d+ bytes, \d+ are left"):
+        glassgpt.load(llama_gguf)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10 * len(good) + 2**20
+
+
+def test_no_gguf_of_a_class_of_ones_own(tokenizer, tmp_path):
+    class Half(type(random_model(BOTH[0]))):
+        pass
+
+    model = random_model(BOTH[0])
+    model.__class__ = Half
+    with pytest.raises(ValueError, match="only a GPT or a ModernGPT can be written"):
+        write_gguf(tmp_path / "m.gguf", model, tokenizer)
+    assert not list(tmp_path.iterdir())
+
+
 def test_gguf_files_that_attack(tokenizer, tmp_path):
     write_gguf(tmp_path / "m.gguf", random_model(llama()), tokenizer, "float32")
     good = (tmp_path / "m.gguf").read_bytes()
@@ -925,34 +965,6 @@ def test_llama_cpp_itself_writes_the_same(config, dtype, tokenizer, tmp_path):
     assert len(found) > 2
     assert ours == pytest.approx(found, abs=0.02)
     assert theirs[0] == glassgpt.generate(model, ids, 1, top_k=1)[-1]
-
-
-# Cards.
-
-
-@pytest.mark.parametrize("recipe", ["llama", "modern"])
-def test_a_card_is_written_from_the_record(recipe, tokenizer, tmp_path):
-    ids = tokenizer.encode(TEXT)
-    data = glassgpt.TokenData.of(ids[:-60], ids[-60:], 270)
-    sizes = {"context": 8, "layers": 1, "heads": 2, "width": 8, "device": "cpu"}
-    how = {"steps": 4, "evaluate_every": 2, "precision": "float32", "batch_size": 2}
-    plan = glassgpt.make_plan(270, recipe=recipe, **sizes, **how)
-    glassgpt.start_run(tmp_path / "run", plan, data, tokenizer, progress=False)
-    record = tmp_path / "run" / "metrics.jsonl"
-    records = [json.loads(line) for line in record.read_text().splitlines()]
-    loss = min(each["validation_loss"] for each in records) / 2
-    best = {**records[-1], "step": 3, "validation_loss": loss}  # not the last one
-    record.write_text("\n".join(map(json.dumps, [records[0], best, records[-1]])))
-    card = write_card(tmp_path / "run").read_text()
-    assert card.startswith("---\nlibrary_name: ")
-    assert "After 3 of 4 steps" in card
-    assert f"{loss:.4f} nats a token. It saw 48 tokens" in card
-    assert f"highest learning rate {plan.training.learning_rate:g}, in float32" in card
-    assert f"{build(plan.model).parameter_count():,} parameters" in card
-    assert ("library_name: transformers" in card) == (recipe != "modern")
-    assert str(tmp_path) not in card  # nobody else's business
-    with pytest.raises(FileNotFoundError):
-        write_card(tmp_path)
 
 
 # Exercises: wrong answers that must not pass.

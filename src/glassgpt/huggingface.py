@@ -21,9 +21,9 @@ from torch import Tensor
 from glassgpt.atomic import all_or_nothing, refuse_other
 from glassgpt.chat import template_of, to_jinja
 from glassgpt.gpt import GPT, GPTConfig
-from glassgpt.modern import LLAMA_CHOICES, ModernConfig
+from glassgpt.modern import LLAMA_CHOICES, ModernConfig, ModernGPT
 from glassgpt.plan import on_paper
-from glassgpt.tokens import _SYMBOLS, UNESCAPE, Tokenizer
+from glassgpt.tokens import _SYMBOLS, Tokenizer
 
 Read = Callable[[str], Tensor]  # a tensor by its name
 
@@ -54,7 +54,10 @@ class Format:
         """Their names of one of our parameters."""
         layer, kind = name.rsplit(".", 1)
         block = re.fullmatch(r"blocks\.(\d+)\.(.+)", layer)
-        start, layer = (f"{self.block}.{block[1]}.", block[2]) if block else ("", layer)
+        start = ""
+        if block:
+            start = f"{self.block}.{block[1]}."
+            layer = block[2]
         return [f"{start}{n}.{kind}" for n in self.layers.get(layer, layer).split()]
 
     def give(self, name: str, value: Tensor, config: GPTConfig) -> dict[str, Tensor]:
@@ -335,8 +338,6 @@ class ForeignTokenizer(Tokenizer):
             facts = json.loads(content)
             for token in facts.get("added_tokens") or []:
                 token["special"] = True  # whatever the file says of it
-            if facts["normalizer"] == UNESCAPE:  # for others: we escape nothing
-                facts["normalizer"] = None
             self._inner = library.from_str(json.dumps(facts))
         except Exception as error:  # it raises nothing finer
             raise ValueError(f"it is damaged or no tokenizer: {error}") from None
@@ -536,14 +537,25 @@ class _Fields:
 
     def text(self) -> str:
         length = self.number("Q")
+        self.require(length)
+        start = self.place
         self.place += length
-        return self.content[self.place - length : self.place].decode()
+        return self.content[start : self.place].decode()
+
+    def require(self, size: int) -> None:
+        """ValueError where fewer bytes than that are left."""
+        left = len(self.content) - self.place
+        if size > left:
+            raise ValueError(f"a text or a list takes {size} bytes, {left} are left")
 
     def value(self, kind: int) -> Any:
         if kind == 8:
             return self.text()
         if kind == 9:
             kind, length = self.number("I"), self.number("Q")
+            sizes = {8: 8, 9: 12}  # of a text's length; of a list's kind and length
+            size = sizes.get(kind) or struct.calcsize(f"<{self.codes[kind]}")
+            self.require(length * size)
             return [self.value(kind) for _ in range(length)]
         return self.number(self.codes[kind])
 
@@ -583,6 +595,9 @@ def _read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, tuple], dict[str, 
     return facts, shapes, stored
 
 
+LONGEST = 200  # characters of a message about a damaged file
+
+
 def load_gguf(path: Path) -> tuple[GPT, Tokenizer]:
     """The model and the tokenizer of a GGUF file, as llama.cpp uses them.
 
@@ -612,7 +627,9 @@ def load_gguf(path: Path) -> tuple[GPT, Tokenizer]:
     except FileNotFoundError:
         raise
     except Exception as error:  # whatever a broken file makes the code stumble over
-        raise ValueError(f"{path} is damaged or foreign: {error!r}") from error
+        reason = f"{type(error).__name__}: {error}"
+        reason = " ".join(reason[:LONGEST].split())  # it may quote the file
+        raise ValueError(f"{path} is damaged or foreign: {reason}") from None
 
 
 def _rounded(value: Any) -> Any:
@@ -636,10 +653,10 @@ def write_gguf(
     """Write a model and its tokenizer as a GGUF file, for llama.cpp and Ollama.
 
     dtype: of the matrices, float16 or float32; vectors and the table of positions are
-    float32. Raises ValueError for another dtype, for a model that is neither a GPT-2
-    nor a Llama, for weights that are nan, infinite or too large for the dtype, and for
-    a tokenizer of characters or of a larger model; FileExistsError for a file of
-    another kind.
+    float32. Raises ValueError for another dtype, for a model of a class of your own or
+    one that is neither a GPT-2 nor a Llama, for weights that are nan, infinite or too
+    large for the dtype, and for a tokenizer of characters or of a larger model;
+    FileExistsError for a file of another kind.
 
     Book: 18_real_models.html#gguf-export-for-laptops
     """
@@ -647,6 +664,11 @@ def write_gguf(
     config = model.config
     if dtype not in ("float16", "float32"):
         raise ValueError(f"dtype: float16 or float32, not {dtype!r}")
+    if type(model) not in (GPT, ModernGPT):
+        raise ValueError(
+            f"a {type(model).__name__} would be read back as another model: "
+            "only a GPT or a ModernGPT can be written"
+        )
     if (theirs := _GGUF.get(format_of(config).kind)) is None:
         raise ValueError("llama.cpp knows GPT-2 and Llama, not this model")
     require_fit(tokenizer, config)
@@ -699,54 +721,3 @@ def _write_tokenizer(writer: Any, tokenizer: Tokenizer, size: int) -> None:
     with suppress(ValueError):
         template = to_jinja(template_of(tokenizer))
         writer.add_chat_template(re.sub(r"{%-? (end)?generation -?%}", "", template))
-
-
-_CARD = """---
-library_name: {library}
-pipeline_tag: text-generation
-tags: [glassgpt]
----
-# {name}
-
-A {kind} of {parameters:,} parameters, trained with Glass GPT: {layers} layers, {heads}
-heads, width {width}, context {context}, {vocab_size:,} tokens.
-
-After {step:,} of {steps:,} steps it predicts held-out text with a loss of
-{validation_loss:.4f} nats a token. It saw {seen:,} tokens, {batch_size} crops a step,
-seed {seed}, highest learning rate {learning_rate:g}, in {precision} on {device}.
-The fingerprint of its data: `{fingerprint}`.
-
-```python
-import glassgpt
-
-model, tokenizer = glassgpt.load("{name}")
-```
-
-What only its maker knows: the text it learned from, the license, what it is for and
-what it isn't for. It goes on with a text by what is likely, not by what is true.
-"""
-
-
-def write_card(directory: str | Path) -> Path:
-    """Write README.md, a model card, from what a run has recorded in its folder.
-
-    Returns its path. Raises FileNotFoundError where no run has recorded anything.
-
-    Book: 18_real_models.html#a-card
-    """
-    directory = Path(directory)
-    run = json.loads((directory / "run.json").read_text("utf-8"))
-    lines = (directory / "metrics.jsonl").read_text("utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
-    best = min(records, key=lambda record: record["validation_loss"])
-    content = json.loads((directory / "config.json").read_text("utf-8"))
-    config, kind = config_from_json(content), content["model_type"]
-    facts = {**best, **run, **run["model"], **run["training"], **run["machine"]}
-    facts["name"] = directory.resolve().name
-    facts["kind"] = {"gpt2": "GPT-2", "llama": "Llama"}.get(kind, "modern GPT")
-    facts["library"] = "glassgpt" if kind == OURS.kind else "transformers"
-    facts["parameters"] = on_paper(config).parameter_count()
-    facts["seen"] = best["step"] * facts["batch_size"] * config.context
-    path = directory / "README.md"
-    path.write_text(_CARD.format(**facts), "utf-8")
-    return path

@@ -33,6 +33,18 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"{error.name} is missing: {advice}") from None
 
 
+def held_back(text: str, stops: Sequence[str]) -> int:
+    """How many characters at the end of a text could begin one of the stop texts.
+
+    Book: 18_real_models.html#a-server
+    """
+    for start in range(len(text)):
+        for stop in stops:
+            if stop.startswith(text[start:]):
+                return len(text) - start
+    return 0
+
+
 def until(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
     """The pieces of a text up to the stop text that is complete first.
 
@@ -48,17 +60,27 @@ def until(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
         if found:
             yield held[: min(found)[1]]
             return
-        begun = (n for n in range(len(held)) for s in stops if s.startswith(held[n:]))
-        ready = next(begun, len(held))
+        ready = len(held) - held_back(held, stops)
         yield held[:ready]
         held = held[ready:]
     yield held
 
 
-USUAL = {"n": 1, "best_of": 1, "echo": False, "logprobs": False, "tools": []}
-USUAL |= {"response_format": {"type": "text"}, "suffix": "", "logit_bias": {}}
-USUAL |= {"frequency_penalty": 0, "presence_penalty": 0, "top_logprobs": 0}
-USUAL |= {"functions": [], "tool_choice": "none"}
+USUAL = {
+    "n": 1,
+    "best_of": 1,
+    "echo": False,
+    "logprobs": False,
+    "top_logprobs": 0,
+    "tools": [],
+    "functions": [],
+    "tool_choice": "none",
+    "response_format": {"type": "text"},
+    "suffix": "",
+    "logit_bias": {},
+    "frequency_penalty": 0,
+    "presence_penalty": 0,
+}
 
 
 class Wanted:
