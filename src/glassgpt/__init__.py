@@ -7,116 +7,74 @@ Every line of this package comes from a chapter of the book of the same name, an
 docstring ends in the page and section that explain it.
 """
 
-from importlib import import_module
-from typing import Any
+from types import ModuleType as _ModuleType
 
-from glassgpt.attention import attention, causal_mask
-from glassgpt.block import Block
-from glassgpt.chat import (
-    Template,
-    add_roles,
-    chat_loss,
-    pack_data,
-    render,
-    stream_answer,
-)
-from glassgpt.checkpoints import load, save
-from glassgpt.data import TokenData, tokenize
-from glassgpt.embeddings import Embedding, cosine_similarity, nearest_neighbors
-from glassgpt.generation import (
-    KeyValueCache,
-    Sampling,
-    generate,
-    generate_text,
-    log_probabilities,
-    sample,
-    stream,
-    stream_text,
-)
-from glassgpt.gpt import GPT, GPTConfig, by_hand
-from glassgpt.heads import MultiHeadAttention
-from glassgpt.huggingface import write_gguf
-from glassgpt.inspection import trace
-from glassgpt.mlp import MLP
-from glassgpt.modern import ModernConfig, ModernGPT, MuonConfig, build
-from glassgpt.plan import Plan, make_plan, pick_device
-from glassgpt.positions import sinusoidal_positions
-from glassgpt.publish import publish
-from glassgpt.quantization import keep_freed_memory, lighten
-from glassgpt.runs import Run, resume_run, start_run
-from glassgpt.softmax import cross_entropy, log_softmax, softmax
-from glassgpt.tokens import BPETokenizer, CharTokenizer, Tokenizer
-from glassgpt.training import TrainConfig, Trainer, evaluate, train
+from glassgpt.attention import attention as attention
+from glassgpt.attention import causal_mask as causal_mask
+from glassgpt.block import Block as Block
+from glassgpt.chat import Template as Template
+from glassgpt.chat import add_roles as add_roles
+from glassgpt.chat import chat_loss as chat_loss
+from glassgpt.chat import pack_data as pack_data
+from glassgpt.chat import render as render
+from glassgpt.chat import stream_answer as stream_answer
+from glassgpt.checkpoints import load as load
+from glassgpt.checkpoints import save as save
+from glassgpt.data import TokenData as TokenData
+from glassgpt.data import tokenize as tokenize
+from glassgpt.embeddings import Embedding as Embedding
+from glassgpt.embeddings import cosine_similarity as cosine_similarity
+from glassgpt.embeddings import nearest_neighbors as nearest_neighbors
+from glassgpt.generation import KeyValueCache as KeyValueCache
+from glassgpt.generation import Sampling as Sampling
+from glassgpt.generation import generate as generate
+from glassgpt.generation import generate_text as generate_text
+from glassgpt.generation import log_probabilities as log_probabilities
+from glassgpt.generation import sample as sample
+from glassgpt.generation import stream as stream
+from glassgpt.generation import stream_text as stream_text
+from glassgpt.gpt import GPT as GPT
+from glassgpt.gpt import GPTConfig as GPTConfig
+from glassgpt.gpt import by_hand as by_hand
+from glassgpt.heads import MultiHeadAttention as MultiHeadAttention
+from glassgpt.huggingface import write_gguf as write_gguf
+from glassgpt.inspection import trace as trace
+from glassgpt.mlp import MLP as MLP
+from glassgpt.modern import ModernConfig as ModernConfig
+from glassgpt.modern import ModernGPT as ModernGPT
+from glassgpt.modern import MuonConfig as MuonConfig
+from glassgpt.modern import build as build
+from glassgpt.plan import Plan as Plan
+from glassgpt.plan import make_plan as make_plan
+from glassgpt.plan import pick_device as pick_device
+from glassgpt.positions import sinusoidal_positions as sinusoidal_positions
+from glassgpt.publish import publish as publish
+from glassgpt.quantization import keep_freed_memory as keep_freed_memory
+from glassgpt.quantization import lighten as lighten
+from glassgpt.runs import Run as Run
+from glassgpt.runs import resume_run as resume_run
+from glassgpt.runs import start_run as start_run
+from glassgpt.softmax import cross_entropy as cross_entropy
+from glassgpt.softmax import log_softmax as log_softmax
+from glassgpt.softmax import softmax as softmax
+from glassgpt.tokens import BPETokenizer as BPETokenizer
+from glassgpt.tokens import CharTokenizer as CharTokenizer
+from glassgpt.tokens import Tokenizer as Tokenizer
+from glassgpt.training import TrainConfig as TrainConfig
+from glassgpt.training import Trainer as Trainer
+from glassgpt.training import evaluate as evaluate
+from glassgpt.training import train as train
 
 __version__ = "0.1.0"
 
 
 __all__ = [
-    "attention",
-    "causal_mask",
-    "Block",
-    "Template",
-    "add_roles",
-    "chat_loss",
-    "pack_data",
-    "render",
-    "stream_answer",
-    "load",
-    "save",
-    "TokenData",
-    "tokenize",
-    "Plan",
-    "make_plan",
-    "pick_device",
-    "Embedding",
-    "cosine_similarity",
-    "nearest_neighbors",
-    "KeyValueCache",
-    "Sampling",
-    "generate",
-    "generate_text",
-    "log_probabilities",
-    "sample",
-    "stream",
-    "stream_text",
-    "GPT",
-    "GPTConfig",
-    "by_hand",
-    "MultiHeadAttention",
-    "write_gguf",
-    "MLP",
-    "ModernConfig",
-    "ModernGPT",
-    "MuonConfig",
-    "build",
-    "sinusoidal_positions",
-    "keep_freed_memory",
-    "trace",
-    "publish",
-    "cross_entropy",
-    "log_softmax",
-    "softmax",
-    "lighten",
-    "BPETokenizer",
-    "CharTokenizer",
-    "Tokenizer",
-    "Run",
-    "resume_run",
-    "start_run",
-    "TrainConfig",
-    "Trainer",
-    "evaluate",
-    "train",
+    name
+    for name, value in globals().items()
+    if not name.startswith("_") and not isinstance(value, _ModuleType)
 ]
-
-
-def __getattr__(name: str) -> Any:
-    """The module `checks`, loaded when it is asked for."""
-    if name == "checks":
-        return import_module("glassgpt.checks")
-    raise AttributeError(f"module 'glassgpt' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
     """The names that a program needs most, for `dir` and tab completion."""
-    return ["__version__", "checks", *__all__]
+    return ["__version__", *__all__]

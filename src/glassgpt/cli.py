@@ -1,7 +1,6 @@
 # Written by tools/tangle.py from book/a3_command_line.ipynb: change it there.
 """The command line: train, resume, generate, chat, serve, publish, ...."""
 
-import io
 import json
 import math
 import os
@@ -12,118 +11,86 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import redirect_stderr, suppress
-from dataclasses import Field, asdict, dataclass, field, fields, replace
-from difflib import get_close_matches
-from functools import cache, partial
-from inspect import getdoc, getsource
-from itertools import pairwise
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from shlex import quote
-from typing import Annotated, Any, Literal, TypedDict, TypeVar, Union
+from typing import Annotated, Any, Literal, TypeVar, Union
 
 import torch
 import tyro
 from tqdm.auto import tqdm
-from tyro.conf import OmitArgPrefixes, Positional, subcommand
+from tyro.conf import OmitArgPrefixes, Positional
 
 import glassgpt
-from glassgpt.atomic import write_file
-from glassgpt.chat import render, stream_answer, template_of
-from glassgpt.checkpoints import reraise_as
+from glassgpt.chat import fit_history, stream_answer, template_of
 from glassgpt.data import TokenData, read_documents, split_documents
 from glassgpt.distributed import first_process_first, make_trainer, process_group
 from glassgpt.generation import Sampling, stream_text
 from glassgpt.gpt import GPT
 from glassgpt.huggingface import read_tokenizer
-from glassgpt.modern import ModernConfig, MuonConfig, build
-from glassgpt.plan import RECIPES, SIZES, Machine, names, take
-from glassgpt.runs import CHANGEABLE, Run, Saving, refuse_occupied
+from glassgpt.modern import build
+from glassgpt.plan import RECIPES, SIZES, Precision
+from glassgpt.runs import Run, Saving, refuse_occupied
 from glassgpt.tokens import BPETokenizer, CharTokenizer, Tokenizer
-
-Size = Literal[tuple(SIZES)]
-
-
-@dataclass
-class Choices:
-    """What `make_plan` takes beside the fields of configurations.
-
-    Book: a3_command_line.html#given-or-not-given
-    """
-
-    size: Size | None = None  # layers/heads/width: 4/4/128, 6/6/384, then GPT-2's
-    recipe: Literal[tuple(RECIPES)] = "gpt2"  # gpt2: what others can read, too
-    optimizer: Literal["adamw", "muon"] | None = None  # default: muon for short runs
-
-
-KINDS = (Choices, ModernConfig, MuonConfig, Machine, Saving)
-
-
-def comments(kind: type) -> dict[str, str]:
-    """The comments at the ends of a dataclass's lines, by the field they explain.
-
-    Book: a3_command_line.html#given-or-not-given
-    """
-    kinds = [k for k in reversed(kind.__mro__[:-1]) if k.__module__ != "__main__"]
-    source = "".join(map(getsource, kinds))  # a class of a notebook has none
-    return dict(re.findall(r"^    (\w+): .*?  # (.+)$", source, re.MULTILINE))
-
-
-def given(wanted: set[str], usual: Callable[[], dict[str, Any]]) -> Any:
-    """Options for fields of `KINDS`, in a dict that has those that were given.
-
-    usual: makes the defaults, when a help text is shown.
-
-    Book: a3_command_line.html#given-or-not-given
-    """
-
-    def default_of(option: Field, _: Any) -> str:
-        value = usual().get(option.name, option.default)
-        return "" if value is None else f"(default: {value})"
-
-    found = {}
-    for kind in KINDS:
-        about = comments(kind)
-        for option in (each for each in fields(kind) if each.name in wanted):
-            words, hint = about.get(option.name), partial(default_of, option)
-            arg = tyro.conf.arg(help=words, help_behavior_hint=hint)
-            found[option.name] = Annotated[option.type, arg]  # a type and a note
-    # --steps, and not --settings.steps:
-    return OmitArgPrefixes[TypedDict("Given", found, total=False)]
-
-
-@cache
-def suited() -> dict[str, Any]:
-    """What a run has on this machine, where nothing else is said.
-
-    Book: a3_command_line.html#given-or-not-given
-    """
-    plan = glassgpt.make_plan(1024)
-    chosen = {**asdict(plan.model), **asdict(plan.training), **asdict(plan.machine)}
-    return {**RECIPES["gpt2"], **chosen}
-
-
-Settings = given(names(*KINDS) - {"vocab_size"}, suited)  # it is the tokenizer's
-Changes = given(CHANGEABLE, lambda: dict.fromkeys(CHANGEABLE, "as before"))
-
+from glassgpt.training import Schedule
 
 T = TypeVar("T")
 Maybe = Annotated[T | None, tyro.conf.arg(help_behavior_hint="")]  # None: not given
-Flag = Annotated[Maybe[bool], tyro.conf.FlagCreatePairsOff]  # there is no --no-skip
-Shard = Maybe[Literal["nothing", "optimizer", "model"]]
-
-
-def summary(data: TokenData) -> str:
-    """A folder of tokens in a line.
-
-    Book: a3_command_line.html#from-text-to-tokens
-    """
-    train, rest, size = len(data.train), len(data.validation), data.vocab_size
-    return f"{data.directory}: {train:,} tokens, {rest:,} held out, vocabulary {size:,}"
 
 
 @dataclass
+class Changes:
+    """What may be another when a run goes on. None: as before, or what suits.
+
+    Book: a3_command_line.html#options-that-may-be-left-open
+    """
+
+    steps: Maybe[int] = None  # how often the optimizer moves the weights
+    accumulate: Maybe[int] = None  # micro-batches in a batch: less memory
+    learning_rate: Maybe[float] = None  # the highest one
+    matrix_learning_rate: Maybe[float] = None  # Muon's, of the blocks' matrices
+    evaluate_every: Maybe[int] = None  # steps from one evaluation to the next
+    checkpoint_every: Maybe[int] = None  # steps from one checkpoint to the next
+    keep: Maybe[int] = None  # how many checkpoints stay
+    device: Maybe[str] = None  # cpu, cuda or mps
+    precision: Maybe[Precision] = None  # of matrix products
+    compile: Maybe[Literal["off", "blocks", "all"]] = None  # torch.compile
+    recompute: Maybe[bool] = None  # activation checkpointing: less memory
+
+    def given(self) -> dict[str, Any]:
+        """The options that were given."""
+        return {name: v for name, v in vars(self).items() if v is not None}
+
+
+@dataclass
+class Settings(Changes):
+    """What a new run is like. Finer choices are made in Python, by `make_plan`.
+
+    Book: a3_command_line.html#options-that-may-be-left-open
+    """
+
+    size: Maybe[Literal[tuple(SIZES)]] = None  # layers, heads and width by a name
+    recipe: Maybe[Literal[tuple(RECIPES)]] = None  # architecture; default: gpt2
+    layers: Maybe[int] = None  # number of blocks (n_layer)
+    heads: Maybe[int] = None  # attention heads of each block (n_head)
+    width: Maybe[int] = None  # numbers in a token's vector (n_embd)
+    context: Maybe[int] = None  # longest sequence of tokens (block_size)
+    dropout: Maybe[float] = None  # share dropped in training
+    optimizer: Maybe[Literal["adamw", "muon"]] = None  # default: muon for short runs
+    batch_size: Maybe[int] = None  # sequences that one step learns from
+    schedule: Maybe[Schedule] = None  # how the learning rate falls
+    warmup: Maybe[int] = None  # steps in which the learning rate rises
+    final_rate: Maybe[float] = None  # share of the learning rate left at the end
+    weight_decay: Maybe[float] = None  # of matrices and tables
+    clip: Maybe[float] = None  # a gradient with a larger norm is scaled to this
+    evaluation_crops: Maybe[int] = None  # held-out sequences, always the same
+    seed: Maybe[int] = None  # of the batches and dropout, and of new weights
+
+
+@dataclass(kw_only=True)
 class Text:
     """Where text comes from, and its tokenizer: what `train` and `tokenize` share.
 
@@ -133,7 +100,16 @@ class Text:
     data: tuple[str, ...] = ("shakespeare",)  # files, folders, "*.txt"
     tokenizer: Maybe[str] = None  # bpe, char, gpt2, a file or a model; default: bpe
     vocab_size: Maybe[int] = None  # of bpe; default: 1024
-    skip: Flag = False  # leave out what isn't text, and name it
+    skip: bool = False  # leave out what isn't text, and name it
+
+    def refuse_empty(self) -> None:
+        """Raise ValueError for an empty value, such as an unset shell variable's."""
+        if not self.data or "" in self.data:
+            raise ValueError("--data has an empty value: leave it out")
+        for name, value in vars(self).items():
+            if value == "":
+                option = name.replace("_", "-")
+                raise ValueError(f"--{option} has an empty value: leave it out")
 
     @property
     def tokens(self) -> Path | None:
@@ -145,41 +121,48 @@ class Text:
 
     def ready_tokenizer(self) -> Tokenizer | None:
         """The tokenizer that was asked for, None if it has yet to learn."""
-        place, kind = self.tokens, self.tokenizer or "bpe"
-        if place and (self.tokenizer or self.vocab_size):
-            raise ValueError(f"leave out --tokenizer and --vocab-size for {place}")
-        if self.vocab_size and kind != "bpe":
+        kind = self.tokenizer or "bpe"
+        if self.tokens:
+            if self.tokenizer or self.vocab_size:
+                raise ValueError(
+                    f"leave out --tokenizer and --vocab-size for {self.tokens}"
+                )
+            return read_tokenizer(self.tokens / "tokenizer.json")
+        if self.vocab_size is not None and kind != "bpe":
             raise ValueError("--vocab-size is for --tokenizer bpe: leave it out")
+        if kind in ("bpe", "char"):
+            return None
         if kind == "gpt2":
             return BPETokenizer.gpt2()
-        if kind in ("bpe", "char") and not place:
-            return None
-        path = place or Path(kind)
-        path = path / "tokenizer.json" if path.is_dir() else path
-        if place or (path.is_file() and path.suffix != ".gguf"):
+        path = Path(kind)
+        if path.is_dir() and (path / "tokenizer.json").is_file():
+            path = path / "tokenizer.json"
+        if path.is_file() and path.suffix != ".gguf":
             return read_tokenizer(path)
-        try:
-            return glassgpt.load(kind)[1]
-        except FileNotFoundError as error:
-            known = "bpe, char, gpt2, a tokenizer.json or a model"
-            raise FileNotFoundError(f"--tokenizer is {known}: {error}") from None
+        return glassgpt.load(kind)[1]
 
     def learn_tokenizer(self) -> Tokenizer:
         """A new tokenizer. What is held out teaches byte pairs nothing."""
         parts = split_documents(read_documents(*self.data, skip=self.skip))
         if self.tokenizer == "char":
             return CharTokenizer.train(piece for _, d in parts for piece in d.pieces())
-        pieces = (p for split, d in parts if split == "train" for p in d.pieces())
+        learned = (document for split, document in parts if split == "train")
+        pieces = (piece for document in learned for piece in document.pieces())
         size = 1024 if self.vocab_size is None else self.vocab_size
         return BPETokenizer.train(pieces, size)
 
     def encode(self, tokenizer: Tokenizer, folder: str | Path) -> TokenData:
         """The texts in a new folder of token ids."""
         shown = sys.stderr.isatty()
-        return glassgpt.tokenize(self.data, tokenizer, folder, shown, self.skip)
+        data = glassgpt.tokenize(self.data, tokenizer, folder, shown, self.skip)
+        print(
+            f"{folder}: {len(data.train):,} tokens, {len(data.validation):,} held out, "
+            f"vocabulary {data.vocab_size:,}"
+        )
+        return data
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Tokenize(Text):
     """Turn texts into a folder of token ids, for `glassgpt train --data`.
 
@@ -190,15 +173,15 @@ class Tokenize(Text):
 
     def run(self) -> None:
         """Learn a tokenizer and encode the texts."""
+        self.refuse_empty()
         if self.tokens:
             raise ValueError(f"{self.tokens} is tokenized already: train on it")
         if os.path.lexists(self.out):  # before the learning
             raise FileExistsError(f"{self.out} exists already: choose another --out")
-        tokenizer = self.ready_tokenizer() or self.learn_tokenizer()
-        print(summary(self.encode(tokenizer, self.out)))
+        self.encode(self.ready_tokenizer() or self.learn_tokenizer(), self.out)
 
 
-SAID = {
+FORMATS = {
     "train_loss": "training loss {:.3f}",
     "validation_loss": "validation loss {:.3f}",
     "nats_per_character": "{:.3f} nats a character",
@@ -206,22 +189,17 @@ SAID = {
 }
 
 
-def telling(shard: str | None) -> dict[str, Any]:
-    """What `start_run` needs: prints of each evaluation, and how a run is shared.
+def print_record(record: dict[str, float]) -> None:
+    """Print an evaluation in a line.
 
     Book: a3_command_line.html#a-run-and-going-on-with-it
     """
-
-    def on_record(record: dict[str, float]) -> None:
-        words = [text.format(record[k]) for k, text in SAID.items() if k in record]
-        tqdm.write(f"step {record['step']}: {', '.join(words)}")
-        print(end="", flush=True)  # a log file shows it now, not at the end
-
-    how = {"on_record": on_record, "progress": sys.stderr.isatty()}
-    return {**how, "make_trainer": partial(make_trainer, shard=shard)}
+    shown = [form.format(record[k]) for k, form in FORMATS.items() if k in record]
+    tqdm.write(f"step {record['step']}: {', '.join(shown)}")
+    print(end="", flush=True)  # a log file shows it now, not at the end
 
 
-def ended(run: Run) -> int:
+def finish(run: Run) -> int:
     """Say what to do next. The exit code: 0, or 128 + the signal that stopped it.
 
     Book: a3_command_line.html#a-run-and-going-on-with-it
@@ -234,6 +212,9 @@ def ended(run: Run) -> int:
     return 0
 
 
+Shard = Literal["nothing", "optimizer", "model"]
+
+
 @dataclass
 class Resume:
     """Go on with a run, to the same weights as if it had never stopped.
@@ -243,31 +224,93 @@ class Resume:
 
     directory: Positional[str]  # of the run: what `train` called --out
     data: Maybe[str] = None  # where its tokens are now, if they moved
-    shard: Shard = None  # what the processes of torchrun divide
-    changes: Changes = field(default_factory=dict)
+    shard: Maybe[Shard] = None  # what the processes of torchrun divide
+    changes: OmitArgPrefixes[Changes] = field(default_factory=Changes)
 
     def run(self) -> int:
         """Go on to the end; --steps may put it further away."""
-        glassgpt.keep_freed_memory()
-        how = telling(self.shard) | self.changes
-        return ended(glassgpt.resume_run(self.directory, self.data, **how))
+        return go_on(self.directory, self.data, self.shard, self.changes)
 
 
-def began(out: Path) -> dict[str, Any]:
-    """What was asked of the `train` that began in a folder, {} if nobody knows.
+def go_on(
+    directory: str | Path, data: str | None, shard: Shard | None, changes: Changes
+) -> int:
+    """Resume a run with what has changed; the exit code.
 
     Book: a3_command_line.html#a-run-and-going-on-with-it
     """
-    file = out / ".command.json"
-    with reraise_as(f"{file} is damaged: try `glassgpt resume {out}`"):
-        return dict(json.loads(file.read_bytes())) if file.exists() else {}
+    glassgpt.keep_freed_memory()
+    run = glassgpt.resume_run(
+        directory,
+        data,
+        on_record=print_record,
+        progress=sys.stderr.isatty(),
+        make_trainer=partial(make_trainer, shard=shard),
+        steps=changes.steps,
+        learning_rate=changes.learning_rate,
+        matrix_learning_rate=changes.matrix_learning_rate,
+        accumulate=changes.accumulate,
+        evaluate_every=changes.evaluate_every,
+        checkpoint_every=changes.checkpoint_every,
+        keep=changes.keep,
+        device=changes.device,
+        precision=changes.precision,
+        compile=changes.compile,
+        recompute=changes.recompute,
+    )
+    return finish(run)
 
 
-def _flags(names: Iterable[str]) -> str:
-    return ", ".join(f"--{name.replace('_', '-')}" for name in sorted(names))
+def changed(directory: Path, settings: Settings) -> Changes:
+    """Those settings that are others than in the run.json of a folder.
+
+    Raises ValueError for a change of what a run keeps.
+
+    Book: a3_command_line.html#a-run-and-going-on-with-it
+    """
+    run = json.loads((directory / "run.json").read_text("utf-8"))
+    before = run["model"] | run["training"] | run["machine"] | run["saving"]
+    muon = "matrix_learning_rate" in run["training"]
+    before["optimizer"] = "muon" if muon else "adamw"
+    asked = settings.given()
+    if settings.recipe:
+        asked.update(RECIPES[settings.recipe])
+    if settings.size:
+        layers, heads, width = SIZES[settings.size]
+        asked = {"layers": layers, "heads": heads, "width": width, **asked}
+    new = {k: v for k, v in asked.items() if k in before and before[k] != v}
+    kept = sorted(new.keys() - {option.name for option in fields(Changes)})
+    if kept:
+        raise ValueError(
+            f"{directory} has another {', '.join(kept)}, which a run keeps: "
+            "leave it out, or choose another --out"
+        )
+    return Changes(**new)
 
 
-@dataclass
+def load_start(name: str, settings: dict[str, Any]) -> tuple[GPT, Tokenizer]:
+    """The model of --init-from, with another dropout or a shorter context if asked.
+
+    Book: a3_command_line.html#a-run-and-going-on-with-it
+    """
+    model, tokenizer = glassgpt.load(name)
+    fixed = {"size", "recipe", "layers", "heads", "width"}
+    wrong = sorted(fixed & settings.keys())
+    if wrong:
+        raise ValueError(f"{name} brings its own {', '.join(wrong)}: leave it out")
+    chosen = {k: settings[k] for k in ("dropout", "context") if k in settings}
+    config = replace(model.config, **chosen)
+    if config.context > model.config.context:
+        raise ValueError(f"context must be at most {model.config.context}, the model's")
+    weights = model.state_dict()
+    if "positions.weight" in weights:
+        weights["positions.weight"] = weights["positions.weight"][: config.context]
+    start = build(config)
+    start.load_state_dict(weights)
+    return start, tokenizer
+
+
+@dataclass(kw_only=True)
 class Train(Text):
     """Train a GPT on a text.
 
@@ -275,107 +318,83 @@ class Train(Text):
     """
 
     out: Maybe[str] = None  # the run's folder; default: runs/ and the text's name
-    resume: Flag = False  # go on, if --out holds the run that these options began
+    resume: bool = False  # go on, if --out holds a run
     init_from: Maybe[str] = None  # start from this model's weights
-    shard: Shard = None  # what the processes of torchrun divide
-    settings: Settings = field(default_factory=dict)
+    shard: Maybe[Shard] = None  # what the processes of torchrun divide
+    settings: OmitArgPrefixes[Settings] = field(default_factory=Settings)
 
     def run(self) -> int:
         """Begin a run; with --resume go on with it, where there is one."""
-        place = os.path.realpath(Path(*self.data[:1]))  # links in a circle, too
-        name = re.sub(r"[^\w.-]", "", Path(place).stem)
-        out = Path(self.out or Path("runs", name or "run"))
-        asked = {"data": [*self.data], **self.settings}
-        others = ("tokenizer", "vocab_size", "skip", "init_from")
-        asked |= {name: v for name in others if (v := getattr(self, name))}
+        self.refuse_empty()
+        place = Path(os.path.realpath(self.data[0]))  # links in a circle, too
+        name = re.sub(r"[^\w.-]", "", place.stem) or "run"
+        out = Path(self.out or f"runs/{name}")
         if self.resume and (out / "run.json").exists():
-            return self.go_on(out, asked)
-        return self.start(out, asked)
+            return go_on(out, None, self.shard, changed(out, self.settings))
+        return self.start(out, self.settings.given())
 
-    def go_on(self, out: Path, asked: dict[str, Any]) -> int:
-        """Resume the run that these options began, with what may change."""
-        begun = began(out)
-        other = {k for k, v in asked.items() if begun.get(k) != v}
-        if kept := _flags(other - CHANGEABLE):
-            advice = f"type what began it, or use `glassgpt resume {quote(str(out))}`"
-            raise ValueError(f"{out} did not begin with this {kept}: {advice}")
-        changes = {k: v for k, v in asked.items() if k in CHANGEABLE}
-        return Resume(str(out), None, self.shard, changes).run()
-
-    def start(self, out: Path, asked: dict[str, Any]) -> int:
-        """Plan, tokenize, train. Where no run begins, nothing is left behind."""
+    def start(self, out: Path, settings: dict[str, Any]) -> int:
+        """Plan, tokenize, train. Where no run begins, no tokens are left behind."""
         refuse_occupied(out)
-        new_folders = [p for p in (out, *out.parents) if not p.exists()]
         if os.path.lexists(out) and not out.is_dir():  # a file, or a link to nothing
             raise FileExistsError(f"{out} is no folder: choose another --out")
-        saving = take(Saving, self.settings)  # refuses what is wrong, before any work
-        values = {k: v for k, v in self.settings.items() if k not in names(Saving)}
-        model, tokenizer, place = None, self.ready_tokenizer(), self.tokens
-        new, killed = out / "data", self.resume and began(out) == asked
-        if killed and not place:  # that start had got so far
-            place, tokenizer = new, read_tokenizer(new / "tokenizer.json")
+        saving = Saving(  # refuses what is wrong, before any work
+            settings.pop("checkpoint_every", Saving.checkpoint_every),
+            settings.pop("keep", Saving.keep),
+        )
+        tokens, new, model = self.tokens, out / "data", None
+        tokenizer = self.ready_tokenizer()
+        if tokens is None and self.resume and (new / "tokens.json").exists():
+            tokens = new  # of a start that was killed
+            tokenizer = read_tokenizer(new / "tokenizer.json")
         if self.init_from:
-            model, tokenizer, usual = self.origin(tokenizer, asked)
-            values = usual | values
-        size = (model.config if model else tokenizer or self).vocab_size or 1024
+            model, own = load_start(self.init_from, settings)
+            if self.tokenizer or self.vocab_size:
+                raise ValueError(f"{self.init_from} brings its own tokenizer")
+            if tokenizer and tokenizer.to_json() != own.to_json():
+                raise ValueError(f"{tokens}: another tokenizer than {self.init_from}")
+            tokenizer = own
+            # A tenth of the usual rate: what was learned should stay.
+            usual = {"optimizer": "adamw", "learning_rate": 0.04 / model.config.width}
+            settings = {**usual, **settings, **asdict(model.config)}
+            del settings["vocab_size"]
+        size = tokenizer.vocab_size if tokenizer else self.vocab_size or 1024
+        size = model.config.vocab_size if model else size
         cards = int(os.environ.get("WORLD_SIZE", 1))  # torchrun says it
-        plan = glassgpt.make_plan(size, cards=cards, **values)  # refuses, too
+        plan = glassgpt.make_plan(size, cards=cards, **settings)  # refuses, too
         glassgpt.keep_freed_memory()
-        ours = False  # what is in the folder
+        missing = [p for p in (out, *out.parents) if not p.exists()]
+        made = False  # what another process made is never removed
         try:
             with first_process_first() as rank:
-                if not place and rank == 0:
+                if tokens is None and rank == 0:
                     self.encode(tokenizer or self.learn_tokenizer(), new)
-            ours = not killed and rank == 0
-            data = TokenData.open(place or new)
+                    made = True
+            data = TokenData.open(tokens or new)
             tokenizer = tokenizer or read_tokenizer(new / "tokenizer.json")
-            size = (model.config if model else tokenizer).vocab_size
-            plan = replace(plan, model=replace(plan.model, vocab_size=size))
-            print(summary(data))
+            if model is None:  # a text may have taught fewer tokens
+                shape = replace(plan.model, vocab_size=tokenizer.vocab_size)
+                plan = replace(plan, model=shape)
             print(plan.describe(), flush=True)
-            if rank == 0:
-                out.mkdir(parents=True, exist_ok=True)
-                write_file(out / ".command.json", json.dumps(asked).encode())
-            how = telling(self.shard) | vars(saving)
-            return ended(glassgpt.start_run(out, plan, data, tokenizer, model, **how))
+            run = glassgpt.start_run(
+                out,
+                plan,
+                data,
+                tokenizer,
+                model,
+                checkpoint_every=saving.checkpoint_every,
+                keep=saving.keep,
+                on_record=print_record,
+                progress=sys.stderr.isatty(),
+                make_trainer=partial(make_trainer, shard=self.shard),
+            )
+            return finish(run)
         finally:
-            if ours and not (out / "run.json").exists():
-                (out / ".command.json").unlink(missing_ok=True)
-                if not self.tokens:
-                    shutil.rmtree(new)
+            if made and not (out / "run.json").exists():
+                shutil.rmtree(new, ignore_errors=True)
             with suppress(OSError):  # one of them isn't empty
-                for folder in new_folders:
+                for folder in missing:
                     folder.rmdir()
-
-    def origin(
-        self, tokenizer: Tokenizer | None, asked: dict[str, Any]
-    ) -> tuple[GPT, Tokenizer, dict[str, Any]]:
-        """The model and tokenizer of --init-from, and the values of its plan.
-
-        tokenizer: of the tokens, where there are some; it must be the model's.
-        """
-        model, theirs = glassgpt.load(str(self.init_from))
-        free = {"dropout", "context"}  # what may be another here
-        own = {*names(ModernConfig), "size", "recipe", "tokenizer"} - free
-        if wrong := _flags(own & asked.keys()):
-            raise ValueError(f"{self.init_from} brings its own: leave out {wrong}")
-        both = (tokenizer or theirs, theirs)
-        one, two = ([t.decode_bytes([n]) for n in range(t.vocab_size)] for t in both)
-        if one != two:
-            raise ValueError(f"{self.tokens}: another tokenizer than {self.init_from}")
-        if changed := {name: asked[name] for name in free & asked.keys()}:
-            config, weights = replace(model.config, **changed), model.state_dict()
-            if config.context > (longest := model.config.context):
-                raise ValueError(f"context must be at most {longest}, the model's own")
-            if (table := weights.get("positions.weight")) is not None:
-                weights["positions.weight"] = table[: config.context]
-            model = build(config)
-            model.load_state_dict(weights)
-        config = asdict(model.config)
-        del config["vocab_size"]
-        # A tenth of the usual rate: what was learned should stay.
-        usual = {"optimizer": "adamw", "learning_rate": 0.04 / model.config.width}
-        return model, theirs, {**usual, **config}
 
 
 Weights = Literal["auto", "float32", "bfloat16", "float16", "int8"]
@@ -421,42 +440,25 @@ class Generate(Model):
         if prompt is None:  # a tokenizer of characters may lack the new line
             characters = isinstance(tokenizer, CharTokenizer)
             prompt = tokenizer.decode([0]) if characters else "\n"
-        stop = tokenizer.special_tokens.values()
-        settings = {"stop": stop, **vars(self.sampling)}
+        how, seed = self.sampling, self.sampling.seed
         for number in range(self.samples):
-            pieces = stream_text(model, tokenizer, prompt, self.tokens, **settings)
-            # What is wrong was refused before.
-            print("---\n" if number else "", prompt, sep="", end="", flush=True)
+            pieces = stream_text(
+                model,
+                tokenizer,
+                prompt,
+                self.tokens,
+                stop=tokenizer.special_tokens.values(),
+                temperature=how.temperature,
+                top_k=how.top_k,
+                top_p=how.top_p,
+                seed=None if seed is None else seed + number,
+            )
+            if number:
+                print("---")
+            print(prompt, end="", flush=True)
             for piece in pieces:
                 print(piece, end="", flush=True)
             print()
-            if settings["seed"] is not None:
-                settings["seed"] += 1
-
-
-# How a chat draws where nothing is said: the likeliest token. With the 0.2 and 0.9 of
-# its card, SmolLM2 misses the capital of France two times in five.
-CAREFUL = Sampling(temperature=0.01)
-
-
-def fit_history(
-    conversation: list[dict[str, str]], tokenizer: Any, room: int
-) -> list[dict[str, str]]:
-    """A conversation without its oldest turns, so that it takes at most `room` tokens.
-
-    Questions go with their answers. A system line at the beginning stays, and so does
-    the last question. Raises ValueError where that isn't enough.
-
-    Book: a3_command_line.html#writing-and-measuring
-    """
-    turns = list(conversation)
-    first = int(turns[0]["role"] == "system")
-    while (size := len(render(turns, tokenizer, reply=True)[0])) > room:
-        if len(turns) == first + 1:
-            what = f"the last message (system line included) takes {size} tokens"
-            raise ValueError(f"{what}, more than the {room} there are: shorten it")
-        del turns[first : first + 2]
-    return turns
 
 
 @dataclass(kw_only=True)
@@ -471,67 +473,79 @@ class Chat(Model):
     weights: Weights = "auto"  # lighter ones: faster for large models
     system: Maybe[str] = None  # a line that says how to behave
     tokens: int = 200  # of an answer, at most
-    sampling: OmitArgPrefixes[Sampling] = CAREFUL  # how a token is drawn
+    sampling: OmitArgPrefixes[Sampling] = Sampling(temperature=0.0)
 
     def run(self) -> None:
         """Answer line after line, until there are no more."""
         if self.tokens < 1:
             raise ValueError(f"--tokens must be at least 1, not {self.tokens}")
         model, tokenizer = self.load()
-        template_of(tokenizer)
+        template_of(tokenizer)  # refuses a model without roles
         room = model.config.context - min(self.tokens, model.config.context // 2)
-        by_hand, line, talk = sys.stdin.isatty(), self.system, []
-        if by_hand:
-            print("(/system TEXT sets the system line, /reset starts over)")
-        for said in self.lines(by_hand):
-            word, _, rest = said.partition(" ")
+        typed, system, talk = sys.stdin.isatty(), self.system, []
+        for line in read_lines(typed):
+            word, _, rest = line.partition(" ")
             if word == "/reset":
                 talk = []
             elif word == "/system":
-                line = rest.strip()
-            elif said.strip():
-                head = [{"role": "system", "content": line}] if line else []
-                asked = [*head, *talk, {"role": "user", "content": said}]
+                system = rest.strip()
+            elif line.strip():
+                head = [{"role": "system", "content": system}] if system else []
+                asked = [*head, *talk, {"role": "user", "content": line}]
                 try:
-                    kept = fit_history(asked, tokenizer, room)
+                    turns = fit_history(asked, tokenizer, room)
                 except ValueError as error:
-                    if not by_hand:
+                    if not typed:
                         raise
                     print(f"({error})", file=sys.stderr)
                     continue
-                if lost := len(asked) - len(kept):
-                    told = f"the context is full: {lost} oldest turns are forgotten"
-                    print(f"({told})", file=sys.stderr)
-                settings = vars(self.sampling)
-                pieces = stream_answer(model, tokenizer, kept, self.tokens, **settings)
-                answer = self.show(pieces, by_hand)
-                talk = [*kept[len(head) :], {"role": "assistant", "content": answer}]
+                if len(turns) < len(asked):
+                    lost = len(asked) - len(turns)
+                    print(
+                        f"(the context is full: {lost} oldest turns are forgotten)",
+                        file=sys.stderr,
+                    )
+                pieces = stream_answer(
+                    model, tokenizer, turns, self.tokens, **vars(self.sampling)
+                )
+                answer = {"role": "assistant", "content": show(pieces, typed)}
+                talk = [*turns[len(head) :], answer]
 
-    def lines(self, by_hand: bool) -> Iterator[str]:
-        """What is typed or piped in, line by line."""
-        while by_hand:
-            try:
-                yield input("> ")
-            except KeyboardInterrupt:
-                print("\n(Ctrl-D ends)", file=sys.stderr)
-            except EOFError:
-                print()
-                return
-        for line in sys.stdin:
-            yield line.rstrip("\n")
 
-    def show(self, pieces: Iterable[str], by_hand: bool) -> str:
-        """Print an answer as it comes, and return it, or what there is at Ctrl-C."""
-        said = ""
+def read_lines(typed: bool) -> Iterator[str]:
+    """What is typed or piped in, line by line.
+
+    Book: a3_command_line.html#writing-and-measuring
+    """
+    if not typed:
+        yield from (line.rstrip("\n") for line in sys.stdin)
+        return
+    print("(/system TEXT sets the system line, /reset starts over)")
+    while True:
         try:
-            for piece in pieces:
-                said += piece
-                print(piece, end="", flush=True)
+            yield input("> ")
         except KeyboardInterrupt:
-            if not by_hand:  # what feeds a pipe is stopped as a whole
-                raise
-        print(flush=True)
-        return said
+            print("\n(Ctrl-D ends)", file=sys.stderr)
+        except EOFError:
+            print()
+            return
+
+
+def show(pieces: Iterable[str], typed: bool) -> str:
+    """Print an answer as it comes, and return it, or what there is at Ctrl-C.
+
+    Book: a3_command_line.html#writing-and-measuring
+    """
+    answer = ""
+    try:
+        for piece in pieces:
+            answer += piece
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        if not typed:  # what feeds a pipe is stopped as a whole
+            raise
+    print(flush=True)
+    return answer
 
 
 @torch.inference_mode()
@@ -565,7 +579,7 @@ class Evaluate(Model):
 
     text: Positional[str]  # a file, a folder, or a pattern such as "*.txt"
     more: Positional[tuple[str, ...]] = ()  # more of them
-    skip: Flag = False  # leave out what isn't text, and name it
+    skip: bool = False  # leave out what isn't text, and name it
     limit: Maybe[int] = None  # read this many tokens at most; default: all
 
     def read(self, tokenizer: Tokenizer) -> Iterator[tuple[list[int], int]]:
@@ -604,10 +618,12 @@ class Evaluate(Model):
             if count < 2:
                 raise ValueError("a text of one token leaves nothing to predict")
             total += summed_loss(model, waiting)
-        loss, each = total / (count - 1), total / characters
-        said = f"loss {loss:.4f} nats a token, {each:.4f} nats a character, perplexity"
-        size = f"{count:,} tokens, {characters:,} characters"
-        print(f"{said} {math.exp(loss):.2f}: {size}")
+        loss = total / (count - 1)
+        print(
+            f"loss {loss:.4f} nats a token, {total / characters:.4f} nats a character, "
+            f"perplexity {math.exp(loss):.2f}: {count:,} tokens, "
+            f"{characters:,} characters"
+        )
 
 
 @dataclass(kw_only=True)
@@ -653,171 +669,132 @@ class Publish:
         print(f"wrote {self.out}, {size / 1e6:.1f} MB: open it in any browser")
 
 
+def is_mistake(error: Exception) -> bool:
+    """Whether a user can mend it: what the system refuses, or this package.
+
+    Everything else, such as a ValueError inside a library, is a fault of ours.
+
+    Book: a3_command_line.html#mistakes-get-a-sentence
+    """
+    if isinstance(error, (OSError, MemoryError, UnicodeError)):
+        return True
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    ours = str(frame.f_globals.get("__name__", "")).startswith("glassgpt.")
+    kinds = (ValueError, FloatingPointError, ModuleNotFoundError)
+    return ours and isinstance(error, kinds)
+
+
+def complain(sentence: str) -> int:
+    """Say what is wrong, in at most 500 characters; the exit code of a mistake.
+
+    Book: a3_command_line.html#mistakes-get-a-sentence
+    """
+    short = sentence if len(sentence) <= 500 else f"{sentence[:500]} ..."
+    print(f"glassgpt: {short}", file=sys.stderr)
+    return 2
+
+
+def prepare_process() -> None:
+    """Let SIGTERM end this process by an exception; read UTF-8, write what can be.
+
+    Book: a3_command_line.html#mistakes-get-a-sentence
+    """
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as by `>&-`
+            setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115
+    with suppress(AttributeError):  # what others put there may lack it
+        sys.stdin.reconfigure(encoding="utf-8")
+    with suppress(AttributeError):
+        sys.stdout.reconfigure(errors="replace")
+
+
+def drop_output() -> None:
+    """Let what still waits to be printed go nowhere: nobody can read it.
+
+    Book: a3_command_line.html#mistakes-get-a-sentence
+    """
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 COMMANDS = (Train, Resume, Generate, Chat, Evaluate, Tokenize, Serve, Publish)
-# What `glassgpt --help` begins with.
 ABOUT = """Train a GPT on a text, then write with it:
   glassgpt train --data my.txt
   glassgpt generate runs/my
 
-glassgpt train --help lists its options. Book: https://glassgpt.github.io/glassgpt/"""
+glassgpt train --help lists its options; glassgpt --traceback COMMAND shows where a
+mistake came up. Book: https://glassgpt.github.io/glassgpt/"""
 
 
-def in_a_sentence(box: str, words: Sequence[str]) -> str:
-    """What tyro's box says of words that it refused, and the options it suggests.
+def run_command(words: Sequence[str]) -> int:
+    """Run the command that words ask for; its exit code.
 
-    In a frame, in a terminal with colors, and with lines (of ─ or -) between, it has a
-    title, what is wrong, what is near it, and where the help is.
-
-    Book: a3_command_line.html#mistakes-get-a-sentence
-    """
-    text = re.sub(r"[│╭╮╰╯]|\x1b\[[\d;]*m", "", box)
-    parts = (" ".join(part.split()) for part in re.split("[─-]{9,}", text))
-    _, wrong, *more, _ = filter(None, parts)
-    number = r"Error parsing (--[\w-]+): .*('.*').*"  # Python's words about int()
-    wrong = re.sub(number, r"\1 can't be \2", wrong).rstrip(".")
-    wrong = re.sub("Error parsing sampling: |'None', |, 'None'", "", wrong)
-    choices = r"(?<=one of \().*(?=\))"  # in another order each time
-    wrong = re.sub(choices, lambda m: ", ".join(sorted(m[0].split(", "))), wrong)
-    typed, near = (re.findall(r"--[\w-]+", " ".join(each)) for each in (words, more))
-    meant = " or ".join(sorted({*near} - {*typed}))
-    return f"{wrong}. Do you mean {meant}?" if meant else f"{wrong}."
-
-
-def parse(words: Sequence[str]) -> Any:
-    """The command that words ask for, as an object of its class.
-
-    Raises ValueError for words that make no sense. Leaves with SystemExit after --help,
-    and where there are no words.
+    Raises SystemExit after --help, and for words that make no sense.
 
     Book: a3_command_line.html#mistakes-get-a-sentence
     """
-    about = {kind: str(getdoc(kind)).partition("\n\nBook:")[0] for kind in COMMANDS}
-    commands = {kind.__name__.lower(): kind for kind in COMMANDS}
-    every = [Annotated[k, subcommand(description=text)] for k, text in about.items()]
-    kind: Any = Union[tuple(every)]  # noqa: UP007
-    if [*words[:1]] == ["help"]:
-        words = [*words[1:2], "--help"]
-    name, args = "glassgpt", words or ["--help"]
-    if args[0] in commands:
-        name, args, kind = f"glassgpt {args[0]}", args[1:], commands[args[0]]
-    elif not args[0].startswith("-"):
-        near = " or ".join(get_close_matches(args[0], commands, 1) or commands)
-        what = f"There is no command {args[0]}. Do you mean {near}?"
-        raise ValueError(f"{what} See glassgpt --help")
-    if sum(word.partition("=")[0] == "--data" for word in args) > 1:
+    if [*words] == ["--version"]:
+        print(glassgpt.__version__)
+        return 0
+    if sum(word.partition("=")[0] == "--data" for word in words) > 1:
         raise ValueError("--data is there twice: name all texts behind one --data")
-    texts = ("--prompt", "--system", "--title")
-    apart = [x for w in args for x in (w.split("=", 1) if w[:2] == "--" else [w])]
-    if empty := [o for o, v in pairwise(["", *apart]) if not v and o not in texts]:
-        what = empty[0] if empty[0][:2] == "--" else "a word"
-        raise ValueError(f"{what} has an empty value: leave it out")
-    config = (tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName)
-    how = {"prog": name, "description": about.get(kind, ABOUT), "config": config}
-    try:
-        with redirect_stderr(box := io.StringIO()):
-            return tyro.cli(kind, args=args, **how)
-    except SystemExit as leaving:
-        if leaving.code != 2:
-            raise
-    said = in_a_sentence(box.getvalue(), words)
-    if kind in (Train, Tokenize) and args[0][:1] != "-":
-        said += f" Do you mean --data {quote(args[0])}?"
-    raise ValueError(f"{said} See {name} --help")
-
-
-def is_mistake(error: BaseException) -> bool:
-    """Whether a user can mend it: the system's answer, or a `raise` of this package.
-
-    What isn't UTF-8, read or written, counts, too. Everything else, such as a
-    ValueError that some library raised, is a fault of ours.
-
-    Book: a3_command_line.html#mistakes-get-a-sentence
-    """
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    ours = Path(glassgpt.__file__).parent in Path(last.filename).parents
-    refused = ours and str(last.line).startswith("raise ")
-    kinds = (ValueError, FloatingPointError, ModuleNotFoundError)
-    system = isinstance(error, (OSError, MemoryError, UnicodeError))
-    return system or (refused and isinstance(error, kinds))
-
-
-def as_a_process(main: Callable[[Sequence[str]], int]) -> int:
-    """Run this process's command line, and die of the signal that stopped it.
-
-    A shell ends its loop when a command dies of Ctrl-C, not when one exits with 130.
-
-    Book: a3_command_line.html#when-a-signal-ends-it
-    """
-    streams: dict[str, dict[str, Any]] = {
-        "stdin": {"encoding": "utf-8"},
-        # Line by line, so what is wrong with the output is known in time.
-        "stdout": {"errors": "replace", "line_buffering": True},
-        "stderr": {},
-    }
-    for name, changes in streams.items():
-        if getattr(sys, name) is None:  # closed, as by `>&-`
-            setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115
-        with suppress(AttributeError):  # what others put there may lack it
-            getattr(sys, name).reconfigure(**changes)
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    if signal.getsignal(signal.SIGINT) not in (signal.SIG_IGN, None):
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
+    config = (
+        tyro.conf.DisallowNone,
+        tyro.conf.FlagCreatePairsOff,
+        tyro.conf.PositionalMetavarFromFieldName,
+    )
+    with process_group():  # of torchrun, where it started this
         try:
-            code = main(sys.argv[1:])
-        except SystemExit as leaving:  # after --help, and at SIGTERM
-            code = int(leaving.code or 0)
-        if code > 128:  # a second Ctrl-C finds nobody
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-    except KeyboardInterrupt:  # it came while another signal was dealt with
-        code = 130
-    try:
-        print(end="", flush=True)
-    except OSError:  # nobody reads it, or the disk is full: all is said by now
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    if code > 128 and os.name == "posix":
-        signal.signal(code - 128, signal.SIG_DFL)
-        os.kill(os.getpid(), code - 128)
-    return code
+            command: Any = tyro.cli(
+                Union[COMMANDS],  # noqa: UP007
+                prog="glassgpt",
+                description=ABOUT,
+                args=words or ["--help"],
+                config=config,
+            )
+        finally:
+            print(end="", flush=True)  # the help, too, may meet a full disk
+        return command.run() or 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 2, and a sentence, for a mistake.
 
-    arguments: if None, those of this process, as `as_a_process` runs them; else it
-    leaves with SystemExit after --help.
+    arguments: if None, those of this process.
 
-    Book: a3_command_line.html#when-a-signal-ends-it
+    Book: a3_command_line.html#mistakes-get-a-sentence
     """
-
-    @cache  # nothing is said twice
-    def tell(message: str) -> None:
-        print(f"glassgpt: {message}", file=sys.stderr)
-
     if arguments is None:
-        return as_a_process(main)
+        prepare_process()
+        arguments = sys.argv[1:]
+    words = [word for word in arguments if word != "--traceback"]
+    told: set[str] = set()  # nothing is said twice
+
+    def tell(message: Warning | str, *_: Any) -> None:
+        if str(message) not in told:
+            told.add(str(message))
+            print(f"glassgpt: {message}", file=sys.stderr)
+
     try:
-        if [*arguments] == ["--version"]:
-            print(glassgpt.__version__)
-            return 0
         with warnings.catch_warnings():
             warnings.simplefilter("always", UserWarning)
-            warnings.showwarning = lambda message, *_: tell(str(message))
-            with process_group():
-                return parse(arguments).run() or 0
-    except BrokenPipeError:  # whoever read the output has gone, as `head` does
-        return 141
+            warnings.showwarning = tell
+            code = run_command(words)
+        print(end="", flush=True)  # a full disk is noticed here
+        return code
+    except SystemExit as leaving:  # after --help, for mistyped words, at SIGTERM
+        return int(leaving.code or 0)
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        drop_output()
+        return 141
     except Exception as error:
-        if not is_mistake(error):
+        if len(words) < len(arguments) or not is_mistake(error):
             raise
-        # An option's name as it is typed: --batch-size, not batch_size.
-        options = names(*KINDS, Sampling)
-        known, long = ("|".join(o for o in options if part in o) for part in ("", "_"))
-        first = rf"^({known})(?= must | can't | \d)"
-        pattern, said = rf"{first}|(?<!\S)({long})(?![\w./=])", str(error)
-        if not isinstance(error, OSError):  # which begins with the name of a file
-            said = re.sub(pattern, lambda name: _flags([name[0]]), said)
-        tell(said or type(error).__name__)
-        return 2
+        code = complain(str(error) or type(error).__name__)
+    try:
+        print(end="", flush=True)
+    except OSError:
+        drop_output()
+    return code
