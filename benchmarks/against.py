@@ -25,7 +25,7 @@ except ImportError:
     from glassgpt.plan import keep_freed_memory
 keep_freed_memory()
 from glassgpt import BPETokenizer, GPT, GPTConfig, TokenData, TrainConfig
-from glassgpt import generate, lighten
+from glassgpt import generate, quantize
 from glassgpt.training import Trainer
 try:
     from glassgpt import ModernConfig, ModernGPT
@@ -62,7 +62,7 @@ def steps(make, config, sizes, count, **settings):
 def writing(make, config, sizes, count, weights=None):
     torch.manual_seed(0)
     model = make(config(1024, **sizes)).eval()
-    model = lighten(model, weights) if weights else model
+    model = quantize(model, weights) if weights else model
     return lambda: generate(model, [1, 2, 3], count, top_k=1)
 
 def bpe(work):

@@ -30,7 +30,7 @@ import torch
 
 from glassgpt.generation import generate
 from glassgpt.gpt import GPT, GPTConfig
-from glassgpt.quantization import light_layer, lighten
+from glassgpt.quantization import quantize, quantized_layer
 
 PROMPT = [64, 29350, 412, 733, 417, 10580, 318, 257]
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
@@ -42,7 +42,7 @@ def make_ours(weights: str, tokens: int) -> Callable[[], int]:
     torch.manual_seed(0)
     model = GPT(GPTConfig(50_257)).eval()
     if weights != "float32":
-        model = lighten(model, weights)
+        model = quantize(model, weights)
     return lambda: len(generate(model, PROMPT, tokens, top_k=1)) - len(PROMPT)
 
 
@@ -104,7 +104,7 @@ def products(weights: str, rounds: int) -> float:
     sizes = [(768, 2304), (768, 768), (768, 3072), (3072, 768)] * 12 + [(768, 50_257)]
     layers = [torch.nn.Linear(*size, bias=False) for size in sizes]
     if weights != "float32":
-        layers = [light_layer(layer, weights) for layer in layers]
+        layers = [quantized_layer(layer, weights) for layer in layers]
     rows = [torch.ones(1, width) for width, _ in sizes]
     times = []
     for _ in range(rounds):

@@ -54,8 +54,8 @@ def main() -> None:
     candidates = {
         "transformers, float32": lambda: theirs.generate(batch, **settings),
         "ours, float32": by_us(ours),
-        "ours, lightened to float16": by_us(glassgpt.lighten(ours, "float16")),
-        "ours, lightened to int8": by_us(glassgpt.lighten(ours, "int8")),
+        "ours, lightened to float16": by_us(glassgpt.quantize(ours, "float16")),
+        "ours, lightened to int8": by_us(glassgpt.quantize(ours, "int8")),
     }
     seconds = {name: [] for name in candidates}
     for number in range(asked.rounds + 1):

@@ -131,9 +131,9 @@ def main(kills, root):
     began = time.perf_counter()
     assert run(root / "whole") == 0
     duration, wanted = time.perf_counter() - began, outcome(root / "whole")
-    moments, dice = int((root / "moments").read_text()), random.Random(0)
+    moments, generator = int((root / "moments").read_text()), random.Random(0)
     where = Counter()
-    for kill_at in sorted(dice.sample(range(1, moments + 1), kills)):
+    for kill_at in sorted(generator.sample(range(1, moments + 1), kills)):
         place = root / f"moment-{kill_at}"
         assert run(place, kill_at) == -signal.SIGKILL, kill_at
         where[(root / "where").read_text()] += 1
@@ -144,7 +144,7 @@ def main(kills, root):
     late = 0
     for number in range(kills):
         place = root / f"time-{number}"
-        late += run(place, seconds=dice.uniform(0, duration)) == 0
+        late += run(place, seconds=generator.uniform(0, duration)) == 0
         assert run(place) == 0, number
         assert outcome(place) == wanted, number
     place, again = root / "again", 0

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from glassgpt import huggingface
-from glassgpt.atomic import all_or_nothing, flush, write_file
+from glassgpt.atomic import atomic_write, flush, write_file
 from glassgpt.chat import GLASS
 from glassgpt.checkpoints import load, save, save_tensors, write_model
 from glassgpt.data import SPLITS, TokenData, write_tokens
@@ -402,7 +402,7 @@ def test_a_tokenizer_may_have_fewer_ids_than_the_model(tmp_path, size):
 
 
 def test_what_a_compiler_returned_is_not_saved(tmp_path):
-    with pytest.raises(ValueError, match="before you lighten it or compile it"):
+    with pytest.raises(ValueError, match="before you quantize it or compile it"):
         save(tmp_path / "model", torch.compile(random_gpt()), tokenizer_of())
     assert not (tmp_path / "model").exists()
 
@@ -422,7 +422,7 @@ def test_a_model_is_not_saved_among_other_things(tmp_path, name):
 
 def test_two_who_write_one_file_have_names_of_their_own(tmp_path):
     path = tmp_path / "note.json"
-    with all_or_nothing(path) as one, all_or_nothing(path) as other:
+    with atomic_write(path) as one, atomic_write(path) as other:
         one.write_text("one")
         other.write_text("other")
         assert one.read_text() == "one"

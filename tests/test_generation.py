@@ -189,11 +189,11 @@ def test_a_text_gives_a_text(model):
 @torch.no_grad()
 def starting_over(model, prompt, count, sampling):
     """What `generate` returns for one prompt, without a cache."""
-    ids, dice = list(prompt), torch.Generator().manual_seed(sampling.seed or 0)
+    ids, generator = list(prompt), torch.Generator().manual_seed(sampling.seed or 0)
     for _ in range(count):
         window = ids[window_start(len(ids), model.config.context) :]
         logits = model(torch.tensor([window]))[:, -1]
-        ids.append(sample(logits, sampling, dice).item())
+        ids.append(sample(logits, sampling, generator).item())
     return ids
 
 

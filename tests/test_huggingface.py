@@ -931,11 +931,11 @@ def test_damaged_bytes_are_refused_or_read_but_never_run(tokenizer, tmp_path):
     """Random damages: a ValueError or a model, nothing else."""
     write_gguf(tmp_path / "m.gguf", random_model(llama()), tokenizer, "float32")
     good = (tmp_path / "m.gguf").read_bytes()
-    dice = random.Random(0)
+    generator = random.Random(0)
     for _ in range(20):
         bad = bytearray(good)
-        for _ in range(dice.randint(1, 4)):
-            bad[dice.randrange(4, 4000)] = dice.randrange(256)
+        for _ in range(generator.randint(1, 4)):
+            bad[generator.randrange(4, 4000)] = generator.randrange(256)
         (tmp_path / "bad.gguf").write_bytes(bad)
         try:
             model, _ = load_gguf(tmp_path / "bad.gguf")

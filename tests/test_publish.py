@@ -87,9 +87,10 @@ def lightened(model):
 
 
 def prompts(tokenizer, count):
-    dice = random.Random(3)
+    generator = random.Random(3)
     ids = [
-        [dice.randrange(2047) for _ in range(dice.randint(1, 8))] for _ in range(count)
+        [generator.randrange(2047) for _ in range(generator.randint(1, 8))]
+        for _ in range(count)
     ]
     return [text for row in ids if "\ufffd" not in (text := tokenizer.decode(row))]
 
@@ -111,7 +112,7 @@ def test_past_the_context_too(page, shakespeare):
 
 @pytest.mark.parametrize("kind", ["float32", "int8"])
 def test_probabilities_are_the_models(browser, shakespeare, tmp_path, kind):
-    """All of them: what the bars and the dice are made of."""
+    """All of them: what the bars and the generator are made of."""
     model, tokenizer = shakespeare
     publish(model, tokenizer, tmp_path / "page.html", weights=kind)
     page = opened(browser, tmp_path / "page.html")
@@ -399,7 +400,7 @@ def test_what_a_page_cannot_run_is_refused_and_nothing_is_written(
         ((own, letters), "GPT-2's architecture"),
         ((vast, letters), "norm.weight is not finite"),
         ((modern, tokenizer), "GPT-2's architecture"),
-        ((glassgpt.lighten(model, "int8"), tokenizer), "GPT-2's architecture"),
+        ((glassgpt.quantize(model, "int8"), tokenizer), "GPT-2's architecture"),
         ((model, CharTokenizer("abc")), "3 tokens for a model of 2048"),
         ((large, tokenizer), "the page would have 52 MB"),
     ):

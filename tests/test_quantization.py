@@ -18,11 +18,11 @@ from glassgpt.generation import generate
 from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.quantization import (
     FORMATS,
-    LightLinear,
+    QuantizedLinear,
     fastest_weights,
     keep_freed_memory,
-    light_layer,
-    lighten,
+    quantize,
+    quantized_layer,
     round_rows,
 )
 from glassgpt.tokens import CharTokenizer
@@ -38,7 +38,7 @@ def test_a_light_layer_is_near_the_heavy_one(weights, packed, monkeypatch):
     torch.manual_seed(0)
     for bias in (True, False):
         layer = torch.nn.Linear(33, 17, bias=bias)
-        light = light_layer(layer, weights)
+        light = quantized_layer(layer, weights)
         for shape in ((1, 33), (1, 1, 33), (2, 5, 33)):
             x = torch.randn(shape)
             wanted, found = layer(x), light(x)
@@ -47,7 +47,9 @@ def test_a_light_layer_is_near_the_heavy_one(weights, packed, monkeypatch):
             assert (found - wanted).abs().max() < 0.05
     zeros = torch.nn.Linear(4, 3)
     zeros.weight.data.zero_()
-    assert torch.equal(light_layer(zeros, weights)(torch.zeros(1, 4))[0], zeros.bias)
+    assert torch.equal(
+        quantized_layer(zeros, weights)(torch.zeros(1, 4))[0], zeros.bias
+    )
 
 
 def test_int8_rounds_the_vectors_too():
@@ -55,7 +57,7 @@ def test_int8_rounds_the_vectors_too():
     layer, x = torch.nn.Linear(33, 17), torch.randn(5, 33)
     (w, w_scale), (v, v_scale) = round_rows(layer.weight.detach()), round_rows(x)
     wanted = v.float() @ w.float().T * v_scale * w_scale.T + layer.bias
-    torch.testing.assert_close(LightLinear(layer)(x), wanted)
+    torch.testing.assert_close(QuantizedLinear(layer)(x), wanted)
 
 
 def same_memory(one, other):
@@ -65,7 +67,7 @@ def same_memory(one, other):
 @pytest.mark.parametrize("weights", LIGHT)
 def test_a_light_model_generates(weights):
     model = _small_gpt().float()
-    light = lighten(model, weights)
+    light = quantize(model, weights)
     assert all(type(layer) is not torch.nn.Linear for layer in light.modules())
     assert same_memory(light.tokens.weight, model.tokens.weight)  # not copied
     assert len(generate(light, [[1], [2, 3]], 12, top_k=1)[1]) == 14
@@ -81,7 +83,7 @@ def test_the_weights_of_a_light_model_go_into_a_file_and_come_back(
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.mul_(1.5)
-    light, other = lighten(model, weights), lighten(other, weights)
+    light, other = quantize(model, weights), quantize(other, weights)
     wanted = light(ids)
     assert not torch.equal(other(ids), wanted)
     torch.save(light.state_dict(), tmp_path / "light.pt")
@@ -96,20 +98,20 @@ def test_a_light_layer_moves(weights, packed, monkeypatch):
     monkeypatch.setattr(module, "PACKED", packed)
     torch.manual_seed(0)
     layer, x = torch.nn.Linear(33, 17), torch.randn(2, 5, 33)
-    wanted = light_layer(layer, weights)(x)
-    assert torch.equal(light_layer(layer, weights).to("cpu")(x), wanted)
+    wanted = quantized_layer(layer, weights)(x)
+    assert torch.equal(quantized_layer(layer, weights).to("cpu")(x), wanted)
     for dtype in (torch.float64, torch.bfloat16):
-        moved = light_layer(layer, weights).to(dtype)
+        moved = quantized_layer(layer, weights).to(dtype)
         found = moved(x.to(dtype))
         assert found.dtype == dtype
         assert (found - wanted).abs().max() < 0.05
 
 
 def test_int8_stays_whole_numbers_where_its_scales_go():
-    moved = LightLinear(torch.nn.Linear(33, 17)).to(torch.bfloat16)
+    moved = QuantizedLinear(torch.nn.Linear(33, 17)).to(torch.bfloat16)
     assert moved.whole.dtype == torch.int8
     assert moved.scale.dtype == moved.bias.dtype == torch.bfloat16
-    assert LightLinear(torch.nn.Linear(33, 17)).to("meta").whole.is_meta
+    assert QuantizedLinear(torch.nn.Linear(33, 17)).to("meta").whole.is_meta
 
 
 def test_without_a_name_one_of_the_formats_is_measured_and_taken(monkeypatch):
@@ -118,7 +120,7 @@ def test_without_a_name_one_of_the_formats_is_measured_and_taken(monkeypatch):
     assert fastest_weights(torch.nn.Linear(4, 3, device="meta")) == "float16"
     for name in FORMATS:
         monkeypatch.setattr(module, "fastest_weights", lambda layer, name=name: name)
-        assert torch.equal(lighten(model)(ids), lighten(model, name)(ids))
+        assert torch.equal(quantize(model)(ids), quantize(model, name)(ids))
 
 
 @pytest.mark.parametrize("slow", [("float32",), ("float32", "int8")])
@@ -131,13 +133,13 @@ def test_the_fastest_is_not_a_slow_one(slow, monkeypatch):
     def layer_of(linear, name):
         return Slow(4, 3) if name in slow else torch.nn.Linear(4, 3)
 
-    monkeypatch.setattr(module, "light_layer", layer_of)
+    monkeypatch.setattr(module, "quantized_layer", layer_of)
     assert fastest_weights(Slow(4, 3)) not in slow
 
 
 def test_as_they_are():
     model = _small_gpt().train()
-    same = lighten(model, "float32")
+    same = quantize(model, "float32")
     assert same_memory(same.head.weight, model.head.weight)
     assert same.state_dict().keys() == model.state_dict().keys()  # it can be saved
     assert model.training
@@ -194,10 +196,10 @@ def product_of(weight, bias):
 
 
 def in_int8(change):
-    """`lighten`, with int8 layers that multiply by what `change` makes of weights."""
+    """`quantize`, with int8 layers that multiply by what `change` makes of weights."""
 
     def worse(model, weights):
-        light = lighten(model, weights)
+        light = quantize(model, weights)
         for name, layer in model.named_modules():
             if isinstance(layer, torch.nn.Linear) and weights == "int8":
                 used = change(name, layer.weight.detach())
@@ -247,14 +249,14 @@ def rounded_in_float32(model, weights):
 
 
 def with_vectors(largest, rounding=torch.round, dim=-1):
-    """`lighten`, with int8 layers that round what comes in in another way."""
+    """`quantize`, with int8 layers that round what comes in in another way."""
 
     def product(x, whole, scale, bias):
         x_scale = x.abs().amax(dim, keepdim=True) / largest + 1e-30
         return rounding(x / x_scale) * x_scale @ whole.float().T * scale[:, 0] + bias
 
     def worse(model, weights):
-        light = lighten(model, weights)
+        light = quantize(model, weights)
         for name, layer in model.named_modules():
             if isinstance(layer, torch.nn.Linear) and weights == "int8":
                 whole, scale = round_rows(layer.weight.detach())
@@ -273,9 +275,9 @@ def test_check_takes_weights_alone_and_vectors_rounded_in_other_code():
 
 
 def without_bias(model, weights):
-    light = lighten(model, weights)
+    light = quantize(model, weights)
     for layer in light.modules():
-        if isinstance(layer, LightLinear | module.HalfLinear):
+        if isinstance(layer, QuantizedLinear | module.HalfLinear):
             layer.bias.zero_()
         if isinstance(layer, module.PackedLinear):
             weight, bias = layer.get_extra_state()
@@ -284,7 +286,7 @@ def without_bias(model, weights):
 
 
 def frozen(model, weights):
-    return lighten(model.requires_grad_(False), weights)
+    return quantize(model.requires_grad_(False), weights)
 
 
 @pytest.mark.parametrize(
@@ -295,8 +297,11 @@ def frozen(model, weights):
         (with_vectors(127, dim=(0, 1)), "rounded too roughly"),
         (without_bias, "the bias is not added"),
         (frozen, "eval mode, or frozen"),
-        (lambda model, weights: lighten(model.eval(), weights), "eval mode, or frozen"),
-        (lambda model, weights: lighten(model, weights).train(), r"call eval\(\)"),
+        (
+            lambda model, weights: quantize(model.eval(), weights),
+            "eval mode, or frozen",
+        ),
+        (lambda model, weights: quantize(model, weights).train(), r"call eval\(\)"),
     ],
 )
 def test_check_names_other_mistakes(wrong, message):
@@ -370,15 +375,15 @@ def test_the_check_of_a_draft_names_the_mistake(wrong, message):
 
 
 def test_a_light_model_is_neither_trained_nor_saved_nor_made_lighter(tmp_path):
-    light = lighten(GPT(GPTConfig(11, 4, 1, 1, 8)), "int8")
+    light = quantize(GPT(GPTConfig(11, 4, 1, 1, 8)), "int8")
     data = TokenData.of([1, 2, 3] * 9, [1, 2, 3] * 9, 11)
     with pytest.raises(ValueError, match="train"):
         Trainer(light, data, TrainConfig(steps=1))
-    with pytest.raises(ValueError, match="before you lighten it"):
+    with pytest.raises(ValueError, match="before you quantize it"):
         save(tmp_path, light, CharTokenizer.train("abc"))
     assert not any(tmp_path.iterdir())
     with pytest.raises(ValueError, match="is light already"):
-        lighten(light, "bfloat16")
+        quantize(light, "bfloat16")
 
 
 def test_keep_freed_memory_elsewhere(monkeypatch):

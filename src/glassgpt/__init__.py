@@ -50,7 +50,7 @@ from glassgpt.plan import pick_device as pick_device
 from glassgpt.positions import sinusoidal_positions as sinusoidal_positions
 from glassgpt.publish import publish as publish
 from glassgpt.quantization import keep_freed_memory as keep_freed_memory
-from glassgpt.quantization import lighten as lighten
+from glassgpt.quantization import quantize as quantize
 from glassgpt.runs import Run as Run
 from glassgpt.runs import resume_run as resume_run
 from glassgpt.runs import start_run as start_run

@@ -32,7 +32,7 @@ def flush(path: Path) -> None:
 
 
 @contextmanager
-def all_or_nothing(path: str | Path) -> Iterator[Path]:
+def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield another name, for a file or a folder to write; then flush and rename it.
 
     Missing folders above it are made, and a link stays a link. Raises OSError where the
@@ -63,11 +63,11 @@ def all_or_nothing(path: str | Path) -> Iterator[Path]:
 
 
 def write_file(path: str | Path, content: bytes) -> None:
-    """Write all of a file or nothing. Raises OSError, as `all_or_nothing`.
+    """Write all of a file or nothing. Raises OSError, as `atomic_write`.
 
     Book: 23_runs_that_survive.html#write-flush-rename
     """
-    with all_or_nothing(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_bytes(content)
 
 

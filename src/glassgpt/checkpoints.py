@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from glassgpt import huggingface
-from glassgpt.atomic import all_or_nothing, flush, write_file
+from glassgpt.atomic import atomic_write, flush, write_file
 from glassgpt.chat import tokenizer_files
 from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.modern import ModernGPT
-from glassgpt.plan import on_paper
+from glassgpt.plan import meta_model
 from glassgpt.tokens import Tokenizer
 
 
@@ -83,11 +83,11 @@ def save(directory: str | Path, model: GPT, tokenizer: Tokenizer) -> None:
             f"a {type(model).__name__} would be read back as another model: "
             "only a GPT or a ModernGPT can be saved"
         )
-    wanted = dict(on_paper(model.config).named_parameters())
+    wanted = dict(meta_model(model.config).named_parameters())
     if wanted.keys() != dict(model.named_parameters()).keys():
         raise ValueError(
             "weights are missing or have other names: "
-            "save the model before you lighten it or compile it"
+            "save the model before you quantize it or compile it"
         )
     huggingface.require_fit(tokenizer, model.config)
     if not all(p.isfinite().all() for p in model.parameters()):
@@ -122,7 +122,7 @@ def write_model(directory: Path, model: GPT, tokenizer: Tokenizer) -> None:
     texts["config.json"] = json.dumps(config, indent=1)
     new = {name: text.encode() for name, text in texts.items()}
     weights = directory / "model.safetensors"
-    with all_or_nothing(weights) as partial:
+    with atomic_write(weights) as partial:
         save_tensors(
             partial, huggingface.to_theirs(model, huggingface.format_of(model.config))
         )

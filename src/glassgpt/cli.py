@@ -416,7 +416,7 @@ class Model:
         device = glassgpt.pick_device(self.device)  # refuses before the loading
         model, tokenizer = glassgpt.load(self.model)
         weights = None if self.weights == "auto" else self.weights
-        return glassgpt.lighten(model.to(device), weights), tokenizer
+        return glassgpt.quantize(model.to(device), weights), tokenizer
 
 
 @dataclass(kw_only=True)

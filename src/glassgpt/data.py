@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from glassgpt.atomic import all_or_nothing
+from glassgpt.atomic import atomic_write
 from glassgpt.tokens import Tokenizer
 
 
@@ -387,7 +387,7 @@ def write_tokens(
     facts: dict[str, Any] = {"vocab_size": size, "dtype": str(_packed([], size).dtype)}
     if os.path.lexists(directory):
         raise FileExistsError(f"{directory} exists already: choose another folder")
-    with all_or_nothing(directory) as folder:
+    with atomic_write(directory) as folder:
         folder.mkdir()
         for split in SPLITS:
             tokens, characters = 0, 0

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from glassgpt.data import Batch, TokenData, Tokens
 from glassgpt.gpt import GPT
 from glassgpt.modern import MuonConfig
-from glassgpt.plan import Plan, on_paper
+from glassgpt.plan import Plan, meta_model
 from glassgpt.training import Loss, Trainer
 
 
@@ -245,7 +245,7 @@ class _SlicesTrainer(ParallelTrainer):
 
     def whole_model(self) -> GPT:
         state = self._gather(dict(self.model.named_parameters()))
-        model = on_paper(self.model.config)
+        model = meta_model(self.model.config)
         model.load_state_dict(state, strict=False, assign=True)
         if model.config.tied:
             model.head.weight = model.tokens.weight

@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from glassgpt.atomic import all_or_nothing, refuse_other
+from glassgpt.atomic import atomic_write, refuse_other
 from glassgpt.chat import template_of, to_jinja
 from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.modern import LLAMA_CHOICES, ModernConfig, ModernGPT
-from glassgpt.plan import on_paper
+from glassgpt.plan import meta_model
 from glassgpt.tokens import _SYMBOLS, Tokenizer
 
 Read = Callable[[str], Tensor]  # a tensor by its name
@@ -179,7 +179,7 @@ def values_of(config: GPTConfig) -> dict[str, Any]:
 
     Book: 18_real_models.html#agreement-3-config-json-the-same-function
     """
-    values, small = asdict(config), on_paper(replace(config, layers=1))
+    values, small = asdict(config), meta_model(replace(config, layers=1))
     values["hidden"] = small.get_parameter("blocks.0.mlp.projection.weight").shape[1]
     values["key_value_heads"] = values.get("key_value_heads") or config.heads
     return values
@@ -269,7 +269,7 @@ def fit(
     blocks = set(re.findall(start, "\n".join(shapes), re.MULTILINE))
     if len(blocks) != config.layers:
         raise ValueError(f"it has {len(blocks)} layers where {config.layers} are due")
-    model = on_paper(config)
+    model = meta_model(config)
     due = {n: tuple(t.shape) for n, t in to_theirs(model, theirs).items()}
     for name, shape in due.items():
         if (has := shapes.get(name, "nothing")) != shape:
@@ -672,7 +672,7 @@ def write_gguf(
     if (theirs := _GGUF.get(format_of(config).kind)) is None:
         raise ValueError("llama.cpp knows GPT-2 and Llama, not this model")
     require_fit(tokenizer, config)
-    with all_or_nothing(path) as unfinished:
+    with atomic_write(path) as unfinished:
         writer = _library("gguf").GGUFWriter(unfinished, theirs.kind)
         values = values_of(config)
         keys = {"hidden": "feed_forward_length", **theirs.keys}

@@ -279,7 +279,7 @@ class _NoStart(TorchFunctionMode):
         return None if call.__name__ in draws else call(*a, **(k or {}))
 
 
-def on_paper(config: GPTConfig) -> GPT:
+def meta_model(config: GPTConfig) -> GPT:
     """A model of shapes, without memory and in no time.
 
     Raises ValueError for shapes that are too large to count.
@@ -301,7 +301,7 @@ def count(config: GPTConfig) -> tuple[int, int]:
 
     Book: 15_full_gpt.html#the-plan
     """
-    one, two = (on_paper(replace(config, layers=layers)) for layers in (1, 2))
+    one, two = (meta_model(replace(config, layers=layers)) for layers in (1, 2))
     N, flops, more = one.parameter_count(), one.flops_per_token(), config.layers - 1
     N += more * (two.parameter_count() - N)
     return N, flops + more * (two.flops_per_token() - flops)
@@ -314,7 +314,7 @@ def kept_by_block(model: GPTConfig, machine: Machine) -> int:
 
     Book: 15_full_gpt.html#the-plan
     """
-    C, block = model.width, on_paper(replace(model, layers=1)).blocks[0]
+    C, block = model.width, meta_model(replace(model, layers=1)).blocks[0]
     matrices = [part for part in block.modules() if isinstance(part, nn.Linear)]
     numbers = sum(part.in_features + part.out_features for part in matrices) - 2 * C
     if machine.suits_short_attention(model.context):  # it keeps each head's table

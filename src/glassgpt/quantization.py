@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from glassgpt.gpt import GPT
-from glassgpt.plan import on_paper
+from glassgpt.plan import meta_model
 
 FORMATS = ("float32", "bfloat16", "float16", "int8")
 PACKED = torch.backends.quantized.engine in ("x86", "fbgemm")  # FBGEMM is here
@@ -42,7 +42,7 @@ def bias_of(linear: nn.Linear) -> Tensor:
     return linear.bias.detach().float().clone()
 
 
-class LightLinear(nn.Module):
+class QuantizedLinear(nn.Module):
     """A linear layer in int8, for generation: (B, T, in) to (B, T, out).
 
     It rounds each vector that comes in to 8 bits, too. On anything but a CPU the
@@ -132,7 +132,7 @@ class PackedLinear(nn.Module):
         return product(x.float(), self.packed).to(x.dtype)
 
 
-def light_layer(linear: nn.Linear, weights: str) -> nn.Module:
+def quantized_layer(linear: nn.Linear, weights: str) -> nn.Module:
     """A lighter layer in a linear layer's place: (B, T, in) to (B, T, out).
 
     weights: "int8", "bfloat16" or "float16". It is on the device of `linear`.
@@ -140,7 +140,7 @@ def light_layer(linear: nn.Linear, weights: str) -> nn.Module:
     Book: 24_speed.html#a-light-layer
     """
     if weights == "int8":
-        return LightLinear(linear)
+        return QuantizedLinear(linear)
     dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}[weights]
     if PACKED and linear.weight.is_cpu:
         return PackedLinear(linear, dtype)
@@ -159,7 +159,7 @@ def fastest_weights(linear: nn.Linear) -> str:
         return "float16"
     layers: dict[str, nn.Module] = {"float32": linear}
     for name in ("float16", "int8") if PACKED else FORMATS[1:]:
-        layers[name] = light_layer(linear, name)
+        layers[name] = quantized_layer(linear, name)
     x = linear.weight[:1]  # any vector will do
     seconds = dict.fromkeys(layers, float("inf"))
     for _ in range(10):  # in turn, so that a slow moment hits all of them
@@ -170,7 +170,7 @@ def fastest_weights(linear: nn.Linear) -> str:
     return min(seconds, key=seconds.__getitem__)
 
 
-def lighten(model: GPT, weights: str | None = None) -> GPT:
+def quantize(model: GPT, weights: str | None = None) -> GPT:
     """A model for generation, with lighter weights in its linear layers.
 
     weights: one of FORMATS; without it, what `fastest_weights` finds.
@@ -182,19 +182,19 @@ def lighten(model: GPT, weights: str | None = None) -> GPT:
     """
     linear = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
     if not linear:
-        raise ValueError("this model is light already: lighten the one it comes from")
+        raise ValueError("this model is light already: quantize the one it comes from")
     if weights is None:
         weights = fastest_weights(max(linear, key=lambda layer: layer.weight.numel()))
     if weights not in FORMATS:
         raise ValueError(f"weights must be {', '.join(FORMATS)}, not {weights!r}")
-    light = on_paper(model.config)  # has no memory of its own
+    light = meta_model(model.config)  # has no memory of its own
     light.load_state_dict(model.state_dict(), assign=True)
     if model.config.tied:
         light.head.weight = light.tokens.weight
     for path, layer in list(light.named_modules()):  # which change on the way
         new: nn.Module
         if isinstance(layer, nn.Linear) and weights != "float32":
-            new = light_layer(layer, weights)
+            new = quantized_layer(layer, weights)
         elif isinstance(layer, nn.Dropout):
             new = nn.Identity()  # nothing is dropped: no call
         else:

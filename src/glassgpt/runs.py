@@ -19,12 +19,12 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from glassgpt.atomic import all_or_nothing, flush, write_file, write_json
+from glassgpt.atomic import atomic_write, flush, write_file, write_json
 from glassgpt.checkpoints import load, reraise_as, save_tensors, write_model
 from glassgpt.data import SPLITS, TokenData, Tokens, write_tokens
 from glassgpt.gpt import GPT
 from glassgpt.modern import MuonConfig
-from glassgpt.plan import Machine, Plan, on_paper, pick_device, pick_precision
+from glassgpt.plan import Machine, Plan, meta_model, pick_device, pick_precision
 from glassgpt.tokens import Tokenizer
 from glassgpt.training import TrainConfig, Trainer, check_fit, train
 
@@ -125,7 +125,7 @@ def write_checkpoint(run: Run) -> None:
     final = run.directory / f"checkpoint-{run.trainer.step:08d}"
     # Only step 0 can be there already, of a start that was killed.
     _drop(run.directory, [final] if final.exists() else [])
-    with all_or_nothing(final) as partial:
+    with atomic_write(final) as partial:
         write_model(partial, model, run.tokenizer)
         for number, optimizer in enumerate(state.pop("optimizers")):
             saved = optimizer["state"].items()
@@ -427,7 +427,7 @@ def start_run(
     """
     directory, saving = Path(directory), Saving(checkpoint_every, keep)
     refuse_occupied(directory)
-    check_fit(on_paper(plan.model), data)  # takes no memory
+    check_fit(meta_model(plan.model), data)  # takes no memory
     if tokenizer.vocab_size != data.vocab_size:
         raise ValueError(
             f"the data has {data.vocab_size} token ids and the tokenizer "

@@ -59,7 +59,7 @@ class Words(search.WordCollector):
         super().dispatch_visit(node)
 
 
-def lighten(app, pagename, templatename, context, doctree):
+def quantize(app, pagename, templatename, context, doctree):
     """Leave out the scripts that the book doesn't use, and what the style sheet has."""
     context["script_files"] = [
         script
@@ -110,7 +110,7 @@ def setup(app):
     app.add_html_math_renderer("mathml", (write_inline, None), (write_block, None))
     search.WordCollector = Words
     app.connect("html-collect-pages", add_404)
-    for change in (lighten, mend_body, describe, root_404):
+    for change in (quantize, mend_body, describe, root_404):
         app.connect("html-page-context", change, priority=900)
     app.connect("build-finished", give_icon)
     # After the theme has written the colors of the code.

@@ -31,10 +31,10 @@ def random_model(config: GPTConfig, seed: int = 0) -> GPT:
 
     Book: 18_real_models.html#agreement-3-config-json-the-same-function
     """
-    dice = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     model = build(config).double().eval()
     for parameter in model.parameters():
-        parameter.data.normal_(0.0, 0.25, generator=dice)
+        parameter.data.normal_(0.0, 0.25, generator=generator)
     return model
 
 
@@ -100,8 +100,8 @@ def parity_gap(
     context = theirs.config.max_position_embeddings
     assert context == config.context, f"context {context}, not {config.context}"
     theirs.load_state_dict(state, strict=False)
-    dice = torch.Generator().manual_seed(seed)
-    ids = torch.randint(config.vocab_size, (2, config.context), generator=dice)
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(config.vocab_size, (2, config.context), generator=generator)
     return (model(ids) - theirs(ids).logits).abs().max().item()
 
 
@@ -167,13 +167,13 @@ def check_special(make: Callable[[str], Any]) -> None:
         assert one.vocab_size == 270, f"{one.vocab_size} ids, not 270"
 
 
-def _blocks(kind: str, dice: np.random.Generator) -> tuple[bytes, list[float]]:
+def _blocks(kind: str, generator: np.random.Generator) -> tuple[bytes, list[float]]:
     """A random block of 32 numbers, written and calculated one by one."""
-    scale, low = np.float16(dice.normal(0, 2, 2)).tolist()
+    scale, low = np.float16(generator.normal(0, 2, 2)).tolist()
     if kind == "Q8_0":
-        whole = dice.integers(-128, 128, 32).tolist()
+        whole = generator.integers(-128, 128, 32).tolist()
         return struct.pack("<e32b", scale, *whole), [scale * q for q in whole]
-    steps = dice.integers(0, 16, 32).tolist()
+    steps = generator.integers(0, 16, 32).tolist()
     halves = bytes(a | b << 4 for a, b in zip(steps[:16], steps[16:], strict=True))
     if kind == "Q4_0":
         return struct.pack("<e", scale) + halves, [scale * (q - 8) for q in steps]
@@ -181,8 +181,8 @@ def _blocks(kind: str, dice: np.random.Generator) -> tuple[bytes, list[float]]:
 
 
 def _check_kind(unpack: Callable[[np.ndarray], np.ndarray], kind: str) -> None:
-    dice = np.random.default_rng(0)
-    blocks = [_blocks(kind, dice) for _ in range(6)]
+    generator = np.random.default_rng(0)
+    blocks = [_blocks(kind, generator) for _ in range(6)]
     packed = np.frombuffer(b"".join(b for b, _ in blocks), np.uint8)
     numbers = np.array([part for _, part in blocks], np.float32)
     for rows in (3, 1, 6):
@@ -245,11 +245,13 @@ def check_pairs(reorder: Callable[[Tensor, int], Tensor]) -> None:
 
     Book: 18_real_models.html#rotary-positions-rows-in-the-right-order
     """
-    dice = torch.Generator().manual_seed(0)
-    x = torch.randn(7, 6, dtype=torch.float64, generator=dice)  # (T, C)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(7, 6, dtype=torch.float64, generator=generator)  # (T, C)
     for heads, shared, width in ((1, 1, 4), (6, 2, 12)):
         shapes = ((heads * width, 6), (shared * width, 6))
-        rows = [torch.randn(s, dtype=torch.float64, generator=dice) for s in shapes]
+        rows = [
+            torch.randn(s, dtype=torch.float64, generator=generator) for s in shapes
+        ]
         due = _scores(rows, x, width, apply_rotary)
         sent = [part.clone() for part in rows]
         changed = [reorder(part, width) for part in sent]

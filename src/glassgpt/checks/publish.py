@@ -15,12 +15,12 @@ from glassgpt.tokens import BPETokenizer
 
 
 def _random_model(tokenizer: BPETokenizer, tied: bool) -> GPT:
-    dice = torch.Generator().manual_seed(5)
+    generator = torch.Generator().manual_seed(5)
     sizes = {"context": 12, "layers": 3, "heads": 3, "width": 27, "tied": tied}
     model = GPT(GPTConfig(len(tokenizer), **sizes))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.normal_(0, 0.3, generator=dice)
+            parameter.normal_(0, 0.3, generator=generator)
             if name == "blocks.1.attention.qkv.bias":
                 parameter[: 2 * 27] += 16  # scores of 800: e^800 is infinite
             if name in ("tokens.weight", "positions.weight"):
@@ -33,8 +33,8 @@ def check_page_logits(logits: Callable[[dict[str, Any], list[int]], Any]) -> Non
 
     Book: a4_publishing.html#the-same-numbers
     """
-    tokenizer, dice = BPETokenizer([(0, 1)]), torch.Generator().manual_seed(6)
-    ids = torch.randint(len(tokenizer), (1, 11), generator=dice)
+    tokenizer, generator = BPETokenizer([(0, 1)]), torch.Generator().manual_seed(6)
+    ids = torch.randint(len(tokenizer), (1, 11), generator=generator)
     for tied in (True, False):
         model = _random_model(tokenizer, tied)
         for kind in ("float32", "int8"):

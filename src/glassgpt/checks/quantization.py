@@ -85,11 +85,11 @@ def _check_size(light: Any, linear: torch.nn.Linear) -> None:
 
 
 @torch.no_grad()
-def check_light(lighten: Callable[[GPT, str], Any]) -> None:
+def check_light(quantize: Callable[[GPT, str], Any]) -> None:
     """Lighter weights change a model's logits little, and the model not at all.
 
-    lighten: called as lighten(model, weights); each linear layer of what it returns is
-    called with vectors.
+    quantize: called as quantize(model, weights); each linear layer of what it
+    returns is called with vectors.
 
     Book: 24_speed.html#which-is-fastest-here
     """
@@ -106,7 +106,7 @@ def check_light(lighten: Callable[[GPT, str], Any]) -> None:
             layer.bias.copy_(torch.linspace(-1, 1, len(layer.bias)))
     before = model(ids)
     for weights in ("bfloat16", "float16", "int8"):
-        light = lighten(model, weights)
+        light = quantize(model, weights)
         assert torch.equal(model(ids), before), "the model itself was changed"
         same = all(part.training for part in model.modules())
         same = same and all(part.requires_grad for part in model.parameters())
@@ -120,11 +120,11 @@ def check_light(lighten: Callable[[GPT, str], Any]) -> None:
     model = _small_gpt().float()
     before = model(ids)
     for weights, most in (("bfloat16", 0.1), ("float16", 0.01), ("int8", 0.3)):
-        changes = lighten(model, weights)(ids).log_softmax(-1)
+        changes = quantize(model, weights)(ids).log_softmax(-1)
         gap = (changes - before.log_softmax(-1)).abs().mean().item()
         assert gap < most, f"{weights} changes log-probabilities by {gap:.3f}"
     try:
-        lighten(model, "int3")
+        quantize(model, "int3")
     except ValueError:
         return
     raise AssertionError("unknown weights were accepted: raise a ValueError")
