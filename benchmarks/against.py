@@ -45,7 +45,7 @@ def steps(make, config, sizes, count, **settings):
         from glassgpt.modern import MuonConfig
         kind = {"muon": MuonConfig}.get(settings.pop("optimizer", ""), TrainConfig)
         training = kind(steps=10**6, batch_size=settings.pop("batch_size"))
-        plan = Plan(config(1024, **sizes), training, Machine(**settings), 1.0)
+        plan = Plan(config(1024, **sizes), training, Machine(**settings))
         trainer = plan.trainer(data)
         step, unread = trainer.take_step, trainer.unread
     else:

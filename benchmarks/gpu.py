@@ -70,7 +70,7 @@ def machine_of(options: argparse.Namespace) -> Machine:
 def our_step(name: str, options: argparse.Namespace, ids: np.ndarray) -> Step:
     """A step of glassgpt, as `train` makes it."""
     training = OURS[name][2](batch_size=options.batch_size, learning_rate=6e-4)
-    plan = Plan(config_of(name, options), training, machine_of(options), 1.0)
+    plan = Plan(config_of(name, options), training, machine_of(options))
     trainer = plan.trainer(TokenData.of(ids, ids[:5000], GPT2))
 
     def step() -> float | None:

@@ -7,7 +7,6 @@ with `start_run` where the kill came before that. One more run is killed again a
 until it is done. Needs fork and SIGKILL. Prints how many were killed where.
 """
 
-import math
 import os
 import random
 import shutil
@@ -34,7 +33,7 @@ MODEL = GPTConfig(11, context=4, layers=1, heads=1, width=8, dropout=0.2)
 TRAINING = MuonConfig(
     steps=8, batch_size=2, warmup=2, evaluate_every=3, evaluation_crops=2
 )
-PLAN = Plan(MODEL, TRAINING, Machine(), math.nan)
+PLAN = Plan(MODEL, TRAINING, Machine())
 
 moment, last = 0, None
 

@@ -78,7 +78,7 @@ def ours(data: TokenData, seconds: float, compile: str) -> Result:
         warmup=min(50, int(seconds)),
     )
     machine = Machine(precision=pick_precision(torch.device("cpu")), compile=compile)
-    trainer, first = Plan(config, training, machine, 1.0).trainer(data), []
+    trainer, first = Plan(config, training, machine).trainer(data), []
 
     def step(spent: float) -> bool:
         trainer.take_step()

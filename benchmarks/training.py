@@ -72,7 +72,7 @@ def our_step(size: str, name: str) -> Callable[[], None]:
     ids = np.random.default_rng(0).integers(VOCABULARY, size=200_000)
     data = TokenData.of(ids[:180_000], ids[180_000:], VOCABULARY)
     training = (MuonConfig if kind == "muon" else TrainConfig)(batch_size=batch_size)
-    trainer = Plan(config, training, Machine(**machine), 1.0).trainer(data)
+    trainer = Plan(config, training, Machine(**machine)).trainer(data)
 
     def step() -> None:
         trainer.take_step()

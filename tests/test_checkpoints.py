@@ -533,7 +533,7 @@ def write_tokens_once(place, model, tokenizer):
 
 
 def write_a_run(place, model, tokenizer):
-    plan = Plan(model.config, TrainConfig(steps=1), Machine(), math.nan)
+    plan = Plan(model.config, TrainConfig(steps=1), Machine())
     data = TokenData.of([1] * 200, [1] * 200, CONFIG.vocab_size)
     trainer = Trainer(model, data, plan.training)
     trainer.step = model is not OLD[0]  # the newer checkpoint is one of a later step

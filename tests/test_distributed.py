@@ -242,7 +242,7 @@ def refused():
         kind = MuonConfig if muon else TrainConfig
         model = GPTConfig(11, 8, layers=1, heads=1, width=8)
         machine = Machine(precision=precision)
-        plan = Plan(model, kind(batch_size=rows, steps=3), machine, 1e9)
+        plan = Plan(model, kind(batch_size=rows, steps=3), machine)
         data = TokenData.of(list(range(11)) * 9, list(range(11)), 11)
         try:
             make_trainer(plan, data, shard=shard)
@@ -253,7 +253,7 @@ def refused():
 
 def test_one_process_is_a_trainer_as_before():
     model = GPTConfig(11, 8, layers=1, heads=1, width=8)
-    plan = Plan(model, TrainConfig(batch_size=4), Machine(), 1e9)
+    plan = Plan(model, TrainConfig(batch_size=4), Machine())
     data = TokenData.of(list(range(11)) * 9, list(range(11)), 11)
     with process_group() as rank, first_process_first() as first:
         assert rank == first == 0

@@ -47,14 +47,14 @@ MODEL = GPTConfig(11, context=8, layers=1, heads=2, width=16, dropout=0.1)
 TRAINING = TrainConfig(
     steps=12, batch_size=4, warmup=3, evaluate_every=4, evaluation_crops=8
 )
-PLAN = Plan(MODEL, TRAINING, Machine(), math.nan)
+PLAN = Plan(MODEL, TRAINING, Machine())
 IDS = [n * n % 11 for n in range(400)]
 DATA = TokenData.of(IDS[:300], IDS[300:], 11)
 TOKENIZER = CharTokenizer("abcdefghijk")
 
 
 def plan(model=MODEL, machine=None, **values):
-    return Plan(model, replace(TRAINING, **values), machine or Machine(), math.nan)
+    return Plan(model, replace(TRAINING, **values), machine or Machine())
 
 
 def start(directory, plan=PLAN, data=DATA, **options):
@@ -131,7 +131,7 @@ MODERN = ModernConfig(11, 8, 1, 2, 16, dropout=0.1)
 )
 def test_resuming_is_exact(tmp_path, model, training, precision):
     training = replace(training, accumulate=2)
-    one = Plan(model, training, Machine(precision=precision), math.nan)
+    one = Plan(model, training, Machine(precision=precision))
     whole = start(tmp_path / "whole", one)
     cut(tmp_path / "cut", 8, one)
     resumed = resume(tmp_path / "cut")

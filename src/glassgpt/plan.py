@@ -3,20 +3,19 @@
 
 import math
 import os
-import time
+import timeit
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from datetime import timedelta
 from functools import cache, partial
 from textwrap import shorten
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
-from tqdm.auto import tqdm
 
 from glassgpt import modern
 from glassgpt.data import TokenData
@@ -44,51 +43,37 @@ def pick_device(name: str | None = None) -> torch.device:
     return one.device
 
 
-@cache
-def measure_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP a second of products like those of an MLP: the best of several.
-
-    It begins with few rows, and stops where four larger products would take over 0.4
-    seconds. What was measured once is not measured again.
-
-    Book: 15_full_gpt.html#what-the-machine-can-do
-    """
-    rows, width = (8192, 4096) if device.type == "cuda" else (2048, 512)
-    # Not ones, which a GPU may multiply faster. The run's own draws stay as they are.
-    own = torch.Generator(device)
-    draw = partial(torch.randn, generator=own, dtype=dtype, device=device)
-    weights = draw(width, 4 * width)
-    best = 0.0
-    for part in (32, 256, rows):
-        flops = 8 * part * width * width
-        if best and 4 * flops / best > 0.4:
-            break
-        x = draw(part, width)
-        for _ in range(4):
-            began = time.perf_counter()
-            (x @ weights)[0, 0].item()  # reading a number waits for the device
-            best = max(best, flops / (time.perf_counter() - began))
-    return best
-
-
 Precision = Literal["float32", "bfloat16", "float16"]
 
 
 def pick_precision(device: torch.device) -> Precision:
     """The precision in which a device multiplies matrices best.
 
-    A GPU says it by its compute capability: 16 bits from 7.0 on. A CPU is measured.
+    A GPU says it by its compute capability: 16 bits from 7.0 on. A CPU is timed.
 
     Book: 15_full_gpt.html#what-the-machine-can-do
     """
     if device.type == "cuda":
-        major = torch.cuda.get_device_capability(device)[0]
-        return "float32" if major < 7 else "float16" if major < 8 else "bfloat16"
+        major, _ = torch.cuda.get_device_capability(device)
+        if major < 7:
+            return "float32"
+        if major < 8:
+            return "float16"
+        return "bfloat16"
     if device.type != "cpu":
         return "float32"
-    wide = measure_flops(device, torch.float32)
-    narrow = measure_flops(device, torch.bfloat16)
-    return "bfloat16" if narrow > 1.3 * wide else "float32"
+    wide = seconds_of_product(torch.float32)
+    narrow = seconds_of_product(torch.bfloat16)
+    return "bfloat16" if wide > 1.3 * narrow else "float32"
+
+
+def seconds_of_product(dtype: torch.dtype) -> float:
+    """Seconds that this CPU takes for a product of two matrices: the best of ten.
+
+    Book: 15_full_gpt.html#what-the-machine-can-do
+    """
+    x = torch.full((512, 512), 0.5, dtype=dtype)
+    return min(timeit.repeat(lambda: x @ x, number=1, repeat=10))
 
 
 @dataclass(frozen=True)
@@ -142,41 +127,35 @@ def short_attention(
     return F.dropout((scores + penalty).softmax(dim=-1), dropout) @ values
 
 
-def compiled(function: Callable[..., Tensor], on: Machine) -> Callable[..., Tensor]:
-    """`torch.compile`, or the plain function where no compiler works.
+def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`torch.compile`, or the plain function where its first call fails.
 
     Without gradients the plain function is called.
 
     Book: 15_full_gpt.html#compiling
     """
-    fast: Callable[..., Tensor] | None = None
+    chosen: Callable[..., Tensor] | None = None
 
     def call(*inputs: Any) -> Tensor:
-        nonlocal fast
+        nonlocal chosen
         if not torch.is_grad_enabled():
             return function(*inputs)
-        if fast is not None:
-            return fast(*inputs)
+        if chosen is not None:
+            return chosen(*inputs)
         try:
-            # Another formula of tanh: GELU is faster on a CPU.
+            # GELU's tanh written out: training GPT-2 on a CPU is 5 to 10 % faster.
             fast = torch.compile(function, options={"cpp.use_decompose_tanh": True})
-            # A GELU or a norm is calculated again: its result is not kept.
-            budget = 1.0 if on.device.startswith("cuda") else 0.9
-            with (
-                # PyTorch before 2.13 stores a program without its precision.
-                torch.compiler.config.patch(cache_key_tag=on.precision),
-                torch._dynamo.config.patch(recompile_limit=256),  # over eight models
-                torch._functorch.config.patch(
-                    activation_memory_budget=budget,
-                    # What would fail in the backward pass fails here.
-                    force_non_lazy_backward_lowering=True,
-                ),
-            ):
-                return fast(*inputs)
+            result = fast(*inputs)
         except Exception as error:  # whatever a missing compiler raises
-            fast, reason = function, shorten(str(error), 150)
-            tqdm.write(f"torch.compile does not work here, going on without: {reason}")
+            reason = shorten(str(error), 150)
+            warnings.warn(
+                f"torch.compile does not work here, going on without: {reason}",
+                stacklevel=2,
+            )
+            chosen = function
             return function(*inputs)
+        chosen = fast
+        return result
 
     return call
 
@@ -196,43 +175,46 @@ def padded_logits(x: Tensor, weight: Tensor) -> Tensor:
 def make_loss(model: GPT, machine: Machine) -> Loss:
     """The loss of a `Trainer` at a machine's precision, compiled and recomputed.
 
+    The model's blocks are prepared for that machine, and stay so.
+
     Book: 15_full_gpt.html#all-together-the-loss
     """
-    device, cuda = torch.device(machine.device), machine.device.startswith("cuda")
+    device = torch.device(machine.device)
+    cuda = device.type == "cuda"
     short = machine.suits_short_attention(model.config.context)
+    forward = type(model.blocks[0]).forward  # of every block
+    if machine.compile == "blocks":
+        forward = compiled(forward)
+    if machine.recompute:
+        forward = partial(checkpoint, forward, use_reentrant=False)
     for block in model.blocks:
         block.attention.attend = short_attention if short else fused_attention
+        if machine.recompute or machine.compile == "blocks":
+            block.forward = partial(forward, block)
+        else:
+            vars(block).pop("forward", None)  # of another machine
 
-    def call(block: nn.Module, x: Tensor, more: dict[str, Any]) -> Tensor:
-        return block(x, **more)
-
-    run = compiled(call, machine) if machine.compile == "blocks" else call
-    if machine.recompute:
-        run = partial(checkpoint, run, use_reentrant=False)
-
-    def plain(ids: Tensor, targets: Tensor, more: dict[str, Any]) -> Tensor:
-        x = model.embed(ids, torch.arange(ids.shape[1], device=ids.device))
-        for block in model.blocks:
-            x = run(block, x, more)
-        x = model.norm(x)
+    def mean_loss(ids: Tensor, targets: Tensor) -> Tensor:
+        x = model.hidden_states(ids)
         logits = padded_logits(x, model.head.weight) if cuda else model.head(x)
-        logits, places = logits.flatten(0, 1).float(), targets.flatten()
-        total = F.cross_entropy(logits, places, reduction="sum")
-        return total / (places != -100).sum().clamp(min=1)  # 0 without targets
+        logits, targets = logits.flatten(0, 1).float(), targets.flatten()
+        total = F.cross_entropy(logits, targets, reduction="sum")
+        return total / (targets != -100).sum().clamp(min=1)  # 0 without targets
 
-    whole = compiled(plain, machine) if machine.compile == "all" else plain
+    run = compiled(mean_loss) if machine.compile == "all" else mean_loss
 
     def loss(ids: Tensor, targets: Tensor) -> Tensor:
-        # From pinned memory, which never moves, a GPU fetches while the CPU goes on.
-        batch = (x.pin_memory() if cuda else x for x in (ids, targets))
-        ids, targets = (x.to(device, non_blocking=cuda) for x in batch)
-        # A compiled program would calculate the rotary tables in every kernel.
-        rotary = isinstance(model, modern.ModernGPT)
-        positions = torch.arange(ids.shape[1], device=device)
-        more = {"rotation": model.rotation(positions)} if rotary else {}
-        # Outside: a compiled program that switches autocast can't be stored.
-        with torch.autocast(device.type, machine.dtype, machine.precision != "float32"):
-            return whole(ids, targets, more)
+        if cuda:  # from pinned memory a GPU fetches while the CPU goes on
+            ids, targets = ids.pin_memory(), targets.pin_memory()
+        ids = ids.to(device, non_blocking=cuda)
+        targets = targets.to(device, non_blocking=cuda)
+        narrow = machine.precision != "float32"
+        with (
+            torch.autocast(device.type, machine.dtype, narrow),
+            # PyTorch before 2.13 stores a compiled program without its precision.
+            torch.compiler.config.patch(cache_key_tag=machine.precision),
+        ):
+            return run(ids, targets)
 
     return loss
 
@@ -272,11 +254,18 @@ class ScaledTrainer(Trainer):
 
 
 class _NoStart(TorchFunctionMode):
-    """Nothing is drawn: on the meta device that makes PyTorch import its compiler."""
+    """Nothing is drawn.
 
-    def __torch_function__(self, call: Any, _: Any, a: Any = (), k: Any = None) -> Any:
-        draws = ("normal_", "uniform_", "kaiming_uniform_")
-        return None if call.__name__ in draws else call(*a, **(k or {}))
+    On the meta device a first draw imports PyTorch's compiler: 1.3 seconds of a CPU for
+    a small model, where 0.01 are enough.
+    """
+
+    def __torch_function__(
+        self, call: Any, types: Any, arguments: Any = (), named: Any = None
+    ) -> Any:
+        if call.__name__ in ("normal_", "uniform_", "kaiming_uniform_"):
+            return None
+        return call(*arguments, **(named or {}))
 
 
 def meta_model(config: GPTConfig) -> GPT:
@@ -295,38 +284,34 @@ def meta_model(config: GPTConfig) -> GPT:
 
 @cache
 def count(config: GPTConfig) -> tuple[int, int]:
-    """Parameters and FLOPs a token of a model, from those of one layer and of two.
+    """Parameters and FLOPs a token of a model.
 
     Raises ValueError for shapes that are too large to count.
 
     Book: 15_full_gpt.html#the-plan
     """
-    one, two = (meta_model(replace(config, layers=layers)) for layers in (1, 2))
-    N, flops, more = one.parameter_count(), one.flops_per_token(), config.layers - 1
-    N += more * (two.parameter_count() - N)
-    return N, flops + more * (two.flops_per_token() - flops)
+    model = meta_model(config)
+    return model.parameter_count(), model.flops_per_token()
 
 
-def kept_by_block(model: GPTConfig, machine: Machine) -> int:
-    """Bytes that a block keeps of one token for the backward pass, about.
+@cache
+def numbers_of_block(config: GPTConfig) -> int:
+    """Numbers of a token that a block's matrices take and give, about.
 
-    What its matrices take and give; Korthikanti et al. (2022) have the same terms.
+    What the last ones of attention and MLP give is added to the stream, and not kept.
 
     Book: 15_full_gpt.html#the-plan
     """
-    C, block = model.width, meta_model(replace(model, layers=1)).blocks[0]
-    matrices = [part for part in block.modules() if isinstance(part, nn.Linear)]
-    numbers = sum(part.in_features + part.out_features for part in matrices) - 2 * C
-    if machine.suits_short_attention(model.context):  # it keeps each head's table
-        numbers += model.heads * model.context
-    # In 32 bits: the norms' inputs, and queries and keys turned or normalized.
-    wide = 3 if isinstance(model, ModernConfig) else 1
-    return machine.dtype.itemsize * numbers + 8 * C * wide
+    numbers = -2 * config.width
+    for part in meta_model(replace(config, layers=1)).blocks.modules():
+        if isinstance(part, nn.Linear):
+            numbers += part.in_features + part.out_features
+    return numbers
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A model, how to train it, and on what. peak_flops: what it can do a second.
+    """A model, how to train it, and on what.
 
     Book: 15_full_gpt.html#the-plan
     """
@@ -334,7 +319,6 @@ class Plan:
     model: GPTConfig
     training: TrainConfig
     machine: Machine
-    peak_flops: float
 
     @property
     def tokens(self) -> int:
@@ -347,41 +331,30 @@ class Plan:
         return self.tokens * count(self.model)[1]
 
     @property
-    def seconds(self) -> float:
-        """About how long the run will take, evaluations included.
-
-        On a CPU the products at their measured speed, and for each byte that is kept,
-        two for each parameter a step, 1.2 nanoseconds; 1.3 times that in 16 bits, three
-        quarters where it is compiled, divided by the root of the number of threads. On
-        cuda a third of its speed is assumed.
-        """
-        m, t, on = self.model, self.training, self.machine
-        looks = t.steps // t.evaluate_every * t.evaluation_crops * m.context
-        seen = self.tokens + looks / 3  # without a backward pass
-        work = (seen + self.tokens * on.recompute / 3) * count(m)[1]
-        if isinstance(t, MuonConfig):  # its products, 4 rounds a step
-            work += t.steps * 176 * m.layers * m.width**3
-        if on.device.startswith("cuda"):
-            return 3 * work / self.peak_flops
-        kept = seen * (m.layers * kept_by_block(m, on) + 12 * m.vocab_size)
-        each = 1.2e-9 / math.sqrt(torch.get_num_threads())
-        each *= 1.0 if on.precision == "float32" else 1.3
-        each *= 1.0 if on.compile == "off" else 0.75
-        return work / self.peak_flops + each * (kept + 2 * t.steps * count(m)[0])
-
-    @property
     def memory(self) -> int:
         """About how many bytes of tensors it will need at its peak.
 
         16 for every parameter (weight, gradient, AdamW's moments), 18 in 16 bits. For
-        every token what the blocks keep, and 12 a logit. With recomputation one
-        block's, and the 4 C that flow into each. Compiled programs take less.
+        every token what the blocks keep, and 12 bytes a logit. With recomputation what
+        one block keeps, and 4 C bytes that flow into each.
         """
-        m, t, on = self.model, self.training, self.machine
-        block, each = kept_by_block(m, on), 16 if on.precision == "float32" else 18
-        kept = block + 4 * m.layers * m.width if on.recompute else m.layers * block
-        tokens = -(-t.batch_size // t.accumulate) * m.context
-        return each * count(m)[0] + tokens * (kept + 12 * m.vocab_size)
+        model, training, machine = self.model, self.training, self.machine
+        narrow = numbers_of_block(model)
+        if machine.suits_short_attention(model.context):  # it keeps each head's table
+            narrow += model.heads * model.context
+        wide = 2 * model.width  # what the norms take, in 32 bits
+        if isinstance(model, ModernConfig):
+            wide += 4 * model.width  # queries and keys, turned and normalized
+        block = 4 * wide + machine.dtype.itemsize * narrow
+        if machine.recompute:
+            kept = block + 4 * model.width * model.layers
+        else:
+            kept = block * model.layers
+        crops = math.ceil(training.batch_size / training.accumulate)
+        tokens = crops * model.context
+        each = 16 if machine.precision == "float32" else 18
+        parameters, _ = count(model)
+        return each * parameters + tokens * (kept + 12 * model.vocab_size)
 
     def trainer(
         self,
@@ -399,37 +372,39 @@ class Plan:
         with torch.random.fork_rng():
             torch.manual_seed(training.seed)
             model = (model or build(self.model)).to(start or machine.device)
-        optimizers = make_optimizers(model, training)
         if isinstance(training, MuonConfig):
             optimizers = muon_optimizers(model, training, machine.dtype)
-        usual = ScaledTrainer if machine.precision == "float16" else Trainer
-        loss = make_loss(model, machine)
-        return (kind or usual)(model, data, training, optimizers, loss)
+        else:
+            optimizers = make_optimizers(model, training)
+        if kind is None:
+            kind = ScaledTrainer if machine.precision == "float16" else Trainer
+        return kind(model, data, training, optimizers, make_loss(model, machine))
 
     def describe(self) -> str:
         """The plan in a few lines, for people."""
-        m, t, on = self.model, self.training, self.machine
-        rates = f"adamw, rate {t.learning_rate:.2g}"
-        if isinstance(t, MuonConfig):
-            rates = f"muon, rate {t.matrix_learning_rate:.2g} ({rates})"
-        how = f"{on.precision}, compile {on.compile}{', recomputed' * on.recompute}"
-        parts = f" in {t.accumulate} parts" * (t.accumulate > 1)
-        kind = "modern, not GPT-2" if isinstance(m, ModernConfig) else "GPT-2"
-        return f"""\
-model   {kind}: {count(m)[0] / 1e6:.2f} M parameters, {m.layers} layers, {m.heads} \
-heads, width {m.width}, context {m.context}
-run     {t.steps:,} steps, {self.tokens / 1e6:.1f} M tokens, {self.flops:.1e} FLOPs
-recipe  {rates}, batches of {t.batch_size}{parts}
-machine {on.device}, {how}: about {self.memory / 1e9:.2f} GB of tensors, \
-{timedelta(seconds=round(self.seconds))}"""
-
-
-# Layers, heads and width. "small" to "xl" are GPT-2's four.
-SIZES = {"micro": (4, 4, 128), "mini": (6, 6, 384), "small": (12, 12, 768)}
-SIZES |= {"medium": (24, 16, 1024), "large": (36, 20, 1280), "xl": (48, 25, 1600)}
-# The kind of settings, and the rate at a width of 1.
-OPTIMIZERS = {"adamw": (TrainConfig, 0.4), "muon": (MuonConfig, 0.8)}
-RECIPES = {"gpt2": modern.GPT2_CHOICES, "modern": {}, "llama": modern.LLAMA_CHOICES}
+        model, training, machine = self.model, self.training, self.machine
+        architecture = "GPT-2"
+        if isinstance(model, ModernConfig):
+            architecture = "modern, not GPT-2"
+        parameters, _ = count(model)
+        rates = f"adamw, rate {training.learning_rate:.2g}"
+        if isinstance(training, MuonConfig):
+            rates = f"muon, rate {training.matrix_learning_rate:.2g} ({rates})"
+        batches = f"batches of {training.batch_size}"
+        if training.accumulate > 1:
+            batches += f" in {training.accumulate} parts"
+        computing = f"{machine.device}, {machine.precision}, compile {machine.compile}"
+        if machine.recompute:
+            computing += ", recomputed"
+        return (
+            f"model   {architecture}: {parameters / 1e6:.2f} M parameters, "
+            f"{model.layers} layers, {model.heads} heads, width {model.width}, "
+            f"context {model.context}\n"
+            f"run     {training.steps:,} steps, {self.tokens / 1e6:.1f} M tokens, "
+            f"{self.flops:.1e} FLOPs\n"
+            f"recipe  {rates}, {batches}\n"
+            f"machine {computing}: about {self.memory / 1e9:.2f} GB of tensors"
+        )
 
 
 def memory_of(device: torch.device) -> float:
@@ -451,30 +426,57 @@ def fit_memory(plan: Plan, memory: float, given: set[str]) -> Plan:
 
     Book: 15_full_gpt.html#what-a-plan-chooses
     """
-    while plan.memory > memory:
-        training, machine = plan.training, plan.machine
-        if training.accumulate < training.batch_size and "accumulate" not in given:
+    training = plan.training
+    if "accumulate" not in given:
+        while plan.memory > memory and training.accumulate < training.batch_size:
             parts = min(2 * training.accumulate, training.batch_size)
-            plan = replace(plan, training=replace(training, accumulate=parts))
-        elif not machine.recompute and "recompute" not in given:
-            plan = replace(plan, machine=replace(machine, recompute=True))
-        else:
-            due, there = f"{plan.memory / 1e9:,.1f} GB", f"{memory / 1e9:.1f}"
-            advice = "lower width, layers, context or batch size"
-            raise ValueError(f"{due} needed, {there} there for tensors: {advice}")
+            training = replace(training, accumulate=parts)
+            plan = replace(plan, training=training)
+    if plan.memory > memory and "recompute" not in given:
+        plan = replace(plan, machine=replace(plan.machine, recompute=True))
+    if plan.memory > memory:
+        raise ValueError(
+            f"{plan.memory / 1e9:,.1f} GB needed, {memory / 1e9:.1f} there for tensors:"
+            " lower width, layers, context or batch size"
+        )
     return plan
 
 
-def preset(device: torch.device) -> dict[str, Any]:
-    """What suits a device when nothing else is said: size, context, batch, steps.
+# Layers, heads and width. "small" to "xl" are GPT-2's four.
+SIZES = {
+    "micro": (4, 4, 128),
+    "mini": (6, 6, 384),
+    "small": (12, 12, 768),
+    "medium": (24, 16, 1024),
+    "large": (36, 20, 1280),
+    "xl": (48, 25, 1600),
+}
+RECIPES = {"gpt2": modern.GPT2_CHOICES, "modern": {}, "llama": modern.LLAMA_CHOICES}
+OPTIMIZERS = ("adamw", "muon")
+
+
+class Preset(NamedTuple):
+    """What suits a device when nothing else is said.
+
+    Book: 15_full_gpt.html#what-a-plan-chooses
+    """
+
+    size: str
+    context: int
+    batch_size: int
+    steps: int
+
+
+def preset(device: torch.device) -> Preset:
+    """A small model for a CPU, a larger one for a GPU with its memory.
 
     Book: 15_full_gpt.html#what-a-plan-chooses
     """
     if device.type != "cuda":
-        return {"size": "micro", "context": 64, "batch_size": 16, "steps": 2000}
+        return Preset("micro", context=64, batch_size=16, steps=2000)
     if memory_of(device) < 30e9:
-        return {"size": "mini", "context": 256, "batch_size": 64, "steps": 5000}
-    return {"size": "small", "context": 1024, "batch_size": 32, "steps": 5000}
+        return Preset("mini", context=256, batch_size=64, steps=5000)
+    return Preset("small", context=1024, batch_size=32, steps=5000)
 
 
 def names(*kinds: Any) -> set[str]:
@@ -493,6 +495,15 @@ def take(kind: Any, values: dict[str, Any]) -> Any:
     return kind(**{k: v for k, v in values.items() if k in names(kind)})
 
 
+def given_for(default: Any, given: dict[str, Any]) -> Any:
+    """A dataclass like `default`, with those given values that are its fields.
+
+    Book: 15_full_gpt.html#what-a-plan-chooses
+    """
+    own = names(default)
+    return replace(default, **{k: v for k, v in given.items() if k in own})
+
+
 def make_plan(
     vocab_size: int,
     size: str | None = None,
@@ -500,46 +511,64 @@ def make_plan(
     device: str | None = None,
     cards: int = 1,
     optimizer: str | None = None,
-    **values: Any,
+    **given: Any,
 ) -> Plan:
     """Choose everything for a run on this machine; any value can be given instead.
 
     size: one of `SIZES`. recipe: "gpt2", "modern" (for `ModernConfig`) or "llama".
     cards: how many GPUs share model and batch (chapter 25). optimizer: "adamw" or
     "muon", by default Muon where a run has to be short or the recipe is modern.
-    values: fields of ModernConfig, MuonConfig and Machine.
+    given: fields of ModernConfig, MuonConfig and Machine.
     Raises ValueError for names and values that don't exist, and for what can't fit.
 
     Book: 15_full_gpt.html#what-a-plan-chooses
     """
-    chosen, given = pick_device(device), set(values)
-    suited, cuda = preset(chosen), chosen.type == "cuda"
-    size = size or suited["size"]
-    optimizer = optimizer or ("adamw" if cuda and recipe != "modern" else "muon")
+    on = pick_device(device)
+    usual = preset(on)
+    size = size or usual.size
+    if optimizer is None:
+        optimizer = "adamw" if on.type == "cuda" and recipe != "modern" else "muon"
     for value, known in ((size, SIZES), (recipe, RECIPES), (optimizer, OPTIMIZERS)):
         if value not in known:
             raise ValueError(f"{value!r} is none of {', '.join(known)}")
-    choices = names(ModernConfig) - names(GPTConfig)
-    shapes = ModernConfig if recipe != "gpt2" or given & choices else GPTConfig
-    settings, rate = OPTIMIZERS[optimizer]
-    if unknown := given - names(shapes, settings, Machine):
+    modern_only = names(ModernConfig) - names(GPTConfig)
+    model_kind = GPTConfig
+    if recipe != "gpt2" or modern_only & set(given):
+        model_kind = ModernConfig
+    training_kind = MuonConfig if optimizer == "muon" else TrainConfig
+    unknown = set(given) - names(model_kind, training_kind, Machine)
+    if unknown:
         raise ValueError(f"a run with {optimizer} has no {', '.join(sorted(unknown))}")
-    sizes = dict(zip(("layers", "heads", "width"), SIZES[size], strict=True))
-    values = {**suited, **sizes, **RECIPES[recipe], **values, "device": str(chosen)}
-    model = take(shapes, {"vocab_size": vocab_size, **values})
-    warmup = min(50, values["steps"] // 10)
-    usual = {"learning_rate": rate / model.width, "warmup": warmup}
-    training = take(settings, {**usual, **values})
-    if "precision" not in given:
-        values["precision"] = pick_precision(chosen)
-    machine = take(Machine, values)
-    plan = Plan(model, training, machine, measure_flops(chosen, machine.dtype))
-    if "compile" not in given and chosen.type != "mps" and plan.seconds > 120:
-        # To compile the whole model takes longer.
-        scope = "all" if cuda or plan.seconds > 600 else "blocks"
-        plan = replace(plan, machine=replace(machine, compile=scope))
-    if plan.seconds > 1e12:  # what comes out of a slip of the hand
-        slow = "the run would take over 30,000 years"
-        raise ValueError(f"{slow}: lower its steps, batch_size or evaluation_crops")
-    memory = 0.85 * memory_of(chosen) * (cards if cuda else 1)
-    return fit_memory(plan, memory, given)
+
+    # The model.
+    layers, heads, width = SIZES[size]
+    model = model_kind(
+        vocab_size, context=usual.context, layers=layers, heads=heads, width=width
+    )
+    if isinstance(model, ModernConfig):
+        model = replace(model, **RECIPES[recipe])
+    model = given_for(model, given)
+
+    # The training.
+    steps = given.get("steps", usual.steps)
+    training = training_kind(
+        steps=usual.steps,
+        batch_size=usual.batch_size,
+        learning_rate=(0.8 if optimizer == "muon" else 0.4) / model.width,
+        warmup=min(50, steps // 10),
+    )
+    training = given_for(training, given)
+
+    # The machine.
+    machine = Machine(
+        device=str(on),
+        precision=given.get("precision") or pick_precision(on),
+        compile="all" if on.type == "cuda" else "off",
+    )
+    machine = given_for(machine, given)
+
+    # The memory.
+    memory = 0.85 * memory_of(on)
+    if on.type == "cuda":
+        memory *= cards
+    return fit_memory(Plan(model, training, machine), memory, set(given))

@@ -270,7 +270,6 @@ def _write_run(run: Run, data: TokenData) -> None:
     place = data.directory.resolve()
     own = place == run.directory.resolve() / "data"  # its own moves with it
     content = asdict(run.plan) | {"saving": asdict(run.saving)}
-    del content["peak_flops"]  # of this machine
     content |= {"data": "data" if own else str(place), "fingerprint": data.fingerprint}
     write_json(run.directory / "run.json", content)
 
@@ -525,7 +524,7 @@ def resume_run(
         tokens = _find_tokens(Path(data or before.data), before.fingerprint)
         checkpoint, contents, damaged = _read_newest(directory)
         model, tokenizer, state = contents
-        plan = Plan(model.config, training, machine, math.nan)
+        plan = Plan(model.config, training, machine)
         trainer = make_trainer(plan, tokens, model)
         restore(trainer, state, checkpoint)
         if trainer.step > training.steps:

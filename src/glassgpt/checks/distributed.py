@@ -434,7 +434,7 @@ def train_in(
         kind = TrainConfig if shard == "model" else MuonConfig
         values = {"steps": steps, "batch_size": 7, "warmup": 5}
         values |= {"evaluate_every": 10, "evaluation_crops": 8}
-        plan = Plan(model, kind(**values), Machine(), math.nan)
+        plan = Plan(model, kind(**values), Machine())
         data = TokenData.of(ids[:1200], ids[1200:], size)
         run = start_run(folder, plan, data, tokenizer, checkpoint_every=10, **how)
     return [record["validation_loss"] for record in run.trainer.records]

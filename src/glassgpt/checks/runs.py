@@ -227,7 +227,7 @@ def check_resume(pair: tuple[Callable[..., Any], Callable[..., Any]]) -> None:
         training = kind(
             steps=8, warmup=2, batch_size=2, evaluate_every=2, evaluation_crops=2
         )
-        plan = Plan(model, training, Machine(), math.nan)
+        plan = Plan(model, training, Machine())
         whole, _, written = _run_with_cuts(pair, plan, ids, [])
         resumed, lives, written_again = _run_with_cuts(pair, plan, ids, [4, 8])
         assert lives[1][:1] == [3], (
