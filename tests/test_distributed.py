@@ -443,7 +443,7 @@ def test_what_cannot_work_is_refused_before_it_begins(of_two):
 def test_a_mistake_ends_all(of_two, folder):
     for code, said in of_two["mistaken"]:
         assert code == 2
-        assert "--width 33 is no multiple of" in said
+        assert "width 33 is no multiple of" in said
     assert not (folder / "none").exists()
 
 
