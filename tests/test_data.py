@@ -212,19 +212,21 @@ def test_what_is_no_file_is_not_left_out_silently(kind, tmp_path):
     other = tmp_path / "other"
     os.mkfifo(other) if kind == "pipe" else other.symlink_to("nowhere")
     for sources in ([other], [tmp_path / "a.txt", other]):
-        with pytest.raises(ValueError, match="other is a pipe, a device or a link"):
+        with pytest.raises(ValueError, match="other is not a file"):
             read_documents(*sources)
     for source in (tmp_path, f"{tmp_path}/*"):  # nobody named it
         assert [each.name for each in read_documents(source)] == ["a.txt"]
 
 
-def test_links_are_followed_and_no_place_is_read_twice(tmp_path):
+def test_no_file_is_read_twice_and_linked_folders_are_left_out(tmp_path):
     files(tmp_path / "books", TEXT)
     files(tmp_path / "in").joinpath("a.txt").write_text(TEXT)
     links = {"books": "../books", "loop": "..", "more": "../books", "circle": "circle"}
     for name, target in links.items():
         (tmp_path / "in" / name).symlink_to(target, target_is_directory=True)
-    assert [each.name for each in read_documents("in")] == ["a.txt", "00.txt"]
+    (tmp_path / "in" / "b.txt").symlink_to("a.txt")
+    assert [each.name for each in read_documents("in")] == ["a.txt"]
+    assert [each.name for each in read_documents("in/books")] == ["00.txt"]
 
 
 def test_a_folder_that_may_not_be_looked_into(tmp_path, monkeypatch):

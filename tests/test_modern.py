@@ -362,7 +362,9 @@ def test_muon_multiplies_in_its_own_precision():
 
 def test_two_optimizers_share_the_parameters():
     model = ModernGPT(ModernConfig(**SIZES, **GPT2_CHOICES))
-    config = MuonConfig(learning_rate=0.01, matrix_learning_rate=0.1, weight_decay=0.3)
+    config = MuonConfig(
+        learning_rate=0.01, matrix_learning_rate=0.1, weight_decay=0.3, beta2=0.95
+    )
     muon, adamw = muon_optimizers(model, config, torch.float64)
     assert muon.dtype == torch.float64
     wanted = [
@@ -376,6 +378,7 @@ def test_two_optimizers_share_the_parameters():
     assert everything == set(map(id, model.parameters()))
     assert (matrices["lr"], rest["lr"]) == (0.1, 0.01)
     assert (matrices["weight_decay"], rest["weight_decay"]) == (0.3, 0.0)
+    assert rest["betas"] == (0.9, 0.95)
     assert (matrices["momentum"], matrices["ns_steps"]) == (0.9, 4)
 
 

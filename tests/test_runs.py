@@ -381,6 +381,15 @@ def test_a_run_moves_with_its_data(tmp_path, whole):
     assert torch.equal(weights(whole), weights(resume(tmp_path / "moved")))
 
 
+def test_a_run_that_names_no_betas_resumes_with_those_that_it_had(tmp_path, whole):
+    cut(tmp_path / "cut", 8)
+    file = tmp_path / "cut" / "run.json"
+    content = json.loads(file.read_text())
+    del content["training"]["beta1"], content["training"]["beta2"]
+    file.write_text(json.dumps(content))
+    assert torch.equal(weights(whole), weights(resume(tmp_path / "cut")))
+
+
 @pytest.mark.parametrize("own", [True, False])
 def test_tokens_that_moved_are_found_where_they_are(tmp_path, own, whole):
     place = tmp_path / "cut" / "data" if own else tmp_path / "tokens"

@@ -72,7 +72,8 @@ def through_a_file(state):
     [("steps", 0), ("steps", 1.5), ("steps", True), ("steps", 10**20)]
     + [("seed", -1), ("accumulate", "2"), ("accumulate", 33), ("clip", None)]
     + [("learning_rate", 0.0), ("learning_rate", math.nan), ("clip", math.inf)]
-    + [("weight_decay", -0.1), ("final_rate", 1.1), ("schedule", "step")],
+    + [("weight_decay", -0.1), ("final_rate", 1.1), ("schedule", "step")]
+    + [("beta1", 1.0), ("beta1", -0.1), ("beta2", 1), ("beta2", math.nan)],
 )
 def test_impossible_settings_are_refused(setting, value):
     with pytest.raises(ValueError, match=setting):
@@ -82,6 +83,7 @@ def test_impossible_settings_are_refused(setting, value):
 def test_possible_settings_pass_and_those_of_later_chapters_are_validated():
     TrainConfig(learning_rate=1, weight_decay=0, final_rate=0, warmup=0, clip=1e9)
     TrainConfig(batch_size=5, accumulate=5, final_rate=1, schedule="stable")
+    TrainConfig(beta1=0, beta2=0.0)
 
     @dataclass(frozen=True)
     class More(TrainConfig):
@@ -128,13 +130,13 @@ def batch_of(step, config=CONFIG):
 
 
 def test_steps_are_those_of_a_plain_loop_with_the_rate_scheduled():
-    config = replace(CONFIG, clip=0.1)
+    config = replace(CONFIG, clip=0.1, beta1=0.5, beta2=0.8)
     made, other = trainer(gpt(PLAIN), config), gpt(PLAIN)
     matrices = [p for p in other.parameters() if p.dim() > 1]
     vectors = [p for p in other.parameters() if p.dim() < 2]
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     reference = torch.optim.AdamW(
-        groups, betas=(0.9, 0.99), weight_decay=0.1, fused=True
+        groups, betas=(0.5, 0.8), weight_decay=0.1, fused=True
     )
     for step in range(5):
         made.take_step()

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from glob import glob
-from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Self
 
@@ -125,8 +124,10 @@ class Tokens:
     def starts(self, context: int) -> int:
         """How many crops there are: N - T. Raises ValueError where there is none."""
         if not 0 < context < len(self):
-            what = f"{len(self)} tokens of text allow no crops of {context}"
-            raise ValueError(f"{what}: use more text or another context")
+            raise ValueError(
+                f"{len(self)} tokens of text allow no crops of {context}: "
+                "use more text or another context"
+            )
         return len(self) - context
 
     def _crops(self, starts: np.ndarray, context: int) -> Batch:
@@ -157,10 +158,15 @@ class Tokens:
 
 
 PIECE = 1 << 20  # bytes read at a time
+LONGEST = 1 << 18  # characters that wait for a place to cut
 
-# Up to the last white space that follows something else; `regex` decides what is which.
-# Or all of it, where so many characters (PIECE / 4) have no such place.
-_UP_TO_A_CUT = re.compile(r"(?s).*[\S\x1c-\x1f](?=[^\S\x1c-\x1f])|.{262144,}")
+
+def _last_break(text: str) -> int:
+    """Where the last white space begins that follows something else, or 0."""
+    for place in range(len(text) - 1, 0, -1):
+        if text[place] in " \n" and not text[place - 1].isspace():
+            return place
+    return 0
 
 
 @dataclass(frozen=True)
@@ -181,9 +187,12 @@ class FileDocument(Document):
             if "\0" in text:
                 raise ValueError("it has a null byte")
             rest += text
-            if cut := _UP_TO_A_CUT.match(rest):
-                yield cut[0]
-                rest = rest[cut.end() :]
+            cut = _last_break(rest)
+            if cut == 0 and len(rest) >= LONGEST:
+                cut = len(rest)
+            if cut > 0:
+                yield rest[:cut]
+                rest = rest[cut:]
         yield rest
 
     def cut(self) -> tuple[Document, Document]:
@@ -191,10 +200,17 @@ class FileDocument(Document):
         if self.path.suffix == ".jsonl":
             return super().cut()
         cut = self.end * 9 // 10
-        late = (self.end - cut) // 2  # a line that ends after this is cut
-        block = next(replace(self, start=cut)._blocks(), b"")
-        inside = re.match(rb"[\x80-\xbf]*", block).end()  # of a character
-        cut += block.find(b"\n", 0, late) + 1 or inside
+        with open(self.path, "rb") as file:
+            file.seek(cut)
+            block = file.read(min(PIECE, self.end - cut))
+        line_end = block.find(b"\n", 0, (self.end - cut) // 2)
+        if line_end >= 0:
+            cut += line_end + 1
+        else:  # not inside a character, whose later bytes are 10xxxxxx in binary
+            later = 0
+            while later < len(block) and block[later] >> 6 == 0b10:
+                later += 1
+            cut += later
         return replace(self, end=cut), replace(self, start=cut)
 
     def _blocks(self) -> Iterator[bytes]:
@@ -215,37 +231,51 @@ def _text_of(line: bytes) -> bytes:
     raise ValueError('the line is no {"text": "..."}')
 
 
-def _files(places: Iterable[Path], seen: set[str]) -> Iterator[Path]:
-    """These files and those below folders: in order, each once, none that is hidden."""
-    for place in sorted(places):
-        real = os.path.realpath(place)
-        if real in seen:
+def _below(folder: Path) -> list[Path]:
+    """The files of a folder and of the folders in it, linked and hidden ones aside."""
+    files = []
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
             continue
-        seen.add(real)
+        if path.is_file():
+            files.append(path)
+        elif path.is_dir() and not path.is_symlink():
+            files += _below(path)
+    return files
+
+
+def _files(source: str | Path) -> list[Path]:
+    """The files of a path or pattern, in order."""
+    if os.path.exists(source):
+        places = [Path(source)]
+    else:
+        places = sorted(Path(found) for found in glob(str(source), recursive=True))
+    if not places:
+        raise FileNotFoundError(
+            f'{str(source)[:60]!r} is neither a file, nor a folder, nor "shakespeare"'
+        )
+    files = []
+    for place in places:
         if place.is_dir():
-            yield from _files((p for p in place.iterdir() if p.name[0] != "."), seen)
+            files += _below(place)
         elif place.is_file():
-            yield place
+            files.append(place)
+        elif place == Path(source):
+            raise ValueError(f"{source} is not a file")
+    return files
 
 
-def _documents(source: str | Path, seen: set[str]) -> Iterator[Document]:
-    """The documents behind a path (first, where it exists), a pattern, or a name."""
-    places = [source] if os.path.exists(source) else glob(str(source), recursive=True)
-    if not places and str(source) == "shakespeare":
-        yield from shakespeare()
-    elif not places:
-        what = 'is neither a file, nor a folder, nor "shakespeare"'
-        raise FileNotFoundError(f"{str(source)[:60] or 'an empty name'} {what}")
-    named = str(source) in map(str, places)  # and not found by a pattern
-    if named and not (os.path.isfile(source) or os.path.isdir(source)):
-        what = "is a pipe, a device or a link to nothing: give a file"
-        raise ValueError(f"{source} {what}")
-    for path in _files(map(Path, places), seen):
-        with open(path, "rb") as file:
-            lines = path.suffix == ".jsonl"  # each is a document
-            sizes = map(len, file) if lines else [path.stat().st_size]
-            for start, end in pairwise(accumulate(sizes, initial=0)):
-                yield FileDocument(path.name, path=path, start=start, end=end)
+def _documents(path: Path) -> Iterator[Document]:
+    """The whole file, or each line of a .jsonl file."""
+    if path.suffix != ".jsonl":
+        yield FileDocument(path.name, path=path, end=path.stat().st_size)
+        return
+    start = 0
+    with open(path, "rb") as file:
+        for line in file:
+            end = start + len(line)
+            yield FileDocument(path.name, path=path, start=start, end=end)
+            start = end
 
 
 def read_documents(*sources: str | Path, skip: bool = False) -> list[Document]:
@@ -253,25 +283,37 @@ def read_documents(*sources: str | Path, skip: bool = False) -> list[Document]:
 
     A line of a .jsonl file is a document, {"text": "..."}. Hidden and empty files are
     left out, and with `skip` what isn't text, with a warning that names the files.
-    Raises FileNotFoundError for what doesn't exist, ValueError for what isn't text, a
-    pipe among them.
+    Linked folders inside a folder are left out, too. Raises FileNotFoundError for what
+    doesn't exist, ValueError for what isn't a file or isn't text.
 
     Book: 11_data.html#text-in-pieces
     """
-    documents, bad, seen = [], {}, set()
-    for document in (each for source in sources for each in _documents(source, seen)):
+    found: list[Document] = []
+    files: dict[str, Path] = {}  # each once, whatever its names
+    for source in sources:
+        if str(source) == "shakespeare" and not os.path.exists(source):
+            found += shakespeare()
+        else:
+            for path in _files(source):
+                files.setdefault(os.path.realpath(path), path)
+    for path in files.values():
+        found += _documents(path)
+    documents: list[Document] = []
+    bad: dict[Path, str] = {}  # of each file what is said of its first mistake
+    for document in found:
         try:
-            if sum(map(len, document.pieces())):
+            length = sum(len(piece) for piece in document.pieces())  # reads all of it
+            if length > 0:
                 documents.append(document)
         except (ValueError, RecursionError) as error:
             why = "not UTF-8" if isinstance(error, UnicodeError) else error
             place = f"{document.path}, from byte {document.start} on"
             bad.setdefault(document.path, f"{place}, can't be read as text ({why})")
-    what = "; ".join(bad.values())
+    messages = "; ".join(bad.values())
     if bad and not skip:
-        raise ValueError(f"{what}: convert it, take it away, or skip it (--skip)")
+        raise ValueError(f"{messages}: convert it, take it away, or skip it (--skip)")
     if bad:
-        warnings.warn(f"left out: {what}", stacklevel=2)
+        warnings.warn(f"left out: {messages}", stacklevel=2)
     if not documents:
         names = ", ".join(map(str, sources)) or "an empty list"
         raise ValueError(f"{names} has no text in it: there is nothing to learn from")
@@ -390,12 +432,16 @@ def write_tokens(
     with atomic_write(directory) as folder:
         folder.mkdir()
         for split in SPLITS:
-            tokens, characters = 0, 0
+            tokens = 0
+            characters: int | None = 0
             with open(folder / f"{split}.bin", "wb") as file:
                 for ids, n in splits[split]:
                     file.write(_packed(ids, size))
                     tokens += len(ids)
-                    characters = None if None in (characters, n) else characters + n
+                    if characters is None or n is None:
+                        characters = None
+                    else:
+                        characters += n
             if tokens == 0:
                 raise ValueError(f"too little text: none is left for {split}")
             facts[split] = {"tokens": tokens, "characters": characters}

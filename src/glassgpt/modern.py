@@ -420,5 +420,8 @@ def muon_optimizers(
     inside = set(matrices)
     rest = [p for p in model.parameters() if p not in inside]
     muon = Muon(matrices, config.matrix_learning_rate, config.weight_decay, dtype)
-    options = {"betas": (0.9, 0.99), "weight_decay": 0.0, "fused": True}
-    return [muon, torch.optim.AdamW(rest, config.learning_rate, **options)]
+    betas = (config.beta1, config.beta2)
+    adamw = torch.optim.AdamW(
+        rest, config.learning_rate, betas, weight_decay=0.0, fused=True
+    )
+    return [muon, adamw]

@@ -42,6 +42,8 @@ class TrainConfig:
     warmup: int = 50  # steps in which the rate rises
     final_rate: float = 0.1  # share of the rate that is left at the end
     weight_decay: float = 0.1  # of matrices and tables
+    beta1: float = 0.9  # how much of its mean gradient AdamW keeps at each step
+    beta2: float = 0.99  # and of the mean of its squares
     clip: float = 1.0  # a longer gradient is scaled to this norm
     evaluate_every: int = 250  # steps from one evaluation to the next
     evaluation_crops: int = 640  # held-out crops, the same at every evaluation
@@ -53,7 +55,7 @@ class TrainConfig:
 
 def _check_settings(config: TrainConfig) -> None:
     """Raise ValueError for impossible values."""
-    may_be_zero = ("warmup", "final_rate", "weight_decay", "seed")
+    may_be_zero = ("warmup", "final_rate", "weight_decay", "beta1", "beta2", "seed")
     for field in (field for field in fields(config) if field.type in (int, float)):
         name, kind, value = field.name, field.type, getattr(config, field.name)
         most = 1 << 63 if kind is int else math.inf
@@ -66,6 +68,10 @@ def _check_settings(config: TrainConfig) -> None:
         raise ValueError("accumulate can't exceed batch_size: no part is empty")
     if config.final_rate > 1:
         raise ValueError(f"final_rate is a share, 0 to 1, not {config.final_rate}")
+    if max(config.beta1, config.beta2) >= 1:
+        raise ValueError(
+            f"beta1 and beta2 must be below 1, not {config.beta1} and {config.beta2}"
+        )
     check_choices(config)
 
 
@@ -103,7 +109,8 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
     vectors = [p for p in model.parameters() if p.dim() < 2]
     decaying = {"params": matrices, "weight_decay": config.weight_decay}
     groups = [decaying, {"params": vectors, "weight_decay": 0.0}]
-    return [AdamW(groups, config.learning_rate, (0.9, 0.99), fused=True)]
+    betas = (config.beta1, config.beta2)
+    return [AdamW(groups, config.learning_rate, betas, fused=True)]
 
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # of ids and targets (B, T)
@@ -278,7 +285,7 @@ class Trainer:
         """Measure the model on held-out text, and add a record of all steps since."""
         self.read_losses()
         c, held_out = self.config, self.data.validation
-        part = -(-c.batch_size // c.accumulate)  # rounded up
+        part = math.ceil(c.batch_size / c.accumulate)
         loss = evaluate(self.model, held_out, c.evaluation_crops, part, self.loss)
         self._require_finite(loss, f"the validation loss at step {self.step}")
         record = {"step": self.step, "validation_loss": loss, "seconds": self.seconds}
@@ -298,10 +305,14 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """Everything that a step changes. As in PyTorch, tensors are not copied."""
         self.read_losses()
-        state = {"step": self.step, "seconds": self.seconds, "records": self.records}
-        state |= {"recent": self.recent, "model": dict(self.model.named_parameters())}
-        state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
-        return state
+        return {
+            "step": self.step,
+            "seconds": self.seconds,
+            "records": self.records,
+            "recent": self.recent,
+            "model": dict(self.model.named_parameters()),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+        }
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
