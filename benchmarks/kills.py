@@ -5,15 +5,22 @@ python benchmarks/kills.py [KILLS]: so many processes kill themselves at a rando
 after a random time. Each is then started anew: with `resume_run` where there is a run,
 with `start_run` where the kill came before that. One more run is killed again and again
 until it is done. Needs fork and SIGKILL. Prints how many were killed where.
+
+python benchmarks/kills.py KILLS torchrun: for each way to divide a run, two processes
+of torchrun train, and one of them is killed from outside, so many times, each time at
+another random step. torchrun ends the other one; two new ones go on from the last
+checkpoint. Needs Linux.
 """
 
 import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -21,11 +28,12 @@ import torch
 
 from glassgpt import checkpoints, runs
 from glassgpt.data import TokenData
+from glassgpt.distributed import make_trainer, process_group
 from glassgpt.gpt import GPTConfig
 from glassgpt.modern import MuonConfig
 from glassgpt.plan import Machine, Plan
 from glassgpt.tokens import CharTokenizer
-from glassgpt.training import Trainer
+from glassgpt.training import TrainConfig, Trainer
 
 IDS = [n * n % 11 for n in range(400)]
 DATA = TokenData.of(IDS[:300], IDS[300:], 11)
@@ -157,6 +165,86 @@ def main(kills, root):
     print("all ended with the same bits")
 
 
+SHARED_STEPS = 300
+
+
+def train_shared(place, shard):
+    """What each process of torchrun does: go on with a run, or begin one."""
+    torch.set_num_threads(1)
+
+    def make(plan, data, model):
+        return make_trainer(plan, data, model, shard)
+
+    with process_group():
+        if (place / "run.json").exists():
+            runs.resume_run(
+                place, progress=False, say=lambda line: None, make_trainer=make
+            )
+            return
+        training = TrainConfig(
+            steps=SHARED_STEPS,
+            batch_size=2,
+            warmup=2,
+            evaluate_every=20,
+            evaluation_crops=2,
+        )
+        plan = replace(PLAN, training=training)
+        tokenizer = CharTokenizer("abcdefghijk")
+        runs.start_run(
+            place,
+            plan,
+            DATA,
+            tokenizer,
+            checkpoint_every=10,
+            progress=False,
+            make_trainer=make,
+        )
+
+
+def last_step(place):
+    """The step of a run's last checkpoint, -1 where there is none."""
+    names = [path.name for path in runs.checkpoints_in(place)]
+    return int(names[-1][-8:]) if names else -1
+
+
+def run_shared(place, shard, kill_after=None):
+    """Train in two processes, one killed from here once a checkpoint is there."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", __file__, "worker", str(place), shard]
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        while kill_after is not None and process.poll() is None:
+            ranks = [int(number) for number in children.read_text().split()]
+            if last_step(place) >= kill_after and len(ranks) == 2:
+                os.kill(ranks[kill_after % 2], signal.SIGKILL)
+                break
+            time.sleep(0.002)
+    return process.returncode
+
+
+def main_shared(kills, root):
+    generator = random.Random(0)
+    for shard in ("nothing", "optimizer", "model"):
+        whole, killed = root / f"{shard}-whole", root / shard
+        assert run_shared(whole, shard) == 0
+        moments = sorted(generator.sample(range(SHARED_STEPS - 20), kills))
+        for kill_after in moments:
+            assert run_shared(killed, shard, kill_after) != 0, kill_after
+            assert last_step(killed) < SHARED_STEPS
+        assert run_shared(killed, shard) == 0
+        assert outcome(killed) == outcome(whole), shard
+        print(f"divided: {shard}; killed {kills} times, the same bits", flush=True)
+
+
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["worker"]:
+        train_shared(Path(sys.argv[2]), sys.argv[3])
+        sys.exit()
+    kills = int(sys.argv[1]) if len(sys.argv) > 1 else 30
     with TemporaryDirectory() as folder:
-        main(int(sys.argv[1]) if len(sys.argv) > 1 else 30, Path(folder))
+        if sys.argv[2:] == ["torchrun"]:
+            main_shared(kills, Path(folder))
+        else:
+            main(kills, Path(folder))

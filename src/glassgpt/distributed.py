@@ -113,10 +113,6 @@ class ParallelTrainer(Trainer):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict({"model": dict(self.model.named_parameters()), **state})
 
-    def whole_model(self) -> GPT:
-        """The model with all its weights, on rank 0; every rank must call."""
-        return self.model
-
 
 class _LossModule(nn.Module):
     """A loss as a module, whose `forward` PyTorch's wrappers can surround."""
@@ -244,6 +240,7 @@ class _SlicesTrainer(ParallelTrainer):
         super().load_state_dict({**state, "model": model, "optimizers": optimizers})
 
     def whole_model(self) -> GPT:
+        """The model with all its weights, on rank 0; every rank must call."""
         state = self._gather(dict(self.model.named_parameters()))
         model = meta_model(self.model.config)
         model.load_state_dict(state, strict=False, assign=True)

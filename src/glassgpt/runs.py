@@ -97,19 +97,6 @@ def largest_of_all(number: int) -> int:
     return int(largest)
 
 
-def whole_model(trainer: Trainer) -> GPT:
-    """The model with all its weights, on rank 0; every rank must call.
-
-    A trainer that divides the model among processes has a method for it (chapter 25).
-
-    Book: 23_runs_that_survive.html#a-checkpoint
-    """
-    if hasattr(trainer, "whole_model"):
-        model: GPT = trainer.whole_model()
-        return model
-    return trainer.model
-
-
 def write_checkpoint(run: Run) -> None:
     """Write everything that a step changes, then drop all but the last `keep`.
 
@@ -118,7 +105,7 @@ def write_checkpoint(run: Run) -> None:
 
     Book: 23_runs_that_survive.html#a-checkpoint
     """
-    state, model = run.trainer.state_dict(), whole_model(run.trainer)
+    state, model = run.trainer.state_dict(), run.trainer.whole_model()
     if rank_here() > 0:
         return
     del state["model"]  # it has a file of its own
@@ -318,7 +305,7 @@ MakeTrainer = Callable[[Plan, TokenData, GPT | None], Trainer]
 
 def _write_best(run: Run) -> None:
     """Write the model of this moment as that of the run; every rank must call."""
-    model = whole_model(run.trainer)
+    model = run.trainer.whole_model()
     if rank_here() == 0:
         write_model(run.directory, model, run.tokenizer)
 

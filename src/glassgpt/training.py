@@ -302,6 +302,10 @@ class Trainer:
         self.records, self.recent = [*self.records, record], []
         return record
 
+    def whole_model(self) -> GPT:
+        """The model with all its weights: that of many processes, once put together."""
+        return self.model
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that a step changes. As in PyTorch, tensors are not copied."""
         self.read_losses()
