@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from glassgpt.checks.expect import close, expect_same
 from glassgpt.generation import Sampling
 from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.tokens import BPETokenizer
@@ -17,11 +18,7 @@ from glassgpt.tokens import BPETokenizer
 _FIVE = torch.tensor([0.05, 0.40, 0.15, 0.10, 0.30])
 
 
-def _shares(sample: Callable[..., Tensor], sampling: Sampling) -> Tensor:
-    """How often each of five tokens is drawn (5,)."""
-    generator = torch.Generator().manual_seed(0)
-    drawn = sample(_FIVE.log().expand(20_000, 5), sampling, generator)
-    return drawn.bincount(minlength=5) / 20_000
+_FIVE = torch.tensor([0.05, 0.40, 0.15, 0.10, 0.30])
 
 
 def check_sample(sample: Callable[..., Tensor]) -> None:
@@ -31,15 +28,13 @@ def check_sample(sample: Callable[..., Tensor]) -> None:
 
     Book: 13_generation.html#the-order-of-the-filters
     """
-    cases = [
+    logits = _FIVE.log().expand(20_000, 5)
+    wrong_p = "top_p=0.8 must leave the three likeliest tokens, the crossing one too"
+    for settings, weights, mistake in (
         ({}, _FIVE, "tokens don't come as often as their probability says"),
         ({"temperature": 0.5}, _FIVE**2, "the temperature must divide the logits"),
         ({"top_k": 2}, _FIVE * (_FIVE > 0.2), "top_k=2 must leave two tokens"),
-        (
-            {"top_p": 0.8},
-            _FIVE * (_FIVE > 0.12),
-            "top_p=0.8 must leave the three likeliest tokens, the crossing one too",
-        ),
+        ({"top_p": 0.8}, _FIVE * (_FIVE > 0.12), wrong_p),
         (
             {"temperature": 0.5, "top_p": 0.8},
             _FIVE**2 * (_FIVE > 0.2),
@@ -50,53 +45,34 @@ def check_sample(sample: Callable[..., Tensor]) -> None:
             _FIVE * (_FIVE > 0.35),
             "top-k must come before top-p",
         ),
-    ]
-    for settings, weights, mistake in cases:
-        shares = _shares(sample, Sampling(**settings))
+    ):
+        sampling = Sampling(**settings)
+        drawn = sample(logits, sampling, torch.Generator().manual_seed(0))
+        shares = drawn.bincount(minlength=5) / 20_000
         gap = (shares - weights / weights.sum()).abs().max()
         assert gap < 0.02, f"{mistake} (off by {gap:.2f} with {settings})"
-    _check_rows_and_generator(sample)
-
-
-def _check_rows_and_generator(sample: Callable[..., Tensor]) -> None:
-    """Each row is drawn by its own logits, by the generator and nothing else."""
-    other = torch.tensor([0.84, 0.05, 0.04, 0.04, 0.03]).log() + 200
-    rows = torch.stack((_FIVE.log(), other)).repeat(500, 1)  # (1000, 5)
-    drawn = sample(rows, Sampling(top_p=0.8), torch.Generator().manual_seed(0))
-    assert set(drawn[0::2].tolist()) == {1, 2, 4}, "every row has its own logits"
-    assert set(drawn[1::2].tolist()) == {0}, "every row has its own logits and limit"
+    steep = torch.tensor([0.84, 0.05, 0.04, 0.04, 0.03])  # top_p=0.8 leaves the first
+    logits = torch.stack((_FIVE.log(), steep.log() + 200)).repeat(500, 1)
+    drawn = sample(logits, Sampling(top_p=0.8), torch.Generator().manual_seed(0))
+    kept = set(drawn[0::2].tolist()), set(drawn[1::2].tolist())
+    assert kept == ({1, 2, 4}, {0}), "every row has its own logits and limit"
     generator = torch.Generator().manual_seed(0)
-    first, second = (sample(rows, Sampling(), generator) for _ in range(2))
-    again = sample(rows, Sampling(), torch.Generator().manual_seed(0))
-    assert torch.equal(first, again), "draw from the generator, and only from it"
-    assert not torch.equal(first, second), "two draws in a row are the same"
+    drawn, second = (sample(logits, Sampling(), generator) for _ in range(2))
+    again = sample(logits, Sampling(), torch.Generator().manual_seed(0))
+    assert torch.equal(drawn, again), "draw from the generator, and only from it"
+    assert not torch.equal(drawn, second), "two draws in a row are the same"
 
 
 def _small_gpt(context: int = 8, spread: float = 0.7, dropout: float = 0.0) -> GPT:
     """A GPT with random weights, large enough to tell tokens apart."""
     random = torch.Generator().manual_seed(0)
     config = GPTConfig(11, context, 2, 2, 16, dropout, tied=False)
-    model = GPT(config).double().eval()
+    with torch.random.fork_rng([]):  # what follows draws as before
+        model = GPT(config).double().eval()
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.data.normal_(0.0, spread, generator=random)
     return model
-
-
-def _check_overflow(cache: Callable[[int], Any]) -> None:
-    """What doesn't fit is refused, and what was there stays."""
-    part = torch.arange(24.0).view(1, 1, 6, 4)
-    kept = cache(6)
-    kept.append(part[:, :, :4], part[:, :, :4])
-    try:
-        kept.append(part[:, :, :3], part[:, :, :3])
-    except ValueError:
-        pass
-    else:
-        raise AssertionError("a cache of 6 that holds 4 took 3 more: raise ValueError")
-    keys, values = kept.append(part[:, :, 4:], part[:, :, 4:])
-    same = torch.equal(keys, part) and torch.equal(values, part)
-    assert same, "it raised, but kept what doesn't fit"
 
 
 @torch.no_grad()
@@ -111,17 +87,27 @@ def check_cache(cache: Callable[[int], Any]) -> None:
     model = _small_gpt()
     wanted, caches = model(ids), [cache(8) for _ in model.blocks]
     for start, end in ((0, 3), (3, 4), (4, 7), (7, 8)):
+        if start == 4:
+            _check_overflow(caches[0])
         found = model(ids[:, start:end], caches=caches)
         assert caches[0].length == end, (
             f"after {end} tokens the cache says {caches[0].length}:"
             " the next token gets a wrong position"
         )
-        gap = (found - wanted[:, start:end]).abs().max().item()
-        assert gap < 1e-9, (
-            f"the logits of tokens {start} to {end - 1}"
-            f" differ by {gap:.1e} from a pass without a cache"
+        assert close(found, wanted[:, start:end]), (
+            f"the logits of tokens {start} to {end - 1} differ from those of a pass"
+            " without a cache"
         )
-    _check_overflow(cache)
+
+
+def _check_overflow(cache: Any) -> None:
+    """A cache of 8 positions that holds 4 refuses 5 more."""
+    part = torch.zeros(2, 2, 5, 8, dtype=torch.float64)
+    try:
+        cache.append(part, part)
+    except ValueError:
+        return
+    raise AssertionError("a cache of 8 that holds 4 took 5 more: raise ValueError")
 
 
 @torch.no_grad()
@@ -137,21 +123,6 @@ def _greedy(
     return ids
 
 
-def _check_stop(generate: Callable[..., list]) -> None:
-    """A row ends at its own new stop token, in a model without dropout."""
-    model, prompts = _small_gpt(dropout=0.5), [[8, 2], [6]]
-    wanted = [_greedy(model, prompt, 12) for prompt in prompts]
-    short, whole = generate(model.train(), prompts, 12, stop=[8], top_k=1)
-    assert list(whole) == wanted[1], (
-        "the second row differs: is dropout off, and does the stop token of one row "
-        "leave the others alone?"
-    )
-    assert list(short) == wanted[0][: wanted[0].index(8, 2)], (
-        f"the row {wanted[0]} must end before its stop token 8, the new one, "
-        f"but it is {list(short)}"
-    )
-
-
 def check_generate(generate: Callable[..., list]) -> None:
     """Tokens come as without a cache, past the context too, and in a batch as alone.
 
@@ -163,38 +134,45 @@ def check_generate(generate: Callable[..., list]) -> None:
     model = _small_gpt()
     for prompt in ([3], [3, 1, 4], [1, 2, 3, 4, 5, 6, 7, 8]):
         found = generate(model, prompt, 20, top_k=1)
-        wanted = _greedy(model, prompt, 20)
-        assert len(found) == len(wanted), f"{len(found) - len(prompt)} tokens, not 20"
-        same = [a == b for a, b in zip(found, wanted, strict=True)]
-        assert all(same), (
-            f"prompt of {len(prompt)}: token"
-            f" {same.index(False)} differs from a pass without a cache:"
-            " are positions and window the same?"
+        assert list(found) == _greedy(model, prompt, 20), (
+            f"after a prompt of {len(prompt)} the tokens differ from those of passes"
+            " without a cache: are positions and window the same?"
         )
     prompts = [[0, 2], [3, 1, 0, 1, 5], [6]]
     for context in (32, 8):  # with 8 the window moves on, for each row by itself
         model = _small_gpt(context)
         found = generate(model, prompts, 12, top_k=1)
         for prompt, row in zip(prompts, found, strict=True):
-            wanted = _greedy(model, prompt, 12, context)
             padding = [0] * (5 - len(prompt))
             seen = _greedy(model, padding + prompt, 12, context)[len(padding) :]
+            wanted = _greedy(model, prompt, 12, context)
             assert list(row) == wanted or list(row) != seen, (
                 f"the prompt of {len(prompt)} takes its padding for words"
             )
             assert list(row) == wanted, (
-                f"the prompt of {len(prompt)} gets other tokens in a batch than "
-                "alone: is its padding hidden, do its positions begin at its first "
-                "token, is its window its own, and does it come back in its place?"
+                f"the prompt of {len(prompt)} gets other tokens in a batch than alone:"
+                " is its padding hidden, do its positions begin at its first token, is"
+                " its window its own, and does it come back in its place?"
             )
-    _check_stop(generate)
+    model, prompts = _small_gpt(dropout=0.5), [[8, 2], [6]]
+    stopped, whole = (_greedy(model, prompt, 12) for prompt in prompts)
+    found = generate(model.train(), prompts, 12, stop=[8], top_k=1)
+    assert list(found[1]) == whole, (
+        "the second row differs: is dropout off, and does the stop token of one row "
+        "leave the others alone?"
+    )
+    assert list(found[0]) == stopped[: stopped.index(8, 2)], (
+        f"the row {stopped} must end before its stop token 8, the new one, but it is"
+        f" {list(found[0])}"
+    )
 
 
 @torch.no_grad()
 def _parrot(ids: Sequence[int], vocab_size: int) -> GPT:
     """A GPT that says these ids, whatever it is told: only the position counts."""
     size = len(ids)
-    model = GPT(GPTConfig(vocab_size, size, 1, 1, size, tied=False)).eval()
+    with torch.random.fork_rng([]):
+        model = GPT(GPTConfig(vocab_size, size, 1, 1, size, tied=False)).eval()
     for block in model.blocks:  # that add nothing
         block.attention.projection.weight.zero_()
         block.mlp.projection.weight.zero_()
@@ -209,7 +187,7 @@ def check_stream_text(stream_text: Callable[..., Iterator[str]]) -> None:
     """The pieces join to the text, come at once, and no character is cut in two.
 
     stream_text: called as stream_text(model, tokenizer, prompt, max_new_tokens) with
-    some of temperature, top_k, top_p, seed and stop, by name.
+    top_k and stop by name.
 
     Book: 13_generation.html#text-as-it-comes
     """
@@ -217,26 +195,15 @@ def check_stream_text(stream_text: Callable[..., Iterator[str]]) -> None:
     text = "a café, 一座塔 🗼!"
     ids = tokenizer.encode(text)
     model, count = _parrot(ids, 257), len(ids) - 1
-    given = stream_text(model, tokenizer, "a", count, top_k=1, temperature=1, seed=0)
-    pieces = [piece for piece in given if piece]
-    assert "\ufffd" not in "".join(pieces), "a character was cut in two"
-    assert "".join(pieces) == text[1:], f"the pieces join to {''.join(pieces)!r}"
+    joined = "".join(stream_text(model, tokenizer, "a", count, top_k=1))
+    assert "\ufffd" not in joined, "a character was cut in two"
+    assert joined == text[1:], f"the pieces join to {joined!r}"
     end = ids[text.encode().index(b"!")]
     short = "".join(stream_text(model, tokenizer, "a", count, top_k=1, stop=[end]))
     assert short == text[1:-1], "the stop token must end the text and not be shown"
-    _check_at_once(stream_text, model, tokenizer, count)
-
-
-def _check_at_once(
-    stream_text: Callable, model: GPT, tokenizer: BPETokenizer, count: int
-) -> None:
-    """The first piece comes after a pass of the model or two, not after all."""
     passes: list[int] = []
-    hook = model.blocks[0].register_forward_hook(lambda *_: passes.append(1))
-    try:
-        next(iter(stream_text(model, tokenizer, "a", count, top_k=1)))
-    finally:
-        hook.remove()
+    model.blocks[0].register_forward_hook(lambda *_: passes.append(1))
+    next(iter(stream_text(model, tokenizer, "a", count, top_k=1)))
     assert len(passes) <= 2, (
         f"the first piece came after {len(passes)} tokens: yield each as it comes"
     )
@@ -247,25 +214,40 @@ def check_min_p(min_p: Callable[[Tensor, float], Tensor]) -> None:
 
     Book: 13_generation.html#exercise-1-another-filter
     """
+
+    def stays(logits: Tensor, share: Tensor) -> Tensor:
+        p = logits.softmax(-1)
+        return (p >= share * p.amax(-1, keepdim=True)).double()
+
+    mistakes = {
+        "compare with share times the largest probability, not with share": (
+            lambda logits, share: (logits.softmax(-1) >= share).double()
+        ),
+        "each row has its own limit, share times its largest probability": (
+            lambda logits, share: (
+                logits.softmax(-1) >= share * logits.softmax(-1).max()
+            ).double()
+        ),
+    }
     even = torch.tensor([0.24, 0.20, 0.20, 0.20, 0.16])
     logits = torch.stack((_FIVE, even)).log() + 3
-    given = logits.clone()
-    stays = min_p(logits, 0.3) > -math.inf
-    assert torch.equal(given, logits), "the logits given were changed: return new ones"
-    kept = stays[0].nonzero().flatten().tolist()
-    assert kept != [1, 4], "compare with share times the largest probability, not share"
-    assert kept == [1, 2, 4], f"share=0.3 kept the places {kept}, not 1, 2 and 4"
-    for share, count in ((0.83, 4), (0.84, 1), (0.1, 5)):  # 0.20 / 0.24 is 0.833
-        found = int((min_p(logits, share)[1] > -math.inf).sum())
-        assert found == count, (
-            f"share={share} kept {found} tokens of the second row, not {count}: "
-            "each row has its own limit, share times its largest probability"
+    high = torch.tensor([[1000.0, 1000.0, 990.0]])
+    hint = "Mind ties, and numbers too large for exp"
+    for x, share, known in (
+        (logits, 0.3, mistakes),
+        (logits, 0.83, mistakes),
+        (logits, 0.84, mistakes),
+        (high, 1.0, {}),
+    ):
+        expect_same(
+            lambda x, share: (min_p(x, share.item()) > -math.inf).double(),
+            stays,
+            x,
+            torch.tensor(share, dtype=torch.float64),
+            mistakes=known,
+            gradients=False,
+            hint=f"1 is a token that stays with share={share}, 0 one that goes. {hint}",
         )
-    high = min_p(torch.tensor([[1000.0, 1000.0, 990.0]]), 1.0)[0] > -math.inf
-    assert high.tolist() == [True, True, False], (
-        "of the logits 1000, 1000 and 990 with share=1 the first two stay: mind ties, "
-        "and numbers too large for exp"
-    )
 
 
 @torch.no_grad()

@@ -5,9 +5,17 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
+
+from glassgpt.checks.expect import expect_same
+
+
+def _random(*shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 def check_rotary_tables(tables: Callable[..., tuple[Tensor, Tensor]]) -> None:
@@ -17,56 +25,60 @@ def check_rotary_tables(tables: Callable[..., tuple[Tensor, Tensor]]) -> None:
 
     Book: 14_after_gpt2.html#the-functions
     """
-    positions = torch.tensor([[0, 1], [7, 3999]])
-    for base in (10000.0, 100.0):
-        cos, sin = (table.double() for table in tables(positions, 6, base))
-        assert cos.shape == (2, 2, 3), (
-            f"positions (2, 2) and width 6 give shape {tuple(cos.shape)}, not "
-            "(2, 2, 3): one angle for each pair of columns"
-        )
-        first = math.atan2(sin[0, 1, 0], cos[0, 1, 0])
-        assert abs(first - math.pi / 180) > 1e-4, "the angles are degrees, not radians"
-        speeds = torch.tensor([base ** (-2 * i / 6) for i in range(3)]).double()
+
+    def reference(positions: Tensor, base: float, unit: float = 1.0) -> Tensor:
+        speeds = unit * base ** (-torch.arange(0, 6, 2).double() / 6)
         angles = positions[..., None] * speeds
-        for found, wanted in ((cos, angles.cos()), (sin, angles.sin())):
-            right = torch.allclose(found[0], wanted[0], atol=1e-4)
-            assert right, (
-                f"with base {base:.0f} positions 0 and 1 come out wrong: pair i turns "
-                "by base ** (-2 * i / head_width) a position"
-            )
-            assert torch.allclose(found[1], wanted[1], atol=1e-3), (
-                "positions 7 and 3999 are imprecise: take them as given, and calculate "
-                "the angles in 32 bits or more"
-            )
+        return torch.stack((angles.cos(), angles.sin())).float()
+
+    for base in (10_000.0, 100.0):
+        degrees = partial(reference, base=base, unit=math.pi / 180)
+        expect_same(
+            lambda positions, base=base: torch.stack(
+                tables(positions, 6, base)
+            ).float(),
+            partial(reference, base=base),
+            torch.tensor([[0, 1], [7, 3999]]),
+            mistakes={"the angles are degrees, not radians": degrees},
+            hint=f"With base {base:.0f} pair i turns by base ** (-2 * i / head_width) a"
+            " position; calculate the angles in 32 bits or more",
+        )
 
 
 def check_rotary(apply: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
-    """Rotation keeps lengths, and dot products depend on the distance alone.
+    """Each pair of columns, i and i + D / 2, is rotated by the angle of its position.
 
     apply: called as apply(x, cos, sin) with x (..., T, D) and cos, sin (T, D / 2).
 
     Book: 14_after_gpt2.html#the-functions
     """
-    x = torch.tensor([[1.0, 0.0, 0.0, 0.0]])
-    quarter = torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 0.0]])
-    got = apply(x, *quarter)[0].tolist()
-    assert got != [0, 1, 0, 0], (
-        "column 0 was paired with column 1: pair column i with column i + D / 2"
-    )
-    assert got != [0, 0, -1, 0], (
-        "a quarter turn went backwards: swap the signs of the two sines"
-    )
-    assert got == [0, 0, 1, 0], f"a quarter turn of (1, 0, 0, 0) gives {got}"
-    generator = torch.Generator().manual_seed(0)
-    q, k = torch.randn(2, 3, 1, 8, generator=generator).expand(2, 3, 12, 8)
-    angles = torch.arange(12)[:, None] * torch.tensor([1.0, 0.3, 0.1, 0.03])
-    queries, keys = (apply(x, angles.cos(), angles.sin()) for x in (q, k))
-    grown = (queries.norm(dim=-1) / q.norm(dim=-1)).max().item()
-    assert grown < 1.001, f"a vector grew to {grown:.2f} times its length: check signs"
-    scores = queries @ keys.mT  # (heads, T, T)
-    assert torch.allclose(scores[:, :-3, :-3], scores[:, 3:, 3:], atol=1e-4), (
-        "moving query and key by 3 positions changed their dot product"
-    )
+
+    def turned(pairs: Tensor, cos: Tensor, sin: Tensor, sign: int = -1) -> Tensor:
+        first, second = pairs.unbind(-1)
+        rotated = (first * cos + sign * second * sin, second * cos + first * sin)
+        return torch.stack(rotated, dim=-1)
+
+    def reference(x: Tensor, cos: Tensor, sin: Tensor, sign: int = -1) -> Tensor:
+        pairs = x.unflatten(-1, (2, -1)).mT
+        return turned(pairs, cos, sin, sign).mT.flatten(-2)
+
+    def neighbors(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return turned(x.unflatten(-1, (-1, 2)), cos, sin).flatten(-2)
+
+    mistakes = {
+        "column 0 was paired with column 1: pair column i with column i + D / 2": (
+            neighbors
+        ),
+        "both sines have one sign: vectors change their length": (
+            partial(reference, sign=1)
+        ),
+        "it turns backwards: swap the signs of the two sines": (
+            lambda x, cos, sin: reference(x, cos, -sin)
+        ),
+    }
+    angles = torch.arange(5)[:, None] * torch.tensor([1.0, 0.3, 0.1]).double()
+    given = (_random(2, 3, 5, 6), angles.cos(), angles.sin())
+    expect_same(apply, reference, *given, mistakes=mistakes)
 
 
 def check_orthogonalize(
@@ -76,27 +88,25 @@ def check_orthogonalize(
 
     Book: 14_after_gpt2.html#singular-values-without-computing-them
     """
-    torch.manual_seed(0)
-    for rows, columns in ((4, 8), (8, 4), (6, 6)):
-        count = min(rows, columns)
-        left = torch.linalg.qr(torch.randn(rows, count))[0]
-        right = torch.linalg.qr(torch.randn(columns, count))[0]
-        x = left @ torch.linspace(0.2, 1, count).diag() @ right.T
+    for shape in ((4, 8), (8, 4)):
+        left, _, right = torch.linalg.svd(_random(*shape).float(), full_matrices=False)
+
+        x = left @ torch.linspace(0.2, 1, 4).diag() @ right
         pair = orthogonalize(torch.stack([1000 * x, 0.001 * x]), 5, torch.float32)
-        assert pair.shape == (2, rows, columns), f"the shape became {pair.shape}"
-        for name, found in zip(("large", "small"), pair, strict=True):
-            inner = left.T @ found @ right
-            values, rest = inner.diagonal(), inner - inner.diagonal().diag()
-            turned = rest.abs().max() > 0.005 * values.abs().max()
-            assert not turned, "the directions of a matrix changed"
-            assert ((values > 0.5) & (values < 1.4)).all(), (
-                f"the singular values of a {name} matrix are now {values.min():.2g} to "
-                f"{values.max():.2g}: was each matrix divided by its own norm?"
-            )
-        small = torch.tensor([1.0] + [0.01] * (count - 1))
-        x = left @ small.diag() @ right.T
-        once, often = (orthogonalize(x[None], n, torch.float32)[0] for n in (1, 5))
-        one, five = (float((left.T @ y @ right)[-1, -1]) for y in (once, often))
+        assert pair.shape == (2, *shape), f"the shape became {tuple(pair.shape)}"
+        inner = left.T @ pair @ right.T
+        values = inner.diagonal(dim1=1, dim2=2)
+        turned = (inner - values.diag_embed()).abs().max() > 0.005 * values.abs().max()
+        assert not turned, "the directions of a matrix changed"
+        assert ((values > 0.5) & (values < 1.4)).all(), (
+            f"the singular values are now {values.min():.2g} to {values.max():.2g}:"
+            " was each matrix divided by its own norm?"
+        )
+        x = left @ torch.tensor([1.0, 0.01, 0.01, 0.01]).diag() @ right
+        one, five = (
+            (left.T @ orthogonalize(x[None], rounds, torch.float32)[0] @ right.T)[3, 3]
+            for rounds in (1, 5)
+        )
         assert one < 0.08 < 0.5 < five, (
             f"one round makes {one:.2g} of a value of 0.01, five make {five:.2g}: it "
             "should grow in each, to near 1 after five and not after one"
@@ -110,19 +120,13 @@ def check_reorder(reorder: Callable[[Tensor], Tensor]) -> None:
 
     Book: 14_after_gpt2.html#exercise-1-from-one-convention-to-the-other
     """
-    for shape in ((2, 8), (2, 3, 5, 12)):
-        width = shape[-1]
-        x = torch.arange(width).double().expand(shape).clone()
-        got = reorder(x.clone())
-        assert got.shape == shape, f"the shape {shape} changed to {tuple(got.shape)}"
-        moved = got.flatten(0, -2)[0].int().tolist()
-        lost = f"columns were lost or repeated: {moved}"
-        assert sorted(moved) == list(range(width)), lost
-        for i in range(width // 2):
-            pair, wanted = (moved[i], moved[width // 2 + i]), (2 * i, 2 * i + 1)
-            assert pair == wanted, f"pair {i} is made of columns {pair}, not {wanted}"
-        same = torch.equal(got, x[..., moved])
-        assert same, "the first row is right, another row is not"
+
+    def reference(x: Tensor) -> Tensor:
+        return torch.cat((x[..., 0::2], x[..., 1::2]), dim=-1)
+
+    hint = "columns 2 i and 2 i + 1 move to i and D / 2 + i, in every row"
+    for x in (_random(2, 8), _random(2, 3, 5, 12)):
+        expect_same(reorder, reference, x, gradients=False, hint=hint)
 
 
 def check_pool(pool: Callable[[Tensor, int, int], Tensor]) -> None:
@@ -132,22 +136,22 @@ def check_pool(pool: Callable[[Tensor, int, int], Tensor]) -> None:
 
     Book: 14_after_gpt2.html#exercise-2-fewer-keys-for-a-finished-model
     """
-    generator = torch.Generator().manual_seed(0)
+
+    def pooled(weight: Tensor, heads: int, groups: int, factor: int = 1) -> Tensor:
+        queries, shared = weight.tensor_split([len(weight) // 3])
+        shared = shared.reshape(2 * groups, heads // groups, -1, weight.shape[1])
+        return torch.cat((queries, factor * shared.mean(dim=1).flatten(0, 1)))
+
     for heads, groups, width in ((6, 2, 24), (6, 3, 24), (2, 1, 48)):
-        weight = torch.randn(3 * width, width, generator=generator)
-        found = pool(weight.clone(), heads, groups)
-        rows = groups * width // heads
-        assert found.shape == (width + 2 * rows, width), (
-            f"{heads} heads to {groups}: the shape is {tuple(found.shape)}, not "
-            f"{width} rows of queries, {rows} of keys, {rows} of values"
-        )
-        queries = torch.equal(found[:width], weight[:width])
-        assert queries, "the rows of the queries changed"
-        old = weight[width:].view(2, groups, heads // groups, width // heads, width)
-        got = found[width:].view(2, groups, width // heads, width)
-        total = torch.allclose(got, old.sum(dim=2), atol=1e-5)
-        assert not total, "keys and values are the sum of their heads, not their mean"
-        assert torch.allclose(got, old.mean(dim=2), atol=1e-5), (
-            f"{heads} heads to {groups}: each group of neighbors needs the mean of its "
-            "heads, row by row, for keys and for values"
+        summed = partial(pooled, heads=heads, groups=groups, factor=heads // groups)
+        expect_same(
+            lambda weight, heads=heads, groups=groups: pool(weight, heads, groups),
+            partial(pooled, heads=heads, groups=groups),
+            _random(3 * width, width),
+            mistakes={
+                "keys and values are the sum of their heads, not the mean": summed
+            },
+            gradients=False,
+            hint=f"{heads} heads to {groups}: {width} rows of queries as they are, then"
+            " the mean of each group of neighbors, row by row, for keys and values",
         )
