@@ -21,6 +21,7 @@ from glassgpt.atomic import atomic_write, flush, write_file
 from glassgpt.chat import GLASS
 from glassgpt.checkpoints import load, save, save_tensors, write_model
 from glassgpt.data import SPLITS, TokenData, write_tokens
+from glassgpt.gguf import write_gguf
 from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.modern import ModernConfig, build
 from glassgpt.plan import Machine, Plan
@@ -431,11 +432,11 @@ def test_two_who_write_one_file_have_names_of_their_own(tmp_path):
 
 
 def test_a_model_is_saved_over_an_older_one(tmp_path):
-    """Beside its card, after a kill, and with nothing of the older one left."""
+    """After a kill, too, and with nothing of the older one left."""
     speaking = BPETokenizer([], [GLASS.stop, *GLASS.before.values()])
     save(tmp_path, random_gpt(replace(CONFIG, vocab_size=300)), speaking)
     assert (tmp_path / "chat_template.jinja").exists()
-    for name in ("README.md", ".gitattributes", "config.json.partial"):
+    for name in (".gitattributes", "config.json.partial"):
         (tmp_path / name).write_text("{}")
     newer = random_gpt(seed=1)
     save(tmp_path, newer, tokenizer_of())
@@ -523,7 +524,7 @@ def write_a_gguf(place, model, tokenizer):
     """Of another model, since the format takes byte pairs only."""
     seed = 0 if model is OLD[0] else 1
     other = random_gpt(replace(CONFIG, vocab_size=256, layers=1), seed)
-    huggingface.write_gguf(place / "model.gguf", other, BPETokenizer([], []))
+    write_gguf(place / "model.gguf", other, BPETokenizer([], []))
 
 
 def write_tokens_once(place, model, tokenizer):

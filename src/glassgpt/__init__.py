@@ -33,11 +33,11 @@ from glassgpt.generation import log_probabilities as log_probabilities
 from glassgpt.generation import sample as sample
 from glassgpt.generation import stream as stream
 from glassgpt.generation import stream_text as stream_text
+from glassgpt.gguf import write_gguf as write_gguf
 from glassgpt.gpt import GPT as GPT
 from glassgpt.gpt import GPTConfig as GPTConfig
 from glassgpt.gpt import by_hand as by_hand
 from glassgpt.heads import MultiHeadAttention as MultiHeadAttention
-from glassgpt.huggingface import write_gguf as write_gguf
 from glassgpt.inspection import trace as trace
 from glassgpt.mlp import MLP as MLP
 from glassgpt.modern import ModernConfig as ModernConfig

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from glassgpt import huggingface
+from glassgpt import gguf, huggingface
 from glassgpt.atomic import atomic_write, flush, write_file
 from glassgpt.chat import tokenizer_files
 from glassgpt.gpt import GPT, GPTConfig
@@ -60,8 +60,8 @@ TEXTS = [
     "tokenizer_config.json",
     "chat_template.jinja",
 ]
-# What `save` writes, and a model's card: where nothing else is, it may write again.
-FILES = [*TEXTS, "model.safetensors", "README.md"]
+# What `save` writes: where nothing else is, it may write again.
+FILES = [*TEXTS, "model.safetensors"]
 
 
 def save(directory: str | Path, model: GPT, tokenizer: Tokenizer) -> None:
@@ -184,7 +184,7 @@ def load(name: str | Path) -> tuple[GPT, Tokenizer]:
             shipped.get(str(name)) or huggingface.find_model(str(name)) or directory
         )
     if directory.suffix == ".gguf":
-        return huggingface.load_gguf(directory)
+        return gguf.load_gguf(directory)
     path = directory / "config.json"
     if not path.exists():
         if (directory / "run.json").exists():

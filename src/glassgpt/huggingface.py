@@ -2,10 +2,7 @@
 """The hub: models and tokenizers of other programs in, ours out."""
 
 import json
-import math
-import mmap
 import re
-import struct
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -14,14 +11,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from glassgpt.atomic import atomic_write, refuse_other
-from glassgpt.chat import template_of, to_jinja
+from glassgpt.chat import template_of
 from glassgpt.gpt import GPT, GPTConfig
-from glassgpt.modern import LLAMA_CHOICES, ModernConfig, ModernGPT
+from glassgpt.modern import LLAMA_CHOICES, ModernConfig
 from glassgpt.plan import meta_model
 from glassgpt.tokens import _SYMBOLS, Tokenizer
 
@@ -33,8 +28,9 @@ class Format:
     """Under which names another program keeps our layers, and in which layout.
 
     kind: their word for the architecture. block: what comes before a block's number.
-    layers: our layers and theirs; where they have several, ours has their rows one
-    after the other. keys: our fields and their keys. options: what other keys of theirs
+    layers: for each of ours the names of theirs; where they have several, ours has
+    their rows one after the other. one_qkv: queries, keys and values are one matrix, as
+    ours. keys: our fields and their keys. options: what other keys of theirs
     must be, where no shape shows it. transposed: a block's matrices are (in, out).
     neighbors: their layers in which rotary positions pair neighboring rows, not the two
     halves of a head.
@@ -44,7 +40,8 @@ class Format:
 
     kind: str
     block: str
-    layers: Mapping[str, str] = field(default_factory=dict)
+    layers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    one_qkv: bool = True
     keys: Mapping[str, str] = field(default_factory=dict)
     options: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     transposed: bool = False
@@ -52,62 +49,63 @@ class Format:
 
     def names(self, name: str) -> list[str]:
         """Their names of one of our parameters."""
-        layer, kind = name.rsplit(".", 1)
-        block = re.fullmatch(r"blocks\.(\d+)\.(.+)", layer)
+        layer, kind = name.rsplit(".", 1)  # kind: weight or bias
         start = ""
-        if block:
-            start = f"{self.block}.{block[1]}."
-            layer = block[2]
-        return [f"{start}{n}.{kind}" for n in self.layers.get(layer, layer).split()]
+        if layer.startswith("blocks."):
+            _, number, layer = layer.split(".", 2)
+            start = f"{self.block}.{number}."
+        their_layers = self.layers.get(layer, (layer,))
+        return [f"{start}{their_layer}.{kind}" for their_layer in their_layers]
 
     def give(self, name: str, value: Tensor, config: GPTConfig) -> dict[str, Tensor]:
         """One of our parameters as theirs."""
         names = self.names(name)
-        if len(names) == 3:  # queries have C rows; keys and values share the others
-            shared = (len(value) - config.width) // 2
+        if ".attention.qkv." in name and not self.one_qkv:
+            shared = (len(value) - config.width) // 2  # rows of the keys
             parts = value.split([config.width, shared, shared])
         else:
             parts = value.chunk(len(names))
-        pairs = zip(names, parts, strict=True)
-        return {n: self._arrange(n, part, config) for n, part in pairs}
+        state = {}
+        for their_name, part in zip(names, parts, strict=True):
+            if self._pairs_neighbors(their_name):
+                part = pair_neighbors(part, config.width // config.heads)
+            state[their_name] = self._flip(their_name, part)
+        return state
 
     def take(self, name: str, read: Read, config: GPTConfig) -> Tensor:
         """The inverse: one of our parameters, copied from theirs."""
-        names = self.names(name)
-        return torch.cat([self._arrange(n, read(n), config, back=True) for n in names])
+        parts = []
+        for their_name in self.names(name):
+            part = self._flip(their_name, read(their_name))
+            if self._pairs_neighbors(their_name):
+                part = pair_halves(part, config.width // config.heads)
+            parts.append(part)
+        return torch.cat(parts)
 
-    def _arrange(
-        self, name: str, value: Tensor, config: GPTConfig, back: bool = False
-    ) -> Tensor:
-        """A tensor with rows reordered or transposed, where the format wants it."""
-        if name.split(".")[-2] in self.neighbors:
-            reorder = pair_halves if back else pair_neighbors
-            value = reorder(value, config.width // config.heads)
-        flip = self.transposed and name.startswith(self.block) and value.dim() == 2
-        return value.T if flip else value
+    def _pairs_neighbors(self, their_name: str) -> bool:
+        return their_name.split(".")[-2] in self.neighbors
 
+    def _flip(self, their_name: str, value: Tensor) -> Tensor:
+        """A block's matrix transposed, where the format wants it."""
+        in_block = their_name.startswith(f"{self.block}.")
+        return value.T if self.transposed and in_block and value.dim() == 2 else value
 
-_LAYERS = {  # ours, and those of GPT-2, of Llama, and of llama.cpp
-    "tokens": ("transformer.wte", "model.embed_tokens", "token_embd"),
-    "positions": ("transformer.wpe", "", "position_embd"),
-    "attention_norm": ("ln_1", "input_layernorm", "attn_norm"),
-    "attention.qkv": (
-        "attn.c_attn",
-        "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
-        "attn_qkv",
-    ),
-    "attention.projection": ("attn.c_proj", "self_attn.o_proj", "attn_output"),
-    "mlp_norm": ("ln_2", "post_attention_layernorm", "ffn_norm"),
-    "mlp.expand": ("mlp.c_fc", "mlp.gate_proj mlp.up_proj", "ffn_up"),
-    "mlp.projection": ("mlp.c_proj", "mlp.down_proj", "ffn_down"),
-    "norm": ("transformer.ln_f", "model.norm", "output_norm"),
-    "head": ("lm_head", "lm_head", "output"),
-}
 
 GPT2 = Format(
     kind="gpt2",
     block="transformer.h",
-    layers={ours: theirs[0] for ours, theirs in _LAYERS.items()},
+    layers={
+        "tokens": ("transformer.wte",),
+        "positions": ("transformer.wpe",),
+        "attention_norm": ("ln_1",),
+        "attention.qkv": ("attn.c_attn",),
+        "attention.projection": ("attn.c_proj",),
+        "mlp_norm": ("ln_2",),
+        "mlp.expand": ("mlp.c_fc",),
+        "mlp.projection": ("mlp.c_proj",),
+        "norm": ("transformer.ln_f",),
+        "head": ("lm_head",),
+    },
     keys={
         "vocab_size": "vocab_size",
         "context": "n_positions",
@@ -131,7 +129,18 @@ OURS = Format("glassgpt", "blocks")
 LLAMA = Format(
     kind="llama",
     block="model.layers",
-    layers={ours: theirs[1] for ours, theirs in _LAYERS.items()},
+    layers={
+        "tokens": ("model.embed_tokens",),
+        "attention_norm": ("input_layernorm",),
+        "attention.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "attention.projection": ("self_attn.o_proj",),
+        "mlp_norm": ("post_attention_layernorm",),
+        "mlp.expand": ("mlp.gate_proj", "mlp.up_proj"),
+        "mlp.projection": ("mlp.down_proj",),
+        "norm": ("model.norm",),
+        "head": ("lm_head",),
+    },
+    one_qkv=False,
     keys={
         "vocab_size": "vocab_size",
         "context": "max_position_embeddings",
@@ -241,17 +250,26 @@ def read_config(theirs: Format, content: dict[str, Any]) -> GPTConfig:
 
     Book: 18_real_models.html#agreement-3-config-json-the-same-function
     """
-    ours = content.get("glassgpt", {})  # its None follows from other fields
-    own = {n: v for n, v in ours.items() if v is None or n not in theirs.keys}
-    usual = {"tied", "rotary_base", "key_value_heads"}  # left out, they are as ours
+    fields = {}
+    for name, value in content.get("glassgpt", {}).items():  # we wrote this file
+        follows = value is None  # from other fields, such as the width of an MLP
+        if follows or name not in theirs.keys:
+            fields[name] = value
+    may_be_left_out = ("tied", "rotary_base", "key_value_heads")  # then as by default
     for name, key in theirs.keys.items():
-        if name not in own and (key in content or name not in usual):
-            own[name] = content[key]
-    llama = theirs.kind == "llama"
-    config = ModernConfig(**{**LLAMA_CHOICES, **own}) if llama else GPTConfig(**own)
-    rotated = {"rope.dimension_count": (config.width // config.heads,)}  # all columns
-    for key, allowed in {**theirs.options, **rotated}.items():
-        if (value := content.get(key)) not in (None, *allowed):
+        if name not in fields and key in content:
+            fields[name] = content[key]
+        elif name not in fields and name not in may_be_left_out:
+            raise KeyError(key)
+    if theirs.kind == "llama":
+        config: GPTConfig = ModernConfig(**{**LLAMA_CHOICES, **fields})
+    else:
+        config = GPTConfig(**fields)
+    head_width = config.width // config.heads  # all its columns are rotated
+    options = {**theirs.options, "rope.dimension_count": (head_width,)}
+    for key, allowed in options.items():
+        value = content.get(key)
+        if value is not None and value not in allowed:
             raise ValueError(f"its {key} is {value!r}, not {allowed[0]!r}")
     return config
 
@@ -265,15 +283,17 @@ def fit(
 
     Book: 18_real_models.html#loading-every-name-and-shape-is-checked
     """
-    start = rf"^{re.escape(theirs.block)}\.(\d+)\."
-    blocks = set(re.findall(start, "\n".join(shapes), re.MULTILINE))
+    start = f"{theirs.block}."
+    inside = [name.removeprefix(start) for name in shapes if name.startswith(start)]
+    blocks = {name.split(".")[0] for name in inside}
     if len(blocks) != config.layers:
         raise ValueError(f"it has {len(blocks)} layers where {config.layers} are due")
     model = meta_model(config)
     due = {n: tuple(t.shape) for n, t in to_theirs(model, theirs).items()}
     for name, shape in due.items():
-        if (has := shapes.get(name, "nothing")) != shape:
-            raise ValueError(f"{name} should be {shape}, it has {has}")
+        found = shapes.get(name, "nothing")
+        if found != shape:
+            raise ValueError(f"{name} should be {shape}, it has {found}")
     harmless = r"attn\.(masked_)?bias|rotary_emb\.inv_freq|lm_head\.weight"
     for name in shapes.keys() - due.keys():
         if not re.search(f"{harmless}$", name):
@@ -302,8 +322,11 @@ def fill(model: GPT, read: Read, theirs: Format) -> GPT:
     return model
 
 
-def _library(name: str) -> Any:
-    """A library of the extra `hub`; ModuleNotFoundError says how to get it."""
+def hub_library(name: str) -> Any:
+    """A library of the extra `hub`; ModuleNotFoundError says how to get it.
+
+    Book: 18_real_models.html#agreement-4-tokenizer-json-the-same-tokens
+    """
     try:
         return import_module(name)
     except ModuleNotFoundError:
@@ -333,7 +356,7 @@ class ForeignTokenizer(Tokenizer):
     """
 
     def __init__(self, content: str):
-        library = _library("tokenizers").Tokenizer
+        library = hub_library("tokenizers").Tokenizer
         try:
             facts = json.loads(content)
             for token in facts.get("added_tokens") or []:
@@ -389,6 +412,16 @@ def require_fit(tokenizer: Tokenizer, config: GPTConfig) -> None:
         raise ValueError(f"the tokenizer has {ids} ids, the model {known}")
 
 
+def end_of(tokenizer: Tokenizer) -> str | None:
+    """The special token that ends an answer, or a text; None where there is none.
+
+    Book: 18_real_models.html#agreement-4-tokenizer-json-the-same-tokens
+    """
+    with suppress(ValueError):
+        return template_of(tokenizer).stop
+    return "<|endoftext|>" if "<|endoftext|>" in tokenizer.special_tokens else None
+
+
 NAMES = ("smollm2", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
 
@@ -412,36 +445,13 @@ def find_model(name: str) -> Path | None:
     if name not in NAMES and not name.startswith("hf:"):
         return None
     patterns = ["*.json", "model*.safetensors", "*.jinja"]
-    hub = _library("huggingface_hub")
+    hub = hub_library("huggingface_hub")
     try:
         return Path(hub.snapshot_download(repository, allow_patterns=patterns))
     except Exception as error:  # no network, no such model, a license to accept ...
         what = f"{repository} isn't in the cache and can't be fetched"
         advice = "load it once with a network, or give a folder that holds it"
         raise FileNotFoundError(f"{what} ({type(error).__name__}): {advice}") from None
-
-
-def unpack(kind: str, data: np.ndarray) -> np.ndarray:
-    """The numbers of a tensor in a GGUF file, as float32.
-
-    kind: Q4_1, Q8_0, or any other that the library `gguf` knows, such as F16. data: the
-    bytes of each row (rows, bytes), or numbers already.
-
-    Book: 18_real_models.html#agreement-5-gguf-four-bits-for-a-number
-    """
-    if kind == "Q4_1":  # a scale, a minimum, and 32 numbers of 4 bits
-        blocks = data.reshape(-1, 20)
-        scale, low = blocks[:, :4].copy().view(np.float16).astype(np.float32).T
-        steps = np.concatenate([blocks[:, 4:] & 15, blocks[:, 4:] >> 4], axis=1)
-        numbers = scale[:, None] * steps + low[:, None]
-    elif kind == "Q8_0":  # a scale, and 32 numbers of 8 bits
-        blocks = data.reshape(-1, 34)
-        scale = blocks[:, :2].copy().view(np.float16).astype(np.float32)
-        numbers = scale * blocks[:, 2:].view(np.int8)
-    else:
-        gguf = _library("gguf")
-        return gguf.dequantize(data, gguf.GGMLQuantizationType[kind]).astype(np.float32)
-    return numbers.reshape(len(data), -1)
 
 
 def pair_neighbors(rows: Tensor, head_width: int) -> Tensor:
@@ -462,262 +472,3 @@ def pair_halves(rows: Tensor, head_width: int) -> Tensor:
     """
     pairs = rows.view(-1, head_width // 2, 2, rows.shape[1])
     return pairs.transpose(1, 2).reshape(rows.shape)
-
-
-GGUF_GPT2 = Format(
-    kind="gpt2",
-    block="blk",
-    layers={ours: theirs[2] for ours, theirs in _LAYERS.items()},
-    keys={
-        "vocab_size": "vocab_size",
-        "context": "context_length",
-        "layers": "block_count",
-        "heads": "attention.head_count",
-        "width": "embedding_length",
-        "tied": "tied",
-    },
-    options={"attention.layer_norm_epsilon": (1e-5,)},
-)
-GGUF_LLAMA = Format(
-    kind="llama",
-    block="blk",
-    layers={
-        **GGUF_GPT2.layers,
-        "attention.qkv": "attn_q attn_k attn_v",
-        "mlp.expand": "ffn_gate ffn_up",
-    },
-    keys={
-        **GGUF_GPT2.keys,
-        "rotary_base": "rope.freq_base",
-        "norm_eps": "attention.layer_norm_rms_epsilon",
-        "hidden": "feed_forward_length",
-        "key_value_heads": "attention.head_count_kv",
-    },
-    options={
-        "rope.scaling.type": ("none",),
-        "rope.scaling.factor": (1.0, 0.0),
-        "rope.scale_linear": (1.0, 0.0),
-    },
-    neighbors=("attn_q", "attn_k"),
-)
-_GGUF = {form.kind: form for form in (GGUF_GPT2, GGUF_LLAMA)}
-
-
-def _gguf_tokenizer(facts: dict[str, Any]) -> ForeignTokenizer:
-    """The tokenizer in the fields of a GGUF file. Raises ValueError."""
-    t, own = _library("tokenizers"), {k[15:]: v for k, v in facts.items()}
-    kind = own["model"], own.get("pre", "gpt-2")
-    if kind not in (("gpt2", "gpt-2"), ("gpt2", "smollm")):
-        raise ValueError(f"its tokenizer is {kind}, not byte pairs as GPT-2's")
-    ids = {token: n for n, token in enumerate(own["tokens"])}
-    merges = [tuple(merge.split(" ")) for merge in own["merges"]]
-    inner = t.Tokenizer(t.models.BPE(ids, merges))
-    parts = [t.pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    if kind[1] == "smollm":  # each digit is set apart
-        parts.insert(0, t.pre_tokenizers.Digits(individual_digits=True))
-    inner.pre_tokenizer = t.pre_tokenizers.Sequence(parts)
-    inner.decoder = t.decoders.ByteLevel()
-    kinds = zip(own["tokens"], own["token_type"], strict=True)
-    inner.add_special_tokens([token for token, kind in kinds if kind == 3])
-    return ForeignTokenizer(inner.to_str())
-
-
-class _Fields:
-    """What stands one after another at the start of a GGUF file."""
-
-    codes = dict(enumerate("BbHhIif?__Qqd"))  # 8 and 9, texts and lists, are below
-
-    def __init__(self, content: mmap.mmap):
-        self.content, self.place = content, 0
-
-    def number(self, code: str) -> Any:
-        (value,) = struct.unpack_from(f"<{code}", self.content, self.place)
-        self.place += struct.calcsize(f"<{code}")
-        return value
-
-    def text(self) -> str:
-        length = self.number("Q")
-        self.require(length)
-        start = self.place
-        self.place += length
-        return self.content[start : self.place].decode()
-
-    def require(self, size: int) -> None:
-        """ValueError where fewer bytes than that are left."""
-        left = len(self.content) - self.place
-        if size > left:
-            raise ValueError(f"a text or a list takes {size} bytes, {left} are left")
-
-    def value(self, kind: int) -> Any:
-        if kind == 8:
-            return self.text()
-        if kind == 9:
-            kind, length = self.number("I"), self.number("Q")
-            sizes = {8: 8, 9: 12}  # of a text's length; of a list's kind and length
-            size = sizes.get(kind) or struct.calcsize(f"<{self.codes[kind]}")
-            self.require(length * size)
-            return [self.value(kind) for _ in range(length)]
-        return self.number(self.codes[kind])
-
-
-def _read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, tuple], dict[str, Any]]:
-    """The fields of a GGUF file; its tensors' shapes; their kinds and bytes, unread."""
-    gguf = _library("gguf")  # it knows how many bytes each kind takes
-    with path.open("rb") as file:
-        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    fields = _Fields(content)
-    if fields.number("4s") != b"GGUF" or fields.number("I") not in (2, 3):
-        raise ValueError("it does not begin with GGUF and version 2 or 3")
-    tensors, count = fields.number("Q"), fields.number("Q")
-    facts = {fields.text(): fields.value(fields.number("I")) for _ in range(count)}
-    shapes, places = {}, {}
-    for _ in range(tensors):
-        name, axes = fields.text(), fields.number("I")
-        if axes > 4 or name in shapes:
-            raise ValueError(f"{name} has {axes} axes, or is there twice")
-        shapes[name] = tuple(fields.number("Q") for _ in range(axes))[::-1]
-        kind = gguf.GGMLQuantizationType(fields.number("I"))
-        places[name] = kind, fields.number("Q")
-    edge, stored = facts.get("general.alignment", 32), {}
-    if len(facts) < count or edge not in [1 << n for n in range(32)]:
-        raise ValueError("a field is there twice, or its alignment is no power of two")
-    start, due = math.ceil(fields.place / edge) * edge, 0
-    for name, (kind, place) in places.items():
-        numbers, size = gguf.GGML_QUANT_SIZES[kind]
-        if shapes[name][-1] % numbers:
-            raise ValueError(f"{name} has rows that end within a block")
-        length = math.prod(shapes[name]) // numbers * size
-        if place != due:
-            raise ValueError(f"{name} is at {place}, not at {due}")
-        due += math.ceil(length / edge) * edge
-        data = np.frombuffer(content, np.uint8, length, start + place)
-        stored[name] = kind.name, data.reshape(*shapes[name][:-1], -1)  # (rows, bytes)
-    return facts, shapes, stored
-
-
-LONGEST = 200  # characters of a message about a damaged file
-
-
-def load_gguf(path: Path) -> tuple[GPT, Tokenizer]:
-    """The model and the tokenizer of a GGUF file, as llama.cpp uses them.
-
-    Raises ValueError for a damaged file and for what isn't GPT-2 or a Llama, before
-    memory is taken for it; for weights that are nan or infinite.
-
-    Book: 18_real_models.html#a-whole-gguf-file
-    """
-    _library("gguf"), _library("tokenizers")  # missing isn't damaged
-    try:
-        facts, shapes, stored = _read_gguf(path)
-        kind = facts["general.architecture"]
-        if (theirs := _GGUF.get(kind)) is None:
-            raise ValueError(f"its architecture is {kind!r}, not gpt2 or llama")
-        content = {k.removeprefix(f"{kind}."): _rounded(v) for k, v in facts.items()}
-        content.pop("glassgpt", None)  # ours, in a config.json alone
-        content["vocab_size"] = shapes["token_embd.weight"][0]
-        content["tied"] = "output.weight" not in shapes
-        model = fit(read_config(theirs, content), shapes, theirs)
-        tokenizer = _gguf_tokenizer(facts)
-        require_fit(tokenizer, model.config)
-
-        def read(name: str) -> Tensor:
-            return torch.from_numpy(unpack(*stored[name]))
-
-        return fill(model, read, theirs).eval(), tokenizer
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # whatever a broken file makes the code stumble over
-        reason = f"{type(error).__name__}: {error}"
-        reason = " ".join(reason[:LONGEST].split())  # it may quote the file
-        raise ValueError(f"{path} is damaged or foreign: {reason}") from None
-
-
-def _rounded(value: Any) -> Any:
-    """A float32 such as 9.99999975e-06 as the number that was meant."""
-    return float(str(np.float32(value))) if isinstance(value, float) else value
-
-
-def end_of(tokenizer: Tokenizer) -> str | None:
-    """The special token that ends an answer, or a text; None where there is none.
-
-    Book: 18_real_models.html#gguf-export-for-laptops
-    """
-    with suppress(ValueError):
-        return template_of(tokenizer).stop
-    return "<|endoftext|>" if "<|endoftext|>" in tokenizer.special_tokens else None
-
-
-def write_gguf(
-    path: str | Path, model: GPT, tokenizer: Tokenizer, dtype: str = "float16"
-) -> None:
-    """Write a model and its tokenizer as a GGUF file, for llama.cpp and Ollama.
-
-    dtype: of the matrices, float16 or float32; vectors and the table of positions are
-    float32. Raises ValueError for another dtype, for a model of a class of your own or
-    one that is neither a GPT-2 nor a Llama, for weights that are nan, infinite or too
-    large for the dtype, and for a tokenizer of characters or of a larger model;
-    FileExistsError for a file of another kind.
-
-    Book: 18_real_models.html#gguf-export-for-laptops
-    """
-    refuse_other(path, b"GGUF")
-    config = model.config
-    if dtype not in ("float16", "float32"):
-        raise ValueError(f"dtype: float16 or float32, not {dtype!r}")
-    if type(model) not in (GPT, ModernGPT):
-        raise ValueError(
-            f"a {type(model).__name__} would be read back as another model: "
-            "only a GPT or a ModernGPT can be written"
-        )
-    if (theirs := _GGUF.get(format_of(config).kind)) is None:
-        raise ValueError("llama.cpp knows GPT-2 and Llama, not this model")
-    require_fit(tokenizer, config)
-    with atomic_write(path) as unfinished:
-        writer = _library("gguf").GGUFWriter(unfinished, theirs.kind)
-        values = values_of(config)
-        keys = {"hidden": "feed_forward_length", **theirs.keys}
-        del keys["tied"]  # the tensors show it
-        for name, key in keys.items():
-            real = name in ("rotary_base", "norm_eps")  # also where a config has 10000
-            add = writer.add_float32 if real else writer.add_uint32
-            add(f"{theirs.kind}.{key}", values[name])
-        if theirs is GGUF_GPT2:
-            writer.add_layer_norm_eps(1e-5)
-        writer.add_file_type(int(dtype == "float16"))
-        _write_tokenizer(writer, tokenizer, config.vocab_size)
-        for name, value in to_theirs(model, theirs).items():
-            matrix = value.dim() > 1 and name != "position_embd.weight"
-            kept = getattr(torch, dtype) if matrix else torch.float32
-            stored = value.detach().cpu().to(kept).contiguous()
-            if not stored.isfinite().all():
-                raise ValueError(f"{name} is nan or infinite, or too large for {kept}")
-            writer.add_tensor(name, stored.numpy())
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-
-
-def _write_tokenizer(writer: Any, tokenizer: Tokenizer, size: int) -> None:
-    """The fields of a tokenizer. Raises ValueError for what isn't byte pairs."""
-    saved = json.loads(tokenizer.to_json())
-    steps = set(re.findall(r'"type": "(\w+)"', json.dumps(saved["pre_tokenizer"])))
-    if "ByteLevel" not in steps or not steps <= {"ByteLevel", "Digits", "Sequence"}:
-        raise ValueError("a GGUF file wants a tokenizer of byte pairs, as GPT-2's")
-    tokens, kinds = [f"[PAD{n}]" for n in range(size)], [5] * size  # 5: not used
-    for symbol, n in saved["model"]["vocab"].items():
-        tokens[n], kinds[n] = symbol, 1  # a piece of text
-    for token in saved["added_tokens"]:
-        tokens[token["id"]], kinds[token["id"]] = token["content"], 3  # special
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm" if "Digits" in steps else "gpt-2")
-    writer.add_token_list(tokens)
-    writer.add_token_types(kinds)
-    writer.add_token_merges([" ".join(pair) for pair in saved["model"]["merges"]])
-    writer.add_add_bos_token(False)
-    if end := end_of(tokenizer):
-        writer.add_eos_token_id(tokenizer.special_tokens[end])
-        writer.add_bos_token_id(tokenizer.special_tokens[end])
-    with suppress(ValueError):
-        template = to_jinja(template_of(tokenizer))
-        writer.add_chat_template(re.sub(r"{%-? (end)?generation -?%}", "", template))

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
@@ -83,100 +84,194 @@ USUAL = {
 }
 
 
-class Wanted:
-    """What a request asks for: a prompt, and how to go on from it.
-
-    body: as OpenAI describes it. chat: whether it holds messages or a prompt. Raises
-    ValueError, TypeError or KeyError for what makes no sense.
+def refuse_unusual(body: dict[str, Any]) -> None:
+    """Raise ValueError where a request asks for what isn't done here.
 
     Book: 18_real_models.html#a-server
     """
-
-    def __init__(
-        self, body: dict[str, Any], model: GPT, tokenizer: Tokenizer, chat: bool
-    ):
-        if not isinstance(body, dict):
-            raise ValueError("a request is a JSON object")
-        for key, usual in USUAL.items():
-            if body.get(key) not in (None, usual):
-                raise ValueError(f"{key} must be {usual} here: nothing else is done")
-        self.in_pieces = bool(body.get("stream"))
-        options = body.get("stream_options") or {}
-        if not isinstance(options, dict):
-            raise ValueError("stream_options must be an object")
-        self.counted = bool(options.get("include_usage"))
-        if chat:
-            if not isinstance(messages := body["messages"], list):
-                raise ValueError("messages must be a list")
-            conversation = [_plain(message) for message in messages]
-            self.ids, _ = render(conversation, tokenizer, reply=True)
-        else:
-            match body["prompt"]:
-                case str(prompt) | [str(prompt)]:
-                    self.ids = tokenizer.encode(prompt)
-                case list(ids):
-                    self.ids = ids
-                case _:
-                    raise ValueError("prompt must be a text, or a list of ids")
-        room = model.config.context - len(self.ids)
-        if room < 1:
-            raise ValueError(f"the prompt has {len(self.ids)} tokens: too long")
-        limits = [body.get(key) for key in ("max_completion_tokens", "max_tokens")]
-        asked = next((n for n in limits if n is not None), 512)
-        if not isinstance(asked, int) or asked < 0:
-            raise ValueError(f"max_tokens: a number from 0 up, not {asked!r}")
-        self.limit = min(asked, room)
-        self.used, self.reason = 0, "stop"  # why the text ended
-        stops = body.get("stop") or []
-        stops = [stops] if isinstance(stops, str) else stops
-        if not isinstance(stops, list) or not all(isinstance(s, str) for s in stops):
-            raise ValueError("stop must be a text, or a list of texts")
-        self.stops = [stop for stop in stops if stop]
-        names = ("temperature", "top_k", "top_p", "seed")
-        settings = {name: body[name] for name in names if body.get(name) is not None}
-        if settings.get("temperature") == 0:
-            settings = {"top_k": 1}
-        ends = tokenizer.special_tokens.values()
-        self.steps = stream(model, [self.ids], self.limit, ends, **settings)
-        self.tokenizer = tokenizer
-
-    def pieces(self) -> Iterator[str]:
-        """The text, as it comes."""
-        decoded = codecs.iterdecode(self._bytes(), "utf-8", errors="replace")
-        return until(decoded, self.stops)
-
-    def _bytes(self) -> Iterator[bytes]:
-        for step in self.steps:
-            self.used += 1
-            yield self.tokenizer.decode_bytes(step)
-        if self.used == self.limit:  # and `until` has not stopped before
-            self.reason = "length"
-
-    def usage(self) -> dict[str, int]:
-        """How many tokens were read, and written so far."""
-        counts = {"prompt_tokens": len(self.ids), "completion_tokens": self.used}
-        return {**counts, "total_tokens": sum(counts.values())}
+    for key, usual in USUAL.items():
+        if body.get(key) not in (None, usual):
+            raise ValueError(f"{key} must be {usual} here: nothing else is done")
 
 
-def _plain(message: dict[str, Any]) -> dict[str, str]:
+def read_prompt(body: dict[str, Any], tokenizer: Tokenizer) -> list[int]:
+    """The ids of the prompt of a completion. Raises KeyError or ValueError.
+
+    Book: 18_real_models.html#a-server
+    """
+    prompt = body["prompt"]
+    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str):
+        prompt = prompt[0]
+    if isinstance(prompt, str):
+        return tokenizer.encode(prompt)
+    if isinstance(prompt, list):
+        return prompt
+    raise ValueError("prompt must be a text, or a list of ids")
+
+
+def read_messages(body: dict[str, Any], tokenizer: Tokenizer) -> list[int]:
+    """The ids of a conversation up to the answer. Raises KeyError or ValueError.
+
+    Book: 18_real_models.html#a-server
+    """
+    messages = body["messages"]
+    if not isinstance(messages, list):
+        raise ValueError("messages must be a list")
+    conversation = [_plain_message(message) for message in messages]
+    ids, _ = render(conversation, tokenizer, reply=True)
+    return ids
+
+
+def _plain_message(message: dict[str, Any]) -> dict[str, str]:
     """A message whose content is a text; a client may send a list of parts."""
     try:
         role, content = message["role"], message["content"]
         if isinstance(content, list):
             content = "".join(part["text"] for part in content)
     except (KeyError, TypeError):  # a picture, or no message
-        due = '{"role": ..., "content": TEXT}'
-        raise ValueError(f"a message is {due}; of parts, only texts are read") from None
-    # developer: OpenAI's newer word for system
-    return {"role": "system" if role == "developer" else role, "content": content}
+        raise ValueError(
+            'a message is {"role": ..., "content": TEXT}; of parts, only texts are read'
+        ) from None
+    if role == "developer":
+        role = "system"
+    return {"role": role, "content": content}
+
+
+@dataclass
+class CompletionRequest:
+    """What a client asks for: a prompt, and how to go on from it.
+
+    ids: the prompt. limit: tokens of an answer, at most. stops: texts that end it.
+    temperature, top_k, top_p, seed: as in `Sampling`. in_pieces: whether the answer is
+    sent as it comes. with_usage: whether the number of tokens follows the pieces.
+
+    Book: 18_real_models.html#a-server
+    """
+
+    ids: list[int]
+    limit: int
+    stops: list[str]
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    seed: int | None
+    in_pieces: bool
+    with_usage: bool
+
+    @classmethod
+    def parse(
+        cls, body: Any, model: GPT, tokenizer: Tokenizer, chat: bool
+    ) -> "CompletionRequest":
+        """The request in a JSON object, as OpenAI describes it.
+
+        chat: whether it holds messages or a prompt. Raises ValueError, TypeError or
+        KeyError for what makes no sense.
+        """
+        if not isinstance(body, dict):
+            raise ValueError("a request is a JSON object")
+        refuse_unusual(body)
+        read_ids = read_messages if chat else read_prompt
+        ids = read_ids(body, tokenizer)
+        room = model.config.context - len(ids)
+        if room < 1:
+            raise ValueError(f"the prompt has {len(ids)} tokens: too long")
+        temperature, top_k = body.get("temperature"), body.get("top_k")
+        if temperature == 0:  # always the likeliest token
+            temperature, top_k = 1.0, 1
+        return cls(
+            ids=ids,
+            limit=min(_token_limit(body), room),
+            stops=_stop_texts(body),
+            temperature=1.0 if temperature is None else temperature,
+            top_k=top_k,
+            top_p=body.get("top_p"),
+            seed=body.get("seed"),
+            in_pieces=bool(body.get("stream")),
+            with_usage=_wants_usage(body),
+        )
+
+
+def _token_limit(body: dict[str, Any]) -> int:
+    """How many tokens the client allows."""
+    limit = body.get("max_completion_tokens")
+    if limit is None:
+        limit = body.get("max_tokens")  # its older name
+    if limit is None:
+        return 512
+    if not isinstance(limit, int) or limit < 0:
+        raise ValueError(f"max_tokens: a number from 0 up, not {limit!r}")
+    return limit
+
+
+def _stop_texts(body: dict[str, Any]) -> list[str]:
+    """The texts that end an answer."""
+    stops = body.get("stop") or []
+    if isinstance(stops, str):
+        stops = [stops]
+    if not isinstance(stops, list) or not all(isinstance(s, str) for s in stops):
+        raise ValueError("stop must be a text, or a list of texts")
+    return [stop for stop in stops if stop]
+
+
+def _wants_usage(body: dict[str, Any]) -> bool:
+    """Whether the number of tokens is to follow the pieces of an answer."""
+    options = body.get("stream_options") or {}
+    if not isinstance(options, dict):
+        raise ValueError("stream_options must be an object")
+    return bool(options.get("include_usage"))
+
+
+class Answer:
+    """A text that is being generated for a request.
+
+    used: tokens so far. reason: why the text ended, as OpenAI calls it: stop or length.
+    Raises ValueError or TypeError for settings that `stream` refuses.
+
+    Book: 18_real_models.html#a-server
+    """
+
+    def __init__(self, request: CompletionRequest, model: GPT, tokenizer: Tokenizer):
+        self.request, self.tokenizer = request, tokenizer
+        self.used, self.reason = 0, "stop"
+        self.steps = stream(
+            model,
+            [request.ids],
+            request.limit,
+            tokenizer.special_tokens.values(),
+            temperature=request.temperature,
+            top_k=request.top_k,
+            top_p=request.top_p,
+            seed=request.seed,
+        )
+
+    def pieces(self) -> Iterator[str]:
+        """The text, as it comes."""
+        decoded = codecs.iterdecode(self._bytes(), "utf-8", errors="replace")
+        return until(decoded, self.request.stops)
+
+    def _bytes(self) -> Iterator[bytes]:
+        for step in self.steps:
+            self.used += 1
+            yield self.tokenizer.decode_bytes(step)
+        if self.used == self.request.limit:  # and `until` has not stopped before
+            self.reason = "length"
+
+    def usage(self) -> dict[str, int]:
+        """How many tokens were read, and written so far."""
+        read = len(self.request.ids)
+        return {
+            "prompt_tokens": read,
+            "completion_tokens": self.used,
+            "total_tokens": read + self.used,
+        }
+
+
+LARGEST = 1 << 20  # bytes of a request
 
 
 def _choice(words: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
     """An answer, or a piece of one, as OpenAI's clients expect it."""
     return {"index": 0, **words, "logprobs": None, "finish_reason": reason}
-
-
-LARGEST = 1 << 20  # bytes of a request
 
 
 def make_app(model: GPT, tokenizer: Tokenizer, name: str) -> Starlette:
@@ -192,42 +287,48 @@ def make_app(model: GPT, tokenizer: Tokenizer, name: str) -> Starlette:
         if "origin" in request.headers:
             raise HTTPException(403, "web pages may not ask")
 
-    async def read(request: Request, chat: bool) -> Wanted:
+    async def start(request: Request, chat: bool) -> Answer:
         content = b""
         async for part in request.stream():
             content += part
             if len(content) > LARGEST:
                 raise HTTPException(413, f"a request has at most {LARGEST:,} bytes")
         try:
-            return Wanted(json.loads(content), model, tokenizer, chat)
+            body = json.loads(content)
+            asked = CompletionRequest.parse(body, model, tokenizer, chat)
+            return Answer(asked, model, tokenizer)
         except KeyError as error:
             raise HTTPException(400, f"{error} is missing") from None
         except (ValueError, TypeError, RecursionError) as error:
             raise HTTPException(400, str(error)) from None
 
-    async def pieces(request: Request, wanted: Wanted) -> AsyncIterator[str]:
-        steps: Iterator[str | None] = wanted.pieces()
+    async def pieces(request: Request, answer: Answer) -> AsyncIterator[str]:
+        steps: Iterator[str | None] = answer.pieces()
         while not await request.is_disconnected():
             piece = await to_thread.run_sync(next, steps, None, limiter=turns)
             if piece is None:
                 return
             yield piece
 
-    async def answer(request: Request) -> Response:
+    async def complete(request: Request) -> Response:
         refuse_pages(request)
         chat = request.url.path.endswith("chat/completions")
-        wanted = await read(request, chat)
+        answer = await start(request, chat)
         kind = "chat.completion" if chat else "text_completion"
-        frame = {"id": f"{kind}-{uuid4().hex}", "object": kind, "model": name}
-        frame |= {"created": int(time.time())}
-        if wanted.in_pieces:
+        frame: dict[str, Any] = {
+            "id": f"{kind}-{uuid4().hex}",
+            "object": kind,
+            "model": name,
+            "created": int(time.time()),
+        }
+        if answer.request.in_pieces:
             frame["object"] += ".chunk" if chat else ""
-            parts = _events(frame, pieces(request, wanted), wanted, chat)
+            parts = _events(frame, pieces(request, answer), answer, chat)
             return StreamingResponse(parts, media_type="text/event-stream")
-        text = "".join([piece async for piece in pieces(request, wanted)])
+        text = "".join([piece async for piece in pieces(request, answer)])
         message = {"message": {"role": "assistant", "content": text}}
-        choice = _choice(message if chat else {"text": text}, wanted.reason)
-        return JSONResponse({**frame, "choices": [choice], "usage": wanted.usage()})
+        choice = _choice(message if chat else {"text": text}, answer.reason)
+        return JSONResponse({**frame, "choices": [choice], "usage": answer.usage()})
 
     async def models(request: Request) -> Response:
         refuse_pages(request)
@@ -247,14 +348,14 @@ def make_app(model: GPT, tokenizer: Tokenizer, name: str) -> Starlette:
 
     routes = [Route(f"/v1/models{end}", models) for end in ("", "/{name}")]
     for path in ("/v1/completions", "/v1/chat/completions"):
-        routes.append(Route(path, answer, methods=["POST"]))
+        routes.append(Route(path, complete, methods=["POST"]))
     here = Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
     refusals = {HTTPException: refuse, ClientDisconnect: gone}
     return Starlette(routes=routes, middleware=[here], exception_handlers=refusals)
 
 
 async def _events(
-    frame: dict[str, Any], pieces: AsyncIterator[str], wanted: Wanted, chat: bool
+    frame: dict[str, Any], pieces: AsyncIterator[str], answer: Answer, chat: bool
 ) -> AsyncIterator[str]:
     """The pieces of an answer as server-sent events, one a line, each in a frame."""
 
@@ -267,9 +368,9 @@ async def _events(
         if piece:
             words = {"delta": {"content": piece}} if chat else {"text": piece}
             yield event(_choice(words))
-    yield event(_choice({"delta": {}} if chat else {"text": ""}, wanted.reason))
-    if wanted.counted:
-        yield event(usage=wanted.usage())
+    yield event(_choice({"delta": {}} if chat else {"text": ""}, answer.reason))
+    if answer.request.with_usage:
+        yield event(usage=answer.usage())
     yield "data: [DONE]\n\n"
 
 
@@ -282,8 +383,8 @@ def running(app: Starlette, port: int = 0) -> Iterator[str]:
     Book: 18_real_models.html#a-server
     """
     with socket.create_server(("127.0.0.1", port)) as listening:
-        options = {"log_level": "warning", "timeout_graceful_shutdown": 1}
-        server = uvicorn.Server(uvicorn.Config(app, **options))
+        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
+        server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         try:

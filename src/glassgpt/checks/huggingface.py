@@ -105,6 +105,7 @@ def parity_gap(
     return (model(ids) - theirs(ids).logits).abs().max().item()
 
 
+@torch.random.fork_rng(devices=[])
 def check_parity(export: Callable[[GPT], Exported]) -> None:
     """Exported, a model is the same function in `transformers`: to 1e-9, in 64 bits.
 
@@ -304,43 +305,26 @@ def check_safetensors(read: Callable[[bytes], dict[str, Tensor]]) -> None:
             assert found[name].dtype == due.dtype, kind
             assert torch.equal(found[name], due), f"{name} has other numbers"
     one = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
-    near, late = ({**one, "data_offsets": [n, n + 16]} for n in (8, 20))
-    bare = {**one, "shape": [5], "data_offsets": [0, 0]}
+    late = {**one, "data_offsets": [20, 36]}
     huge = {**one, "shape": [1 << 62, 4, 0], "data_offsets": [0, 0]}
-    three = {"a": one, "b": one, "c": {**one, "data_offsets": [32, 48]}}
     empty = {"a": {**one, "shape": [0], "data_offsets": [0, 0]}}
-    longer = len(json.dumps(empty)) + 1
+    typeless = {"shape": [4], "data_offsets": [0, 16]}
     deep = b"[" * 200_000
-    lacks = [{k: v for k, v in one.items() if k != key} for key in one]
-    behind = {"a": one, "b": {**empty["a"], "data_offsets": [1000, 1000]}}
     attacks = {
         "two tensors with the same bytes": _forged({"a": one, "b": one}, 16),
         "the same bytes twice, as many unused": _forged({"a": one, "b": one}, 32),
-        "two tensors that overlap": _forged({"a": one, "b": near}, 24),
-        "an overlap and a gap as long": _forged(three, 48),
         "a gap between two tensors": _forged({"a": one, "b": late}, 36),
-        "a gap before the first tensor": _forged({"a": late}, 36),
         "bytes left over": _forged({"a": one}, 20),
+        "numbers that aren't there": _forged({"a": one}, 12),
         "a type that doesn't fit": _forged({"a": {**one, "dtype": "F16"}}, 16),
         "an unknown type": _forged({"a": {**one, "dtype": "F31"}}, 16),
         "a shape that doesn't fit": _forged({"a": {**one, "shape": [5]}}, 16),
-        "a shape, but no bytes": _forged({"a": bare}, 0),
         "a negative shape": _forged({"a": {**one, "shape": [-2, -2]}}, 16),
-        "a shape of -1": _forged({"a": {**one, "shape": [-1]}}, 16),
-        "a shape with a -1": _forged({"a": {**one, "shape": [-1, 2]}}, 16),
         "a shape too large, though empty": _forged({"a": huge}, 0),
-        "numbers that aren't there": _forged({"a": one}, 12),
         "a header that is a list": _forged([one], 16),
-        "a missing type": _forged({"a": lacks[0]}, 16),
-        "a missing shape": _forged({"a": lacks[1]}, 16),
-        "a missing place": _forged({"a": lacks[2]}, 16),
-        "an empty tensor behind the end": _forged(behind, 16),
-        "a number for a tensor": _forged({"a": 5}, 16),
+        "a missing type": _forged({"a": typeless}, 16),
         "a list for a type": _forged({"a": {**one, "dtype": ["F32"]}}, 16),
-        "a header longer than the file": _forged(empty, 0, longer - 1 + (1 << 42)),
-        "a header one byte longer than the file": _forged(empty, 0, longer),
-        "a length of nearly 2**64": _forged({"a": one}, 16, (1 << 64) - 24),
-        "no bytes at all": b"",
+        "a header longer than the file": _forged(empty, 0, 1 << 42),
         "three bytes": b"abc",
         "a header nested too deeply": len(deep).to_bytes(8, "little") + deep,
     }
@@ -355,6 +339,7 @@ def check_safetensors(read: Callable[[bytes], dict[str, Tensor]]) -> None:
         raise AssertionError(f"it was read in spite of {name}")
 
 
+@torch.random.fork_rng(devices=[])
 @torch.no_grad()
 def check_fold(fold: Callable[[GPT], GPT]) -> None:
     """Without weights in its norms, a Llama is still the same function.
@@ -363,25 +348,23 @@ def check_fold(fold: Callable[[GPT], GPT]) -> None:
 
     Book: 18_real_models.html#exercises
     """
-    for tied, kind in ((True, torch.float64), (False, torch.float32)):
-        choices = {**LLAMA_CHOICES, "tied": tied, "key_value_heads": 2, "hidden": 20}
-        choices |= {"rotary_base": 500.0, "norm_eps": 1e-4, "dropout": 0.2}
-        config = ModernConfig(31, 24, 2, 4, 16, **choices)
-        model = random_model(config).to(kind)
-        ids = torch.arange(24)[None]
-        due = model(ids)
-        new = fold(model.train(not tied))
-        assert new is not None, "nothing came back"
-        kept = f"it came with training={not tied}, and so must both models stay"
-        assert new.training == model.training == (not tied), kept
-        assert torch.equal(model.eval()(ids), due), "the given model is changed"
-        due_config = {**asdict(config), "norm_weight": False, "tied": False}
-        wrong = [n for n, v in due_config.items() if getattr(new.config, n, None) != v]
-        assert not wrong, f"its configuration has another {', '.join(wrong)}"
-        names = build(new.config).state_dict().keys()
-        assert new.state_dict().keys() == names, "its parameters are of another model"
-        kinds = {parameter.dtype for parameter in new.parameters()}
-        assert kinds == {kind}, f"its numbers are not {kind}, as they came"
-        gap, limit = (new.eval()(ids) - due).abs().max(), 1e-9 if tied else 1e-4
-        assert gap < 1e-3, f"{tied=}: logits differ by {gap:.1g}: are all norms folded?"
-        assert gap < limit, f"{tied=}: logits differ by {gap:.0e}: nearly the same"
+    choices = {**LLAMA_CHOICES, "tied": True, "key_value_heads": 2, "hidden": 20}
+    choices |= {"rotary_base": 500.0, "norm_eps": 1e-4}
+    config = ModernConfig(31, 24, 2, 4, 16, **choices)
+    model = random_model(config)
+    ids = torch.arange(24)[None]
+    due = model(ids)
+    new = fold(model)
+    assert new is not None, "nothing came back"
+    assert torch.equal(model.eval()(ids), due), "the given model is changed"
+    due_config = {**asdict(config), "norm_weight": False, "tied": False}
+    wrong = [n for n, v in due_config.items() if getattr(new.config, n, None) != v]
+    assert not wrong, f"its configuration has another {', '.join(wrong)}"
+    names = build(new.config).state_dict().keys()
+    assert new.state_dict().keys() == names, "its parameters are of another model"
+    gap = (new.eval()(ids) - due).abs().max()
+    assert gap < 1e-3, f"logits differ by {gap:.1g}: are all norms folded?"
+    assert gap < 1e-9, (
+        f"logits differ by {gap:.0e}: nearly the same;\nis the new model in the "
+        "precision of the one that came?"
+    )
