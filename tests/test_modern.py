@@ -25,6 +25,7 @@ from glassgpt.modern import (
     muon_optimizers,
     orthogonalize,
     rotary_tables,
+    squared_relu,
 )
 
 SIZES = {"vocab_size": 13, "context": 10, "layers": 2, "heads": 2, "width": 16}
@@ -59,6 +60,11 @@ def random_model(choices, seed=0):
     for parameter in model.parameters():
         parameter.data.normal_(0.0, 0.4, generator=random)
     return model
+
+
+def test_squared_relu_is_the_square_of_what_is_above_zero():
+    x = torch.tensor([-2.0, -0.5, 0.0, 0.5, 3.0])
+    assert squared_relu(x).tolist() == [0, 0, 0, 0.25, 9]
 
 
 @torch.no_grad()

@@ -166,6 +166,41 @@ def load_parameters(directory: Path, config: GPTConfig) -> GPT:
 MODELS = Path(str(files("glassgpt")), "models")  # what comes with the package
 
 
+def _find(name: str | Path) -> Path:
+    """The folder or the GGUF file of a model. Raises FileNotFoundError."""
+    place = Path(name)
+    shipped = {path.name: path for path in MODELS.glob("*/")}
+    if not place.exists():  # a folder is never hidden by a name
+        place = shipped.get(str(name)) or huggingface.find_model(str(name)) or place
+    if place.suffix == ".gguf" or (place / "config.json").exists():
+        return place
+    if (place / "run.json").exists():
+        raise FileNotFoundError(
+            f"{place} is a run without an evaluation: "
+            "resume it, or name a checkpoint in it"
+        )
+    names = ", ".join([*shipped, *huggingface.NAMES])
+    raise FileNotFoundError(
+        f"{place} holds no model: config.json is missing. "
+        f"Give a run's folder, or a name: {names}"
+    )
+
+
+def load_config(name: str | Path) -> GPTConfig:
+    """The configuration of the model that `load` would load; no weight is read.
+
+    Raises what `load` raises.
+
+    Book: 23_runs_that_survive.html#a-model-on-disk
+    """
+    place = _find(name)
+    if place.suffix == ".gguf":
+        return gguf.gguf_config(place)
+    path = place / "config.json"
+    with reraise_as(f"{path} does not describe a GPT"):
+        return huggingface.config_from_json(json.loads(path.read_text("utf-8")))
+
+
 def load(name: str | Path) -> tuple[GPT, Tokenizer]:
     """The model, ready to generate, and the tokenizer of a name or from a directory.
 
@@ -177,28 +212,10 @@ def load(name: str | Path) -> tuple[GPT, Tokenizer]:
 
     Book: 23_runs_that_survive.html#a-model-on-disk
     """
-    directory = Path(name)
-    shipped = {path.name: path for path in MODELS.glob("*/")}
-    if not directory.exists():  # a folder is never hidden by a name
-        directory = (
-            shipped.get(str(name)) or huggingface.find_model(str(name)) or directory
-        )
+    directory = _find(name)
     if directory.suffix == ".gguf":
         return gguf.load_gguf(directory)
-    path = directory / "config.json"
-    if not path.exists():
-        if (directory / "run.json").exists():
-            raise FileNotFoundError(
-                f"{directory} is a run without an evaluation: "
-                "resume it, or name a checkpoint in it"
-            )
-        names = ", ".join([*shipped, *huggingface.NAMES])
-        raise FileNotFoundError(
-            f"{directory} holds no model: config.json is missing. "
-            f"Give a run's folder, or a name: {names}"
-        )
-    with reraise_as(f"{path} does not describe a GPT"):
-        config = huggingface.config_from_json(json.loads(path.read_text("utf-8")))
+    config = load_config(directory)
     tokenizer = huggingface.read_tokenizer(directory / "tokenizer.json")
     with reraise_as(f"{directory} mixes two models"):
         huggingface.require_fit(tokenizer, config)

@@ -26,6 +26,7 @@ from tyro.conf import OmitArgPrefixes, Positional
 
 import glassgpt
 from glassgpt.chat import fit_history, stream_answer, template_of
+from glassgpt.checkpoints import load_config
 from glassgpt.data import TokenData, read_documents, split_documents
 from glassgpt.distributed import first_process_first, make_trainer, process_group
 from glassgpt.generation import Sampling, stream_text
@@ -33,6 +34,7 @@ from glassgpt.gpt import GPT
 from glassgpt.huggingface import read_tokenizer
 from glassgpt.modern import build
 from glassgpt.plan import RECIPES, SIZES, Precision
+from glassgpt.publish import require_page
 from glassgpt.runs import Run, Saving, refuse_occupied
 from glassgpt.tokens import BPETokenizer, CharTokenizer, Tokenizer
 from glassgpt.training import Schedule
@@ -662,6 +664,7 @@ class Publish:
 
     def run(self) -> None:
         """Write the file, and say how large it is."""
+        require_page(load_config(self.model), self.weights)  # before a gigabyte is read
         model, tokenizer = glassgpt.load(self.model)
         title = self.title or Path(self.model).resolve().name
         glassgpt.publish(model, tokenizer, self.out, title, self.weights, self.prompt)

@@ -6,7 +6,8 @@ import math
 import mmap
 import re
 import struct
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from glassgpt.atomic import atomic_write, refuse_other
 from glassgpt.chat import template_of, to_jinja
-from glassgpt.gpt import GPT
+from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.huggingface import (
     ForeignTokenizer,
     Format,
@@ -203,6 +204,44 @@ def _read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, tuple], dict[str, 
 LONGEST = 200  # characters of a message about a damaged file
 
 
+def _config(facts: dict[str, Any], shapes: dict[str, tuple]) -> GPTConfig:
+    """The configuration that a file's facts describe."""
+    kind = facts["general.architecture"]
+    if kind not in FORMATS:
+        raise ValueError(f"its architecture is {kind!r}, not gpt2 or llama")
+    content = {k.removeprefix(f"{kind}."): _rounded(v) for k, v in facts.items()}
+    content.pop("glassgpt", None)  # ours, in a config.json alone
+    content["vocab_size"] = shapes["token_embd.weight"][0]
+    content["tied"] = "output.weight" not in shapes
+    return read_config(FORMATS[kind], content)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Turn whatever a broken file makes the code stumble over into a short message."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        reason = " ".join(reason[:LONGEST].split())  # it may quote the file
+        raise ValueError(f"{path} is damaged or foreign: {reason}") from None
+
+
+def gguf_config(path: Path) -> GPTConfig:
+    """The configuration of the model in a GGUF file; its weights are not read.
+
+    Raises what `load_gguf` raises.
+
+    Book: 18_real_models.html#a-whole-gguf-file
+    """
+    hub_library("gguf")  # missing isn't damaged
+    with _named(path):
+        facts, shapes, _ = _read_gguf(path)
+        return _config(facts, shapes)
+
+
 def load_gguf(path: Path) -> tuple[GPT, Tokenizer]:
     """The model and the tokenizer of a GGUF file, as llama.cpp uses them.
 
@@ -213,16 +252,11 @@ def load_gguf(path: Path) -> tuple[GPT, Tokenizer]:
     """
     for needed in ("gguf", "tokenizers"):
         hub_library(needed)  # missing isn't damaged
-    try:
+    with _named(path):
         facts, shapes, stored = _read_gguf(path)
-        kind = facts["general.architecture"]
-        if (theirs := FORMATS.get(kind)) is None:
-            raise ValueError(f"its architecture is {kind!r}, not gpt2 or llama")
-        content = {k.removeprefix(f"{kind}."): _rounded(v) for k, v in facts.items()}
-        content.pop("glassgpt", None)  # ours, in a config.json alone
-        content["vocab_size"] = shapes["token_embd.weight"][0]
-        content["tied"] = "output.weight" not in shapes
-        model = fit(read_config(theirs, content), shapes, theirs)
+        config = _config(facts, shapes)
+        theirs = FORMATS[facts["general.architecture"]]
+        model = fit(config, shapes, theirs)
         tokenizer = _gguf_tokenizer(facts)
         require_fit(tokenizer, model.config)
 
@@ -230,12 +264,6 @@ def load_gguf(path: Path) -> tuple[GPT, Tokenizer]:
             return torch.from_numpy(unpack(*stored[name]))
 
         return fill(model, read, theirs).eval(), tokenizer
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # whatever a broken file makes the code stumble over
-        reason = f"{type(error).__name__}: {error}"
-        reason = " ".join(reason[:LONGEST].split())  # it may quote the file
-        raise ValueError(f"{path} is damaged or foreign: {reason}") from None
 
 
 def _rounded(value: Any) -> Any:
