@@ -84,7 +84,7 @@ def test_only_the_setup_cell_and_citations_of_a_notebook_change(copy):
         changed = [old for old, new in zip(before, after, strict=True) if old != new]
         others = [cell for cell in changed if "/references.html#" not in cell.source]
         # A published page has a link to the book, and so has the command's help.
-        links = ("export-publish", "export-parse")
+        links = ("export-publish", "export-main")
         names = [cell.id for cell in others if cell.id not in links]
         assert names == ["setup"], path.name
 

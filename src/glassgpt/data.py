@@ -159,14 +159,13 @@ class Tokens:
 
 PIECE = 1 << 20  # bytes read at a time
 LONGEST = 1 << 18  # characters that wait for a place to cut
+_UP_TO_BREAK = re.compile(r".*\S(?=[ \n])", re.DOTALL)  # the last one: .* is greedy
 
 
 def _last_break(text: str) -> int:
     """Where the last white space begins that follows something else, or 0."""
-    for place in range(len(text) - 1, 0, -1):
-        if text[place] in " \n" and not text[place - 1].isspace():
-            return place
-    return 0
+    found = _UP_TO_BREAK.match(text)
+    return found.end() if found else 0
 
 
 @dataclass(frozen=True)
