@@ -7,9 +7,9 @@ with `start_run` where the kill came before that. One more run is killed again a
 until it is done. Needs fork and SIGKILL. Prints how many were killed where.
 
 python benchmarks/kills.py KILLS torchrun: for each way to divide a run, two processes
-of torchrun train, and one of them is killed from outside, so many times, each time at
-another random step. torchrun ends the other one; two new ones go on from the last
-checkpoint. Needs Linux.
+of torchrun train, and one of them is killed from outside, so many times, each time
+shortly after the first checkpoint at or past a random step. torchrun ends the other
+one; two new ones go on from the last checkpoint. Needs Linux.
 """
 
 import os

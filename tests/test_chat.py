@@ -3,9 +3,9 @@
 import io
 import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -29,10 +29,9 @@ from glassgpt.chat import (
     to_jinja,
     tokenizer_files,
 )
-from glassgpt.checks import chat as checks
 from glassgpt.modern import LLAMA_CHOICES, ModernConfig, ModernGPT
 from glassgpt.tokens import BPETokenizer, CharTokenizer
-from glassgpt.training import TrainConfig, count_targets, evaluate, token_loss
+from glassgpt.training import TrainConfig, evaluate
 
 MARKS = ["<|endoftext|>", *GLASS.before.values(), GLASS.stop]
 TALK = [
@@ -42,8 +41,6 @@ TALK = [
     {"role": "user", "content": "of iron?"},
     {"role": "assistant", "content": "Yes."},
 ]
-OURS = {"render": render, "pack": pack, "make_loss": chat_loss, "trainer": Trainer}
-CHECKS = {name: getattr(checks, name) for name in dir(checks) if name[:6] == "check_"}
 
 
 @pytest.fixture(scope="module")
@@ -58,148 +55,33 @@ def model(tokenizer):
     return GPT(GPTConfig(tokenizer.vocab_size, 64, 1, 2, 16)).eval()
 
 
-@pytest.mark.parametrize("name", CHECKS)
-def test_ours_passes_every_check(name):
-    CHECKS[name](OURS[next(iter(CHECKS[name].__annotations__))])
-
-
-def changed_mask(change):
-    """A rendering whose mask is another: change(ids, mask)."""
-
-    def wrong(talk, tokenizer, reply=False):
-        ids, mask = render(talk, tokenizer, reply)
-        return ids, change(ids, mask)
-
-    return wrong
-
-
-def rewritten(change):
-    """A rendering that changes what people say."""
-
-    def wrong(talk, tokenizer, reply=False):
-        talk = [{**turn, "content": change(turn["content"])} for turn in talk]
-        return render(talk, tokenizer, reply)
-
-    return wrong
-
-
-def repacked(change):
-    """Packed rows, each changed in some way."""
-    return lambda talks, context, separator: change(*pack(talks, context, separator))
-
-
-def never_asking(talk, tokenizer, reply=False):
-    return render(talk, tokenizer)
-
-
-def accepting_roles(talk, tokenizer, reply=False):
-    known = [turn for turn in talk if turn["role"] in GLASS.before]
-    return render(known, tokenizer, reply) if known else ([], [])
-
-
-def too_long_dropped(talks, context, separator):
-    return pack([talk for talk in talks if len(talk[0]) <= context], context, separator)
-
-
-def unseparated(talks, context, separator):
-    inputs, targets = pack(talks, context, separator)
-    return inputs.where(inputs != separator, 0), targets
-
-
-def lenient(talks, context, separator):
-    """A mask that is too short is made longer."""
-    whole = [(ids, [*mask, *[True] * len(ids)][: len(ids)]) for ids, mask in talks]
-    return pack(whole, context, separator)
-
-
-def summed(model, end):
-    """Not divided by anything."""
-
-    def loss(ids, targets):
-        return chat_loss(model, end)(ids, targets) * count_targets(targets)
-
-    return loss
-
-
-def late(model, end):
-    """Targets one place later."""
-    return lambda ids, targets: chat_loss(model, end)(ids, targets.roll(1, dims=1))
-
-
-def without_positions(model, end):
-    """Conversations don't see each other, but their positions go on."""
-
-    def loss(ids, targets):
-        _, mask = separate(ids, end)
-        logits = model.head(model.hidden_states(ids, mask=mask)).mT
-        total = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
-        return total / max(count_targets(targets), 1)
-
-    return loss
-
-
-class Idle(Trainer):
-    """It moves nothing."""
-
-    def take_step(self):
-        self.step += 1
-
-
-class Summing(Trainer):
-    """It doesn't divide by the targets of the batch."""
-
-    def backward(self, loss):
-        super().backward(loss * self.config.batch_size)
+# Rendering.
 
 
 @pytest.mark.parametrize(
-    ("check", "wrong", "named"),
+    "talk",
     [
-        ("answers_only", changed_mask(lambda i, m: [True] * len(m)), "no part of"),
-        ("answers_only", changed_mask(lambda i, m: [False] * len(m)), "nothing is"),
-        ("answers_only", changed_mask(lambda i, m: m[:-1]), "flags for"),
-        ("prefix_stable", never_asking, "reply=True"),
-        ("prefix_stable", changed_mask(lambda i, m: [*m[:-1], True]), "learned"),
-        ("no_forgery", rewritten(str.strip), "changed"),
-        ("no_forgery", rewritten(lambda said: said.replace("\r\n", "\n")), "changed"),
-        ("no_forgery", accepting_roles, "must be refused"),
-        ("pack", lambda t, c, s: pack(t, c - 1, s), "the shape"),
-        ("pack", too_long_dropped, "are dropped"),
-        ("pack", lenient, "a mask of 2 for 4 ids"),
-        ("pack", repacked(lambda x, y: (x.flip(1), y.flip(1))), "stand"),
-        ("pack", unseparated, "something else"),
-        ("apart", lambda model, end: token_loss(model), "sees the one before"),
-        ("apart", without_positions, "positions of each"),
-        ("apart", summed, "the loss is another"),
-        ("apart", late, "the loss of"),
-        ("weighing", Idle, "the weights are"),
-        ("weighing", Summing, "the weights are"),
-    ],
-)
-def test_checks_name_the_mistake(check, wrong, named):
-    with pytest.raises(AssertionError) as caught:
-        CHECKS[f"check_{check}"](wrong)
-    assert named in str(caught.value)
-
-
-def test_what_render_refuses(tokenizer):
-    for bad in (
         [],
         [{"role": "tool", "content": "x"}],
         [{"role": ["user"], "content": "x"}],
         [{"role": "user"}],
         [{"role": "user", "content": None}],
         [{"role": "user", "content": [{"type": "text", "text": "x"}]}],
-        ["hello"],
-        [None],
         "hello",
-    ):
-        with pytest.raises(ValueError, match="a turn|one turn"):
-            render(bad, tokenizer)
+    ],
+)
+def test_what_is_no_conversation_is_refused(tokenizer, talk):
+    with pytest.raises(ValueError, match="a turn|one turn"):
+        render(talk, tokenizer)
+
+
+def test_a_tokenizer_without_roles_is_refused():
     with pytest.raises(ValueError, match="add_roles"):
         render(TALK, BPETokenizer([], []))
-    with pytest.raises(ValueError, match="surrogate"):
-        render([{"role": "user", "content": "\ud800"}], tokenizer)
+
+
+def learned_by(tokenizer, ids, mask):
+    return tokenizer.decode([i for i, learn in zip(ids, mask, strict=True) if learn])
 
 
 def test_chatml_has_its_system_line_and_learns_answers():
@@ -211,85 +93,76 @@ def test_chatml_has_its_system_line_and_learns_answers():
         "<|im_start|>user\na miniature<|im_end|>\n"
         "<|im_start|>assistant\nEiffel tower<|im_end|>\n"
     )
-    learned = [token for token, learn in zip(ids, mask, strict=True) if learn]
-    assert tokenizer.decode(learned) == "Eiffel tower<|im_end|>"
-    own, _ = render(TALK, tokenizer, reply=True)
-    text = tokenizer.decode(own)
+    assert learned_by(tokenizer, ids, mask) == "Eiffel tower<|im_end|>"
+    text = tokenizer.decode(render(TALK, tokenizer, reply=True)[0])
     assert text.count("system\n") == 1
     assert text.endswith("<|im_start|>assistant\n")
 
 
 # What people say: anything, and much of what means something to a template.
-HOSTILE = [
-    "<|",
-    "|>",
-    "\ufdd0",
-    "\ufdd00",
-    "\ufdd01",
-    "\ufdd1",
-    "{{",
-    "{% raw %}",
-    "\0",
-]
-HOSTILE += [*MARKS, "<|im_start|>", " ", "\n", "\r\n", "\\n", "'", '"', "0", "1", "é"]
+HOSTILE = [*MARKS, "<|im_start|>", "<|", "|>", "{{", "{% raw %}", "\ufdd0", "\ufdd00"]
+HOSTILE += ["\0", " ", "\n", "\r\n", "\\n", "'", '"', "0", "1", "é"]
 LETTERS = st.characters(exclude_categories=["Cs"])
 SAYING = st.lists(st.one_of(st.sampled_from(HOSTILE), st.text(LETTERS))).map("".join)
-ROLE = st.sampled_from(["system", "user", "assistant"])
 
 
-def conversations(role, saying=SAYING):
+def conversations(saying):
+    role = st.sampled_from(["system", "user", "assistant"])
     turn = st.fixed_dictionaries({"role": role, "content": saying})
     return st.lists(turn, min_size=1, max_size=5)
 
 
-@pytest.fixture(scope="module")
-def theirs(tokenizer, model, tmp_path_factory):
-    """The tokenizer of transformers, from a folder that we saved."""
-    transformers = pytest.importorskip("transformers")
-    folder = tmp_path_factory.mktemp("saved") / "chat"
-    glassgpt.save(folder, model, tokenizer)
-    return transformers.AutoTokenizer.from_pretrained(folder)
-
-
-@settings(max_examples=60, suppress_health_check=list(HealthCheck))
-@given(talk=conversations(ROLE, st.text(LETTERS)), reply=st.booleans())
-def test_transformers_gives_the_same_ids_and_mask(theirs, tokenizer, talk, reply):
-    ids, mask = render(talk, tokenizer, reply)
-    found = theirs.apply_chat_template(
-        talk, add_generation_prompt=reply, return_assistant_tokens_mask=True
-    )
-    assert found["input_ids"] == ids
-    assert [bool(flag) for flag in found["assistant_masks"]] == mask
-
-
 @settings(max_examples=40, suppress_health_check=list(HealthCheck))
-@given(talk=conversations(ROLE))
+@given(talk=conversations(SAYING))
 def test_no_content_becomes_a_special_token(tokenizer, talk):
     ids, mask = render(talk, tokenizer)
     special = set(tokenizer.special_tokens.values())
     found = [tokenizer.decode([token]) for token in ids if token in special]
-    due = [mark for t in talk for mark in (GLASS.before[t["role"]], "<|end|>")]
-    assert found == due
+    assert found == [x for t in talk for x in (GLASS.before[t["role"]], "<|end|>")]
     assert tokenizer.decode(ids) == "".join(
         f"{GLASS.before[turn['role']]}{turn['content']}<|end|>" for turn in talk
     )
-    learned = [token for token, learn in zip(ids, mask, strict=True) if learn]
-    assert tokenizer.decode(learned) == "".join(
+    assert learned_by(tokenizer, ids, mask) == "".join(
         f"{turn['content']}<|end|>" for turn in talk if turn["role"] == "assistant"
     )
 
 
-def test_contents_that_are_no_text_are_refused_by_both(theirs, tokenizer):
+# The same in transformers.
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, model, tokenizer):
+    folder = tmp_path_factory.mktemp("model") / "talker"
+    glassgpt.save(folder, model, tokenizer)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def theirs(folder):
+    """The tokenizer of transformers, from a folder that we saved."""
+    transformers = pytest.importorskip("transformers")
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def rendered_by(theirs, talk, reply=False):
+    found = theirs.apply_chat_template(
+        talk, add_generation_prompt=reply, return_assistant_tokens_mask=True
+    )
+    return found["input_ids"], [bool(flag) for flag in found["assistant_masks"]]
+
+
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
+@given(talk=conversations(st.text(LETTERS)), reply=st.booleans())
+def test_transformers_gives_the_same_ids_and_mask(theirs, tokenizer, talk, reply):
+    assert rendered_by(theirs, talk, reply) == render(talk, tokenizer, reply)
+
+
+@pytest.mark.parametrize("turn", [("user", None), ("user", ["x"]), ("tool", "x")])
+def test_the_template_refuses_what_we_refuse(theirs, turn):
     from jinja2 import TemplateError
 
-    for content in (7, None, ["x"], {"a": "b"}):
-        talk = [{"role": "user", "content": content}]
-        with pytest.raises(ValueError, match="a turn"):
-            render(talk, tokenizer)
-        with pytest.raises(TemplateError):
-            theirs.apply_chat_template(talk)
     with pytest.raises(TemplateError):
-        theirs.apply_chat_template([{"role": "tool", "content": "x"}])
+        theirs.apply_chat_template([{"role": turn[0], "content": turn[1]}])
 
 
 def test_chatml_in_transformers(tmp_path):
@@ -303,52 +176,50 @@ def test_chatml_in_transformers(tmp_path):
         tokenizer_file=str(tmp_path / "tokenizer.json"), chat_template=to_jinja(CHATML)
     )
     for talk in (TALK, TALK[1:], TALK[3:4]):
-        found = theirs.apply_chat_template(talk, return_assistant_tokens_mask=True)
-        ids, mask = render(talk, tokenizer)
-        assert found["input_ids"] == ids
-        assert [bool(flag) for flag in found["assistant_masks"]] == mask
+        assert rendered_by(theirs, talk) == render(talk, tokenizer)
     white = [{"role": "user", "content": "\n\n a"}]
-    assert theirs.apply_chat_template(white)["input_ids"] != render(white, tokenizer)[0]
+    assert rendered_by(theirs, white)[0] != render(white, tokenizer)[0]
 
 
-def test_a_saved_chat_model_loads_again(tmp_path, tokenizer, model):
-    glassgpt.save(tmp_path / "one", model, tokenizer)
-    again, same = glassgpt.load(tmp_path / "one")
-    assert same.special_tokens == tokenizer.special_tokens
+def test_a_saved_chat_model_loads_again(folder, tokenizer):
+    _, same = glassgpt.load(folder)
     assert render(TALK, same) == render(TALK, tokenizer)
     assert list(tokenizer_files(BPETokenizer([], []))) == ["tokenizer.json"]
 
 
-def test_roles_for_any_model():
-    configs = [
-        (GPT, GPTConfig(260, 16, 1, 2, 8)),
-        (GPT, GPTConfig(260, 16, 1, 2, 8, tied=False)),
-        (GPT, GPTConfig(300, 16, 1, 2, 8)),  # with room to spare
-        (ModernGPT, ModernConfig(260, 16, 1, 2, 8, **LLAMA_CHOICES)),
-    ]
+# New rows in the tables.
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPTConfig(260, 16, 1, 2, 8),
+        GPTConfig(260, 16, 1, 2, 8, tied=False),
+        GPTConfig(300, 16, 1, 2, 8),  # with room to spare
+        ModernConfig(260, 16, 1, 2, 8, **LLAMA_CHOICES),
+    ],
+)
+@torch.no_grad()
+def test_roles_for_any_model(config):
+    torch.manual_seed(0)
+    model = (ModernGPT if isinstance(config, ModernConfig) else GPT)(config).eval()
     bytewise = BPETokenizer([], ["<|endoftext|>", "<|pad|>"])
-    for kind, config in configs:
-        torch.manual_seed(0)
-        model = kind(config).eval()
-        before = {name: p.clone() for name, p in model.named_parameters()}
-        larger, tokenizer = add_roles(model, bytewise)
-        ids = torch.tensor([tokenizer.encode("a tower")])
-        with torch.no_grad():
-            old, new = model(ids)[..., :258], larger(ids)
-        assert torch.equal(old, new[..., :258])
-        assert new.shape[-1] == larger.config.vocab_size == max(config.vocab_size, 262)
-        assert (larger.head.weight is larger.tokens.weight) == config.tied
-        rows = larger.tokens.weight
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    larger, tokenizer = add_roles(model, bytewise)
+    ids = torch.tensor([tokenizer.encode("a tower")])
+    logits = larger(ids)
+    assert torch.equal(model(ids)[..., :258], logits[..., :258])
+    assert logits.shape[-1] == larger.config.vocab_size == max(config.vocab_size, 262)
+    assert (larger.head.weight is larger.tokens.weight) == config.tied
+    for rows in (larger.tokens.weight, larger.head.weight):
         assert torch.allclose(rows[258:], rows[:258].mean(dim=0))
-        share = new[..., :262].softmax(-1)[..., 258:].sum(-1)
-        assert share.max() <= 4 / 258
-        assert tokenizer.special_tokens["<|pad|>"] == 257
-        for name, parameter in model.named_parameters():
-            assert torch.equal(parameter, before[name]), "the model itself was changed"
-        twice, same = add_roles(larger, tokenizer)
-        assert same.special_tokens == tokenizer.special_tokens
-        assert twice is not larger
-        assert twice.config == larger.config
+    assert tokenizer.special_tokens["<|pad|>"] == 257
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]), "the model itself was changed"
+    twice, same = add_roles(larger, tokenizer)
+    assert same.special_tokens == tokenizer.special_tokens
+    assert twice is not larger
+    assert twice.config == larger.config
 
 
 def test_roles_for_a_tokenizer_of_characters(tmp_path):
@@ -361,7 +232,10 @@ def test_roles_for_a_tokenizer_of_characters(tmp_path):
     _, again = glassgpt.load(tmp_path)
     assert again.special_tokens == tokenizer.special_tokens
     with pytest.raises(ValueError, match="can't gain"):
-        add_roles(model, SimpleNamespace(special_tokens={}, vocab_size=9, decode=str))
+        add_roles(model, SimpleNamespace(special_tokens={}, vocab_size=9))
+
+
+# Packing.
 
 
 @st.composite
@@ -374,21 +248,26 @@ def rendered(draw):
 @settings(max_examples=40)
 @given(st.lists(rendered(), min_size=1, max_size=12), st.integers(2, 40))
 def test_packing_keeps_every_target_once(talks, context):
-    talks.append(([1, 2], [True, True]))
     inputs, targets = pack(iter(talks), context, 256)
-    due = sorted(
-        (token, target)
-        for ids, mask in talks
-        for token, target, learn in zip(ids, ids[1:], mask[1:], strict=False)
-        if learn
-    )
+    due = []  # place in the own conversation, as far as it isn't cut; id; target
+    for ids, mask in talks:
+        for place in range(len(ids) - 1):
+            if mask[place + 1]:
+                due.append((place % (context - 1), ids[place], ids[place + 1]))
     learned = targets != -100
-    found = zip(inputs[learned].tolist(), targets[learned].tolist(), strict=True)
-    assert sorted(found) == due
+    places, _ = separate(inputs, 256)
+    columns = (places[learned], inputs[learned], targets[learned])
+    found = zip(*(column.tolist() for column in columns), strict=True)
+    assert sorted(found) == sorted(due)
     assert inputs.shape == targets.shape == (len(inputs), context)
     assert inputs.dtype == targets.dtype == torch.int64
-    used = [(row != 256).any() for row in inputs]
-    assert all(used), "an empty row"
+    assert len(inputs) == 0 or (inputs != 256).any(dim=1).all(), "an empty row"
+
+
+@pytest.mark.parametrize("length", [1, 5, 7])
+def test_a_mask_of_another_length_is_refused(length):
+    with pytest.raises(ValueError, match="argument"):
+        pack([([1, 2, 3, 4, 5, 6], [True] * length)], 8, 9)
 
 
 @settings(max_examples=30)
@@ -400,53 +279,43 @@ def test_positions_and_mask_agree_with_a_loop(row):
         starts.append(start)
         if token == 0:
             start = place + 1
-    assert positions[0].tolist() == [n - s for n, s in enumerate(starts)]
-    for query in range(len(row)):
-        for key in range(len(row)):
-            sees = key <= query and starts[key] == starts[query]
-            assert bool(mask[0, 0, query, key]) == sees
+    places, starts = torch.arange(len(row)), torch.tensor(starts)
+    assert torch.equal(positions[0], places - starts)
+    sees = (places <= places[:, None]) & (starts == starts[:, None])
+    assert torch.equal(mask[0, 0], sees)
 
 
-@pytest.mark.parametrize("length", [1, 2, 5, 7])
-def test_a_mask_of_another_length_is_refused(length):
-    with pytest.raises(ValueError, match="argument"):
-        pack([([1, 2, 3, 4, 5, 6], [True] * length)], 8, 9)
-
-
-def test_packed_logits_are_those_alone():
-    """Learned and rotary positions alike, to rounding."""
-    for kind, config in (
-        (GPT, GPTConfig(300, 32, 2, 2, 8)),
-        (ModernGPT, ModernConfig(300, 32, 2, 2, 8, **LLAMA_CHOICES)),
-    ):
-        torch.manual_seed(0)
-        model = kind(config).double().eval()
-        one, two = [5, 6, 7, 256], [8, 9, 10, 11, 256]
-        packed = torch.tensor([one + two])
-        with torch.no_grad():
-            together = model.head(model.hidden_states(packed, *separate(packed, 256)))
-            alone = [model(torch.tensor([row])) for row in (one, two)]
-        assert torch.allclose(together, torch.cat(alone, dim=1), atol=1e-12)
+def test_packed_rotary_logits_are_those_alone():
+    """To rounding; for learned positions, a check compares the losses."""
+    torch.manual_seed(0)
+    model = ModernGPT(ModernConfig(300, 32, 2, 2, 8, **LLAMA_CHOICES)).double().eval()
+    one, two = [5, 6, 7, 256], [8, 9, 10, 11, 256]
+    packed = torch.tensor([one + two])
+    with torch.no_grad():
+        together = model.head(model.hidden_states(packed, *separate(packed, 256)))
+        alone = [model(torch.tensor([row])) for row in (one, two)]
+    torch.testing.assert_close(together, torch.cat(alone, dim=1))
 
 
 def test_every_row_is_seen_once_an_epoch():
     inputs = torch.arange(10)[:, None].repeat(1, 4)
     rows = Packed(inputs, inputs)
-    seen = [rows.random_batch(3, 4, (7, step))[0][:, 0].tolist() for step in range(10)]
-    seen = sum(seen, [])
+    batches = [rows.random_batch(3, 4, (7, step))[0] for step in range(10)]
+    seen = torch.cat(batches)[:, 0].tolist()
     for epoch in range(3):
         assert sorted(seen[10 * epoch : 10 * epoch + 10]) == list(range(10))
     assert seen[:10] != seen[10:20]
-    again = rows.random_batch(3, 4, (7, 5))[0][:, 0].tolist()
-    assert again == seen[15:18]
-    found = [x[0][:, 0].tolist() for x in rows.fixed_batches(4, 4, 3)]
+    assert torch.equal(rows.random_batch(3, 4, 7)[0], batches[0])
+    found = [x[:, 0].tolist() for x, _ in rows.fixed_batches(4, 4, 3)]
     assert found == [[0, 3, 6], [9]]
+
+
+# Training.
 
 
 def test_data_for_a_trainer(tokenizer, model):
     data = pack_data([TALK] * 5, [TALK[:3]], tokenizer, 32)
-    learned = sum(render(TALK, tokenizer)[1])
-    assert len(data.train) == count_targets(data.train.targets) == 5 * learned
+    assert len(data.train) == 5 * sum(render(TALK, tokenizer)[1])
     assert data.vocab_size == tokenizer.vocab_size
     separator = tokenizer.special_tokens["<|endoftext|>"]
     config = TrainConfig(12, 4, learning_rate=1e-2, warmup=1, evaluate_every=6)
@@ -482,41 +351,21 @@ def test_evaluation_weighs_by_targets(model, tokenizer):
         assert found == pytest.approx(whole, abs=1e-6)
 
 
-def test_dropout_of_the_trainer_is_still_decided_by_the_seed(tokenizer):
-    data = pack_data([TALK] * 3, [TALK], tokenizer, 48)
-    found = []
-    for _ in range(2):
-        torch.manual_seed(3)
-        model = GPT(GPTConfig(tokenizer.vocab_size, 48, 1, 2, 8, dropout=0.5))
-        config = TrainConfig(2, 2, warmup=0)
-        loss = chat_loss(model, tokenizer.special_tokens["<|endoftext|>"])
-        trainer = Trainer(model, data, config, loss=loss)
-        trainer.take_step()
-        torch.rand(5)
-        trainer.take_step()
-        found.append(trainer.read_losses())
-    assert found[0] == found[1]
+# Talking.
 
 
 def test_history_is_cut_where_a_user_begins(tokenizer):
+    def size(talk):
+        return len(render(talk, tokenizer, reply=True)[0])
+
     talk = [*TALK, {"role": "user", "content": "And?"}]
-    for room in range(10, 80, 3):
-        least = [talk[0], talk[-1]]
-        if len(render(least, tokenizer, reply=True)[0]) > room:
-            with pytest.raises(ValueError, match=f"more than the {room}"):
-                fit_history(talk, tokenizer, room)
-            continue
-        kept = fit_history(talk, tokenizer, room)
-        assert len(render(kept, tokenizer, reply=True)[0]) <= room
-        assert (kept[0], kept[-1]) == (talk[0], talk[-1])
-        assert kept[1]["role"] == "user"
-        dropped = len(talk) - len(kept)
-        if dropped:  # no more than had to go
-            longer = [talk[0], *talk[dropped - 1 :]]
-            assert len(render(longer, tokenizer, reply=True)[0]) > room
-    assert fit_history(talk, tokenizer, 500) == talk
-    with pytest.raises(ValueError, match="shorten"):
-        fit_history([{"role": "user", "content": "word " * 99}], tokenizer, 20)
+    shorter = [[talk[0], *talk[1 + dropped :]] for dropped in (0, 2, 4)]
+    for room in range(size(shorter[-1]), size(talk) + 2):
+        fitting = [each for each in shorter if size(each) <= room]
+        assert fit_history(talk, tokenizer, room) == fitting[0]
+    for talk in (shorter[-1], [{"role": "user", "content": "word " * 99}]):
+        with pytest.raises(ValueError, match="shorten"):
+            fit_history(talk, tokenizer, size(talk) - 1)
 
 
 def test_an_answer_ends_with_a_special_token_or_the_context(model, tokenizer):
@@ -526,48 +375,30 @@ def test_an_answer_ends_with_a_special_token_or_the_context(model, tokenizer):
         rows = generate(model, ids, 64 - len(ids), special, seed=seed)
         text = "".join(stream_answer(model, tokenizer, TALK[:2], 500, seed=seed))
         assert text == tokenizer.decode(rows[len(ids) :])
-    full = [{"role": "user", "content": "tower " * 80}]
     with pytest.raises(ValueError, match="no room"):
-        stream_answer(model, tokenizer, full)
+        stream_answer(model, tokenizer, [{"role": "user", "content": "tower " * 80}])
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, model, tokenizer):
-    folder = tmp_path_factory.mktemp("model") / "talker"
-    glassgpt.save(folder, model, tokenizer)
-    return folder
-
-
-def piped(monkeypatch, text):
-    stdin = io.TextIOWrapper(
-        io.BytesIO(text if isinstance(text, bytes) else text.encode())
-    )
+def talk_to(folder, monkeypatch, text, *words):
+    """The exit code of `glassgpt chat`, with a text from a pipe."""
+    stdin = io.TextIOWrapper(io.BytesIO(text.encode(errors="surrogateescape")))
     monkeypatch.setattr(sys, "stdin", stdin)
+    return cli.main(["chat", str(folder), "--device", "cpu", *words])
 
 
-def test_lines_of_a_pipe_are_answered_one_by_one(folder, monkeypatch, capsys):
-    """After /reset and with the same system line, a question has the same answer."""
-    piped(monkeypatch, "/system Be brief.\na tower?\n\nof iron?\r\n/reset\na tower?")
-    words = ["chat", str(folder), "--tokens", "3", "--top-k", "1", "--device", "cpu"]
-    assert cli.main(words) == 0
-    said = capsys.readouterr()
-    assert said.err == ""
-    assert said.out.count("\n") >= 3
-
-
-def test_with_a_seed_it_says_the_same_again(folder, monkeypatch, capsys):
-    said = []
+def test_lines_of_a_pipe_are_answered_the_same_again(folder, monkeypatch, capsys):
+    text, said = "/system Be brief.\na tower?\n\nof iron?\r\n/reset\na tower?", []
     for _ in range(2):
-        piped(monkeypatch, "a tower?\n")
-        words = ["--tokens", "4", "--device", "cpu", "--seed", "1"]
-        assert cli.main(["chat", str(folder), *words]) == 0
-        said.append(capsys.readouterr().out)
+        assert talk_to(folder, monkeypatch, text, "--tokens", "3", "--seed", "1") == 0
+        said.append(capsys.readouterr())
     assert said[0] == said[1]
+    assert said[0].err == ""
+    assert said[0].out.count("\n") >= 3
 
 
 def test_a_long_talk_is_cut_with_a_word(folder, monkeypatch, capsys):
-    piped(monkeypatch, "a miniature Eiffel tower\n" * 9)
-    assert cli.main(["chat", str(folder), "--tokens", "8", "--device", "cpu"]) == 0
+    text = "a miniature Eiffel tower\n" * 9
+    assert talk_to(folder, monkeypatch, text, "--tokens", "8") == 0
     assert "oldest turns are forgotten" in capsys.readouterr().err
 
 
@@ -575,116 +406,73 @@ def test_a_long_talk_is_cut_with_a_word(folder, monkeypatch, capsys):
     ("words", "text", "named"),
     [
         (["--temperature", "inf"], "", "temperature"),
-        ([], b"\xff\n", "utf-8"),
+        ([], "\udcff\n", "utf-8"),  # a byte that is no text
         ([], "tower " * 200, "shorten"),
     ],
 )
 def test_mistakes_in_a_chat_get_a_sentence(
     folder, monkeypatch, capsys, words, text, named
 ):
-    piped(monkeypatch, text)
-    assert cli.main(["chat", str(folder), "--device", "cpu", *words]) == 2
+    assert talk_to(folder, monkeypatch, text, *words) == 2
     assert named in capsys.readouterr().err
 
 
 def test_a_model_without_roles_is_refused(monkeypatch, capsys):
-    piped(monkeypatch, "hello\n")
-    assert cli.main(["chat", "shakespeare"]) == 2
+    assert talk_to("shakespeare", monkeypatch, "hello\n") == 2
     assert "add_roles" in capsys.readouterr().err
 
 
-class Terminal(io.StringIO):
-    """Somebody at a keyboard."""
-
-    def isatty(self):
-        return True
-
-
-def at_the_keyboard(monkeypatch, *events):
-    """What is typed, or raised, at each prompt."""
-    events = iter(events)
-
-    def read(_):
-        event = next(events, EOFError())
-        if isinstance(event, BaseException):
-            raise event
-        return event
-
-    monkeypatch.setattr(sys, "stdin", Terminal())
-    monkeypatch.setattr("builtins.input", read)
+def interrupted(model, tokenizer, talk, *_, **__):
+    """An answer that Ctrl-C cuts off, unless another came before."""
+    yield "Well"
+    if len(talk) == 1:
+        raise KeyboardInterrupt
+    yield f" after {talk[1]['content']}"
 
 
 def test_ctrl_c_stops_an_answer_and_not_the_program(folder, monkeypatch, capsys):
-    at_the_keyboard(monkeypatch, KeyboardInterrupt(), "first", "tower " * 200, "second")
-    talks = []
+    typed = iter([KeyboardInterrupt, "first", "tower " * 200, "second", EOFError])
 
-    def interrupted(model, tokenizer, talk, *_, **__):
-        talks.append([dict(turn) for turn in talk])
-        yield "Well"
-        if len(talks) == 1:
-            raise KeyboardInterrupt
-        yield ", no"
+    def read(_):
+        line = next(typed)
+        if isinstance(line, type):
+            raise line
+        return line
 
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr("builtins.input", read)
     monkeypatch.setattr(cli, "stream_answer", interrupted)
     assert cli.main(["chat", str(folder), "--device", "cpu", "--tokens", "8"]) == 0
-    assert talks[1][:2] == [
-        {"role": "user", "content": "first"},
-        {"role": "assistant", "content": "Well"},
-    ]
     shown = capsys.readouterr()
-    assert "Well\n" in shown.out
-    assert "Well, no\n" in shown.out
+    assert "Well\nWell after Well\n" in shown.out
     assert "Ctrl-D ends" in shown.err
     assert "shorten" in shown.err
 
 
 def test_a_pipe_is_stopped_as_a_whole(folder, monkeypatch):
-    def interrupted(*_, **__):
-        yield "Well"
-        raise KeyboardInterrupt
-
-    piped(monkeypatch, "one\ntwo\n")
     monkeypatch.setattr(cli, "stream_answer", interrupted)
-    assert cli.main(["chat", str(folder), "--device", "cpu"]) == 130
+    assert talk_to(folder, monkeypatch, "one\ntwo\n") == 130
 
 
-def test_the_chapter_shows_the_record():
-    book = cli.Path(glassgpt.__file__).parents[2] / "book"
+def test_the_chapter_shows_the_record(names_in):
+    book = Path(__file__).parent.parent / "book"
     record = json.loads((book / "runs" / "chat.json").read_text("utf-8"))
-    chapter = json.loads((book / "17_chat.ipynb").read_text("utf-8"))
-    sources = {cell["id"]: "".join(cell["source"]) for cell in chapter["cells"]}
-    shown: dict = {}
-    records = ("system-record", "everything-read", "lora-record")
-    exec("\n".join(sources[name] for name in records), shown)
-    lora: dict = {}
-    for found in record["lora"]:
-        losses = found["learned"], found["forgotten"]
-        lora.setdefault(found["way"], {})[found["rate"]] = losses
-    assert shown["LORA"] == lora
+    shown = names_in("17_chat.ipynb", "lora-record")["LORA"]
+    assert record["lora"]
+    for run in record["lora"]:
+        assert shown[run["way"]][run["rate"]] == (run["learned"], run["forgotten"])
+    system, shown = record["system"], names_in("17_chat.ipynb", "system-record")
     keys = ("step", "gain", "error", "kl", "right")
-    curve = record["system"]["curve"]
-    ends = [tuple(point[key] for key in keys) for point in (curve[0], curve[-1])]
-    assert shown["GAINS"] == ends
-    assert shown["REPLIES"] == record["system"]["speeches"]
-    assert shown["FALSTAFF"] == record["system"]["most"]
-    before, after = (
-        len(record["manner"][f"capitals {x}"]) for x in ("before", "after")
-    )
-    said = f"it knew {after} of 16 capitals, before them {before} ("
-    assert said in sources["manner"]
-    named = record["name"]
-    exec(sources["name-taught"].partition("named =")[0], shown)
-    ways = sources["after-more"].partition("other_ways = ")[2].partition("assert")[0]
-    exec(f"other_ways = {ways}", shown)
-    assert shown["ways"] == named["ways"]
-    assert shown["other_ways"] == named["other ways"]
-    for found in named["right"].values():
-        assert "{}, {} and {}".format(*found) in sources["after-table"]
-    record = record["masks"]
-    assert f"steps={record['steps'][-1]}," in sources["train"]
-    for name in ("answers", "everything"):
-        assert [run["seed"] for run in record[name]] == [0, 1, 2]
-        for run in record[name]:
-            assert len(run["answers"]) == len(record["steps"])
-            assert np.isfinite(run["answers"]).all()
-        assert shown["LAST"][name] == [run["answers"][-1] for run in record[name]]
+    ends = [system["curve"][0], system["curve"][-1]]
+    assert shown["GAINS"] == [tuple(point[key] for key in keys) for point in ends]
+    assert (shown["REPLIES"], shown["FALSTAFF"]) == (system["speeches"], system["most"])
+    for name, losses in names_in("17_chat.ipynb", "everything-read")["LAST"].items():
+        assert [run["answers"][-1] for run in record["masks"][name]] == losses
+    page = (book / "17_chat.ipynb").read_text("utf-8")
+    assert f"steps={record['masks']['steps'][-1]}," in page
+    capitals = [len(record["manner"][f"capitals {x}"]) for x in ("after", "before")]
+    assert "it knew {} of 16 capitals, before them {} (".format(*capitals) in page
+    for way in record["name"]["ways"] + record["name"]["other ways"]:
+        assert way in page
+    for found in record["name"]["right"].values():
+        assert "{}, {} and {}".format(*found) in page

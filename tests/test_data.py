@@ -1,6 +1,5 @@
 """Data: cleaning, splits, files that survive accidents, memory that stays bounded."""
 
-import gzip
 import importlib.util
 import json
 import os
@@ -9,7 +8,6 @@ import shutil
 import tempfile
 import tracemalloc
 from collections import Counter
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +17,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glassgpt import data as module
-from glassgpt.checks import data as checks
 from glassgpt.data import (
     HELD_OUT_PLAYS,
     Document,
@@ -76,12 +73,6 @@ def written(directory):
 
 
 # The plays.
-
-
-def test_tokens_say_how_many_they_are():
-    data = TokenData.of(np.zeros(12_345, int), [0, 1], 2)
-    assert repr(data.train) == "Tokens(12,345 ids)"
-    assert repr(data.train) in repr(data)
 
 
 def test_plays_keep_their_text_and_lose_their_notation(plays):
@@ -158,12 +149,10 @@ def test_pieces_join_to_the_file_and_encode_as_the_whole(text, size):
 
 
 BAD = {
-    "bom.txt": b"\xff\xfea\x00",
     "latin.txt": b"caf\xe9 ",
     "cut.txt": b"tower \xf0\x9f\x97",
     "wide.txt": "a tower".encode("utf-16-le"),
-    "ids.bin": np.arange(60, dtype=np.uint16).tobytes(),
-    "text.gz": gzip.compress(b"a tower"),
+    "late.txt": TEXT.encode() * 100_000 + b"\xff",  # the third piece is bad
     "text.jsonl": b'{"text": "a tower"}\n{"txt": 1}\n',
     "number.jsonl": b'{"text": 3}\n',
     "list.jsonl": b"[1]\n",
@@ -171,7 +160,7 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("name", ["latin.txt", "text.jsonl"])
+@pytest.mark.parametrize("name", BAD)
 def test_a_file_that_is_not_text_is_named(tmp_path, bpe, name):
     folder = files(tmp_path / "in", TEXT * 9, TEXT)
     (folder / "sub").mkdir()
@@ -185,13 +174,11 @@ def test_what_is_not_text_is_left_out_when_asked(tmp_path, bpe):
     folder = files(tmp_path / "in", TEXT * 9, TEXT)
     for name, content in BAD.items():
         (folder / name).write_bytes(content)
-    late = folder / "late"  # two pieces are fine, the third isn't
-    late.write_bytes(TEXT.encode() * 100_000 + b"\xff")
     with pytest.warns(UserWarning, match="left out: ") as warned:
         data = tokenize(folder, bpe, "out", progress=False, skip=True)
     assert len(warned) == 1
     said = str(warned[0].message)
-    assert all(f"{name}, from byte" in said for name in [*BAD, "late"])
+    assert all(f"{name}, from byte" in said for name in BAD)
     # The good line of a bad .jsonl file stays.
     assert data.train.characters + data.validation.characters == 10 * len(TEXT) + 7
 
@@ -229,22 +216,6 @@ def test_no_file_is_read_twice_and_linked_folders_are_left_out(tmp_path):
     assert [each.name for each in read_documents("in/books")] == ["00.txt"]
 
 
-def test_a_folder_that_may_not_be_looked_into(tmp_path, monkeypatch):
-    """Root may look into all, so the refusal is played."""
-    files(tmp_path / "in", TEXT)
-    (tmp_path / "in" / "secret").mkdir()
-    inside = Path.iterdir
-
-    def refuse(path):
-        if path.name == "secret":
-            raise PermissionError(path)
-        return inside(path)
-
-    monkeypatch.setattr(Path, "iterdir", refuse)
-    with pytest.raises(PermissionError, match="secret"):
-        read_documents("in")
-
-
 def test_several_sources_and_patterns(tmp_path):
     files(tmp_path / "in", "a", "b", "c")
     (tmp_path / "in" / "d.jsonl").write_text('{"text": "d"}\r\n\n{"text": "e é"}')
@@ -258,7 +229,7 @@ def test_a_path_that_exists_wins_over_the_plays(tmp_path):
     assert [text_of(each) for each in read_documents("shakespeare")] == [TEXT]
 
 
-@pytest.mark.parametrize("name", ["none", "", "*.txt", TEXT * 1000, "nul\0*"])
+@pytest.mark.parametrize("name", ["none", "", "*.txt", TEXT * 1000])
 def test_a_source_that_does_not_exist(name):
     with pytest.raises(FileNotFoundError, match="neither a file, nor a folder") as info:
         read_documents(name)
@@ -267,7 +238,6 @@ def test_a_source_that_does_not_exist(name):
 
 def test_nothing_to_read(tmp_path):
     files(tmp_path / "in", "")
-    os.mkfifo(tmp_path / "in" / "pipe")
     for sources in (["in"], []):
         with pytest.raises(ValueError, match="no text in it"):
             read_documents(*sources)
@@ -322,13 +292,10 @@ def test_a_single_file_is_cut_between_characters(text):
         assert parts[1]
 
 
-def test_a_document_is_cut_at_nine_tenths():
+def test_cuts_are_at_nine_tenths(tmp_path):
     first, rest = Document("one", "0123456789" * 2).cut()
-    assert (first.text, rest.text) == ("01234567890123456789"[:18], "89")
-
-
-def test_a_late_line_end_leaves_enough_to_hold_out(tmp_path):
-    (tmp_path / "text").write_text("x" * 10_000 + "\ny\n")
+    assert (first.text, rest.text) == ("012345678901234567", "89")
+    (tmp_path / "text").write_text("x" * 10_000 + "\ny\n")  # a late line end
     _, (_, validation) = split_documents(read_documents("text"))
     assert 900 < len(text_of(validation)) < 1100
 
@@ -393,21 +360,6 @@ def test_what_exists_is_left_alone(tmp_path, bpe):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "link", "out"]
 
 
-def test_two_writers_of_one_folder(tmp_path, bpe):
-    """The one that ends later is refused, and what the other wrote stays."""
-
-    def slow():
-        yield [1], None
-        write_tokens("out", dict.fromkeys(module.SPLITS, parts([2])), bpe)
-
-    with pytest.raises(OSError, match="out could not be written"):
-        write_tokens("out", {"train": slow(), "validation": parts([3])}, bpe)
-    data = TokenData.open("out")
-    data.verify()
-    assert data.train.ids.tolist() == [2]
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
 def test_a_killed_writer_leaves_nothing_that_opens(tmp_path, bpe):
     """Nor anything that is in the way of the next one."""
 
@@ -428,21 +380,6 @@ def test_a_killed_writer_leaves_nothing_that_opens(tmp_path, bpe):
     assert {path.name for path in tmp_path.iterdir()} == {"out", "out.0a.partial"}
 
 
-def test_a_text_that_goes_away_is_not_told_as_a_full_disk(tmp_path, bpe):
-    for name in ("a.txt", "b.txt"):
-        Path(name).write_text("To be, or not to be\n" * 20)
-
-    class Slow(type(bpe)):
-        def encode(self, text, *more):
-            Path("b.txt").unlink(missing_ok=True)
-            return super().encode(text, *more)
-
-    slow = Slow(bpe.merges, bpe.special_tokens)
-    with pytest.raises(FileNotFoundError, match=r"b\.txt"):
-        tokenize(["a.txt", "b.txt"], slow, "out", progress=False)
-    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
-
-
 def test_a_full_disk_leaves_nothing(tmp_path, bpe):
     def ids():
         yield [1] * 1000, 1000
@@ -453,56 +390,23 @@ def test_a_full_disk_leaves_nothing(tmp_path, bpe):
     assert not list(tmp_path.iterdir())
 
 
-def test_every_byte_is_on_the_disk_before_the_folder_has_its_name(bpe, monkeypatch):
-    """A power cut must not leave a tokens.json that names data that are gone."""
-    flushed = {}
-
-    def fsync(number):
-        if not Path("out").exists():  # after that, only the name is left to flush
-            status = os.fstat(number)
-            flushed[status.st_ino] = status.st_size
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    write_tokens("out", dict.fromkeys(module.SPLITS, parts([1, 2])), bpe)
-    found = {path: path.stat() for path in Path("out").iterdir()}
-    assert len(found) == 4
-    for path, status in found.items():
-        assert flushed.get(status.st_ino) == status.st_size, path
-
-
-@contextmanager
-def peak_below(limit):
-    """What is allocated inside never takes more bytes than this at once."""
+@pytest.mark.parametrize("sign", [TEXT, "x", " "])
+def test_memory_stays_bounded(sign, monkeypatch):
+    """Learning the characters and encoding, also where there is no place to cut."""
+    monkeypatch.setattr(module, "PIECE", 1 << 14)
+    monkeypatch.setattr(module, "LONGEST", 1 << 12)
+    count = 300_000 // len(sign)
+    Path("text").write_text(sign * count, newline="")
     tracemalloc.start()
     try:
-        yield
+        pieces = (piece for each in read_documents("text") for piece in each.pieces())
+        data = tokenize("text", CharTokenizer.train(pieces), "out", progress=False)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert peak < limit
-
-
-def test_memory_stays_bounded(monkeypatch):
-    """Learning the characters and encoding; to hold the text would take 4 MB."""
-    monkeypatch.setattr(module, "PIECE", 1 << 14)
-    Path("text").write_text(TEXT * (4_000_000 // len(TEXT)))
-    with peak_below(2_000_000):
-        pieces = (piece for each in read_documents("text") for piece in each.pieces())
-        data = tokenize("text", CharTokenizer.train(pieces), "out", progress=False)
-    assert len(data.train) + len(data.validation) == 4_000_000
-
-
-@pytest.mark.parametrize("sign", ["x", "\u00e9", "\n", " "])
-def test_a_text_without_a_place_to_cut_is_not_held(sign):
-    """To hold it takes 8 MB to learn its characters, and 140 to encode it."""
-    Path("text").write_text(sign * 8_000_000, newline="")
-    (whole,) = read_documents("text")
-    with peak_below(8_000_000):
-        assert set(CharTokenizer.train(whole.pieces())._ids) == {sign}
-    with peak_below(60_000_000):
-        data = tokenize("text", CharTokenizer(sign), "out", progress=False)
-    assert data.train.characters + data.validation.characters == 8_000_000
-    assert not data.train.ids.any()
+    assert peak < 1_000_000
+    assert len(data.train) + len(data.validation) == count * len(sign)
+    assert data.train.characters + data.validation.characters == count * len(sign)
 
 
 def test_where_each_block_has_white_space_a_long_word_stays_whole():
@@ -537,19 +441,14 @@ def test_opening_gives_what_was_written(folder, bpe):
         data.train.ids[0] = 1
 
 
-def forge(facts):
-    facts.pop("fingerprint", None)
-    facts["fingerprint"] = module._fingerprint(facts)
-    Path("data/tokens.json").write_text(json.dumps(facts))
-
-
-def test_opening_reads_none_of_the_ids(folder, monkeypatch):
-    monkeypatch.setattr(module, "_hash_of", None)
-    os.truncate("data/train.bin", 2**40)  # a terabyte that stores nothing
-    facts = json.loads(Path("data/tokens.json").read_text())
+def test_opening_reads_none_of_the_ids(folder):
+    os.truncate(folder / "train.bin", 2**40)  # a terabyte that stores nothing
+    facts = json.loads((folder / "tokens.json").read_text())
     facts["files"]["train.bin"]["bytes"] = 2**40
-    forge(facts)
-    data = TokenData.open("data")
+    del facts["fingerprint"]
+    facts["fingerprint"] = module._fingerprint(facts)
+    (folder / "tokens.json").write_text(json.dumps(facts))
+    data = TokenData.open(folder)
     assert len(data.train) == 2**39
     data.train.random_batch(4, 8, 0)
 
@@ -560,23 +459,15 @@ def test_another_token_is_another_fingerprint(folder, bpe):
     assert other.fingerprint != TokenData.open(folder).fingerprint
 
 
-def test_every_flipped_bit_is_noticed(folder):
-    """Each file, first, middle and last byte; the JSON at every tenth, too."""
+def test_a_flipped_bit_is_noticed_in_every_file(folder):
     for path in sorted(folder.iterdir()):
         good = path.read_bytes()
-        places = {0, len(good) // 2, len(good) - 1}
-        if path.name == "tokens.json":
-            places |= set(range(0, len(good), 10))
-        for place in places:
+        for place in (0, len(good) // 2, len(good) - 1):
             bad = bytearray(good)
             bad[place] ^= 1
             path.write_bytes(bad)
-            try:
+            with pytest.raises(ValueError, match=path.name):
                 TokenData.open(folder).verify()
-            except ValueError as error:
-                assert path.name in str(error)  # noqa: PT017
-            else:  # white space between the entries means nothing
-                assert json.loads(bad) == json.loads(good), place
         path.write_bytes(good)
     TokenData.open(folder).verify()
 
@@ -674,295 +565,7 @@ def test_data_in_memory():
         data.check_context(2)
 
 
-# Wrong versions. Each check must notice, and say which mistake it was.
-
-
-def rows_from(ids, context, starts):
-    rows = ids[np.asarray(starts).reshape(-1, 1) + np.arange(context + 1)]
-    rows = torch.tensor(rows.astype(np.int64))
-    return rows[:, :-1], rows[:, 1:]
-
-
-def package_batch(ids, batch_size, context, seed):
-    return Tokens(ids).random_batch(batch_size, context, seed)
-
-
-def of_all(change):
-    """The right batch, with something done to it."""
-    return lambda *arguments: change(*package_batch(*arguments))
-
-
-def started(starts_of):
-    """A random_batch whose starts are made of (random, crops, B)."""
-
-    def batch(ids, size, context, seed):
-        drawn = starts_of(np.random.default_rng(seed), len(ids) - context, size)
-        return rows_from(ids, context, drawn)
-
-    return batch
-
-
-def moved(by):
-    """A random_batch whose targets are the inputs moved on by so many places."""
-
-    def batch(ids, size, context, seed):
-        random = np.random.default_rng(seed)
-        starts = random.integers(1, len(ids) - context - 2, size=(size, 1))
-        places = starts + np.arange(context)
-        parts = ids[places], ids[places + by]
-        return [torch.tensor(part.astype(np.int64)) for part in parts]
-
-    return batch
-
-
-def overwriting(ids, size, context, seed):
-    batch = package_batch(ids.copy(), size, context, seed)
-    ids[:] = 0
-    return batch
-
-
-def fresh(ids, size, context, seed):
-    return package_batch(ids, size, context, random.SystemRandom().getrandbits(60))
-
-
-def epochs(order_of):
-    """Epochs of crops in the order that `order_of(crops, seed, epoch, B)` gives."""
-
-    def batch(ids, size, context, seed, step):
-        count = (len(ids) - 1) // context
-        epoch, part = divmod(step, count // size)
-        chosen = order_of(count, seed, epoch, size)[part * size : (part + 1) * size]
-        return rows_from(ids, context, np.asarray(chosen) * context)
-
-    return batch
-
-
-def order(count, *seed):
-    return np.random.default_rng(seed).permutation(count)
-
-
-package_epoch = epochs(lambda n, seed, epoch, size: order(n, seed, epoch))
-
-
-def kin(change):
-    """Epochs that differ from the first by `change(order, epoch)`."""
-    return epochs(lambda n, seed, epoch, size: change(order(n, seed), epoch))
-
-
-def shuffled_in_batches(count, seed, epoch, size):
-    random = np.random.default_rng((seed, epoch))
-    places = np.arange(count)
-    for start in range(0, count, size):
-        random.shuffle(places[start : start + size])
-    return places
-
-
-def batches_permuted(count, seed, epoch, size):
-    batches = order(count // size, seed, epoch)[:, None] * size
-    return (batches + np.arange(size)).flatten()
-
-
-def first_crop_first(count, seed, epoch, size):
-    return [0, *(1 + order(count - 1, seed, epoch))]
-
-
-def half_by_half(count, seed, epoch, size):
-    """As from a buffer that holds half of the text."""
-    half = count // 2
-    return [*order(half, seed, epoch, 0), *(half + order(count - half, seed, epoch, 1))]
-
-
-def mirrored(random, crops, size):
-    half = random.integers(crops, size=-(-size // 2))
-    return np.concatenate([half, crops - 1 - half])[:size]
-
-
-def leftovers_carried_over(ids, size, context, seed, step):
-    count = (len(ids) - 1) // context
-    places = [divmod(place, count) for place in range(step * size, (step + 1) * size)]
-    chosen = [order(count, seed, epoch)[place] for epoch, place in places]
-    return rows_from(ids, context, np.array(chosen) * context)
-
-
-def drawn(ids, size, context, seed, step):
-    starts = 4 * np.random.default_rng((seed, step)).integers(12, size=size)
-    return rows_from(ids, context, starts)
-
-
-def by_lines(documents):
-    parts = []
-    for each in documents:
-        lines = each.text.splitlines(keepends=True)
-        parts.append(("train", Document(each.name, "".join(lines[::2]))))
-        parts.append(("validation", Document(each.name, "".join(lines[1::2]))))
-    return parts
-
-
-def in_tens(documents):
-    return split_documents(documents[: len(documents) // 10 * 10] or documents)
-
-
-def shortened(documents):
-    return [(s, Document(d.name, d.text[:50])) for s, d in split_documents(documents)]
-
-
-def by_names(documents):
-    """Documents of one name follow one another into one entry."""
-    named = {each.name: each for each in documents}
-    return split_documents(list(named.values()))
-
-
-def held_out_by_name(documents):
-    names = {each.name for side, each in split_documents(documents) if side != "train"}
-    return [("validation" if d.name in names else "train", d) for d in documents]
-
-
-def added_again(documents):
-    parts = split_documents(documents)
-    return parts + [("train", Document(d.name + " copy", d.text)) for _, d in parts]
-
-
-def in_16_bits(ids, size, context, seed):
-    starts = np.random.default_rng(seed).integers(len(ids) - context, size=size)
-    return rows_from(ids, context, starts.astype(ids.dtype).astype(int))
-
-
-def one_too_far(ids, size, context, seed):
-    """As the chapter's own class cuts its crops, with one start too many."""
-    starts = np.random.default_rng(seed).integers(len(ids) - context + 1, size=size)
-    rows = np.stack([ids[start : start + context + 1] for start in starts])
-    rows = torch.from_numpy(rows.astype(np.int64))
-    return rows[:, :-1], rows[:, 1:]
-
-
-def epoch_in_16_bits(ids, size, context, seed, step):
-    epoch, part = divmod(step, (len(ids) - 1) // context // size)
-    chosen = order((len(ids) - 1) // context, seed, epoch)[part * size :][:size]
-    places = chosen.astype(ids.dtype) * np.uint16(context)
-    return rows_from(ids, context, places.astype(int))
-
-
-def spread(random, crops, size):
-    """One start from each of `size` equal parts of the text, shuffled."""
-    places = (np.arange(size) + random.random(size)) / size * crops
-    return random.permutation(places.astype(int))
-
-
-WRONG = {
-    "check_split": [
-        (by_names, "like the lines of a .jsonl file, some are lost"),
-        (held_out_by_name, "choose by number, not by name"),
-        (added_again, "20 documents became 40"),
-        (by_lines, "hold out whole documents, not random lines"),
-        (shortened, "play 0 is not whole"),
-        (in_tens, "play 20 is on neither side"),
-        (lambda ds: [("train", d) for d in ds], "none for validation"),
-        (
-            lambda ds: [("validation" if i else "train", d) for i, d in enumerate(ds)],
-            "19 of 20 are held out",
-        ),
-        (lambda ds: [("test", d) for d in ds], "'test' is neither"),
-        (lambda ds: random.sample(split_documents(ds), len(ds)), "splits differently"),
-    ],
-    "check_batches": [
-        (in_16_bits, "are places kept in 16 bits?"),
-        (started(lambda r, n, b: r.integers(min(n, 1000), size=b)), "only the first"),
-        (started(spread), "exactly 160 times"),
-        (of_all(lambda x, y: (x, x)), "move them on by one"),
-        (of_all(lambda x, y: (x, x + 1)), "the next id of the text"),
-        (of_all(lambda x, y: (x,)), "return two tensors"),
-        (of_all(lambda x, y: (x.flip(1), y.flip(1))), "not a run of the text"),
-        (of_all(lambda x, y: (x.int(), y)), "inputs are torch.int32"),
-        (of_all(lambda x, y: (x, y[:, :3])), "targets have shape (64, 3)"),
-        (moved(-1), "the wrong way"),
-        (moved(2), "not the inputs moved"),
-        (lambda ids, *rest: package_batch(ids.astype(np.int16), *rest), "with -25"),
-        (lambda ids, b, t, seed: package_batch(ids, b, t, seed % 20), "seeds 0 and 20"),
-        (lambda ids, b, t, seed: package_batch(ids, b, t, seed % 7), "seeds 0 and 679"),
-        (lambda ids, b, t, seed: package_batch(ids, b, t, 0), "the seed is ignored"),
-        (lambda ids, b, t, s: package_batch(ids, b, t, s // 2), "seeds 0 and 1 give"),
-        (lambda ids, b, t, s: package_batch(ids, b, t, s % 256), "seeds 0 and 256"),
-        (lambda ids, b, t, s: package_batch(ids, b, t, s % 1000), "seeds 0 and 1000"),
-        (fresh, "a run could not resume"),
-        (overwriting, "the ids themselves were changed"),
-        (started(lambda r, n, b: r.integers(n - 1, size=b)), "off by one at the end"),
-        (started(lambda r, n, b: r.integers(n + 1, size=b)), "run past the end"),
-        (one_too_far, "run past the end"),
-        (started(lambda r, n, b: r.integers(n - 2, size=b)), "start at [6, 7]"),
-        (started(lambda r, n, b: r.choice(n, b, False)), "all differ"),
-        (started(lambda r, n, b: r.choice(n, b, b > n)), "none comes twice"),
-        (started(lambda r, n, b: np.resize(r.permutation(n), b)), "once each before"),
-        (started(lambda r, n, b: np.sort(r.integers(n, size=b))), "order of the text"),
-        (started(lambda r, n, b: np.repeat(r.integers(n, size=b), 2)[:b]), "in pairs"),
-        (
-            started(lambda r, n, b: np.tile(r.integers(n, size=b // 2 + 1), 2)[:b]),
-            "follow from one another",
-        ),
-        (started(mirrored), "follow from one another"),
-        (
-            started(lambda r, n, b: [0, *r.integers(n, size=b - 1)]),
-            "don't all change with the seed",
-        ),
-        (
-            started(lambda r, n, b: r.integers(20, size=b) % n),  # 3 : 2
-            "not equally likely",
-        ),
-        (
-            started(lambda r, n, b: (r.integers(n) + np.arange(b)) % n),
-            "equal distances",
-        ),
-        (
-            started(lambda r, n, b: np.minimum(r.integers(n + 4, size=b), n - 1)),
-            "not equally likely",
-        ),
-    ],
-    "check_epochs": [
-        (epoch_in_16_bits, "are places kept in 16 bits?"),
-        (epochs(lambda n, s, e, b: order(n, s % 2, e)), "epoch 0 of seed 2 is epoch 0"),
-        (epochs(lambda n, s, e, b: order(n, s > 0, e)), "two of the seeds 1, 2, 256"),
-        (drawn, "permute, don't draw"),
-        (epochs(lambda n, *_: range(n)), "in the order of the text"),
-        (epochs(lambda n, seed, *_: order(n, seed)), "same order"),
-        (epochs(lambda n, s, e, b: order(n, s + e)), "epoch 1 of seed 0"),
-        (epochs(lambda n, s, e, b: order(n, 10 * s + e)), "epoch 10 of seed 0"),
-        (epochs(lambda n, s, e, b: order(n, 0, e)), "the seed is ignored"),
-        (epochs(lambda n, s, e, b: order(n, s * (e == 0), e)), "epoch 3 the seed is"),
-        (epochs(lambda n, s, e, b: order(n, 100 * s + e)), "epoch 100 of seed 0"),
-        (epochs(first_crop_first), "in the same half each time"),
-        (epochs(half_by_half), "in the same half each time"),
-        (epochs(lambda n, s, e, b: order(n, s, e % 2)), "epoch 2 repeats"),
-        (epochs(lambda n, s, e, b: order(n, s, e % 64)), "epoch 64 repeats"),
-        (epochs(lambda n, s, e, b: order(n, s, e % 128)), "epoch 128 repeats"),
-        (epochs(lambda n, s, e, b: order(n // b * b, s, e)), "left out in every epoch"),
-        (epochs(shuffled_in_batches), "put all crops into a new order"),
-        (leftovers_carried_over, "drop the crops that are left over"),
-        (kin(np.roll), "moved on or reversed"),
-        (kin(lambda o, e: o[:: 1 - 2 * (e % 2)]), "a batch has the same crops"),
-        (epochs(batches_permuted), "a batch has the same crops"),
-        (lambda *a: [part.float() for part in package_epoch(*a)], "not torch.int64"),
-    ],
-    "check_nats_per_character": [
-        (lambda n, t, c: n * c / t, "longer tokens"),
-        (lambda n, t, c: n, "don't cost 3.000 nats each"),
-    ],
-}
-
-
-@pytest.mark.parametrize(
-    ("check", "wrong", "message"),
-    [(check, *case) for check, cases in WRONG.items() for case in cases],
-)
-def test_check_names_the_mistake(check, wrong, message):
-    with pytest.raises(AssertionError) as caught:
-        getattr(checks, check)(wrong)
-    assert message in str(caught.value)
-
-
-def test_package_passes_its_checks():
-    checks.check_split(split_documents)
-    checks.check_batches(package_batch)
-    checks.check_epochs(package_epoch)
-    checks.check_nats_per_character(lambda loss, tokens, n: loss * tokens / n)
+# Records.
 
 
 def test_the_chapter_shows_the_record_of_plays_left_out(names_in):

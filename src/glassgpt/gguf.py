@@ -279,7 +279,7 @@ def write_gguf(
     dtype: of the matrices, float16 or float32; vectors and the table of positions are
     float32. Raises ValueError for another dtype, for a model of a class of your own or
     one that is neither a GPT-2 nor a Llama, for weights that are nan, infinite or too
-    large for the dtype, and for a tokenizer of characters or of a larger model;
+    large for the dtype, and for a tokenizer of characters or of another model;
     FileExistsError for a file of another kind.
 
     Book: 18_real_models.html#gguf-export-for-laptops
@@ -295,7 +295,11 @@ def write_gguf(
         )
     if (theirs := FORMATS.get(format_of(config).kind)) is None:
         raise ValueError("llama.cpp knows GPT-2 and Llama, not this model")
-    require_fit(tokenizer, config)
+    if tokenizer.vocab_size != config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, "
+            f"the model {config.vocab_size}: it is the tokenizer of another model"
+        )
     with atomic_write(path) as unfinished:
         writer = hub_library("gguf").GGUFWriter(unfinished, theirs.kind)
         values = values_of(config)

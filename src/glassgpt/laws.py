@@ -49,9 +49,10 @@ def fit_law(N: np.ndarray, D: np.ndarray, losses: np.ndarray) -> Law:
         parts = ((N / n) ** -alpha[:, None], (D / d) ** -beta[:, None])
         x = np.stack([np.ones_like(parts[0]), *parts], axis=-1)  # (G, R, 3)
         solved = np.linalg.solve(x.mT @ x, x.mT @ losses[:, None])  # (G, 3, 1)
-        error = ((x @ solved)[..., 0] - losses) ** 2
-        score = error.sum(1) + 1e9 * (solved < 0).any((1, 2))
-        best = int(score.argmin())
+        errors = (((x @ solved)[..., 0] - losses) ** 2).sum(axis=1)  # (G,)
+        negative = (solved < 0).any(axis=(1, 2))
+        errors[negative] += 1e9
+        best = int(errors.argmin())
         a, b = alpha[best].item(), beta[best].item()
         width = width / 2
         low = np.maximum(np.array([a, b]) - width / 2, 0.01)

@@ -212,19 +212,6 @@ def locked(directory: Path) -> Iterator[None]:
         raise FileExistsError(f"another process is training in {directory}") from None
 
 
-# What may be another than before when a run goes on.
-CHANGEABLE = {
-    "steps",
-    "learning_rate",
-    "matrix_learning_rate",
-    "accumulate",
-    "evaluate_every",
-    "checkpoint_every",
-    "keep",
-    *vars(Machine()),
-}
-
-
 Settings = TypeVar("Settings", TrainConfig, Machine, Saving)
 
 

@@ -1,13 +1,12 @@
 # Written by tools/tangle.py from book/18_real_models.ipynb: change it there.
+
+
 """Checks of models, files and tokenizers that go to other programs and come back."""
 
 import json
 import pickle
-import struct
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from glassgpt.checks.expect import expect_same
 from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.modern import (
     LLAMA_CHOICES,
@@ -24,6 +24,13 @@ from glassgpt.modern import (
     rotary_tables,
 )
 from glassgpt.tokens import BPETokenizer
+
+SMALL_LLAMA = {
+    **LLAMA_CHOICES,
+    "hidden": 20,
+    "rotary_base": 500.0,
+    "norm_eps": 1e-4,
+}
 
 
 def random_model(config: GPTConfig, seed: int = 0) -> GPT:
@@ -50,28 +57,25 @@ def theirs_in_double(content: dict[str, Any]) -> Any:
     options = {key: value for key, value in content.items() if key != "glassgpt"}
     config = AutoConfig.for_model(**options)
     model = AutoModelForCausalLM.from_config(config).double().eval()
-    for part in model.modules():
-        if type(part).__name__ == "LlamaRMSNorm":
-            part.forward = _norm_of(part)
-        if type(part).__name__ == "LlamaRotaryEmbedding":
-            kind = config.rope_parameters["rope_type"]
-            assert kind == "default", f"Llama: rotary positions are {kind}, not default"
-            base = float(config.rope_parameters["rope_theta"])
-            width = config.hidden_size // config.num_attention_heads
-            part.forward = _tables_of(base, width)
-    return model
+    if config.model_type != "llama":
+        return model
+    rope = config.rope_parameters
+    kind, base = rope["rope_type"], float(rope["rope_theta"])
+    assert kind == "default", f"Llama: rotary positions are {kind}, not default"
+    width, eps = config.hidden_size // config.num_attention_heads, config.rms_norm_eps
 
-
-def _norm_of(part: Any) -> Callable[[Tensor], Tensor]:
-    return lambda x: F.rms_norm(x, x.shape[-1:], part.weight, part.variance_epsilon)
-
-
-def _tables_of(base: float, width: int) -> Callable[..., tuple[Tensor, ...]]:
     def tables(x: Tensor, position_ids: Tensor) -> tuple[Tensor, ...]:
         made = rotary_tables(position_ids, width, base)
         return tuple(torch.cat((table, table), -1).double() for table in made)
 
-    return tables
+    def norm_with(weight: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda x: F.rms_norm(x, x.shape[-1:], weight, eps)
+
+    model.model.rotary_emb.forward = tables
+    for part in model.modules():
+        if type(part).__name__ == "LlamaRMSNorm":
+            part.forward = norm_with(part.weight)
+    return model
 
 
 Exported = tuple[dict[str, Any], dict[str, Tensor]]
@@ -90,13 +94,12 @@ def parity_gap(
     model = random_model(config, seed)
     content, state = export(model)
     theirs = theirs_in_double(content)
-    due = {name: value.shape for name, value in theirs.state_dict().items()}
-    tied = {"lm_head.weight"} if config.tied else set()
-    assert state.keys() <= due.keys(), f"unknown names: {sorted(state.keys() - due)}"
-    assert due.keys() - tied <= state.keys(), f"missing: {sorted(due - state.keys())}"
-    for name, value in state.items():
-        shapes = f"{[*value.shape]}, not {[*due[name]]}"
-        assert value.shape == due[name], f"{name} is {shapes}"
+    wanted = {name: value.shape for name, value in theirs.state_dict().items()}
+    found = {name: value.shape for name, value in state.items()}
+    if config.tied and "lm_head.weight" not in found:
+        del wanted["lm_head.weight"]
+    wrong = [n for n in wanted | found if wanted.get(n) != found.get(n)]
+    assert not wrong, f"missing, unknown, or of another shape: {', '.join(wrong[:3])}"
     context = theirs.config.max_position_embeddings
     assert context == config.context, f"context {context}, not {config.context}"
     theirs.load_state_dict(state, strict=False)
@@ -114,25 +117,19 @@ def check_parity(export: Callable[[GPT], Exported]) -> None:
 
     Book: 18_real_models.html#agreement-3-config-json-the-same-function
     """
-    llama = {**LLAMA_CHOICES, "hidden": 20, "rotary_base": 500.0, "norm_eps": 1e-4}
-    for seed, config in enumerate(
-        [
-            GPTConfig(31, context=24, layers=2, heads=4, width=16),
-            GPTConfig(31, context=24, layers=12, heads=2, width=16, tied=False),
-            ModernConfig(31, 24, 2, 4, 16, tied=True, key_value_heads=2, **llama),
-            ModernConfig(31, 24, 12, 2, 16, tied=False, **llama),  # 10 follows 9
-        ]
-    ):
+    configs = [
+        GPTConfig(31, context=24, layers=2, heads=4, width=16),
+        GPTConfig(31, context=24, layers=12, heads=2, width=16, tied=False),
+        ModernConfig(31, 24, 2, 4, 16, tied=True, key_value_heads=2, **SMALL_LLAMA),
+        ModernConfig(31, 24, 12, 2, 16, tied=False, **SMALL_LLAMA),  # 10 follows 9
+    ]
+    for seed, config in enumerate(configs):
         kind = "Llama" if isinstance(config, ModernConfig) else "GPT-2"
         gap = parity_gap(export, config, seed)
-        assert gap < 0.1, (
-            f"{kind}: logits differ by {gap:.1g}: a matrix stands the wrong way "
-            "round,\nrows are in another order, or a layer has the numbers of another"
-        )
-        assert gap < 1e-9, (
-            f"{kind}: logits differ by {gap:.0e}: nearly the same function;\n"
-            "another activation function, epsilon or rotary base?"
-        )
+        hint = "nearly the same function;\nanother GELU, epsilon or rotary base?"
+        if gap > 0.1:
+            hint = "a matrix stands the wrong way round,\nor rows are in another order"
+        assert gap < 1e-9, f"{kind}: logits differ by {gap:.1g}: {hint}"
 
 
 def check_special(make: Callable[[str], Any]) -> None:
@@ -143,59 +140,47 @@ def check_special(make: Callable[[str], Any]) -> None:
     Book: 18_real_models.html#agreement-4-tokenizer-json-the-same-tokens
     """
     mark, text = "<|endoftext|>", "a tower<|endoftext|> of \u2615 and\n\n  caf\u00e9"
-    with TemporaryDirectory() as place:
-        path = Path(place, "tokenizer.json")
-        due = BPETokenizer.train("a tower, a miniature tower " * 5, 270)
-        due.save(path)
-        facts, end = json.loads(path.read_text("utf-8")), due.special_tokens[mark]
+    ours = BPETokenizer.train("a tower, a miniature tower " * 5, 270)
+    facts, end = json.loads(ours.to_json()), ours.special_tokens[mark]
     around = {"type": "BertProcessing", "cls": [mark, end], "sep": [mark, end]}
-    short = {"max_length": 5, "strategy": "LongestFirst", "stride": 0}
-    content = json.dumps({**facts, "post_processor": around, "truncation": short})
-    tokenizer = make(content)
-    sent = pickle.loads(pickle.dumps(tokenizer))
-    plain = make(content.replace('"special": true', '"special": false'))
-    places = ("here", "in another process", "where the file calls it not special")
-    for one, where in zip((tokenizer, sent, plain), places, strict=True):
-        ids = one.encode(text)
+    content = json.dumps({**facts, "post_processor": around})
+    tokenizers = {
+        "here": make(content),
+        "in another process": pickle.loads(pickle.dumps(make(content))),
+        "where the file calls it not special": make(
+            content.replace('"special": true', '"special": false')
+        ),
+    }
+    for where, tokenizer in tokenizers.items():
+        ids = tokenizer.encode(text)
         assert end not in ids, f"{where}, text was turned into the special token {mark}"
-        back = one.decode(ids)
-        assert back == text, f"{where}, a text came back as {back!r}"
-        assert ids == due.encode(text), f"{where}, other ids than those of the file"
-        allowed = one.encode(text, allow_special=True)
+        assert ids == ours.encode(text), f"{where}, other ids than those of the file"
+        allowed = tokenizer.encode(text, allow_special=True)
         assert allowed.count(end) == 1, f"{where}, allow_special did not allow {mark}"
-        back = one.decode(allowed)
+        back = tokenizer.decode(allowed)
         assert back == text, f"{where}, with {mark} as an id it came back as {back!r}"
-        assert one.vocab_size == 270, f"{one.vocab_size} ids, not 270"
 
 
-def _blocks(kind: str, generator: np.random.Generator) -> tuple[bytes, list[float]]:
-    """A random block of 32 numbers, written and calculated one by one."""
-    scale, low = np.float16(generator.normal(0, 2, 2)).tolist()
-    if kind == "Q8_0":
-        whole = generator.integers(-128, 128, 32).tolist()
-        return struct.pack("<e32b", scale, *whole), [scale * q for q in whole]
-    steps = generator.integers(0, 16, 32).tolist()
-    halves = bytes(a | b << 4 for a, b in zip(steps[:16], steps[16:], strict=True))
-    if kind == "Q4_0":
-        return struct.pack("<e", scale) + halves, [scale * (q - 8) for q in steps]
-    return struct.pack("<2e", scale, low) + halves, [scale * q + low for q in steps]
+def _expect_unpacked(unpack: Callable[[np.ndarray], np.ndarray], kind: str) -> None:
+    """The same numbers as by the library that llama.cpp's authors wrote."""
+    import gguf
 
+    known = gguf.GGMLQuantizationType[kind]
+    numbers = np.random.default_rng(0).normal(0, 3, (6, 64)).astype(np.float32)
+    packed = torch.from_numpy(gguf.quantize(numbers, known))  # (rows, bytes)
 
-def _check_kind(unpack: Callable[[np.ndarray], np.ndarray], kind: str) -> None:
-    generator = np.random.default_rng(0)
-    blocks = [_blocks(kind, generator) for _ in range(6)]
-    packed = np.frombuffer(b"".join(b for b, _ in blocks), np.uint8)
-    numbers = np.array([part for _, part in blocks], np.float32)
-    for rows in (3, 1, 6):
-        due, found = numbers.reshape(rows, -1), unpack(packed.reshape(rows, -1))
-        assert isinstance(found, np.ndarray), "a NumPy array is wanted"
-        assert found.shape == due.shape, f"{kind}: shape {found.shape}, not {due.shape}"
-        assert found.dtype == np.float32, f"{kind}: {found.dtype}, not float32"
-        if not np.allclose(found, due, atol=1e-3):
-            mistake = "another formula, lost signs, or arithmetic in 16 bits"
-            if np.allclose(np.sort(found), np.sort(due), atol=1e-3):
-                mistake = "the right numbers in the wrong order: lower halves first"
-            raise AssertionError(f"{kind}: {mistake}")
+    def attempt(data: Tensor) -> Tensor:
+        return torch.from_numpy(unpack(data.numpy()))
+
+    def reference(data: Tensor) -> Tensor:
+        return torch.from_numpy(gguf.dequantize(data.numpy(), known))
+
+    def neighbors(data: Tensor) -> Tensor:
+        return reference(data).view(len(data), -1, 2, 16).mT.flatten(1)
+
+    order = f"{kind}: the right numbers in the wrong order: lower halves first"
+    hint = f"This is {kind}: another formula, or lost signs?"
+    expect_same(attempt, reference, packed, mistakes={order: neighbors}, hint=hint)
 
 
 def check_unpack(unpack: Callable[[str, np.ndarray], np.ndarray]) -> None:
@@ -205,13 +190,8 @@ def check_unpack(unpack: Callable[[str, np.ndarray], np.ndarray]) -> None:
 
     Book: 18_real_models.html#agreement-5-gguf-four-bits-for-a-number
     """
-    for kind in ("Q4_1", "Q8_0"):
-        _check_kind(lambda data, kind=kind: unpack(kind, data), kind)  # type: ignore
-    for kind, dtype in (("F16", np.float16), ("F32", np.float32)):
-        numbers = np.linspace(-3, 3, 12, dtype=dtype).reshape(3, 4)
-        found = unpack(kind, numbers)
-        assert found.dtype == np.float32, f"{kind}: {found.dtype}, not float32"
-        assert (found == numbers).all(), f"{kind}: numbers were changed"
+    _expect_unpacked(lambda data: unpack("Q4_1", data), "Q4_1")
+    _expect_unpacked(lambda data: unpack("Q8_0", data), "Q8_0")
 
 
 def check_q4_0(unpack: Callable[[np.ndarray], np.ndarray]) -> None:
@@ -221,21 +201,21 @@ def check_q4_0(unpack: Callable[[np.ndarray], np.ndarray]) -> None:
 
     Book: 18_real_models.html#agreement-5-gguf-four-bits-for-a-number
     """
-    _check_kind(unpack, "Q4_0")
-
-
-def _scores(rows: list[Tensor], x: Tensor, width: int, rotate: Callable) -> Tensor:
-    """Scores (H, T, T) of x (T, C), with rows of queries (H D, C) and keys (G D, C)."""
-    parts = ((x @ part.T).view(len(x), -1, width).transpose(0, 1) for part in rows)
-    tables = [t.double() for t in rotary_tables(torch.arange(len(x)), width)]
-    queries, keys = (rotate(part, *tables) for part in parts)
-    return queries @ keys.repeat_interleave(len(queries) // len(keys), 0).mT
+    _expect_unpacked(unpack, "Q4_0")
 
 
 def _neighbors(y: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions where each column rotates with its neighbor."""
     a, b = y[..., ::2], y[..., 1::2]
     return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
+
+
+def _scores(x: Tensor, rows: list[Tensor], width: int, rotate: Callable) -> Tensor:
+    """Scores (H, T, T) of x (T, C), with rows of queries (H D, C) and keys (G D, C)."""
+    tables = [t.double() for t in rotary_tables(torch.arange(len(x)), width)]
+    by_head = [(x @ part.T).view(len(x), -1, width).transpose(0, 1) for part in rows]
+    queries, keys = (rotate(part, *tables) for part in by_head)
+    return queries @ keys.repeat_interleave(len(queries) // len(keys), 0).mT
 
 
 def check_pairs(reorder: Callable[[Tensor, int], Tensor]) -> None:
@@ -247,19 +227,12 @@ def check_pairs(reorder: Callable[[Tensor, int], Tensor]) -> None:
     Book: 18_real_models.html#rotary-positions-rows-in-the-right-order
     """
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(7, 6, dtype=torch.float64, generator=generator)  # (T, C)
+    x, q, k = torch.randn(3, 72, 6, dtype=torch.float64, generator=generator)
     for heads, shared, width in ((1, 1, 4), (6, 2, 12)):
-        shapes = ((heads * width, 6), (shared * width, 6))
-        rows = [
-            torch.randn(s, dtype=torch.float64, generator=generator) for s in shapes
-        ]
-        due = _scores(rows, x, width, apply_rotary)
-        sent = [part.clone() for part in rows]
-        changed = [reorder(part, width) for part in sent]
-        for new, part, old in zip(changed, sent, rows, strict=True):
-            assert torch.equal(part, old), "the rows that came must stay as they are"
-            assert new.shape == old.shape, f"shape {new.shape}, not {old.shape}"
-        gap = (_scores(changed, x, width, _neighbors) - due).abs().max()
+        rows = [q[: heads * width], k[: shared * width]]
+        wanted = _scores(x, rows, width, apply_rotary)
+        changed = [reorder(part.clone(), width) for part in rows]
+        gap = (_scores(x, changed, width, _neighbors) - wanted).abs().max()
         assert gap < 1e-9, (
             f"heads of queries: {heads}, of keys: {shared}, of width {width}: the "
             f"scores differ by {gap:.1g};\nrow i of a head goes to 2 i, row i + D / 2 "
@@ -267,11 +240,10 @@ def check_pairs(reorder: Callable[[Tensor, int], Tensor]) -> None:
         )
 
 
-def _forged(header: Any, size: int, length: int | None = None) -> bytes:
-    """A file with this header, so many bytes of numbers, and this length of header."""
+def _file(header: Any, size: int) -> bytes:
+    """A file with this header, and so many bytes of numbers."""
     text = json.dumps(header).encode()
-    number = len(text) if length is None else length
-    return number.to_bytes(8, "little") + text + bytes(range(size))
+    return len(text).to_bytes(8, "little") + text + bytes(range(size))
 
 
 def check_safetensors(read: Callable[[bytes], dict[str, Tensor]]) -> None:
@@ -284,49 +256,33 @@ def check_safetensors(read: Callable[[bytes], dict[str, Tensor]]) -> None:
     from safetensors.torch import save
 
     tensors = {"b": torch.arange(6.0).view(2, 3), "a": torch.ones(2).half()}
-    tensors |= {"c": torch.tensor(3.5), "empty": torch.zeros(0, 3)}
-    tensors |= {"d": torch.tensor([0.1]).bfloat16(), "e": torch.ones(2).double() / 3}
-    whole, with_metadata = save(tensors), save(tensors, {"format": "pt"})
+    tensors |= {"empty": torch.zeros(0, 3), "c": torch.tensor([0.1]).bfloat16()}
+    whole = save(tensors, {"format": "pt"})
     end = 8 + int.from_bytes(whole[:8], "little")
-    entries = reversed(json.loads(whole[8:end]).items())
-    files = {"a whole file": whole, "one with metadata": with_metadata}
-    files["one with its header in reverse"] = _forged(dict(entries), 0) + whole[end:]
-    for what, content in files.items():
+    reverse = dict(reversed(json.loads(whole[8:end]).items()))
+    for content in (whole, _file(reverse, 0) + whole[end:]):
         try:
             found = read(content)
         except ValueError as error:
-            raise AssertionError(f"{what} was refused: {error}") from error
-        assert found is not None, "nothing came back"
-        names = f"names {sorted(found)}, not {sorted(tensors)}"
-        assert found.keys() == tensors.keys(), names
-        for name, due in tensors.items():
-            assert found[name].shape == due.shape, f"{name} has another shape"
-            kind = f"{name} is {found[name].dtype}, not {due.dtype}"
-            assert found[name].dtype == due.dtype, kind
-            assert torch.equal(found[name], due), f"{name} has other numbers"
+            raise AssertionError(f"a whole file was refused: {error}") from error
+        assert found.keys() == tensors.keys(), f"the names are {sorted(found)}"
+        for name, wanted in tensors.items():
+            kind = f"{name} is {found[name].dtype}, not {wanted.dtype}"
+            assert found[name].dtype == wanted.dtype, kind
+            assert torch.equal(found[name], wanted), f"{name} has other numbers"
     one = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
-    late = {**one, "data_offsets": [20, 36]}
-    huge = {**one, "shape": [1 << 62, 4, 0], "data_offsets": [0, 0]}
-    empty = {"a": {**one, "shape": [0], "data_offsets": [0, 0]}}
-    typeless = {"shape": [4], "data_offsets": [0, 16]}
-    deep = b"[" * 200_000
     attacks = {
-        "two tensors with the same bytes": _forged({"a": one, "b": one}, 16),
-        "the same bytes twice, as many unused": _forged({"a": one, "b": one}, 32),
-        "a gap between two tensors": _forged({"a": one, "b": late}, 36),
-        "bytes left over": _forged({"a": one}, 20),
-        "numbers that aren't there": _forged({"a": one}, 12),
-        "a type that doesn't fit": _forged({"a": {**one, "dtype": "F16"}}, 16),
-        "an unknown type": _forged({"a": {**one, "dtype": "F31"}}, 16),
-        "a shape that doesn't fit": _forged({"a": {**one, "shape": [5]}}, 16),
-        "a negative shape": _forged({"a": {**one, "shape": [-2, -2]}}, 16),
-        "a shape too large, though empty": _forged({"a": huge}, 0),
-        "a header that is a list": _forged([one], 16),
-        "a missing type": _forged({"a": typeless}, 16),
-        "a list for a type": _forged({"a": {**one, "dtype": ["F32"]}}, 16),
-        "a header longer than the file": _forged(empty, 0, 1 << 42),
+        "two tensors with the same bytes": _file({"a": one, "b": one}, 16),
+        "a gap": _file({"a": {**one, "data_offsets": [4, 20]}}, 20),
+        "bytes left over": _file({"a": one}, 20),
+        "numbers that aren't there": _file({"a": one}, 12),
+        "an unknown type": _file({"a": {**one, "dtype": "F31"}}, 16),
+        "a shape that doesn't fit": _file({"a": {**one, "shape": [5]}}, 16),
+        "a negative shape": _file({"a": {**one, "shape": [-2, -2]}}, 16),
+        "a header that is a list": _file([one], 16),
+        "a missing type": _file({"a": {"shape": [4], "data_offsets": [0, 16]}}, 16),
+        "a header longer than the file": (1 << 42).to_bytes(8, "little") + b"{}",
         "three bytes": b"abc",
-        "a header nested too deeply": len(deep).to_bytes(8, "little") + deep,
     }
     for name, content in attacks.items():
         try:
@@ -348,23 +304,18 @@ def check_fold(fold: Callable[[GPT], GPT]) -> None:
 
     Book: 18_real_models.html#exercises
     """
-    choices = {**LLAMA_CHOICES, "tied": True, "key_value_heads": 2, "hidden": 20}
-    choices |= {"rotary_base": 500.0, "norm_eps": 1e-4}
-    config = ModernConfig(31, 24, 2, 4, 16, **choices)
-    model = random_model(config)
-    ids = torch.arange(24)[None]
-    due = model(ids)
+    config = ModernConfig(31, 24, 2, 4, 16, tied=True, key_value_heads=2, **SMALL_LLAMA)
+    model, ids = random_model(config), torch.arange(24)[None]
+    wanted = model(ids)
     new = fold(model)
-    assert new is not None, "nothing came back"
-    assert torch.equal(model.eval()(ids), due), "the given model is changed"
-    due_config = {**asdict(config), "norm_weight": False, "tied": False}
-    wrong = [n for n, v in due_config.items() if getattr(new.config, n, None) != v]
+    assert torch.equal(model.eval()(ids), wanted), "the given model is changed"
+    fields = {**asdict(config), "norm_weight": False, "tied": False}
+    wrong = [n for n, v in fields.items() if getattr(new.config, n, None) != v]
     assert not wrong, f"its configuration has another {', '.join(wrong)}"
     names = build(new.config).state_dict().keys()
     assert new.state_dict().keys() == names, "its parameters are of another model"
-    gap = (new.eval()(ids) - due).abs().max()
-    assert gap < 1e-3, f"logits differ by {gap:.1g}: are all norms folded?"
+    gap = (new.eval()(ids) - wanted).abs().max()
     assert gap < 1e-9, (
-        f"logits differ by {gap:.0e}: nearly the same;\nis the new model in the "
-        "precision of the one that came?"
+        f"logits differ by {gap:.0e}: are all norms folded,\nand is the new model in "
+        "the precision of the one that came?"
     )
