@@ -49,6 +49,9 @@ texts = st.one_of(
     st.lists(st.one_of(characters, pieces_of_english), max_size=40).map("".join),
 )
 repetitive = st.text("abc \n", max_size=60)
+# Two libraries may not know the same Unicode: a character that is new to one is a
+# letter in the other. Those that Python knows, both do.
+known = st.text(st.characters(exclude_categories=("Cn", "Cs")), max_size=60)
 few_pairs = pytest.mark.filterwarnings("ignore:the text has too few pairs")
 
 
@@ -227,7 +230,7 @@ def test_training_equals_tokenizers():
 
 
 @few_pairs
-@given(st.lists(st.one_of(repetitive, texts), max_size=4), st.integers(257, 300))
+@given(st.lists(st.one_of(repetitive, known), max_size=4), st.integers(257, 300))
 @settings(max_examples=60)
 def test_training_breaks_ties_as_tokenizers_does(several, vocab_size):
     ours = BPETokenizer.train(iter(several), vocab_size)

@@ -151,8 +151,8 @@ def load_parameters(directory: Path, config: GPTConfig) -> GPT:
         with reraise_as(f"{path} is missing, damaged or no safetensors file"):
             state |= load_file(path)  # mapped into memory, not read
     if "wte.weight" in state:  # so in the file in which OpenAI's weights are shared
-        body = state.keys() - {"lm_head.weight"}
-        state |= {f"transformer.{name}": state.pop(name) for name in body}
+        for name in state.keys() - {"lm_head.weight"}:
+            state[f"transformer.{name}"] = state.pop(name)
     theirs = (
         huggingface.OURS if "tokens.weight" in state else huggingface.format_of(config)
     )

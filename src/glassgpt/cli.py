@@ -26,7 +26,7 @@ from tyro.conf import OmitArgPrefixes, Positional
 
 import glassgpt
 from glassgpt.chat import fit_history, stream_answer, template_of
-from glassgpt.checkpoints import load_config
+from glassgpt.checkpoints import load_config, reraise_as
 from glassgpt.data import TokenData, read_documents, split_documents
 from glassgpt.distributed import first_process_first, make_trainer, process_group
 from glassgpt.generation import Sampling, stream_text
@@ -52,7 +52,7 @@ class Changes:
 
     steps: Maybe[int] = None  # how often the optimizer moves the weights
     accumulate: Maybe[int] = None  # micro-batches in a batch: less memory
-    learning_rate: Maybe[float] = None  # the highest one
+    learning_rate: Maybe[float] = None  # highest; with muon: of all but matrices
     matrix_learning_rate: Maybe[float] = None  # Muon's, of the blocks' matrices
     evaluate_every: Maybe[int] = None  # steps from one evaluation to the next
     checkpoint_every: Maybe[int] = None  # steps from one checkpoint to the next
@@ -270,9 +270,11 @@ def changed(directory: Path, settings: Settings) -> Changes:
 
     Book: a3_command_line.html#a-run-and-going-on-with-it
     """
-    run = json.loads((directory / "run.json").read_text("utf-8"))
-    before = run["model"] | run["training"] | run["machine"] | run["saving"]
-    muon = "matrix_learning_rate" in run["training"]
+    path = directory / "run.json"
+    with reraise_as(f"{path} is damaged, start a new run"):
+        run = json.loads(path.read_text("utf-8"))
+        before = run["model"] | run["training"] | run["machine"] | run["saving"]
+        muon = "matrix_learning_rate" in run["training"]
     before["optimizer"] = "muon" if muon else "adamw"
     asked = settings.given()
     if settings.recipe:
@@ -332,6 +334,8 @@ class Train(Text):
         name = re.sub(r"[^\w.-]", "", place.stem) or "run"
         out = Path(self.out or f"runs/{name}")
         if self.resume and (out / "run.json").exists():
+            if self.tokenizer or self.vocab_size or self.init_from:
+                print(f"{out} goes on with its own texts, tokenizer and first weights")
             return go_on(out, None, self.shard, changed(out, self.settings))
         return self.start(out, self.settings.given())
 

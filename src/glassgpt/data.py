@@ -347,7 +347,8 @@ def _read_facts(folder: Path, hashes: bool = False) -> dict[str, Any]:
     facts = {}
     with suppress(ValueError, TypeError):
         facts = dict(json.loads(path.read_bytes()))
-    if facts.pop("fingerprint", None) != _fingerprint(facts):
+    fingerprint = facts.pop("fingerprint", None)
+    if fingerprint != _fingerprint(facts):
         raise ValueError(f"{path} is damaged: tokenize again")
     for name, file in facts["files"].items():
         path = folder / name

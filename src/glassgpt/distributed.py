@@ -110,9 +110,6 @@ class ParallelTrainer(Trainer):
             self.unread = list(losses)
         return super().read_losses()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict({"model": dict(self.model.named_parameters()), **state})
-
 
 class _LossModule(nn.Module):
     """A loss as a module, whose `forward` PyTorch's wrappers can surround."""

@@ -111,7 +111,9 @@ FORMATS = {form.kind: form for form in (GGUF_GPT2, GGUF_LLAMA)}
 
 def _gguf_tokenizer(facts: dict[str, Any]) -> ForeignTokenizer:
     """The tokenizer in the fields of a GGUF file. Raises ValueError."""
-    t, own = hub_library("tokenizers"), {k[15:]: v for k, v in facts.items()}
+    t = hub_library("tokenizers")
+    ours = "tokenizer.ggml."
+    own = {k.removeprefix(ours): v for k, v in facts.items() if k.startswith(ours)}
     kind = own["model"], own.get("pre", "gpt-2")
     if kind not in (("gpt2", "gpt-2"), ("gpt2", "smollm")):
         raise ValueError(f"its tokenizer is {kind}, not byte pairs as GPT-2's")
@@ -174,11 +176,17 @@ def _read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, tuple], dict[str, 
     fields = _Fields(content)
     if fields.number("4s") != b"GGUF" or fields.number("I") not in (2, 3):
         raise ValueError("it does not begin with GGUF and version 2 or 3")
-    tensors, count = fields.number("Q"), fields.number("Q")
-    facts = {fields.text(): fields.value(fields.number("I")) for _ in range(count)}
+    tensors = fields.number("Q")
+    count = fields.number("Q")
+    facts = {}
+    for _ in range(count):
+        key = fields.text()
+        kind = fields.number("I")
+        facts[key] = fields.value(kind)
     shapes, places = {}, {}
     for _ in range(tensors):
-        name, axes = fields.text(), fields.number("I")
+        name = fields.text()
+        axes = fields.number("I")
         if axes > 4 or name in shapes:
             raise ValueError(f"{name} has {axes} axes, or is there twice")
         shapes[name] = tuple(fields.number("Q") for _ in range(axes))[::-1]
@@ -226,7 +234,7 @@ def _named(path: Path) -> Iterator[None]:
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         reason = " ".join(reason[:LONGEST].split())  # it may quote the file
-        raise ValueError(f"{path} is damaged or foreign: {reason}") from None
+        raise ValueError(f"{path} is damaged or foreign: {reason}") from error
 
 
 def gguf_config(path: Path) -> GPTConfig:
@@ -311,7 +319,9 @@ def write_gguf(
             add(f"{theirs.kind}.{key}", values[name])
         if theirs is GGUF_GPT2:
             writer.add_layer_norm_eps(1e-5)
-        writer.add_file_type(int(dtype == "float16"))
+        kinds = hub_library("gguf").LlamaFileType
+        half = dtype == "float16"
+        writer.add_file_type(kinds.MOSTLY_F16 if half else kinds.ALL_F32)
         _write_tokenizer(writer, tokenizer, config.vocab_size)
         for name, value in to_theirs(model, theirs).items():
             matrix = value.dim() > 1 and name != "position_embd.weight"

@@ -363,7 +363,7 @@ class ForeignTokenizer(Tokenizer):
                 token["special"] = True  # whatever the file says of it
             self._inner = library.from_str(json.dumps(facts))
         except Exception as error:  # it raises nothing finer
-            raise ValueError(f"it is damaged or no tokenizer: {error}") from None
+            raise ValueError(f"it is damaged or no tokenizer: {error}") from error
         self._inner.no_truncation()
         self._inner.no_padding()
         self._inner.encode_special_tokens = True  # as the text that they are
@@ -449,9 +449,10 @@ def find_model(name: str) -> Path | None:
     try:
         return Path(hub.snapshot_download(repository, allow_patterns=patterns))
     except Exception as error:  # no network, no such model, a license to accept ...
-        what = f"{repository} isn't in the cache and can't be fetched"
-        advice = "load it once with a network, or give a folder that holds it"
-        raise FileNotFoundError(f"{what} ({type(error).__name__}): {advice}") from None
+        raise FileNotFoundError(
+            f"{repository} isn't in the cache and can't be fetched: load it once with "
+            f"a network, or give a folder that holds it ({type(error).__name__})"
+        ) from error
 
 
 def pair_neighbors(rows: Tensor, head_width: int) -> Tensor:

@@ -112,6 +112,10 @@ class ModernConfig(GPTConfig):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} must be positive and finite, not {value}")
+        for name in ("hidden", "key_value_heads"):
+            value = getattr(self, name)
+            if value is not None and type(value) is not int:
+                raise ValueError(f"{name} must be a whole number, not {value!r}")
         if self.heads % (self.key_value_heads or self.heads):
             shared = f"{self.key_value_heads} key-value heads"
             raise ValueError(f"{self.heads} heads can't share {shared} evenly")

@@ -494,14 +494,6 @@ def names(*kinds: Any) -> set[str]:
     return {field.name for kind in kinds for field in fields(kind)}
 
 
-def take(kind: Any, values: dict[str, Any]) -> Any:
-    """A dataclass made of those values that it has fields for.
-
-    Book: 15_full_gpt.html#what-a-plan-chooses
-    """
-    return kind(**{k: v for k, v in values.items() if k in names(kind)})
-
-
 def given_for(default: Any, given: dict[str, Any]) -> Any:
     """A dataclass like `default`, with those given values that are its fields.
 

@@ -74,7 +74,10 @@ def _drop(directory: Path, checkpoints: list[Path]) -> None:
         path.rename(path.with_suffix(".partial"))
     flush(directory)
     for leftover in directory.glob("*.partial"):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
 
 
 def rank_here() -> int:
@@ -332,8 +335,11 @@ def _go_on(run: Run, on_record: OnRecord | None, progress: bool) -> Run:
         with stop_signals() as caught:
             train(run.trainer, after_step, progress and rank_here() == 0)
     except FloatingPointError as error:
+        rate = "learning_rate"
+        if isinstance(run.plan.training, MuonConfig):
+            rate = "matrix_learning_rate or learning_rate"
         raise FloatingPointError(
-            f"{error}; resume the run in {run.directory} with a lower learning_rate"
+            f"{error}; resume the run in {run.directory} with a lower {rate}"
         ) from error
     if not run.trainer.records:  # stopped early
         _write_best(run)

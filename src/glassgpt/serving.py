@@ -175,15 +175,13 @@ class CompletionRequest:
         room = model.config.context - len(ids)
         if room < 1:
             raise ValueError(f"the prompt has {len(ids)} tokens: too long")
-        temperature, top_k = body.get("temperature"), body.get("top_k")
-        if temperature == 0:  # always the likeliest token
-            temperature, top_k = 1.0, 1
+        temperature = body.get("temperature")
         return cls(
             ids=ids,
             limit=min(_token_limit(body), room),
             stops=_stop_texts(body),
             temperature=1.0 if temperature is None else temperature,
-            top_k=top_k,
+            top_k=body.get("top_k"),
             top_p=body.get("top_p"),
             seed=body.get("seed"),
             in_pieces=bool(body.get("stream")),

@@ -259,8 +259,9 @@ class Trainer:
         share = rate_at(self.step, self.config)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                # The highest rate; "lr" is set anew at each step.
-                group["lr"] = share * group.setdefault("initial_lr", group["lr"])
+                if "initial_lr" not in group:  # the highest rate
+                    group["initial_lr"] = group["lr"]
+                group["lr"] = share * group["initial_lr"]
             optimizer.step()
         return norm
 
