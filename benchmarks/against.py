@@ -19,18 +19,18 @@ from pathlib import Path
 # What each checkout runs. Old and new names differ; the sizes and the work do not.
 WORKER = """
 import sys, time, torch
+from functools import partial
+import glassgpt
+from glassgpt import BPETokenizer, GPT, GPTConfig, ModernConfig, ModernGPT, TokenData
+from glassgpt import TrainConfig, generate
+from glassgpt.modern import MuonConfig
 try:
-    from glassgpt.quantization import keep_freed_memory
+    from glassgpt.plan import Machine, Plan
 except ImportError:
-    from glassgpt.plan import keep_freed_memory
-keep_freed_memory()
-from glassgpt import BPETokenizer, GPT, GPTConfig, TokenData, TrainConfig
-from glassgpt import generate, quantize
-from glassgpt.training import Trainer
-try:
-    from glassgpt import ModernConfig, ModernGPT
-except ImportError:
-    ModernConfig, ModernGPT = GPTConfig.modern, GPT
+    from glassgpt.device import Machine, Plan
+    Plan = partial(Plan, peak_flops=1e12)
+lighter = getattr(glassgpt, "quantize", None) or glassgpt.lighten
+glassgpt.keep_freed_memory()
 torch.set_num_threads(THREADS)
 clock = time.perf_counter if THREADS > 1 else time.process_time
 MICRO = dict(context=64, layers=4, heads=4, width=128)
@@ -40,29 +40,20 @@ def steps(make, config, sizes, count, **settings):
     torch.manual_seed(0)
     ids = torch.randint(1024, (100_000,)).tolist()
     data = TokenData.of(ids, ids[:5000], 1024)
-    if hasattr(Trainer, "take_step"):
-        from glassgpt.plan import Machine, Plan
-        from glassgpt.modern import MuonConfig
-        kind = {"muon": MuonConfig}.get(settings.pop("optimizer", ""), TrainConfig)
-        training = kind(steps=10**6, batch_size=settings.pop("batch_size"))
-        plan = Plan(config(1024, **sizes), training, Machine(**settings))
-        trainer = plan.trainer(data)
-        step, unread = trainer.take_step, trainer.unread
-    else:
-        from glassgpt.training import take_step
-        training = TrainConfig(steps=10**6, **settings)
-        trainer = Trainer(make(config(1024, **sizes)), data, training)
-        step, unread = lambda: take_step(trainer), trainer.losses
+    kind = {"muon": MuonConfig}.get(settings.pop("optimizer", ""), TrainConfig)
+    training = kind(steps=10**6, batch_size=settings.pop("batch_size"))
+    plan = Plan(config(1024, **sizes), training, Machine(**settings))
+    trainer = plan.trainer(data)
     def run():
         for _ in range(count):
-            step()
-        unread.clear()
+            trainer.take_step()
+        trainer.unread.clear()
     return run
 
 def writing(make, config, sizes, count, weights=None):
     torch.manual_seed(0)
     model = make(config(1024, **sizes)).eval()
-    model = quantize(model, weights) if weights else model
+    model = lighter(model, weights) if weights else model
     return lambda: generate(model, [1, 2, 3], count, top_k=1)
 
 def bpe(work):

@@ -394,7 +394,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, bpe):
 def test_memory_stays_bounded(sign, monkeypatch):
     """Learning the characters and encoding, also where there is no place to cut."""
     monkeypatch.setattr(module, "PIECE", 1 << 14)
-    monkeypatch.setattr(module, "LONGEST", 1 << 12)
+    monkeypatch.setattr(module, "LONGEST_WAIT", 1 << 12)
     count = 300_000 // len(sign)
     Path("text").write_text(sign * count, newline="")
     tracemalloc.start()

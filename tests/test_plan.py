@@ -215,12 +215,14 @@ def test_a_small_gpu(gpu):
     assert type(plan.training) is TrainConfig
     plan = make_plan(50_257, "medium")  # the batch is split until it fits
     assert plan.training.batch_size == 64
-    assert f"batches of 64 in {plan.training.accumulate} parts" in plan.describe()
+    assert (
+        f"batches of 64 in {plan.training.accumulate} micro-batches" in plan.describe()
+    )
     plan = make_plan(50_257, "medium", context=8192)  # one sequence is too much
     assert plan.training.accumulate == plan.training.batch_size
     assert plan.machine.recompute
     assert "recomputed" in plan.describe()
-    assert make_plan(50_257, "xl", cards=4).memory < 4 * 13.5e9
+    assert make_plan(50_257, "xl", gpus=4).memory < 4 * 13.5e9
     for size, values in (("xl", {}), ("medium", {"context": 8192, "recompute": False})):
         with pytest.raises(ValueError, match="13.4 there for tensors"):
             make_plan(50_257, size, **values)

@@ -13,7 +13,7 @@ import glassgpt
 from glassgpt.generation import keep_top_k, keep_top_p
 from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.publish import (
-    LARGEST,
+    LARGEST_MODEL,
     PAGE,
     page_model,
     publish,
@@ -394,7 +394,7 @@ def test_what_a_page_cannot_run_is_refused(make, settings, message, tmp_path):
 
 def test_the_largest_page_is_known_before_a_weight_is_read():
     config = GPTConfig(2048, 8, 12, 2, 512)
-    assert LARGEST < 12 * 12 * 512**2 * 4 / 3
+    assert LARGEST_MODEL < 12 * 12 * 512**2 * 4 / 3
     with pytest.raises(ValueError, match="the page would have 52 MB"):
         require_page(config)
     with pytest.raises(ValueError, match="MB"):

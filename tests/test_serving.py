@@ -290,7 +290,7 @@ def test_what_is_no_request_is_refused(address, body):
 
 def test_a_body_too_large_is_refused(address):
     place = urlsplit(address)
-    status, content = post(address, b"x" * (serving.LARGEST + 1))
+    status, content = post(address, b"x" * (serving.LARGEST_REQUEST + 1))
     assert status == 413
     assert "1,048,576 bytes" in json.loads(content)["error"]["message"]
     # One that doesn't say how long it is, and never ends.

@@ -9,10 +9,9 @@ import shutil
 import signal
 import sys
 import threading
-import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -33,7 +32,7 @@ from glassgpt.generation import Sampling, stream_text
 from glassgpt.gpt import GPT
 from glassgpt.huggingface import read_tokenizer
 from glassgpt.modern import build
-from glassgpt.plan import RECIPES, SIZES, Precision
+from glassgpt.plan import RECIPES, SIZES, Plan, Precision
 from glassgpt.publish import require_page
 from glassgpt.runs import Run, Saving, refuse_occupied
 from glassgpt.tokens import BPETokenizer, CharTokenizer, Tokenizer
@@ -183,7 +182,7 @@ class Tokenize(Text):
         self.encode(self.ready_tokenizer() or self.learn_tokenizer(), self.out)
 
 
-FORMATS = {
+RECORD_FORMATS = {
     "train_loss": "training loss {:.3f}",
     "validation_loss": "validation loss {:.3f}",
     "nats_per_character": "{:.3f} nats a character",
@@ -196,7 +195,9 @@ def print_record(record: dict[str, float]) -> None:
 
     Book: a3_command_line.html#a-run-and-going-on-with-it
     """
-    shown = [form.format(record[k]) for k, form in FORMATS.items() if k in record]
+    shown = [
+        form.format(record[k]) for k, form in RECORD_FORMATS.items() if k in record
+    ]
     tqdm.write(f"step {record['step']}: {', '.join(shown)}")
     print(end="", flush=True)  # a log file shows it now, not at the end
 
@@ -292,12 +293,18 @@ def changed(directory: Path, settings: Settings) -> Changes:
     return Changes(**new)
 
 
-def load_start(name: str, settings: dict[str, Any]) -> tuple[GPT, Tokenizer]:
+def load_start(
+    name: str, settings: dict[str, Any], tokenizer: Tokenizer | None
+) -> tuple[GPT, Tokenizer]:
     """The model of --init-from, with another dropout or a shorter context if asked.
+
+    tokenizer: that of the tokens, where there are some.
 
     Book: a3_command_line.html#a-run-and-going-on-with-it
     """
-    model, tokenizer = glassgpt.load(name)
+    model, own = glassgpt.load(name)
+    if tokenizer and tokenizer.to_json() != own.to_json():
+        raise ValueError(f"{name} has another tokenizer than the text's tokens")
     fixed = {"size", "recipe", "layers", "heads", "width"}
     wrong = sorted(fixed & settings.keys())
     if wrong:
@@ -311,7 +318,26 @@ def load_start(name: str, settings: dict[str, Any]) -> tuple[GPT, Tokenizer]:
         weights["positions.weight"] = weights["positions.weight"][: config.context]
     start = build(config)
     start.load_state_dict(weights)
-    return start, tokenizer
+    return start, own
+
+
+def remove_unused_tokens(out: Path) -> None:
+    """Remove the tokens that were made for a run that didn't begin.
+
+    Book: a3_command_line.html#a-run-and-going-on-with-it
+    """
+    if not (out / "run.json").exists():
+        shutil.rmtree(out / "data", ignore_errors=True)
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """Remove folders, the inner ones first, up to the first that isn't empty.
+
+    Book: a3_command_line.html#a-run-and-going-on-with-it
+    """
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 @dataclass(kw_only=True)
@@ -337,47 +363,37 @@ class Train(Text):
             if self.tokenizer or self.vocab_size or self.init_from:
                 print(f"{out} goes on with its own texts, tokenizer and first weights")
             return go_on(out, None, self.shard, changed(out, self.settings))
-        return self.start(out, self.settings.given())
-
-    def start(self, out: Path, settings: dict[str, Any]) -> int:
-        """Plan, tokenize, train. Where no run begins, no tokens are left behind."""
         refuse_occupied(out)
         if os.path.lexists(out) and not out.is_dir():  # a file, or a link to nothing
             raise FileExistsError(f"{out} is no folder: choose another --out")
-        saving = Saving(  # refuses what is wrong, before any work
+        return self.start(out, self.settings.given())
+
+    def start(self, out: Path, settings: dict[str, Any]) -> int:
+        """Plan, tokenize, train. What is wrong is refused before a text is read."""
+        saving = Saving(
             settings.pop("checkpoint_every", Saving.checkpoint_every),
             settings.pop("keep", Saving.keep),
         )
-        tokens, new, model = self.tokens, out / "data", None
-        tokenizer = self.ready_tokenizer()
-        if tokens is None and self.resume and (new / "tokens.json").exists():
-            tokens = new  # of a start that was killed
-            tokenizer = read_tokenizer(new / "tokenizer.json")
+        tokens, tokenizer = self.tokens, self.ready_tokenizer()
+        if tokens is None and self.resume and (out / "data" / "tokens.json").exists():
+            tokens = out / "data"  # of a start that was killed
+            tokenizer = read_tokenizer(tokens / "tokenizer.json")
+        model = None
         if self.init_from:
-            model, own = load_start(self.init_from, settings)
             if self.tokenizer or self.vocab_size:
                 raise ValueError(f"{self.init_from} brings its own tokenizer")
-            if tokenizer and tokenizer.to_json() != own.to_json():
-                raise ValueError(f"{tokens}: another tokenizer than {self.init_from}")
-            tokenizer = own
-            # A tenth of the usual rate: what was learned should stay.
-            usual = {"optimizer": "adamw", "learning_rate": 0.04 / model.config.width}
-            settings = {**usual, **settings, **asdict(model.config)}
-            del settings["vocab_size"]
-        size = tokenizer.vocab_size if tokenizer else self.vocab_size or 1024
-        size = model.config.vocab_size if model else size
-        cards = int(os.environ.get("WORLD_SIZE", 1))  # torchrun says it
-        plan = glassgpt.make_plan(size, cards=cards, **settings)  # refuses, too
+            model, tokenizer = load_start(self.init_from, settings, tokenizer)
+        plan = self.plan(settings, tokenizer, model)
         glassgpt.keep_freed_memory()
         missing = [p for p in (out, *out.parents) if not p.exists()]
-        made = False  # what another process made is never removed
-        try:
+        with ExitStack() as at_the_end:
+            at_the_end.callback(remove_empty, missing)
             with first_process_first() as rank:
                 if tokens is None and rank == 0:
-                    self.encode(tokenizer or self.learn_tokenizer(), new)
-                    made = True
-            data = TokenData.open(tokens or new)
-            tokenizer = tokenizer or read_tokenizer(new / "tokenizer.json")
+                    self.encode(tokenizer or self.learn_tokenizer(), out / "data")
+                    at_the_end.callback(remove_unused_tokens, out)
+            data = TokenData.open(tokens or out / "data")
+            tokenizer = tokenizer or read_tokenizer(out / "data" / "tokenizer.json")
             if model is None:  # a text may have taught fewer tokens
                 shape = replace(plan.model, vocab_size=tokenizer.vocab_size)
                 plan = replace(plan, model=shape)
@@ -395,12 +411,19 @@ class Train(Text):
                 make_trainer=partial(make_trainer, shard=self.shard),
             )
             return finish(run)
-        finally:
-            if made and not (out / "run.json").exists():
-                shutil.rmtree(new, ignore_errors=True)
-            with suppress(OSError):  # one of them isn't empty
-                for folder in missing:
-                    folder.rmdir()
+
+    def plan(
+        self, settings: dict[str, Any], tokenizer: Tokenizer | None, model: GPT | None
+    ) -> Plan:
+        """The plan of a run; that of --init-from keeps the model's architecture."""
+        gpus = int(os.environ.get("WORLD_SIZE", 1))  # torchrun says it
+        if model is None:
+            size = tokenizer.vocab_size if tokenizer else self.vocab_size or 1024
+            return glassgpt.make_plan(size, gpus=gpus, **settings)
+        # A tenth of the usual rate: what was learned should stay.
+        usual = {"optimizer": "adamw", "learning_rate": 0.04 / model.config.width}
+        shape = asdict(model.config)
+        return glassgpt.make_plan(gpus=gpus, **{**usual, **settings, **shape})
 
 
 Weights = Literal["auto", "float32", "bfloat16", "float16", "int8"]
@@ -676,19 +699,8 @@ class Publish:
         print(f"wrote {self.out}, {size / 1e6:.1f} MB: open it in any browser")
 
 
-def is_mistake(error: Exception) -> bool:
-    """Whether a user can mend it: what the system refuses, or this package.
-
-    Everything else, such as a ValueError inside a library, is a fault of ours.
-
-    Book: a3_command_line.html#mistakes-get-a-sentence
-    """
-    if isinstance(error, (OSError, MemoryError, UnicodeError)):
-        return True
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    ours = str(frame.f_globals.get("__name__", "")).startswith("glassgpt.")
-    kinds = (ValueError, FloatingPointError, ModuleNotFoundError)
-    return ours and isinstance(error, kinds)
+# What a user can mend. Anything else is a fault of ours, and shows its traceback.
+MISTAKES = (OSError, MemoryError, ValueError, FloatingPointError, ModuleNotFoundError)
 
 
 def complain(sentence: str) -> int:
@@ -796,8 +808,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         drop_output()
         return 141
-    except Exception as error:
-        if len(words) < len(arguments) or not is_mistake(error):
+    except MISTAKES as error:
+        if len(words) < len(arguments):
             raise
         code = complain(str(error) or type(error).__name__)
     try:

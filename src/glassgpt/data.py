@@ -158,7 +158,7 @@ class Tokens:
 
 
 PIECE = 1 << 20  # bytes read at a time
-LONGEST = 1 << 18  # characters that wait for a place to cut
+LONGEST_WAIT = 1 << 18  # characters that wait for a place to cut
 _UP_TO_BREAK = re.compile(r".*\S(?=[ \n])", re.DOTALL)  # the last one: .* is greedy
 
 
@@ -187,7 +187,7 @@ class FileDocument(Document):
                 raise ValueError("it has a null byte")
             rest += text
             cut = _last_break(rest)
-            if cut == 0 and len(rest) >= LONGEST:
+            if cut == 0 and len(rest) >= LONGEST_WAIT:
                 cut = len(rest)
             if cut > 0:
                 yield rest[:cut]

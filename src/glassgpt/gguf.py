@@ -106,7 +106,7 @@ GGUF_LLAMA = Format(
     },
     neighbors=("attn_q", "attn_k"),
 )
-FORMATS = {form.kind: form for form in (GGUF_GPT2, GGUF_LLAMA)}
+GGUF_FORMATS = {form.kind: form for form in (GGUF_GPT2, GGUF_LLAMA)}
 
 
 def _gguf_tokenizer(facts: dict[str, Any]) -> ForeignTokenizer:
@@ -209,19 +209,19 @@ def _read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, tuple], dict[str, 
     return facts, shapes, stored
 
 
-LONGEST = 200  # characters of a message about a damaged file
+LONGEST_REASON = 200  # characters of a message about a damaged file
 
 
 def _config(facts: dict[str, Any], shapes: dict[str, tuple]) -> GPTConfig:
     """The configuration that a file's facts describe."""
     kind = facts["general.architecture"]
-    if kind not in FORMATS:
+    if kind not in GGUF_FORMATS:
         raise ValueError(f"its architecture is {kind!r}, not gpt2 or llama")
     content = {k.removeprefix(f"{kind}."): _rounded(v) for k, v in facts.items()}
     content.pop("glassgpt", None)  # ours, in a config.json alone
     content["vocab_size"] = shapes["token_embd.weight"][0]
     content["tied"] = "output.weight" not in shapes
-    return read_config(FORMATS[kind], content)
+    return read_config(GGUF_FORMATS[kind], content)
 
 
 @contextmanager
@@ -233,7 +233,7 @@ def _named(path: Path) -> Iterator[None]:
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
-        reason = " ".join(reason[:LONGEST].split())  # it may quote the file
+        reason = " ".join(reason[:LONGEST_REASON].split())  # it may quote the file
         raise ValueError(f"{path} is damaged or foreign: {reason}") from error
 
 
@@ -263,7 +263,7 @@ def load_gguf(path: Path) -> tuple[GPT, Tokenizer]:
     with _named(path):
         facts, shapes, stored = _read_gguf(path)
         config = _config(facts, shapes)
-        theirs = FORMATS[facts["general.architecture"]]
+        theirs = GGUF_FORMATS[facts["general.architecture"]]
         model = fit(config, shapes, theirs)
         tokenizer = _gguf_tokenizer(facts)
         require_fit(tokenizer, model.config)
@@ -301,7 +301,7 @@ def write_gguf(
             f"a {type(model).__name__} would be read back as another model: "
             "only a GPT or a ModernGPT can be written"
         )
-    if (theirs := FORMATS.get(format_of(config).kind)) is None:
+    if (theirs := GGUF_FORMATS.get(format_of(config).kind)) is None:
         raise ValueError("llama.cpp knows GPT-2 and Llama, not this model")
     if tokenizer.vocab_size != config.vocab_size:
         raise ValueError(

@@ -254,7 +254,7 @@ class ScaledTrainer(Trainer):
         self.scaler.load_state_dict(state.get("scaler", self.scaler.state_dict()))
 
 
-class _NoStart(TorchFunctionMode):
+class _SkipInit(TorchFunctionMode):
     """Nothing is drawn.
 
     On the meta device a first draw imports PyTorch's compiler: 1.3 seconds of a CPU for
@@ -277,7 +277,7 @@ def meta_model(config: GPTConfig) -> GPT:
     Book: 15_full_gpt.html#the-plan
     """
     try:
-        with torch.device("meta"), _NoStart():
+        with torch.device("meta"), _SkipInit():
             return build(config)
     except (RuntimeError, TypeError) as error:  # beyond 64 bits
         raise ValueError("too large to count: lower width or vocabulary") from error
@@ -373,7 +373,7 @@ class Plan:
         """A trainer for data.
 
         model: one that has learned before. kind: its class, for many processes (chapter
-        22). start: where the model is made, if not on its device.
+        25). start: where the model is made, if not on its device.
         """
         training, machine = self.training, self.machine
         with torch.random.fork_rng():
@@ -399,7 +399,7 @@ class Plan:
             rates = f"muon, rate {training.matrix_learning_rate:.2g} ({rates})"
         batches = f"batches of {training.batch_size}"
         if training.accumulate > 1:
-            batches += f" in {training.accumulate} parts"
+            batches += f" in {training.accumulate} micro-batches"
         computing = f"{machine.device}, {machine.precision}, compile {machine.compile}"
         if machine.recompute:
             computing += ", recomputed"
@@ -508,14 +508,14 @@ def make_plan(
     size: str | None = None,
     recipe: str = "gpt2",
     device: str | None = None,
-    cards: int = 1,
+    gpus: int = 1,
     optimizer: str | None = None,
     **given: Any,
 ) -> Plan:
     """Choose everything for a run on this machine; any value can be given instead.
 
     size: one of `SIZES`. recipe: "gpt2", "modern" (for `ModernConfig`) or "llama".
-    cards: how many GPUs share model and batch (chapter 25). optimizer: "adamw" or
+    gpus: how many share model and batch (chapter 25). optimizer: "adamw" or
     "muon", by default Muon where a run has to be short or the recipe is modern.
     given: fields of ModernConfig, MuonConfig and Machine.
     Raises ValueError for names and values that don't exist, and for what can't fit.
@@ -569,5 +569,5 @@ def make_plan(
     # The memory.
     memory = 0.85 * memory_of(on)
     if on.type == "cuda":
-        memory *= cards
+        memory *= gpus
     return fit_memory(Plan(model, training, machine), memory, set(given))

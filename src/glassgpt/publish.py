@@ -36,7 +36,7 @@ def as_text(parameter: Tensor, weights: str = "int8") -> dict[str, str]:
     return {"int8": written(whole), "scales": written(scales)}
 
 
-LARGEST = 50_000_000  # characters of a model: a browser has to read them all
+LARGEST_MODEL = 50_000_000  # characters of a model: a browser has to read them all
 
 
 def require_page(config: GPTConfig, weights: str = "int8") -> None:
@@ -57,10 +57,10 @@ def require_page(config: GPTConfig, weights: str = "int8") -> None:
     count += (config.vocab_size + config.context) * config.width
     bytes_each = 4 if weights == "float32" else 1
     size = count * bytes_each * 4 // 3  # base64 writes 4 characters for 3 bytes
-    if size > LARGEST:
+    if size > LARGEST_MODEL:
         raise ValueError(
             f"the page would have {size / 1e6:.0f} MB, "
-            f"and a browser should read at most {LARGEST / 1e6:.0f} MB"
+            f"and a browser should read at most {LARGEST_MODEL / 1e6:.0f} MB"
         )
 
 

@@ -67,7 +67,7 @@ def until(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
     yield held
 
 
-USUAL = {
+DEFAULTS = {
     "n": 1,
     "best_of": 1,
     "echo": False,
@@ -89,9 +89,9 @@ def refuse_unusual(body: dict[str, Any]) -> None:
 
     Book: 18_real_models.html#a-server
     """
-    for key, usual in USUAL.items():
-        if body.get(key) not in (None, usual):
-            raise ValueError(f"{key} must be {usual} here: nothing else is done")
+    for key, default in DEFAULTS.items():
+        if body.get(key) not in (None, default):
+            raise ValueError(f"{key} must be {default} here: nothing else is done")
 
 
 def read_prompt(body: dict[str, Any], tokenizer: Tokenizer) -> list[int]:
@@ -264,7 +264,7 @@ class Answer:
         }
 
 
-LARGEST = 1 << 20  # bytes of a request
+LARGEST_REQUEST = 1 << 20  # bytes of a request
 
 
 def _choice(words: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
@@ -289,8 +289,10 @@ def make_app(model: GPT, tokenizer: Tokenizer, name: str) -> Starlette:
         content = b""
         async for part in request.stream():
             content += part
-            if len(content) > LARGEST:
-                raise HTTPException(413, f"a request has at most {LARGEST:,} bytes")
+            if len(content) > LARGEST_REQUEST:
+                raise HTTPException(
+                    413, f"a request has at most {LARGEST_REQUEST:,} bytes"
+                )
         try:
             body = json.loads(content)
             asked = CompletionRequest.parse(body, model, tokenizer, chat)
