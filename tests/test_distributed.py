@@ -85,7 +85,12 @@ def moments_after_loading():
 
 REFUSED = [
     ("optimizer", replace(PLAN.training, batch_size=1), {}, "a batch of 1 rows is too"),
-    ("model", MuonConfig(batch_size=4, steps=3), {}, "takes the optimizer adamw"),
+    (
+        "model",
+        MuonConfig(batch_size=4, steps=3),
+        {},
+        "takes a run with --optimizer adamw",
+    ),
     ("optimizer", PLAN.training, {"precision": "float16"}, "the precision bfloat16"),
     ("optimizer", PLAN.training, {"device": "mps"}, "the device cpu or cuda, not mps"),
 ]

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glassgpt.data import Batch, TokenData, Tokens
+from glassgpt.data import Batch, TokenData
 from glassgpt.generation import stream_text
 from glassgpt.gpt import GPT
 from glassgpt.tokens import BPETokenizer, CharTokenizer, Tokenizer
-from glassgpt.training import Loss, count_targets
+from glassgpt.training import Loss, count_targets, mean_loss
 
 ROLES = ("system", "user", "assistant")
 
@@ -265,7 +265,7 @@ def separate(ids: Tensor, separator: int) -> tuple[Tensor, Tensor]:
     """
     column = torch.arange(ids.shape[1], device=ids.device)
     begins = F.pad(ids[:, :-1] == separator, (1, 0))  # (1, 0) puts a False in front
-    first = (column * begins).cummax(dim=1).values
+    first = torch.where(begins, column, 0).cummax(dim=1).values
     same = first[:, :, None] == first[:, None, :]  # (B, T, T)
     return column - first, same.tril()[:, None]
 
@@ -283,14 +283,12 @@ def chat_loss(model: GPT, separator: int) -> Loss:
     def loss(ids: Tensor, targets: Tensor) -> Tensor:
         ids = ids.to(device)
         logits = model.head(model.hidden_states(ids, *separate(ids, separator)))
-        wanted = targets.to(device).flatten()
-        total = F.cross_entropy(logits.flatten(0, 1), wanted, reduction="sum")
-        return total / max(count_targets(targets), 1)
+        return mean_loss(logits, targets.to(device))
 
     return loss
 
 
-class Packed(Tokens):
+class Packed:
     """Rows of packed conversations, in the place of `Tokens` for a `Trainer`.
 
     inputs, targets: what `pack` returned. Its length is the number of targets.

@@ -71,7 +71,7 @@ def save(directory: str | Path, model: GPT, tokenizer: Tokenizer) -> None:
     and AutoTokenizer.
     Raises OSError where the disk is full or can't be written, FileExistsError for a
     folder with anything in it but an older model, ValueError for a model of a class of
-    your own, for a tokenizer with more ids than the model, for weights that are nan or
+    your own, for a tokenizer that is another model's, for weights that are nan or
     infinite, for a model made lighter, whose weights are gone, or what `torch.compile`
     returned.
 
@@ -89,7 +89,12 @@ def save(directory: str | Path, model: GPT, tokenizer: Tokenizer) -> None:
             "weights are missing or have other names: "
             "save the model before you quantize it or compile it"
         )
-    huggingface.require_fit(tokenizer, model.config)
+    ours, theirs = tokenizer.vocab_size, model.config.vocab_size
+    # Others pad their tables to a round number, so a few ids may have no token.
+    if not 0.9 * theirs <= ours <= theirs:
+        raise ValueError(
+            f"the tokenizer has {ours} ids, the model {theirs}: it is another model's"
+        )
     if not all(p.isfinite().all() for p in model.parameters()):
         raise ValueError("the model has weights that are nan or infinite")
     names = {p.name for p in directory.glob("[!.]*") if p.suffix != ".partial"}

@@ -31,7 +31,7 @@ from glassgpt.distributed import first_process_first, make_trainer, process_grou
 from glassgpt.generation import Sampling, stream_text
 from glassgpt.gpt import GPT
 from glassgpt.huggingface import read_tokenizer
-from glassgpt.modern import build
+from glassgpt.modern import GPT2_CHOICES, ModernConfig, build
 from glassgpt.plan import RECIPES, SIZES, Plan, Precision
 from glassgpt.publish import require_page
 from glassgpt.runs import Run, Saving, refuse_occupied
@@ -199,7 +199,7 @@ def print_record(record: dict[str, float]) -> None:
         form.format(record[k]) for k, form in RECORD_FORMATS.items() if k in record
     ]
     tqdm.write(f"step {record['step']}: {', '.join(shown)}")
-    print(end="", flush=True)  # a log file shows it now, not at the end
+    sys.stdout.flush()  # a log file shows it now, not at the end
 
 
 def finish(run: Run) -> int:
@@ -274,12 +274,14 @@ def changed(directory: Path, settings: Settings) -> Changes:
     path = directory / "run.json"
     with reraise_as(f"{path} is damaged, start a new run"):
         run = json.loads(path.read_text("utf-8"))
-        before = run["model"] | run["training"] | run["machine"] | run["saving"]
+        before = GPT2_CHOICES | run["model"] | run["training"]
+        before |= run["machine"] | run["saving"]
         muon = "matrix_learning_rate" in run["training"]
     before["optimizer"] = "muon" if muon else "adamw"
     asked = settings.given()
     if settings.recipe:
-        asked.update(RECIPES[settings.recipe])
+        modern = {name: getattr(ModernConfig, name) for name in GPT2_CHOICES}
+        asked |= modern | RECIPES[settings.recipe]
     if settings.size:
         layers, heads, width = SIZES[settings.size]
         asked = {"layers": layers, "heads": heads, "width": width, **asked}
@@ -595,7 +597,9 @@ def summed_loss(model: GPT, ids: list[int]) -> float:
             rows = inputs[first:last].view(-1, min(context, last - first))
             logits = model(rows).flatten(0, 1)
             found = glassgpt.log_softmax(logits.float())
-            total -= found.gather(1, targets[first:last, None]).double().sum().item()
+            total -= (
+                found.gather(1, targets[first:last, None]).cpu().double().sum().item()
+            )
     return total
 
 
@@ -755,7 +759,8 @@ def run_command(words: Sequence[str]) -> int:
     if [*words] == ["--version"]:
         print(glassgpt.__version__)
         return 0
-    if sum(word.partition("=")[0] == "--data" for word in words) > 1:
+    options = [word.partition("=")[0] for word in words]
+    if options.count("--data") > 1:
         raise ValueError("--data is there twice: name all texts behind one --data")
     config = (
         tyro.conf.DisallowNone,
@@ -772,7 +777,7 @@ def run_command(words: Sequence[str]) -> int:
                 config=config,
             )
         finally:
-            print(end="", flush=True)  # the help, too, may meet a full disk
+            sys.stdout.flush()  # the help, too, may meet a full disk
         return command.run() or 0
 
 
@@ -799,7 +804,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             warnings.simplefilter("always", UserWarning)
             warnings.showwarning = tell
             code = run_command(words)
-        print(end="", flush=True)  # a full disk is noticed here
+        sys.stdout.flush()  # a full disk is noticed here
         return code
     except SystemExit as leaving:  # after --help, for mistyped words, at SIGTERM
         return int(leaving.code or 0)
@@ -813,7 +818,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         code = complain(str(error) or type(error).__name__)
     try:
-        print(end="", flush=True)
+        sys.stdout.flush()
     except OSError:
         drop_output()
     return code

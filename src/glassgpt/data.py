@@ -473,14 +473,17 @@ def tokenize(
     parts = split_documents(read_documents(*sources, skip=skip))
     end = tokenizer.special_tokens.get("<|endoftext|>")
 
-    def encoded(split: str) -> Encoded:
-        for document in (document for side, document in parts if side == split):
-            for piece in document.pieces():
-                yield tokenizer.encode(piece), len(piece)
-                bar.update(len(piece))
-            if end is not None:
-                yield [end], 0
-
     with tqdm(unit=" characters", unit_scale=True, disable=not progress) as bar:
+
+        def encoded(split: str) -> Encoded:
+            for side, document in parts:
+                if side != split:
+                    continue
+                for piece in document.pieces():
+                    yield tokenizer.encode(piece), len(piece)
+                    bar.update(len(piece))
+                if end is not None:
+                    yield [end], 0
+
         splits = {split: encoded(split) for split in SPLITS}
         return write_tokens(directory, splits, tokenizer)

@@ -24,7 +24,12 @@ from glassgpt.plan import Plan, meta_model
 from glassgpt.training import Loss, Trainer
 
 
-def connect(**meeting: Any) -> None:
+def connect(
+    init_method: str | None = None,
+    rank: int = -1,
+    world_size: int = -1,
+    timeout: timedelta = timedelta(days=1),
+) -> None:
     """Join the other processes: GPUs talk by NCCL, everything else by gloo.
 
     Book: 25_many_machines.html#starting-processes
@@ -36,7 +41,7 @@ def connect(**meeting: Any) -> None:
         env.setdefault("GLOO_SOCKET_IFNAME", loopback)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     # A day, since the others wait while rank 0 encodes a corpus.
-    dist.init_process_group(backend, **{"timeout": timedelta(days=1), **meeting})
+    dist.init_process_group(backend, init_method, timeout, world_size, rank)
 
 
 def run_processes(number: int, function: Callable[..., Any], *arguments: Any) -> list:
@@ -64,8 +69,8 @@ def _enter(rank: int, number: int, place: str, function: Any, arguments: Any) ->
     would cut them off.
     """
     torch.set_num_threads(1)
-    meeting = {"init_method": Path(place, "meeting").as_uri(), "rank": rank}
-    connect(world_size=number, timeout=timedelta(minutes=3), **meeting)
+    meeting = Path(place, "meeting").as_uri()
+    connect(meeting, rank, number, timedelta(minutes=3))
     dist.all_reduce(torch.zeros(1))
     torch.save(function(*arguments), Path(place, f"{rank}.pt"))
     if dist.is_initialized():
@@ -88,7 +93,7 @@ class ParallelTrainer(Trainer):
             dist.broadcast(parameter.detach(), 0)
 
     def parts(self, batch: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
-        torch.manual_seed(torch.initial_seed() + self.rank)  # a dropout of its own
+
         mine = [rows.tensor_split(self.world)[self.rank] for rows in batch]
         number = min(self.config.accumulate, len(batch[0]) // self.world)  # for all
         return zip(*(rows.tensor_split(number) for rows in mine), strict=True)
@@ -354,7 +359,7 @@ def make_trainer(
     if plan.machine.precision == "float16":
         raise ValueError("several processes need the precision bfloat16 or float32")
     if shard == "model" and isinstance(plan.training, MuonConfig):
-        raise ValueError("to divide the model takes the optimizer adamw")
+        raise ValueError("to divide the model takes a run with --optimizer adamw")
     if device == "cuda":  # each rank has a GPU of its own
         gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(gpu)
@@ -389,7 +394,8 @@ class StreamedTokens(Tokens):
 
     def random_batch(self, batch_size: int, context: int, seed: Any) -> Batch:
         """As in `Tokens`. seed: that of the run, and the step."""
-        if (number := self.shard_at(*seed)) != self.number:
+        number = self.shard_at(*seed)
+        if number != self.number:
             self.number, self.ids = -1, np.empty(0)  # room for the next
             self.number, self.ids = number, self.fetch(self.shards[number])
         return super().random_batch(batch_size, context, seed)

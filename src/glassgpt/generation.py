@@ -89,7 +89,7 @@ def sample(
     highest, likeliest = logits.max(dim=-1)
     if not highest.isfinite().all():
         raise ValueError("the scores are not numbers: are the model's weights damaged?")
-    if sampling.top_k == 1 or sampling.temperature == 0:
+    if sampling.top_k == 1 or sampling.temperature < 1e-30:
         return likeliest
     if sampling.top_k is not None:
         logits = keep_top_k(logits, sampling.top_k)

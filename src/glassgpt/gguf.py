@@ -339,8 +339,9 @@ def write_gguf(
 def _write_tokenizer(writer: Any, tokenizer: Tokenizer, size: int) -> None:
     """The fields of a tokenizer. Raises ValueError for what isn't byte pairs."""
     saved = json.loads(tokenizer.to_json())
-    steps = set(re.findall(r'"type": "(\w+)"', json.dumps(saved["pre_tokenizer"])))
-    if "ByteLevel" not in steps or not steps <= {"ByteLevel", "Digits", "Sequence"}:
+    splitter = saved["pre_tokenizer"] or {"type": "none"}
+    steps = {step["type"] for step in splitter.get("pretokenizers", [splitter])}
+    if "ByteLevel" not in steps or not steps <= {"ByteLevel", "Digits"}:
         raise ValueError("a GGUF file wants a tokenizer of byte pairs, as GPT-2's")
     tokens, kinds = [f"[PAD{n}]" for n in range(size)], [5] * size  # 5: not used
     for symbol, n in saved["model"]["vocab"].items():

@@ -367,15 +367,18 @@ class ForeignTokenizer(Tokenizer):
         self._inner.no_truncation()
         self._inner.no_padding()
         self._inner.encode_special_tokens = True  # as the text that they are
-        level = "ByteLevel" in json.dumps(facts.get("decoder"))
+        decoder = facts.get("decoder") or {}
+        decoders = decoder.get("decoders", [decoder])
+        level = any(step.get("type") == "ByteLevel" for step in decoders)
         added = self._inner.get_added_tokens_decoder()
         vocab = self._inner.get_vocab(with_added_tokens=False)
-        self.special_tokens = {t.content: n for n, t in added.items()}
+
         known = {n: _bytes_of(symbol, level) for symbol, n in vocab.items()}
         known |= {n: token.content.encode() for n, token in added.items()}
         if max(known) > 2 * len(known) + 1000:  # each would take memory
             raise ValueError("its ids have holes")
-        self._tokens = {n: known.get(n, b"") for n in range(max(known) + 1)}
+        tokens = [known.get(n, b"") for n in range(max(known) + 1)]
+        super().__init__(tokens, {t.content: n for n, t in added.items()})
 
     def _encode(self, text: str) -> list[int]:
         text.encode()  # ValueError for half a character
@@ -408,8 +411,9 @@ def require_fit(tokenizer: Tokenizer, config: GPTConfig) -> None:
 
     Book: 18_real_models.html#agreement-4-tokenizer-json-the-same-tokens
     """
-    if (ids := tokenizer.vocab_size) > (known := config.vocab_size):
-        raise ValueError(f"the tokenizer has {ids} ids, the model {known}")
+    ours, theirs = tokenizer.vocab_size, config.vocab_size
+    if ours > theirs:
+        raise ValueError(f"the tokenizer has {ours} ids, the model {theirs}")
 
 
 def end_of(tokenizer: Tokenizer) -> str | None:

@@ -51,7 +51,7 @@ def fit_law(N: np.ndarray, D: np.ndarray, losses: np.ndarray) -> Law:
         solved = np.linalg.solve(x.mT @ x, x.mT @ losses[:, None])  # (G, 3, 1)
         errors = (((x @ solved)[..., 0] - losses) ** 2).sum(axis=1)  # (G,)
         negative = (solved < 0).any(axis=(1, 2))
-        errors[negative] += 1e9
+        errors[negative] = np.inf
         best = int(errors.argmin())
         a, b = alpha[best].item(), beta[best].item()
         width = width / 2

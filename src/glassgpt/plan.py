@@ -22,7 +22,14 @@ from glassgpt.data import TokenData
 from glassgpt.gpt import GPT, GPTConfig
 from glassgpt.heads import fused_attention
 from glassgpt.modern import ModernConfig, MuonConfig, build, muon_optimizers
-from glassgpt.training import Loss, TrainConfig, Trainer, check_choices, make_optimizers
+from glassgpt.training import (
+    Loss,
+    TrainConfig,
+    Trainer,
+    check_choices,
+    make_optimizers,
+    mean_loss,
+)
 
 
 def pick_device(name: str | None = None) -> torch.device:
@@ -195,14 +202,12 @@ def make_loss(model: GPT, machine: Machine) -> Loss:
         else:
             vars(block).pop("forward", None)  # of another machine
 
-    def mean_loss(ids: Tensor, targets: Tensor) -> Tensor:
+    def loss_of(ids: Tensor, targets: Tensor) -> Tensor:
         x = model.hidden_states(ids)
         logits = padded_logits(x, model.head.weight) if cuda else model.head(x)
-        logits, targets = logits.flatten(0, 1).float(), targets.flatten()
-        total = F.cross_entropy(logits, targets, reduction="sum")
-        return total / (targets != -100).sum().clamp(min=1)  # 0 without targets
+        return mean_loss(logits.float(), targets)
 
-    run = compiled(mean_loss) if machine.compile == "all" else mean_loss
+    run = compiled(loss_of) if machine.compile == "all" else loss_of
 
     def loss(ids: Tensor, targets: Tensor) -> Tensor:
         if cuda:  # from pinned memory a GPU fetches while the CPU goes on
@@ -444,7 +449,7 @@ def fit_memory(plan: Plan, memory: float, given: set[str]) -> Plan:
     if plan.memory > memory:
         raise ValueError(
             f"{plan.memory / 1e9:,.1f} GB needed, {memory / 1e9:.1f} there for tensors:"
-            " lower width, layers, context or batch size"
+            " lower width, layers, vocabulary, context or batch size"
         )
     return plan
 

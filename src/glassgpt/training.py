@@ -124,18 +124,27 @@ def count_targets(targets: Tensor) -> int:
     return int((targets != -100).sum())
 
 
+def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """The mean cross-entropy of logits (B, T, V) at targets (B, T), in nats.
+
+    Targets of -100 don't count; the loss is 0 where all are.
+
+    Book: 12_training.html#a-fair-evaluation
+    """
+    places = targets.flatten()
+    total = F.cross_entropy(logits.flatten(0, 1), places, reduction="sum")
+    return total / (targets != -100).sum().clamp(min=1)
+
+
 def token_loss(model: GPT) -> Loss:
-    """The mean cross-entropy of ids and targets (B, T), in nats; 0 without targets.
+    """The loss of a model, a function of ids and targets (B, T).
 
     Book: 12_training.html#a-fair-evaluation
     """
     device = next(model.parameters()).device
 
     def loss(ids: Tensor, targets: Tensor) -> Tensor:
-        logits = model(ids.to(device)).flatten(0, 1)  # (B T, V)
-        places = targets.to(device).flatten()
-        total = F.cross_entropy(logits, places, reduction="sum")
-        return total / max(count_targets(targets), 1)
+        return mean_loss(model(ids.to(device)), targets.to(device))
 
     return loss
 
@@ -159,7 +168,8 @@ def evaluate(
     with in_mode(model, training=False):
         for batch in tokens.fixed_batches(crops, model.config.context, batch_size):
             new = count_targets(batch[1])
-            total, count = total + loss(*batch).item() * new, count + new
+            total += loss(*batch).item() * new
+            count += new
     return total / count
 
 
@@ -219,6 +229,7 @@ class Trainer:
         self.optimizers = list(optimizers or make_optimizers(model, config))
         self.loss = loss or token_loss(model)
         self.device = next(model.parameters()).device
+        self.rank = 0
         self.step, self.seconds, self.last_loss = 0, 0.0, math.nan
         self.records: list[dict[str, float]] = []
         self.recent: list[float] = []  # the losses since the last record
@@ -232,7 +243,7 @@ class Trainer:
         if not self.unread:
             self.unread_since = time.perf_counter()
         self.model.train().zero_grad()
-        with random_numbers((*seed, 1), self.device):
+        with random_numbers((*seed, 1 + self.rank), self.device):
             batch = self.data.train.random_batch(c.batch_size, context, seed)
             total = torch.zeros((), device=self.device)
             count = max(count_targets(batch[1]), 1)
