@@ -15,8 +15,10 @@ import copy
 import json
 import random
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from time import process_time
 from typing import Any
@@ -25,7 +27,7 @@ import torch
 
 from glassgpt.generation import generate
 from glassgpt.gpt import GPT
-from glassgpt.modern import ModernConfig, MuonConfig, build
+from glassgpt.modern import ModernConfig, MuonConfig, build, muon_optimizers
 from glassgpt.rewards import (
     END,
     EQUALS,
@@ -33,11 +35,10 @@ from glassgpt.rewards import (
     WORDS,
     RewardConfig,
     answer_of,
-    demonstration,
     dpo_loss,
     draw_replies,
     follow,
-    majority,
+    group_advantages,
     pass_at_k,
     reinforce,
     reply_batch,
@@ -45,10 +46,8 @@ from glassgpt.rewards import (
     right,
     shell_game,
     sound,
-    teach,
-    thoughts,
 )
-from glassgpt.training import TrainConfig
+from glassgpt.training import TrainConfig, count_targets, make_optimizers, rate_at
 
 SIZES = {"context": 64, "layers": 4, "heads": 4, "width": 64}
 LONGEST = 10  # swaps in training
@@ -65,12 +64,57 @@ ADAMW = TrainConfig(
     steps=800, learning_rate=4e-4, warmup=10, schedule="linear", weight_decay=0.0,
     beta2=0.95,
 )  # fmt: skip
+EXAMPLE = [3, *(WORDS.index(pair) for pair in ("13", "25", "14", "24", "35")), 6]
+
+
+def demonstration(
+    rng: random.Random, thinkers: float, whole: float
+) -> tuple[list[int], list[int]]:
+    """A game and a right reply, which thinks to the end or stops before, or neither."""
+    question, places = shell_game(rng, rng.randint(1, LONGEST))
+    count = 0
+    if rng.random() < thinkers:
+        count = len(places)
+        if rng.random() >= whole:
+            count = rng.randint(1, len(places))
+    return question, [*places[:count], EQUALS, places[-1], END]
+
+
+def teach(model: GPT, examples: Callable, config: TrainConfig) -> None:
+    """Learn the replies of batches of (question, reply), which examples() makes."""
+    muon = isinstance(config, MuonConfig)
+    optimizers = (
+        muon_optimizers(model, config) if muon else make_optimizers(model, config)
+    )
+    share = partial(rate_at, config=config)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(each, share) for each in optimizers]
+    for _ in range(config.steps):
+        ids, targets = reply_batch(*zip(*examples(), strict=True))
+        log_p = reply_log_probabilities(model, ids, targets)
+        model.zero_grad()
+        (-log_p.sum() / count_targets(targets)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+
+
+def thoughts(reply: Sequence[int], places: Sequence[int] = ()) -> int:
+    """How many words a reply says before its first `=`."""
+    return [*reply, EQUALS].index(EQUALS)
+
+
 MEASURES = {
     "right": right,
-    "thinkers": lambda reply, places: float(thoughts(reply) > 0),
+    "thinkers": lambda reply, places: thoughts(reply) > 0,
     "thoughts": thoughts,
 }
-EXAMPLE = [3, *(WORDS.index(pair) for pair in ("13", "25", "14", "24", "35")), 6]
+
+
+def majority(answers: Sequence[int | None]) -> int | None:
+    """The most frequent answer, the first of equals; None counts as no vote."""
+    votes = Counter(answer for answer in answers if answer is not None)
+    return votes.most_common(1)[0][0] if votes else None
 
 
 class Part:
@@ -102,7 +146,7 @@ def ask(rng: random.Random) -> tuple[list[int], list[int]]:
 
 
 def batches(rng: random.Random, thinkers: float, whole: float = 1.0) -> Callable:
-    return lambda: [demonstration(rng, thinkers, whole, LONGEST) for _ in range(64)]
+    return lambda: [demonstration(rng, thinkers, whole) for _ in range(64)]
 
 
 def replies_to(
@@ -147,7 +191,7 @@ def columns(history: list[dict[str, float]]) -> dict[str, list[float]]:
 def rewarded(part: Part, model: GPT, config: RewardConfig, reward=right, **more) -> Any:
     """A run from a model: its curves, its seconds, and what it answers afterwards."""
     began = process_time()
-    history = reinforce(model, ask, reward, END, config, MEASURES, **more)
+    history = reinforce(model, ask, reward, END, config, measures=MEASURES, **more)
     seconds = round(process_time() - began, 1)
     return {
         "curves": columns(history),
@@ -253,11 +297,12 @@ def careless(part: Part) -> dict:
     model = part.load("base")
     config = RewardConfig(steps=84, seed=part.seed)
     found = rewarded(part, model, config, lambda r, places: float(places[-1] in r))
-    rng, found["replies"] = random.Random(9), []
-    for length in (3, 6, 8):
-        question, places = shell_game(rng, length)
-        (reply,) = draw_replies(model, [question], 16, END, temperature=0.0)
-        found["replies"].append([question, reply, places[-1]])
+    rng = random.Random(9)
+    games = [ask(rng) for _ in range(500)]
+    replies = draw_replies(model, [question for question, _ in games], 16, END, seed=9)
+    pairs = [(q, r, p) for (q, p), r in zip(games, replies, strict=True)]
+    hacks = [(q, r, p) for q, r, p in pairs if p[-1] in r and not right(r, p)]
+    found["hacks"] = [[question, reply, p[-1]] for question, reply, p in hacks]
     return found
 
 
@@ -340,17 +385,18 @@ def tests(part: Part) -> dict:
 
 
 def variants(part: Part) -> dict:
+    normalized = partial(group_advantages, normalize=True)
     kinds = {
-        "published": RewardConfig(normalize=True, average="reply", kl=0.04),
-        "normalized": RewardConfig(normalize=True),
-        "each reply": RewardConfig(average="reply", learning_rate=4e-4),
-        "nanochat": RewardConfig(average="batch"),
-        "no baseline": RewardConfig(baseline=False),
-        "two updates": RewardConfig(updates=2),
+        "published": (RewardConfig(average="reply", kl=0.04), normalized),
+        "normalized": (RewardConfig(), normalized),
+        "each reply": (RewardConfig(average="reply"), group_advantages),
+        "nanochat": (RewardConfig(average="batch"), group_advantages),
+        "no baseline": (RewardConfig(), lambda rewards: rewards),
+        "two updates": (RewardConfig(updates=2), group_advantages),
     }
     return {
-        name: rewarded(part, part.load("base"), config)
-        for name, config in kinds.items()
+        name: rewarded(part, part.load("base"), config, compare=compare)
+        for name, (config, compare) in kinds.items()
     }
 
 

@@ -4,7 +4,6 @@
 import copy
 import math
 import random
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,8 +14,14 @@ from torch import Tensor
 
 from glassgpt.generation import generate
 from glassgpt.gpt import GPT
-from glassgpt.modern import MuonConfig, muon_optimizers
-from glassgpt.training import TrainConfig, count_targets, make_optimizers, rate_at
+from glassgpt.training import (
+    TrainConfig,
+    check_choices,
+    count_targets,
+    in_mode,
+    make_optimizers,
+    rate_at,
+)
 
 END, ASK, EQUALS = 0, 6, 7  # ids of words; the id of a cup is its number
 SWAPS = [(x, y) for x in range(1, 6) for y in range(x + 1, 6)]  # two of five cups
@@ -49,47 +54,32 @@ def follow(ball: int, swaps: Iterable[tuple[int, int]]) -> list[int]:
 def shell_game(rng: random.Random, length: int) -> tuple[list[int], list[int]]:
     """A question of `length` swaps, and the ball's place after each of them.
 
-    The question is the ids of the ball's first cup, the swaps and `?`; the last place
-    is the answer.
+    The question is the ids of the ball's first cup, the swaps and `?`. Raises
+    ValueError unless there is a swap.
 
     Book: 21_reasoning.html#the-game-as-a-language
     """
+    if length < 1:
+        raise ValueError(f"a game has 1 swap or more, not {length}")
     ball = rng.randint(1, 5)
     swaps = rng.choices(SWAPS, k=length)
     words = [WORDS.index(f"{x}{y}") for x, y in swaps]
     return [ball, *words, ASK], follow(ball, swaps)
 
 
-def demonstration(
-    rng: random.Random, thinkers: float, whole: float = 1.0, longest: int = 10
-) -> tuple[list[int], list[int]]:
-    """A question of 1 to `longest` swaps, and a right reply to learn from.
-
-    thinkers: the share of replies that say where the ball is after the first swaps;
-    whole: the share of those that go on to the last swap, where the others stop
-    anywhere and say the answer.
-
-    Book: 21_reasoning.html#the-game-as-a-language
-    """
-    question, places = shell_game(rng, rng.randint(1, longest))
-    thoughts = 0
-    if rng.random() < thinkers:
-        thoughts = len(places)
-        if rng.random() >= whole:
-            thoughts = rng.randint(1, len(places))
-    return question, [*places[:thoughts], EQUALS, places[-1], END]
-
-
 def reply_batch(
     prompts: Sequence[Sequence[int]], replies: Sequence[Sequence[int]]
 ) -> tuple[Tensor, Tensor]:
-    """Ids and targets (B, T) of replies to prompts, padded on the right.
+    """Ids and targets (B, T) of B replies to prompts, padded on the right.
 
     Targets are the replies' tokens, the end token too; -100 stands where the next
-    token is the prompt's or there is none.
+    token is the prompt's or there is none. Raises ValueError for an empty prompt or
+    reply.
 
     Book: 21_reasoning.html#only-the-reply-is-learned
     """
+    if min(map(len, [*prompts, *replies]), default=0) == 0:
+        raise ValueError("each prompt and each reply needs a token, the end at least")
     texts = [[*p, *r] for p, r in zip(prompts, replies, strict=True)]
     T = max(len(text) for text in texts) - 1
     ids = torch.zeros(len(texts), T, dtype=torch.long)
@@ -106,55 +96,14 @@ def reply_log_probabilities(
 ) -> Tensor:
     """The log-probability (B, T) of each target, in nats; 0 where there is none.
 
-    temperature: that of the draws. With another one these are not the probabilities
-    that the tokens were drawn with.
+    temperature: that of the draws, or the tokens had other probabilities then. Dropout
+    is off, as it was when they were drawn.
 
     Book: 21_reasoning.html#only-the-reply-is-learned
     """
-    logits = model(ids) / temperature  # (B, T, V)
+    with in_mode(model, training=False):
+        logits = model(ids) / temperature  # (B, T, V)
     return -F.cross_entropy(logits.mT, targets, reduction="none")
-
-
-def _step(
-    model: GPT, optimizers: Sequence[torch.optim.Optimizer], loss: Tensor, rate: float
-) -> None:
-    """One update, at a share of each optimizer's learning rate."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group.setdefault("highest_rate", group["lr"])
-            group["lr"] = rate * group["highest_rate"]
-        optimizer.zero_grad()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    for optimizer in optimizers:
-        optimizer.step()
-
-
-def teach(
-    model: GPT,
-    examples: Callable[[], Sequence[tuple[list[int], list[int]]]],
-    config: TrainConfig,
-) -> list[float]:
-    """Learn the replies of examples, and return the loss of each step.
-
-    examples: called for each step's batch of (prompt, reply), as ids. Only the tokens
-    of replies are learned. With a `MuonConfig` Muon does it, else AdamW.
-
-    Book: 21_reasoning.html#only-the-reply-is-learned
-    """
-    muon = isinstance(config, MuonConfig)
-    optimizers = (
-        muon_optimizers(model, config) if muon else make_optimizers(model, config)
-    )
-    losses = []
-    for step in range(config.steps):
-        prompts, replies = zip(*examples(), strict=True)
-        ids, targets = reply_batch(prompts, replies)
-        log_p = reply_log_probabilities(model, ids, targets)
-        loss = -log_p.sum() / count_targets(targets)
-        _step(model, optimizers, loss, rate_at(step, config))
-        losses.append(loss.item())
-    return losses
 
 
 def answer_of(reply: Sequence[int]) -> int | None:
@@ -184,47 +133,38 @@ def sound(reply: Sequence[int], places: Sequence[int]) -> float:
     return float(list(reply) == [*places, EQUALS, places[-1], END])
 
 
-def thoughts(reply: Sequence[int], places: Sequence[int] = ()) -> float:
-    """How many words a reply says before its first `=`.
-
-    Book: 21_reasoning.html#at-once-and-with-steps
-    """
-    return float([*reply, EQUALS].index(EQUALS))
-
-
 def draw_replies(
     model: GPT,
     prompts: Sequence[Sequence[int]],
     longest: int,
     end: int,
-    *,
     temperature: float = 1.0,
     seed: int | None = None,
 ) -> list[list[int]]:
     """One reply to each prompt, with its end token where it was drawn.
 
-    A reply that reaches `longest` tokens is cut, and has none.
+    A reply that reaches `longest` tokens is cut, and has none. Raises ValueError for
+    what `generate` refuses.
 
     Book: 21_reasoning.html#at-once-and-with-steps
     """
     rows = generate(model, prompts, longest, [end], temperature=temperature, seed=seed)
-    replies = []
-    for prompt, row in zip(prompts, rows, strict=True):
-        reply = list(row[len(prompt) :])
-        if len(reply) < longest:
-            reply.append(end)  # `generate` leaves it out
-        replies.append(reply)
-    return replies
+    replies = [row[len(p) :] for p, row in zip(prompts, rows, strict=True)]
+    return [[*r, end] if len(r) < longest else r for r in replies]
 
 
 def group_advantages(rewards: Tensor, normalize: bool = False) -> Tensor:
     """Rewards (Q, G), each less the mean reward of its question's G replies.
 
-    normalize: divide by the standard deviation of the G, as GRPO does.
+    normalize: divide by the standard deviation of the G, as GRPO does. Raises
+    ValueError for another shape, or fewer than two replies to a question.
     Source: Shao et al. (2024).
 
     Book: 21_reasoning.html#the-group
     """
+    if rewards.dim() != 2 or rewards.shape[1] < 2:
+        shape = tuple(rewards.shape)
+        raise ValueError(f"rewards are (questions, 2 or more replies), not {shape}")
     advantages = rewards - rewards.mean(dim=1, keepdim=True)
     if normalize:
         advantages = advantages / (rewards.std(dim=1, keepdim=True) + 1e-4)
@@ -241,13 +181,15 @@ def policy_loss(
     """The loss whose descent makes replies with high advantages likelier.
 
     log_p: (B, T) log-probabilities of the drawn tokens in the model that learns;
-    old_log_p: in the model that drew them. advantages: (B,). weights: (B, T), of
-    `token_weights`. Source: Schulman et al. (2017), equation 7.
+    old_log_p: in the model that drew them. advantages: (B,), else ValueError.
+    weights: (B, T), of `token_weights`. Source: Schulman et al. (2017), equation 7.
 
     Book: 21_reasoning.html#learn-twice-from-one-draw
     """
-    ratio = (log_p - old_log_p).exp()
+    if advantages.shape != log_p.shape[:1]:
+        raise ValueError("advantages are one number for each reply, of shape (B,)")
     advantages = advantages[:, None]
+    ratio = (log_p - old_log_p).exp()
     clipped = ratio.clamp(1 - clip, 1 + clip)
     gain = torch.minimum(ratio * advantages, clipped * advantages)
     return -(weights * gain).sum()
@@ -287,7 +229,7 @@ def kl_estimate(log_p: Tensor, start_log_p: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """What decides a run of `reinforce`.
+    """What decides a run of `reinforce`. Raises ValueError for impossible values.
 
     Book: 21_reasoning.html#the-update
     """
@@ -302,10 +244,15 @@ class RewardConfig:
     updates: int = 1  # made from the same replies
     clip: float = 0.2
     kl: float = 0.0  # the weight of the distance from the start
-    baseline: bool = True  # advantages in their group, not the rewards themselves
-    normalize: bool = False  # divide advantages by their standard deviation
     average: Average = "sum"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.questions, self.longest, self.updates, self.group - 1) < 1:
+            raise ValueError("questions, longest and updates are 1 or more, group 2")
+        if min(self.temperature, self.clip) <= 0 or self.kl < 0:
+            raise ValueError("temperature and clip are above 0, kl is 0 or more")
+        check_choices(self)
 
 
 def learn_from_draws(
@@ -315,32 +262,32 @@ def learn_from_draws(
     targets: Tensor,
     advantages: Tensor,
     config: RewardConfig,
-    rate: float = 1.0,
     start: GPT | None = None,
 ) -> tuple[float, float]:
-    """Update the model from one batch of replies; return loss and entropy before.
+    """Update the model from a batch of replies; return the first loss and the entropy.
 
-    ids, targets: (B, T) of `reply_batch`; advantages: (B,). rate: the share of the
-    learning rate. start: the model that config.kl holds it to. The entropy is that of
-    a token, estimated from the drawn ones, in nats.
+    ids, targets: (B, T) of `reply_batch`; advantages: (B,). start: the model that
+    config.kl holds it to. The entropy is that of a token before the updates, in nats,
+    estimated from the drawn ones.
 
     Book: 21_reasoning.html#the-update
     """
     weights = token_weights(targets, config.average)
-    if start is not None:
-        with torch.no_grad():
-            start_log_p = reply_log_probabilities(
-                start, ids, targets, config.temperature
-            )
+    batch = (ids, targets, config.temperature)
+    with torch.no_grad():
+        old_log_p = reply_log_probabilities(model, *batch)
+        if start is not None:
+            start_log_p = reply_log_probabilities(start, *batch)
     losses = []
-    for update in range(config.updates):
-        log_p = reply_log_probabilities(model, ids, targets, config.temperature)
-        if update == 0:
-            old_log_p = log_p.detach()  # of the model that drew the replies
+    for _ in range(config.updates):
+        log_p = reply_log_probabilities(model, *batch)
         loss = policy_loss(log_p, old_log_p, advantages, weights, config.clip)
         if start is not None:
             loss = loss + config.kl * (weights * kl_estimate(log_p, start_log_p)).sum()
-        _step(model, [optimizer], loss, rate)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
         losses.append(loss.item())
     return losses[0], -old_log_p.sum().item() / count_targets(targets)
 
@@ -355,66 +302,55 @@ def reinforce(
     reward: Reward,
     end: int,
     config: RewardConfig,
+    compare: Callable[[Tensor], Tensor] = group_advantages,
     measures: Mapping[str, Reward] | None = None,
     after_step: Callable[[int], None] | None = None,
 ) -> list[dict[str, float]]:
     """Let a model answer, reward it, and make likelier what was rewarded.
 
-    ask: makes a problem. reward: of a reply. end: the id that ends a reply. measures:
-    further numbers of a reply, by name. after_step: called with the steps made so far.
-    Returns for each step the means of reward, measures and length, the loss, the
-    entropy of a token, and the share of questions whose replies all earned the same.
+    ask: makes a problem. reward: of a reply. end: the id that ends a reply. compare:
+    from rewards (Q, G) to advantages. measures: further numbers of a reply, by name.
+    after_step: called with the steps made so far. Returns for each step the means of
+    reward, measures and length, the loss, the entropy of a token, and the share of
+    idle groups. Raises ValueError for a reward that isn't finite.
 
     Book: 21_reasoning.html#the-update
     """
     rng = random.Random(config.seed)
+    device = next(model.parameters()).device
     start = copy.deepcopy(model) if config.kl else None
     plan = TrainConfig(
-        steps=config.steps,
-        learning_rate=config.learning_rate,
-        warmup=config.warmup,
-        schedule="linear",
-        final_rate=0.1,
-        weight_decay=0.0,
-        beta2=0.95,
-    )
+        steps=config.steps, learning_rate=config.learning_rate, warmup=config.warmup,
+        schedule="linear", weight_decay=0.0, beta2=0.95,
+    )  # fmt: skip
     (optimizer,) = make_optimizers(model, plan)
     history = []
     for step in range(config.steps):
-        problems = [ask(rng) for _ in range(config.questions)]
-        problems = [problem for problem in problems for _ in range(config.group)]
+        asked = [ask(rng) for _ in range(config.questions)]
+        problems = [problem for problem in asked for _ in range(config.group)]
         prompts = [prompt for prompt, _ in problems]
+        seed = config.seed * 1_000_003 + step
         replies = draw_replies(
-            model,
-            prompts,
-            config.longest,
-            end,
-            temperature=config.temperature,
-            seed=config.seed * 1_000_003 + step,
+            model, prompts, config.longest, end, config.temperature, seed
         )
         pairs = [(r, facts) for r, (_, facts) in zip(replies, problems, strict=True)]
-        rewards = torch.tensor([reward(*pair) for pair in pairs])
+        rewards = torch.tensor([float(reward(*pair)) for pair in pairs])
+        if not rewards.isfinite().all():
+            raise ValueError(f"a reward of step {step + 1} is not a finite number")
         rewards = rewards.view(config.questions, config.group)
-        advantages = rewards
-        if config.baseline:
-            advantages = group_advantages(rewards, config.normalize)
-        ids, targets = reply_batch(prompts, replies)
+        advantages = compare(rewards).flatten().to(device)
+        ids, targets = (rows.to(device) for rows in reply_batch(prompts, replies))
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * rate_at(step, plan)
         loss, entropy = learn_from_draws(
-            model,
-            optimizer,
-            ids,
-            targets,
-            advantages.flatten(),
-            config,
-            rate_at(step, plan),
-            start,
+            model, optimizer, ids, targets, advantages, config, start
         )
         row = {
             "reward": rewards.mean().item(),
             "length": count_targets(targets) / len(replies),
             "loss": loss,
             "entropy": entropy,
-            "idle": (advantages == 0).all(dim=1).float().mean().item(),
+            "idle": (rewards == rewards[:, :1]).all(dim=1).float().mean().item(),
         }
         for name, measure in (measures or {}).items():
             row[name] = sum(measure(*pair) for pair in pairs) / len(pairs)
@@ -427,20 +363,13 @@ def reinforce(
 def pass_at_k(n: int, c: int, k: int) -> float:
     """The chance that k of n replies, c of them right, hold a right one.
 
-    Source: Chen et al. (2021).
+    Raises ValueError for impossible counts. Source: Chen et al. (2021).
 
     Book: 21_reasoning.html#did-it-learn-or-only-sharpen
     """
+    if not (0 <= c <= n and 1 <= k <= n):
+        raise ValueError(f"pass@k wants 0 <= c <= n and 1 <= k <= n, not {n, c, k}")
     return 1 - math.comb(n - c, k) / math.comb(n, k)
-
-
-def majority(answers: Iterable[int | None]) -> int | None:
-    """The most frequent answer, the first of equals; None counts as no vote.
-
-    Book: 21_reasoning.html#the-fair-rival-many-short-replies
-    """
-    votes = Counter(answer for answer in answers if answer is not None)
-    return votes.most_common(1)[0][0] if votes else None
 
 
 def dpo_loss(
@@ -454,9 +383,13 @@ def dpo_loss(
 
     chosen, rejected: (B,) log-probabilities of whole replies in the model that learns;
     chosen_start, rejected_start: in the model that it started as. beta: how near it is
-    held to the start. Source: Rafailov et al. (2023), equation 7.
+    held to the start. Raises ValueError where the four differ in shape.
+    Source: Rafailov et al. (2023), equation 7.
 
     Book: 21_reasoning.html#preferences-dpo
     """
+    shapes = {t.shape for t in (chosen, rejected, chosen_start, rejected_start)}
+    if len(shapes) > 1:
+        raise ValueError("the four log-probabilities must have the same shape, (B,)")
     gains = (chosen - chosen_start) - (rejected - rejected_start)
     return -F.logsigmoid(beta * gains).mean()
