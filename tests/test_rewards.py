@@ -459,11 +459,13 @@ def test_a_group_has_the_same_question_and_its_rewards_are_compared():
 
 def test_idle_groups_are_counted_and_teach_nothing():
     model = small_model()
-    config = RewardConfig(steps=2, questions=3, group=4, longest=3)
-    history = reinforce(model, game, lambda reply, places: 0.3, END, config)
+    config = RewardConfig(
+        steps=2, questions=3, group=4, longest=3, learning_rate=0.1, warmup=1
+    )
+    history = reinforce(model, game, lambda reply, places: 0.25, END, config)
     assert [row["idle"] for row in history] == [1, 1]
-    assert history[0]["reward"] == pytest.approx(0.3)
-    assert torch.allclose(weights_of(model), weights_of(small_model()), atol=1e-6)
+    assert history[0]["reward"] == pytest.approx(0.25)
+    assert torch.equal(weights_of(model), weights_of(small_model())), "no decay"
 
 
 def test_some_groups_are_idle():
@@ -483,6 +485,7 @@ def test_the_rate_warms_up_and_falls_to_a_tenth(monkeypatch):
 
     def step(self, *arguments, **named):
         rates.append({group["lr"] for group in self.param_groups})
+        assert {group["betas"] for group in self.param_groups} == {(0.9, 0.95)}
         return plain(self, *arguments, **named)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
