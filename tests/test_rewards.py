@@ -347,6 +347,23 @@ def test_impossible_runs_are_refused(change, words):
         RewardConfig(**change)
 
 
+def test_the_defaults_are_those_of_the_recorded_run():
+    assert vars(RewardConfig()) == {
+        "steps": 120,
+        "questions": 32,
+        "group": 8,
+        "longest": 16,
+        "temperature": 1.0,
+        "learning_rate": 4e-4,
+        "warmup": 10,
+        "updates": 1,
+        "clip": 0.2,
+        "kl": 0.0,
+        "average": "sum",
+        "seed": 0,
+    }
+
+
 BATCH = reply_batch([[3, 8, ASK]] * 2, [[1, EQUALS, 1, END], [EQUALS, 2, END]])
 
 
