@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from dataclasses import FrozenInstanceError
 from importlib import resources
 from itertools import combinations, product
 
@@ -362,6 +363,8 @@ def test_the_defaults_are_those_of_the_recorded_run():
         "average": "sum",
         "seed": 0,
     }
+    with pytest.raises(FrozenInstanceError):
+        RewardConfig().steps = 3
 
 
 BATCH = reply_batch([[3, 8, ASK]] * 2, [[1, EQUALS, 1, END], [EQUALS, 2, END]])
