@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from dataclasses import fields
+from dataclasses import FrozenInstanceError, fields
 
 import numpy as np
 import pytest
@@ -102,6 +102,7 @@ def test_filters_change_nothing_given_and_take_more_axes(keep):
 )
 def test_sample_draws_what_the_filters_leave(logits, temperature, k, p):
     generator = torch.Generator().manual_seed(0)
+    logits = logits.repeat(30, 1)  # a draw may be right by luck, thirty are not
     drawn = sample(logits, Sampling(temperature, k, p), generator)
     assert drawn.shape == (len(logits),)
     assert drawn.dtype == torch.int64
@@ -132,6 +133,17 @@ def test_impossible_settings(model, wrong, message):
         generate(model, [1], 0, **wrong)
     with pytest.raises(ValueError, match=message):
         stream(model, [[1]], 3, **wrong)  # at once, not at the first token
+
+
+def test_the_smallest_and_the_largest_seed_are_taken(model):
+    for seed in (0, 2**64 - 1):
+        one = generate(model, [1], 5, seed=seed)
+        assert generate(model, [1], 5, seed=seed) == one
+
+
+def test_sampling_is_no_place_to_write():
+    with pytest.raises(FrozenInstanceError):
+        Sampling().temperature = 2.0
 
 
 @settings(max_examples=20)

@@ -27,6 +27,7 @@ from glassgpt.modern import (
     rotary_tables,
     squared_relu,
 )
+from glassgpt.training import rate_at
 
 SIZES = {"vocab_size": 13, "context": 10, "layers": 2, "heads": 2, "width": 16}
 ALONE = [
@@ -195,6 +196,8 @@ def test_each_choice_starts_fair(choices):
         ({"rotary_base": math.nan}, "rotary_base must be positive and finite"),
         ({"norm_eps": -1e-5}, "norm_eps must be positive and finite"),
         ({"hidden": 0}, "hidden must be positive"),
+        ({"hidden": 32.0}, "hidden must be a whole number"),
+        ({"key_value_heads": True}, "key_value_heads must be a whole number"),
         ({"key_value_heads": -1}, "key_value_heads must be positive"),
         ({"heads": 4, "key_value_heads": 3}, "4 heads can't share 3 key-value heads"),
         ({"width": 6}, "even head width: 3"),
@@ -296,6 +299,10 @@ def test_two_optimizers_share_the_parameters():
     assert (matrices["weight_decay"], rest["weight_decay"]) == (0.3, 0.0)
     assert rest["betas"] == (0.9, 0.95)
     assert (matrices["momentum"], matrices["ns_steps"]) == (0.9, 4)
+
+
+def test_the_rate_of_muon_falls_to_0():
+    assert rate_at(99, MuonConfig(steps=100, warmup=0)) < 0.02
 
 
 def test_an_impossible_rate_of_muon_is_refused():
