@@ -164,29 +164,38 @@ def evaluate_choices(
     return right
 
 
-def write_answer(
+def write_answers(
     model: GPT,
     tokenizer: Any,
-    question: Question,
+    questions: Sequence[Question],
     examples: Sequence[Question] = (),
-) -> str:
-    """What the model writes after a prompt, greedily, up to the end of the line.
+) -> list[str]:
+    """What the model writes after each prompt, greedily, up to the end of the line.
 
-    It may write four tokens more than the right answer has.
+    16 prompts are one batch. Each may have four tokens more than the longest right
+    answer. Raises ValueError for a prompt that doesn't fit the context.
 
     Book: 20_evaluation.html#evaluation-how-good-is-it
     """
-    prompt = tokenizer.encode(with_examples(question.prompt, examples).rstrip())
-    room = len(tokenizer.encode(question.answer)) + 4
     stop = tokenizer.special_tokens.values()
-    ids = generate(model, prompt, room, stop, temperature=0)
-    return tokenizer.decode(ids[len(prompt) :]).strip().partition("\n")[0]
+    written = []
+    for first in range(0, len(questions), 16):
+        batch = questions[first : first + 16]
+        texts = [with_examples(question.prompt, examples) for question in batch]
+        prompts = [tokenizer.encode(text.rstrip()) for text in texts]
+        answers = [tokenizer.encode(question.answer) for question in batch]
+        room = max(map(len, answers)) + 4
+        rows = generate(model, prompts, room, stop, temperature=0)
+        for prompt, row in zip(prompts, rows, strict=True):
+            text = tokenizer.decode(row[len(prompt) :])
+            written.append(text.strip().partition("\n")[0])
+    return written
 
 
 def exact_match(
     model: GPT,
     tokenizer: Any,
-    questions: Iterable[Question],
+    questions: Sequence[Question],
     examples: Sequence[Question] = (),
 ) -> list[bool]:
     """For each question, whether the model writes the right answer, and stops there.
@@ -195,11 +204,9 @@ def exact_match(
 
     Book: 20_evaluation.html#evaluation-how-good-is-it
     """
-    right = []
-    for question in questions:
-        written = write_answer(model, tokenizer, question, examples)
-        right.append(written.strip(" .") == question.answer.strip(" ."))
-    return right
+    texts = write_answers(model, tokenizer, questions, examples)
+    right = zip(texts, (question.answer for question in questions), strict=True)
+    return [text.strip(" .") == answer.strip(" .") for text, answer in right]
 
 
 def mean_with_error(values: Sequence[float]) -> tuple[float, float]:
@@ -304,8 +311,10 @@ def _three_others(answer: str, candidates: Sequence[str], pick: random.Random) -
     return tuple(pick.sample(sorted(set(candidates) - {answer}), 3))
 
 
-def line_endings(plays: Iterable[str] = HELD_OUT_PLAYS) -> Task:
+def line_endings(plays: Iterable[str] = HELD_OUT_PLAYS, seed: int = 0) -> Task:
     """Which three words end a line of a play? The others end lines of other places.
+
+    Another seed chooses other lines.
 
     Book: 20_evaluation.html#evaluation-how-good-is-it
     """
@@ -322,7 +331,7 @@ def line_endings(plays: Iterable[str] = HELD_OUT_PLAYS) -> Task:
     for (before, words), ending in zip(lines, endings, strict=True):
         wrong = _three_others(ending, endings, pick)
         questions.append(Question(f"{before}\n{words[0]}", ending, wrong))
-    return _task(questions)
+    return _task(questions, seed)
 
 
 def speakers(plays: Iterable[str] = HELD_OUT_PLAYS) -> Task:

