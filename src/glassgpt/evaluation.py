@@ -180,10 +180,10 @@ def _task(questions: list[Question], seed: int = 0) -> Task:
 
 
 def _three_others(
-    answer: str, candidates: Iterable[str], pick: random.Random
+    answer: str, candidates: Sequence[str], pick: random.Random
 ) -> tuple[str, ...]:
-    """Three different candidates that aren't the answer."""
-    return tuple(pick.sample(sorted(set(candidates) - {answer}), 3))
+    """Three of the candidates, which are different, that aren't the answer."""
+    return tuple(pick.sample([other for other in candidates if other != answer], 3))
 
 
 def line_endings(plays: Iterable[str] = HELD_OUT_PLAYS, seed: int = 0) -> Task:
@@ -201,10 +201,11 @@ def line_endings(plays: Iterable[str] = HELD_OUT_PLAYS, seed: int = 0) -> Task:
             if spoken and len(line.split()) >= 7:
                 lines.append((before, line.rsplit(maxsplit=3)))
     endings = [" " + " ".join(words[1:]) for _, words in lines]
+    different = sorted(set(endings))
     pick = random.Random(0)
     questions = []
     for (before, words), ending in zip(lines, endings, strict=True):
-        wrong = _three_others(ending, endings, pick)
+        wrong = _three_others(ending, different, pick)
         questions.append(Question(f"{before}\n{words[0]}", ending, wrong))
     return _task(questions, seed)
 
@@ -262,10 +263,11 @@ def speakers(plays: Iterable[str] = HELD_OUT_PLAYS) -> Task:
         if play.name in plays:
             found = list(re.finditer(r"\n\n([A-Z][A-Z ]+):\n", play.text))
             names = [match[1] + ":" for match in found]
+            different = sorted(set(names))
             for match, name in zip(found, names, strict=True):
                 before = play.text[max(0, match.start() - 400) : match.start() + 2]
                 before = before.partition("\n")[2]  # from a whole line on
-                wrong = _three_others(name, names, pick)
+                wrong = _three_others(name, different, pick)
                 questions.append(Question(before, name, wrong))
     return _task(questions)
 
@@ -277,10 +279,11 @@ def capitals() -> Task:
     """
     path = files("glassgpt") / "records/capitals.json"
     places = json.loads(path.read_text("utf-8"))
+    different = sorted(set(places.values()))
     pick = random.Random(0)
     questions = []
     for place, city in places.items():
-        others = _three_others(city, places.values(), pick)
+        others = _three_others(city, different, pick)
         wrong = tuple(f" {other}" for other in others)
         questions.append(Question(f"The capital of {place} is", f" {city}", wrong))
     return _task(questions)
