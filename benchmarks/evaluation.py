@@ -12,7 +12,7 @@
     judge       SmolLM2 as a judge of two answers, one of them longer
     seeds       five small models that differ in their seed
     leak        the shipped model after it has read the questions
-    best        the best of 20 checkpoints, and what it scores on other questions
+    best        the best of 10 checkpoints, and what it scores on other questions
 
 Without a PART, all of them: half an hour for each of two cores, if two commands share
 the parts. Each is written into src/glassgpt/records/evaluation.json as soon as it is
@@ -237,7 +237,7 @@ def letters():
     return record
 
 
-def judge(count=100):
+def judge(count=50):
     """Which of two answers SmolLM2 prefers, asked in both orders.
 
     A pair of digits for each question, one for each order: 1 where the second answer
@@ -343,7 +343,7 @@ def leak(count=3):
     return record
 
 
-def best(count=20, every=5):
+def best(count=10, every=5):
     """Checkpoints of one run that goes on at a small rate, on lines of two samples."""
     tokenizer, _, data = read_plays()
     samples = {"chosen by": line_endings(), "other lines": line_endings(seed=1)}
