@@ -7,8 +7,6 @@
     examples    sums after other examples
     heads       capitals after 4 examples, without SmolLM2's induction heads
     recall      false capitals in the prompt, with and without induction heads
-    wording     the same capitals in other words; questions swapped
-    letters     choices A to D, with the right one at A, then at D
     judge       SmolLM2 as a judge of two answers, one of them longer
     seeds       five small models that differ in their seed
     leak        the shipped model after it has read the questions
@@ -49,11 +47,6 @@ from glassgpt.inspection import induction_scores, trace, watch, without
 from glassgpt.training import TrainConfig, Trainer
 
 RECORD = Path(glassgpt.__file__).parent / "records" / "evaluation.json"
-WORDINGS = (
-    "{place}'s capital is",
-    "Question: Which city is the capital of {place}?\nAnswer:",
-    "{place}:",
-)
 LONGER = (
     " It is a city that is known to many people all over the world, and there is a lot "
     "more that could be said about it."
@@ -190,50 +183,6 @@ def recall():
                 chosen += str(int(scores.argmax()))
         record[name] = chosen
         print(name, [chosen.count(digit) for digit in "0123"], flush=True)
-    return record
-
-
-def wording():
-    """The same questions in other words, and with the prompt of another one."""
-    model, tokenizer = glassgpt.load("smollm2")
-    questions = TASKS["capitals"]().questions
-    record = {}
-    for form in WORDINGS:
-        asked = []
-        for one in questions:
-            place = one.prompt.removeprefix("The capital of ").removesuffix(" is")
-            text = form.format(place=place)
-            asked.append(Question(text[0].upper() + text[1:], one.answer, one.wrong))
-        record[form] = digits(evaluate_choices(model, tokenizer, asked))
-        print(form, record[form].count("1"), flush=True)
-    swapped = [
-        Question(other.prompt, one.answer, one.wrong)
-        for one, other in zip(questions, [*questions[1:], questions[0]], strict=True)
-    ]
-    record["swapped"] = digits(evaluate_choices(model, tokenizer, swapped))
-    return record
-
-
-def letters():
-    """Which letter SmolLM2 chooses, where the right city always stands at A, or at D.
-
-    Each text holds one letter, the chosen one, for each question.
-    """
-    model, tokenizer = glassgpt.load("smollm2")
-    record = {}
-    for place in (0, 3):
-        chosen = ""
-        for one in TASKS["capitals"]().questions:
-            cities = list(one.wrong)
-            cities.insert(place, one.answer)
-            named = zip("ABCD", cities, strict=True)
-            listed = "\n".join(f"{letter}.{city}" for letter, city in named)
-            asked = f"{one.prompt}\n{listed}\nAnswer:"
-            answers = [" A", " B", " C", " D"]
-            scores, _ = log_likelihoods(model, tokenizer, asked, answers)
-            chosen += "ABCD"[int(scores.argmax())]
-        record["ABCD"[place]] = chosen
-        print(place, {letter: chosen.count(letter) for letter in "ABCD"}, flush=True)
     return record
 
 
@@ -374,8 +323,6 @@ PARTS = (
     examples,
     heads,
     recall,
-    wording,
-    letters,
     judge,
     seeds,
     leak,
