@@ -191,6 +191,11 @@ MISTAKES = [
     (["generate", "missing"], "missing"),
     (["generate", "damaged"], "damaged"),
     (["evaluate", "run", "one.txt"], "token"),
+    (["evaluate", "run"], "--task"),
+    (["evaluate", "run", "my.txt", "--task", "sums"], "--task"),
+    (["evaluate", "run", "--task", "capitols"], "capitals"),
+    (["evaluate", "run", "--task", "sums", "--examples", "9"], "examples"),
+    (["evaluate", "run", "--task", "picture.png"], "line"),
 ]
 
 

@@ -46,8 +46,10 @@ def test_wheel_holds_the_tangled_modules_a_model_and_nothing_else(dist):
     # A package needs its __init__.py, tangled or empty.
     wanted |= {"glassgpt/__init__.py", "glassgpt/checks/__init__.py"}
     model = {name for name in held if name.startswith("glassgpt/models/shakespeare/")}
+    records = {name for name in held if name.startswith("glassgpt/records/")}
     wanted |= {f"glassgpt/{path}" for path in tangle.scripts(ROOT / "book")}
-    assert held == wanted | {"glassgpt/py.typed"} | model
+    assert held == wanted | {"glassgpt/py.typed"} | model | records
+    assert {Path(name).name for name in records} >= {"capitals.json", "evaluation.json"}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
         Path(name).name for name in model
     }

@@ -28,6 +28,7 @@ from glassgpt.chat import fit_history, stream_answer, template_of
 from glassgpt.checkpoints import load_config, reraise_as
 from glassgpt.data import TokenData, read_documents, split_documents
 from glassgpt.distributed import first_process_first, make_trainer, process_group
+from glassgpt.evaluation import Score, answer_task, load_task, mean_with_error
 from glassgpt.generation import Sampling, stream_text
 from glassgpt.gpt import GPT
 from glassgpt.huggingface import read_tokenizer
@@ -605,27 +606,43 @@ def summed_loss(model: GPT, ids: list[int]) -> float:
 
 @dataclass(kw_only=True)
 class Evaluate(Model):
-    """Measure how well a GPT predicts a text.
+    """Measure how well a GPT predicts a text, or answers questions.
 
     Book: a3_command_line.html#writing-and-measuring
     """
 
-    text: Positional[str]  # a file, a folder, or a pattern such as "*.txt"
-    more: Positional[tuple[str, ...]] = ()  # more of them
+    text: Positional[tuple[str, ...]] = ()  # files, folders, patterns such as "*.txt"
+    task: Maybe[str] = None  # endings, speakers, capitals, sums, a file of questions
+    by: Score = "character"  # how the endings of a question are compared
+    examples: int = 0  # solved questions in front of each
     skip: bool = False  # leave out what isn't text, and name it
     limit: Maybe[int] = None  # read this many tokens at most; default: all
 
     def read(self, tokenizer: Tokenizer) -> Iterator[tuple[list[int], int]]:
         """Ids, piece by piece, and of how many characters they are."""
         end = tokenizer.special_tokens.get("<|endoftext|>")
-        for document in read_documents(self.text, *self.more, skip=self.skip):
+        for document in read_documents(*self.text, skip=self.skip):
             for piece in document.pieces():
                 yield tokenizer.encode(piece), len(piece)
             if end is not None:
                 yield [end], 0
 
+    def ask(self, name: str) -> None:
+        """Print the share of right answers with its standard error, and chance."""
+        task = load_task(name, self.examples)
+        right = answer_task(*self.load(), task, self.by)
+        accuracy, error = mean_with_error(right)
+        print(
+            f"accuracy {accuracy:.3f} ± {error:.3f}, chance {task.chance:.3f}: "
+            f"{len(right)} questions, fingerprint {task.fingerprint}"
+        )
+
     def run(self) -> None:
         """Print the mean loss over the text, each token predicted once."""
+        if bool(self.text) == bool(self.task):
+            raise ValueError("name a text to predict, or questions with --task")
+        if self.task:
+            return self.ask(self.task)
         if self.limit is not None and self.limit < 2:
             raise ValueError(f"--limit must be at least 2, not {self.limit}")
         model, tokenizer = self.load()
