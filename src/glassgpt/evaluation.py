@@ -63,7 +63,7 @@ def log_likelihoods(
     """The log-probability of each ending after a prompt, and its tokens: (E,) each.
 
     Spaces at the end of the prompt count as the beginning of the endings. Raises
-    ValueError where prompt and ending don't fit the context.
+    ValueError where prompt and ending don't fit the context, or merge into one token.
 
     Book: 20_evaluation.html#the-function
     """
@@ -71,6 +71,10 @@ def log_likelihoods(
     spaces = prompt[len(stem) :]
     given = len(tokenizer.encode(stem))
     rows = [tokenizer.encode(stem + spaces + ending) for ending in endings]
+    if min(map(len, rows)) <= given:
+        raise ValueError(
+            "an ending merges with the prompt's last token: begin it with a space"
+        )
     longest = max(map(len, rows))
     if longest - 1 > model.config.context:
         raise ValueError(
@@ -125,6 +129,8 @@ def score_choices(
     if by == "pmi":
         alone, _ = log_likelihoods(model, tokenizer, "\n", question.choices)
         return found - alone
+    if by != "sum":
+        raise ValueError(f"by must be sum, token, character or pmi, not {by!r}")
     return found
 
 
