@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -203,9 +203,12 @@ def token_weights(targets: Tensor, average: Average = "sum") -> Tensor:
 
     sum: each token 1 / B. reply: a reply's tokens together 1 / B, as in GRPO (Shao et
     al., 2024). batch: each the same, all together 1 (Yu et al., 2025).
+    Raises ValueError for another word.
 
     Book: 21_reasoning.html#learn-twice-from-one-draw
     """
+    if average not in get_args(Average):
+        raise ValueError(f"average must be sum, reply or batch, not {average!r}")
     counts = (targets != -100).float()
     if average == "reply":
         return counts / counts.sum(dim=1, keepdim=True).clamp(min=1) / len(targets)
@@ -215,16 +218,18 @@ def token_weights(targets: Tensor, average: Average = "sum") -> Tensor:
 
 
 def kl_estimate(log_p: Tensor, start_log_p: Tensor) -> Tensor:
-    """For drawn tokens, an estimate of the KL divergence from the start, never < 0.
+    """For drawn tokens, an estimate of the KL divergence from the start.
 
     log_p, start_log_p: log-probabilities of the tokens in the model that drew them and
-    in the one it started as. The mean over draws is the divergence in nats.
+    in the one it started as. Never negative; the mean over draws is the
+    divergence in nats. As a loss over fixed draws it has the gradient of the divergence
+    of the new model from the start.
     Source: Shao et al. (2024), equation 4.
 
     Book: 21_reasoning.html#how-far-from-the-start
     """
     gap = start_log_p - log_p
-    return gap.exp() - 1 - gap
+    return torch.expm1(gap) - gap
 
 
 @dataclass(frozen=True)
@@ -389,7 +394,7 @@ def dpo_loss(
     Book: 21_reasoning.html#preferences-dpo
     """
     shapes = {t.shape for t in (chosen, rejected, chosen_start, rejected_start)}
-    if len(shapes) > 1:
+    if len(shapes) > 1 or chosen.dim() != 1:
         raise ValueError("the four log-probabilities must have the same shape, (B,)")
     gains = (chosen - chosen_start) - (rejected - rejected_start)
     return -F.logsigmoid(beta * gains).mean()
