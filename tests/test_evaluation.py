@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 from statistics import NormalDist, mean, stdev
 
 import pytest
@@ -366,6 +367,23 @@ def test_a_task_is_chosen_or_written():
     asked = [right, Question("b", "a")]
     found = answer_task(MODEL, CHARACTERS, Task(asked, []))
     assert found == exact_match(MODEL, CHARACTERS, asked)
+
+
+def test_the_harness_gives_the_same_accuracies(tmp_path, monkeypatch):
+    reason = "lm-eval isn't installed; benchmarks/harness.py has compared 300 lines"
+    pytest.importorskip("lm_eval", reason=reason)
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    import harness
+
+    from glassgpt import load, save
+
+    model, tokenizer = load("shakespeare")
+    questions = line_endings(seed=2).questions[:40]
+    save(tmp_path / "model", model, tokenizer)
+    found = harness.by_harness(tmp_path / "model", questions)
+    for name, by in (("acc", "sum"), ("acc_norm", "character")):
+        ours = sum(evaluate_choices(model, tokenizer, questions, by)) / 40
+        assert found[name] == pytest.approx(ours)
 
 
 def test_the_command_prints_accuracy_error_and_chance(tmp_path, capsys):

@@ -554,7 +554,7 @@ _STOPS = {
     "17_chat": "chat",
     "18_real_models": "real models",
     "19_looking_inside": "inside",
-    "20_evaluation": "evaluation",
+    "20_evaluation": "scores",
     "21_reasoning": "reasoning",
     "23_runs_that_survive": "runs",
     "24_speed": "speed",
