@@ -614,3 +614,7 @@ def test_the_record_comes_with_the_package():
     question = record["story"]["0"]["question"]
     assert {"0", "20", "60", "120"} <= set(record["story"]["0"]["replies"])
     assert question[-1] == ASK
+
+
+def test_ids_of_words_say_what_they_mean():
+    assert [WORDS[n] for n in (END, ASK, EQUALS)] == ["end", "?", "="]
