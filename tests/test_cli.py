@@ -196,6 +196,8 @@ MISTAKES = [
     (["evaluate", "run", "--task", "capitols"], "capitals"),
     (["evaluate", "run", "--task", "sums", "--examples", "9"], "examples"),
     (["evaluate", "run", "--task", "picture.png"], "line"),
+    (["evaluate", "run", "--task", "sums", "--limit", "50"], "--limit"),
+    (["evaluate", "run", "my.txt", "--examples", "1"], "--examples"),
 ]
 
 

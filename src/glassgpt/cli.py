@@ -281,6 +281,7 @@ def changed(directory: Path, settings: Settings) -> Changes:
     before["optimizer"] = "muon" if muon else "adamw"
     asked = settings.given()
     if settings.recipe:
+        # What a recipe leaves open is as in ModernConfig.
         modern = {name: getattr(ModernConfig, name) for name in GPT2_CHOICES}
         asked |= modern | RECIPES[settings.recipe]
     if settings.size:
@@ -598,9 +599,8 @@ def summed_loss(model: GPT, ids: list[int]) -> float:
             rows = inputs[first:last].view(-1, min(context, last - first))
             logits = model(rows).flatten(0, 1)
             found = glassgpt.log_softmax(logits.float())
-            total -= (
-                found.gather(1, targets[first:last, None]).cpu().double().sum().item()
-            )
+            losses = -found.gather(1, targets[first:last, None]).cpu()
+            total += losses.double().sum().item()
     return total
 
 
@@ -638,11 +638,15 @@ class Evaluate(Model):
         )
 
     def run(self) -> None:
-        """Print the mean loss over the text, each token predicted once."""
+        """Print the accuracy of a task, or the mean loss over all tokens of a text."""
         if bool(self.text) == bool(self.task):
             raise ValueError("name a text to predict, or questions with --task")
         if self.task:
+            if self.limit is not None or self.skip:
+                raise ValueError("--limit and --skip are for texts: leave them out")
             return self.ask(self.task)
+        if self.examples:
+            raise ValueError("--examples is for --task: leave it out")
         if self.limit is not None and self.limit < 2:
             raise ValueError(f"--limit must be at least 2, not {self.limit}")
         model, tokenizer = self.load()

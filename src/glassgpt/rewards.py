@@ -222,8 +222,8 @@ def kl_estimate(log_p: Tensor, start_log_p: Tensor) -> Tensor:
 
     log_p, start_log_p: log-probabilities of the tokens in the model that drew them and
     in the one it started as. Never negative; the mean over draws is the
-    divergence in nats. As a loss over fixed draws it has the gradient of the divergence
-    of the new model from the start.
+    divergence KL(p, start) in nats. As a loss over fixed draws it has the gradient of
+    the other divergence, KL(start, p).
     Source: Shao et al. (2024), equation 4.
 
     Book: 21_reasoning.html#how-far-from-the-start
@@ -325,9 +325,13 @@ def reinforce(
     device = next(model.parameters()).device
     start = copy.deepcopy(model) if config.kl else None
     plan = TrainConfig(
-        steps=config.steps, learning_rate=config.learning_rate, warmup=config.warmup,
-        schedule="linear", weight_decay=0.0, beta2=0.95,
-    )  # fmt: skip
+        steps=config.steps,
+        learning_rate=config.learning_rate,
+        warmup=config.warmup,
+        schedule="linear",
+        weight_decay=0.0,
+        beta2=0.95,
+    )
     (optimizer,) = make_optimizers(model, plan)
     history = []
     for step in range(config.steps):
