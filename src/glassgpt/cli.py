@@ -8,7 +8,7 @@ import re
 import shutil
 import signal
 import sys
-import threading
+import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
@@ -698,7 +698,8 @@ class Serve(Model):
         name = Path(self.model).resolve().name
         with running(make_app(*self.load(), name), self.port) as address:
             print(f"{name} answers at {address} until Ctrl-C", flush=True)
-            threading.Event().wait()
+            while True:
+                time.sleep(1)
 
 
 @dataclass
