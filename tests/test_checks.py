@@ -1,6 +1,7 @@
 """Every check passes right answers, and names the mistake of each wrong one."""
 
 import re
+import signal
 from importlib import import_module
 from pkgutil import iter_modules
 
@@ -35,5 +36,9 @@ def test_a_right_answer_passes(check, answer):
 
 @pytest.mark.parametrize(("check", "answer", "words"), WRONG)
 def test_a_wrong_answer_is_named(check, answer, words):
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
     with pytest.raises(AssertionError, match=re.escape(words)):
         check(answer)
+    after = [signal.getsignal(number) for number in numbers]
+    assert after == before, "a check leaves no handler of a wrong answer"

@@ -474,7 +474,6 @@ def test_a_port_in_use_is_an_error(shakespeare):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
 def test_the_command_serves_until_ctrl_c(capsys):
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a library may hold it
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     address, seen = f"http://127.0.0.1:{port}/v1", []

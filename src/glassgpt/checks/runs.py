@@ -116,9 +116,15 @@ def check_stop(stop_signals: Callable[[], Any]) -> None:
     Book: 23_runs_that_survive.html#leaving-politely
     """
     acted: list[int] = []
-    usual = signal.signal(signal.SIGTERM, lambda number, frame: acted.append(number))
-    handler = signal.getsignal(signal.SIGTERM)
+    names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    usual = {number: signal.getsignal(number) for number in numbers}
+
+    def handler(number: int, frame: Any) -> None:
+        acted.append(number)
+
     try:
+        signal.signal(signal.SIGTERM, handler)
         with stop_signals() as caught:
             signal.raise_signal(signal.SIGTERM)
             assert acted == [], "SIGTERM acted at once: note it only"
@@ -136,8 +142,9 @@ def check_stop(stop_signals: Callable[[], Any]) -> None:
         assert not caught, (
             "an ignored signal, as SIGHUP is under nohup, stopped the run"
         )
-    finally:
-        signal.signal(signal.SIGTERM, usual)
+    finally:  # also those that a wrong stop_signals has kept: Ctrl-C is one
+        for number, before in usual.items():
+            signal.signal(number, before)
 
 
 class _PowerCut(Exception):
