@@ -4,6 +4,7 @@
 
     plays       the shipped model and SmolLM2 on lines and speakers of the plays
     knowledge   SmolLM2 on capitals and sums: chosen, and written; 0, 1, 4 examples
+    swapped     both models, each question with the prompt of the next one
     examples    sums after other examples
     heads       capitals after 4 examples, without SmolLM2's induction heads
     recall      false capitals in the prompt, with and without induction heads
@@ -23,6 +24,7 @@ import json
 import random
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -111,6 +113,29 @@ def knowledge():
             right = exact_match(model, tokenizer, task.questions, examples)
             record["written"][f"{name}, {count}"] = digits(right)
             print(name, count, sum(right), flush=True)
+    return record
+
+
+def swapped():
+    """Both models, where each question has the prompt of the next one."""
+    asked = {
+        "shakespeare": ("endings", "speakers"),
+        "smollm2": ("endings", "speakers", "capitals", "sums"),
+    }
+    record = {}
+    for name, tasks in asked.items():
+        model, tokenizer = glassgpt.load(name)
+        record[name] = {}
+        for task in tasks:
+            questions = TASKS[task]().questions
+            following = questions[1:] + questions[:1]
+            moved = [
+                replace(question, prompt=other.prompt)
+                for question, other in zip(questions, following, strict=True)
+            ]
+            right = evaluate_choices(model, tokenizer, moved)
+            record[name][task] = digits(right)
+            print(name, task, sum(right), flush=True)
     return record
 
 
@@ -320,6 +345,7 @@ def best(count=10, every=5):
 PARTS = (
     plays,
     knowledge,
+    swapped,
     examples,
     heads,
     recall,

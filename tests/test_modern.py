@@ -190,9 +190,12 @@ def test_each_choice_starts_fair(choices):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"positions": "absolute"}, "positions must be rotary or learned"),
-        ({"norm": "batch"}, "norm must be rms or layer"),
-        ({"activation": "relu"}, "activation must be squared_relu, swiglu or gelu"),
+        (
+            {"positions": "absolute"},
+            r"positions must be one of \(.rotary., .learned.\)",
+        ),
+        ({"norm": "batch"}, "norm must be one of"),
+        ({"activation": "relu"}, "activation must be one of .*squared_relu"),
         ({"rotary_base": math.nan}, "rotary_base must be positive and finite"),
         ({"norm_eps": -1e-5}, "norm_eps must be positive and finite"),
         ({"hidden": 0}, "hidden must be positive"),

@@ -619,7 +619,9 @@ def test_a_loss_that_is_no_number_is_not_saved(tmp_path, spoil, whole):
 
     with (
         patch.object(runs.Trainer, "take_step", spoiled),
-        pytest.raises(FloatingPointError, match="at step 7 .* lower learning_rate"),
+        pytest.raises(
+            FloatingPointError, match="at step 7 .* lower the learning rate, and resume"
+        ),
     ):
         start(tmp_path, checkpoint_every=1)
     last = checkpoints_in(tmp_path)[-1]

@@ -301,7 +301,8 @@ def write_gguf(
             f"a {type(model).__name__} would be read back as another model: "
             "only a GPT or a ModernGPT can be written"
         )
-    if (theirs := GGUF_FORMATS.get(format_of(config).kind)) is None:
+    theirs = GGUF_FORMATS.get(format_of(config).kind)
+    if theirs is None:
         raise ValueError("llama.cpp knows GPT-2 and Llama, not this model")
     if tokenizer.vocab_size != config.vocab_size:
         raise ValueError(
@@ -354,7 +355,8 @@ def _write_tokenizer(writer: Any, tokenizer: Tokenizer, size: int) -> None:
     writer.add_token_types(kinds)
     writer.add_token_merges([" ".join(pair) for pair in saved["model"]["merges"]])
     writer.add_add_bos_token(False)
-    if end := end_of(tokenizer):
+    end = end_of(tokenizer)
+    if end:
         writer.add_eos_token_id(tokenizer.special_tokens[end])
         writer.add_bos_token_id(tokenizer.special_tokens[end])
     with suppress(ValueError):

@@ -40,8 +40,9 @@ class GPTConfig:
         for name in ("vocab_size", "context", "layers", "heads", "width"):
             size = getattr(self, name)
             if type(size) is not int or size < 1:  # True is an int, too
-                wanted = "a whole number from 1 up"
-                raise ValueError(f"{name} must be {wanted}, not {size!r}")
+                raise ValueError(
+                    f"{name} must be a whole number from 1 up, not {size!r}"
+                )
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is no multiple of {self.heads} heads")
         if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:

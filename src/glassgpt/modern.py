@@ -117,8 +117,10 @@ class ModernConfig(GPTConfig):
             if value is not None and type(value) is not int:
                 raise ValueError(f"{name} must be a whole number, not {value!r}")
         if self.heads % (self.key_value_heads or self.heads):
-            shared = f"{self.key_value_heads} key-value heads"
-            raise ValueError(f"{self.heads} heads can't share {shared} evenly")
+            raise ValueError(
+                f"{self.heads} heads can't share {self.key_value_heads} key-value "
+                "heads evenly"
+            )
         head_width = self.width // self.heads
         if self.positions == "rotary" and head_width % 2:
             raise ValueError(f"rotary positions need an even head width: {head_width}")

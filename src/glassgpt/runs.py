@@ -336,11 +336,8 @@ def _go_on(run: Run, on_record: OnRecord | None, progress: bool) -> Run:
 
             train(run.trainer, after_step, progress and rank_here() == 0)
     except FloatingPointError as error:
-        rate = "learning_rate"
-        if isinstance(run.plan.training, MuonConfig):
-            rate = "matrix_learning_rate or learning_rate"
         raise FloatingPointError(
-            f"{error}; resume the run in {run.directory} with a lower {rate}"
+            f"{error}, and resume the run in {run.directory}"
         ) from error
     if not run.trainer.records:  # stopped early
         _write_best(run)

@@ -232,7 +232,8 @@ class Tokenizer:
                 symbols = sorted(vocab.keys() - special, key=vocab.get)
                 tokenizer = CharTokenizer(symbols, special)
             ours = _as_json(tokenizer)
-            if differ := [part for part in _PARTS if saved[part] != ours[part]]:
+            differ = [part for part in _PARTS if saved[part] != ours[part]]
+            if differ:
                 raise ValueError(f"glassgpt writes {differ} differently")
         except Exception as error:  # whatever a broken file makes Python stumble over
             reason = f"{type(error).__name__}: {error}"
@@ -340,9 +341,12 @@ class BPETokenizer(Tokenizer):
         if vocab_size < least:
             raise ValueError(f"vocab_size {vocab_size} is too small: at least {least}")
         merges = learn_merges(count_words(_texts(text)), vocab_size - least)
-        if (size := least + len(merges)) < vocab_size:
-            few = f"the text has too few pairs for {vocab_size} ids: it gives {size}"
-            warnings.warn(few, stacklevel=2)
+        size = least + len(merges)
+        if size < vocab_size:
+            warnings.warn(
+                f"the text has too few pairs for {vocab_size} ids: it gives {size}",
+                stacklevel=2,
+            )
         return cls(merges, special)
 
     @classmethod

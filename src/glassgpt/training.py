@@ -59,11 +59,12 @@ def _check_settings(config: TrainConfig) -> None:
     for field in (field for field in fields(config) if field.type in (int, float)):
         name, kind, value = field.name, field.type, getattr(config, field.name)
         most = 1 << 63 if kind is int else math.inf
-        number = type(value) in (int, kind) and 0 <= value < most
-        if not number or (value == 0 and name not in may_be_zero):
-            sign = "0 or more" if name in may_be_zero else "above 0"
-            wanted = "a whole number below 2^63" if kind is int else "a finite number"
-            raise ValueError(f"{name} must be {sign} and {wanted}, not {value!r}")
+        if type(value) not in (int, kind):
+            raise ValueError(f"{name} must be of type {kind.__name__}, not {value!r}")
+        if not 0 <= value < most:
+            raise ValueError(f"{name} must be from 0 to below {most}, not {value!r}")
+        if value == 0 and name not in may_be_zero:
+            raise ValueError(f"{name} must be above 0")
     if config.accumulate > config.batch_size:
         raise ValueError("accumulate can't exceed batch_size: no part is empty")
     if config.final_rate > 1:
@@ -82,9 +83,9 @@ def check_choices(config: Any) -> None:
     """
     for field in fields(config):
         name, kind, value = field.name, field.type, getattr(config, field.name)
-        if get_origin(kind) is Literal and value not in (known := get_args(kind)):
-            choices = f"{', '.join(known[:-1])} or {known[-1]}"
-            raise ValueError(f"{name} must be {choices}, not {value!r}")
+        known = get_args(kind) if get_origin(kind) is Literal else (value,)
+        if value not in known:
+            raise ValueError(f"{name} must be one of {known}, not {value!r}")
 
 
 def rate_at(step: int, config: TrainConfig) -> float:
@@ -198,8 +199,11 @@ def check_fit(model: GPT, data: TokenData) -> None:
     matrices = [p for p in model.blocks.parameters() if p.dim() > 1]
     if not matrices or not any(p.requires_grad for p in model.parameters()):
         raise ValueError("this is a model without weights that can be trained")
-    if (ids := data.vocab_size) > (known := model.config.vocab_size):
-        raise ValueError(f"the data has {ids} token ids, the model only knows {known}")
+    known = model.config.vocab_size
+    if data.vocab_size > known:
+        raise ValueError(
+            f"the data has {data.vocab_size} token ids, the model only knows {known}"
+        )
     data.check_context(model.config.context)
 
 
