@@ -353,6 +353,14 @@ def test_the_tokenizer_of_a_run(made, tmp_path):
     assert filecmp.cmp(made / "run/tokenizer.json", tmp_path / "tokens/tokenizer.json")
 
 
+def test_the_tokenizer_of_tokens_that_are_there(made, tmp_path):
+    words = ["--data", made / "my.txt", "--tokenizer", "char"]
+    assert glass("tokenize", *words, "--out", tmp_path / "first") == 0
+    words = ["--data", made / "my.txt", "--tokenizer", tmp_path / "first"]
+    assert glass("tokenize", *words, "--out", tmp_path / "second") == 0
+    assert hashes(tmp_path / "first") == hashes(tmp_path / "second")
+
+
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("place", ["cli.read_documents", "start_run"])
 def test_a_start_that_is_stopped_leaves_nothing(

@@ -293,6 +293,13 @@ def test_short_attention_is_attention(shared, queries):
     assert (short_attention(q, k, v, dropout=0.5) != found).any()
 
 
+def test_short_attention_is_for_few_bits_and_short_contexts_on_a_cpu():
+    assert Machine(precision="bfloat16").suits_short_attention(256)
+    assert not Machine(precision="bfloat16").suits_short_attention(257)
+    assert not Machine(precision="float32").suits_short_attention(256)
+    assert not Machine("cuda", precision="bfloat16").suits_short_attention(256)
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", [GPTConfig, ModernConfig])
 def test_recomputing_learns_the_same(precision, kind):
