@@ -339,7 +339,7 @@ def test_the_estimate_of_a_divergence_is_never_negative_and_right_on_average(
         ({"temperature": 0.0}, "above 0"),
         ({"clip": 0.0}, "above 0"),
         ({"kl": -0.1}, "0 or more"),
-        ({"average": "mean"}, "average must be sum, reply or batch"),
+        ({"average": "mean"}, "average must be one of"),
     ],
 )
 def test_impossible_runs_are_refused(change, words):
