@@ -84,7 +84,7 @@ def check_healthy(patient: Patient) -> None:
             )
 
 
-def check_repair(repair: Callable[[Patient], Any], number: int = 13) -> None:
+def check_repair(repair: Callable[[Patient], Any], number: int = 7) -> None:
     """One operation with a part of your own makes the patient healthy.
 
     repair: called as repair(patient), returns what `operate` returns.
