@@ -650,20 +650,13 @@ def nothing(patient: Patient) -> None:
 
 
 def other_tokenizer(patient: Patient) -> Tokenizer:
-    """Made for a text without `&`: all later letters have other ids.
+    """Made without the first character of ours: all others have other ids.
 
     Book: 22_clinic.html#the-faults
     """
-    return CharTokenizer(sign for sign in alphabet() if sign != "&")
-
-
-def alphabet() -> list[str]:
-    """The characters of the plays, by id.
-
-    Book: 22_clinic.html#the-faults
-    """
-    tokenizer = library().tokenizer
-    return [tokenizer.decode([number]) for number in range(tokenizer.vocab_size)]
+    ours = library().tokenizer
+    first, *others = map(ours.decode, ([number] for number in range(ours.vocab_size)))
+    return CharTokenizer([*others, first])
 
 
 def one_too_early(patient: Patient, first: int, end: int) -> Tensor:

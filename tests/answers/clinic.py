@@ -123,6 +123,6 @@ WRONG = {
         (lambda patient: "weigh", "it returns a str, not a Patient"),
         (twice, "2 operations: one is enough"),
         (taken, "weigh is taken from a healthy patient"),
-        (still_masked_late, "the softmax runs over other things"),
+        (still_masked_late, "the model looks ahead"),
     ],
 }
