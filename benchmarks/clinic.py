@@ -466,7 +466,8 @@ def known_range(values: list[float]) -> list[float] | None:
         return None
     low, high = min(numbers), max(numbers)
     more = 0.5 * (high - low)
-    return [low - more, high + more]
+    least = 0.0 if low >= 0 else -math.inf
+    return [max(low - more, least), high + more]
 
 
 def main() -> None:
