@@ -127,7 +127,7 @@ class Patient:
                 raise ValueError(f"a patient has no part {name!r}")
             setattr(self, name, MethodType(part, self) if callable(part) else part)
         torch.manual_seed(seed)
-        self.model = self.build()
+        self.model: Any = self.build()
         self.optimizer = self.make_optimizer()
         self.done = 0  # steps
         self.notes: list[dict[str, float]] = []  # of every tenth step
@@ -153,10 +153,10 @@ class Patient:
 
     # The model
 
-    def build(self) -> GPT:
+    def build(self) -> Any:
         sizes = self.context, self.layers, self.heads, self.width
         vocab_size = library().tokenizer.vocab_size
-        model = GPT(GPTConfig(vocab_size, *sizes, self.dropout, self.tied))
+        model: Any = GPT(GPTConfig(vocab_size, *sizes, self.dropout, self.tied))
         model.embed = partial(self.embed, model)
         for block in model.blocks:
             block.forward = partial(self.block, block)
@@ -465,7 +465,7 @@ def sum_forgotten(
     return x + block.dropout(block.mlp(block.mlp_norm(x)))
 
 
-def norms_removed(patient: Patient, model: GPT) -> None:
+def norms_removed(patient: Patient, model: Any) -> None:
     """Every layer norm lets through what comes.
 
     Book: 22_clinic.html#the-faults
@@ -1176,12 +1176,11 @@ def overfit(patient: Patient) -> float:
 
     Book: 22_clinic.html#eight-crops
     """
-    patient = untrained(patient)
-    inputs, wanted = patient.batch(0)
-    patient.batch = lambda step: (inputs[:8], wanted[:8])
+    inputs, wanted = (each[:8] for each in patient.batch(0))
+    patient = operate(patient, "batch", lambda patient, step: (inputs, wanted))
     for _ in range(120):
         patient.take_step()
-    return patient.losses(look(patient.model, inputs[:8]), wanted[:8]).mean().item()
+    return patient.losses(look(patient.model, inputs), wanted).mean().item()
 
 
 SIGNS: dict[str, dict[str, tuple[float, float]]] = {
