@@ -556,6 +556,7 @@ _STOPS = {
     "19_looking_inside": "inside",
     "20_evaluation": "scores",
     "21_reasoning": "reasoning",
+    "22_clinic": "clinic",
     "23_runs_that_survive": "runs",
     "24_speed": "speed",
     "25_many_machines": "machines",
