@@ -6,9 +6,11 @@ import html
 import importlib.util
 import inspect
 import io
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from typing import Any
 
 import matplotlib
@@ -531,6 +533,337 @@ def _next_tokens(prompt: str, temperature: float) -> Picture:
     told = ", ".join(f"{text!r} {share:.0%}" for text, share in best)
     alt = f"The tokens of {prompt!r}. The likeliest next ones: {told}."
     return show(boxes + guess_bars(best, limit=best[0][1]), alt)
+
+
+_BAND = "#8f8f8f"  # the gray of healthy runs
+_PEN = {"color": [PALETTE[name] for name in ("query", "key", "value")]}
+_PEN |= {"ls": ["-", "--", ":"]}  # so that nobody has to tell the colors apart
+
+
+def _curves(
+    ax: Any, title: str, x: Sequence, curves: dict[str, Sequence], band: Sequence
+) -> None:
+    """Draw curves over the range of healthy ones; `band` is (points, 2)."""
+    low, high = np.array(band, float).T
+    ax.set_prop_cycle(**_PEN)
+    ax.fill_between(x, low, high, color=_BAND, alpha=0.35, lw=0)
+    for label, values in curves.items():
+        ax.plot(x, np.array(values, float), label=label, lw=1.3)
+    ax.set_title(title, fontsize=10)
+    ax.tick_params(labelsize=8)
+    ax.locator_params(nbins=4)
+    ax.legend(frameon=False, fontsize=8)
+
+
+def patient_chart(
+    chart: dict[str, Any],
+    band: dict[str, Any],
+    lines: dict[str, float],
+    name: str = "one patient",
+) -> Picture:
+    """The chart of a patient of the clinic, as a still: six panels.
+
+    chart: its recorded curves, as `glassgpt.clinic.chart` returns them. band: the
+    ranges of healthy runs, (low, high) for each point. lines: losses to compare with.
+
+    Book: a1_figures.html#the-chart
+    """
+    fig, axes = figure(9, 5.6, 2, 3)
+    loss, norm, sure, place, attention, text = axes.flat
+    steps, judged = chart["steps"], chart["held out steps"]
+    both = {"training": chart["training"]}
+    _curves(loss, "loss", steps, both, band["training"])
+    loss.plot(judged, np.array(chart["held out"], float), label="held out", lw=1.3)
+    loss.legend(frameon=False, fontsize=8)
+    loss.set(ylim=(0, _highest(chart["held out"])), xlabel="step", ylabel="nats")
+    for label, height in lines.items():
+        loss.axhline(height, color=PALETTE["muted"], lw=0.6, ls=":")
+        loss.text(steps[-1], height, label, fontsize=7, ha="right", va="bottom")
+    norms = {name: chart["norm"][name] for name in ("all", "blocks", "table")}
+    _curves(norm, "norm of the gradient", steps, norms, band["norm"])
+    norm.set(yscale="log", ylim=_decades(chart["norm"]), xlabel="step")
+    norm.minorticks_off()
+    both = {"entropy": chart["entropy"], "spread of logits": chart["spread"]}
+    _curves(sure, "entropy and spread", steps, both, band["entropy"])
+    sure.set(ylim=(0, None), xlabel="step")
+    positions = range(1, len(chart["positions"]) + 1)
+    held_out = {"held out": chart["positions"]}
+    _curves(place, "loss by position", positions, held_out, band["positions"])
+    place.set(ylim=(0, _highest(chart["positions"])), xlabel="position", ylabel="nats")
+    heatmap(attention, chart["map"], limit=60)
+    attention.set_title("attention, first block", fontsize=10)
+    attention.set(xlabel="keys", ylabel="queries")
+    attention.spines[:].set(visible=True, color=_BAND)
+    _write(text, chart["text"])
+    return show(fig, _told_chart(chart, name), salt=name)
+
+
+def _highest(losses: Sequence) -> float:
+    """The top of a panel of losses: the loss of guessing, or a little over them."""
+    return max(4.6, 1.05 * max(value for value in losses if value is not None))
+
+
+def _decades(norms: dict[str, Sequence]) -> tuple[float, float]:
+    """The range of a panel of norms: from 0.1 to 10, or wider."""
+    known = [norm for curve in norms.values() for norm in curve if norm]
+    return min([0.1, *known]), max([10, *known])
+
+
+def _write(ax: Any, text: str) -> None:
+    ax.set_title("text", fontsize=10)
+    ax.axis("off")
+    lines = [
+        part[start : start + 28]
+        for part in text.split("\n")
+        for start in range(0, max(len(part), 1), 28)
+    ]
+    for number, line in enumerate(lines[:11]):
+        height = 0.95 - 0.09 * number
+        ax.text(0, height, line, fontsize=8, parse_math=False, family="monospace")
+
+
+def _ends(name: str, values: Sequence) -> str:
+    """The first and the last number of a curve, in words."""
+    known = [value for value in values if value is not None]
+    return f"{name} from {known[0]:.2f} to {known[-1]:.2f}" if known else f"no {name}"
+
+
+def _told_chart(chart: dict[str, Any], name: str) -> str:
+    told = [
+        _ends("training loss", chart["training"]),
+        _ends("held-out loss", chart["held out"]),
+        _ends("norm of the gradient", chart["norm"]["all"]),
+        _ends("entropy of predictions", chart["entropy"]),
+        _ends("loss by position", chart["positions"]),
+    ]
+    return f"The chart of {name}: {'; '.join(told)}; an attention map; a text."
+
+
+def fnv1a(text: str) -> str:
+    """The hash FNV-1a of a text, 32 bits as eight hexadecimal digits.
+
+    Book: a1_figures.html#the-answer
+    """
+    value = 0x811C9DC5
+    for byte in text.encode():
+        value = (value ^ byte) * 0x01000193 % 2**32
+    return f"{value:08x}"
+
+
+_WARD_STYLE = """<style>
+.glass-ward{font:.92rem/1.45 system-ui,sans-serif;max-width:52rem;margin:.5rem auto}
+.glass-ward p{margin:.35rem 0}
+.glass-ward .title{font-weight:600}
+.glass-ward .paid{font-weight:400;margin-left:.6rem}
+.glass-ward .row{display:flex;flex-wrap:wrap;gap:.4rem .6rem;align-items:center}
+.glass-ward select,.glass-ward button{font:inherit;color:inherit;background:none;
+border:1px solid #8f8f8f;border-radius:4px;padding:.3rem .6rem;min-height:2.2rem;
+max-width:100%}
+.glass-ward option,.glass-ward optgroup{color:#1f2933;background:#fff}
+.glass-ward button{cursor:pointer}
+.glass-ward button:hover{border-color:currentColor}
+.glass-ward :is(select,button):focus-visible{outline:2px solid currentColor;
+outline-offset:2px}
+.glass-ward .chart{display:grid;grid-template-columns:repeat(3,minmax(0,1fr));
+gap:.6rem 12px;min-height:24rem}
+.glass-ward .chart .title,.glass-ward .keys{margin:0;font-size:.85rem;line-height:1.3}
+.glass-ward .keys{min-height:1.3em;font-size:.76rem}
+.glass-ward .keys span::before{content:"";display:inline-block;width:1.3em;
+vertical-align:.25em;margin-right:.3em;border-top:2px solid #2a66f0}
+.glass-ward .keys span{margin-right:.8em;white-space:nowrap}
+.glass-ward .keys .two::before{border-top:2px dashed #e07512}
+.glass-ward .keys .three::before{border-top:2px dotted #00a590}
+.glass-ward .chart svg{display:block;max-width:100%;fill:currentColor;font-size:11px}
+.glass-ward .curve{fill:none;stroke:#2a66f0;stroke-width:1.6;stroke-linejoin:round}
+.glass-ward .curve.two{stroke:#e07512;stroke-dasharray:5 2}
+.glass-ward .curve.three{stroke:#00a590;stroke-dasharray:1.5 1.5}
+.glass-ward .band{fill:#8f8f8f;fill-opacity:.35}
+.glass-ward .axis,.glass-ward .line{fill:none;stroke:#8f8f8f;stroke-width:.8}
+.glass-ward .line{stroke-dasharray:1 3}
+.glass-ward canvas{width:150px;max-width:100%;aspect-ratio:1;border:1px solid #8f8f8f;
+image-rendering:pixelated}
+.glass-ward .words{white-space:pre-wrap;overflow-wrap:anywhere;
+font:.78rem/1.35 ui-monospace,Menlo,Consolas,monospace}
+.glass-ward ul{list-style:none;margin:0;padding:0;display:grid;gap:.35rem 12px;
+grid-template-columns:repeat(auto-fill,minmax(min(100%,21rem),1fr))}
+.glass-ward li{margin:0}
+.glass-ward li button{display:flex;justify-content:space-between;gap:.6rem;width:100%;
+text-align:left;align-items:center}
+.glass-ward small{white-space:nowrap;font-size:.85em}
+.glass-ward li p{margin:.15rem .6rem .3rem;border-left:3px solid #8f8f8f;
+padding-left:.5rem}
+.glass-ward .said:not(:empty){border-left:3px solid #8f8f8f;padding:.3rem .7rem}
+.glass-ward .said[data-state=right]{border-color:#00a590}
+.glass-ward .said[data-state=wrong]{border-color:#d2142d}
+.glass-ward [hidden],.glass-ward .paper{display:none}
+.glass-ward.alive .still{display:none}
+.glass-ward .glass-spoken{position:absolute;width:1px;height:1px;overflow:hidden;
+clip-path:inset(50%)}
+.glass-ward table{border-collapse:collapse;font-size:.85em;margin:.6rem 0}
+.glass-ward :is(th,td){padding:.1rem .45rem;text-align:right;
+border-bottom:1px solid #8f8f8f66}
+.glass-ward :is(th,td):first-child{text-align:left}
+@media(max-width:600px){.glass-ward .chart{grid-template-columns:1fr 1fr}
+.glass-ward .chart>:is(:first-child,:last-child){grid-column:1/-1}}
+@media print{.glass-ward .room,.glass-ward details{display:none}
+.glass-ward .still,.glass-ward .paper{display:block!important}
+.glass-ward table.paper{display:table!important}}
+</style>"""
+
+
+def _shorter(value: Any) -> Any:
+    """The numbers of a chart with three digits; lists and dicts of them, too."""
+    if isinstance(value, dict):
+        return {name: _shorter(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_shorter(part) for part in value]
+    return float(f"{value:.3g}") if isinstance(value, float) else value
+
+
+def _rounded(value: Any, digits: int) -> Any:
+    """A number or a range as it is printed; None stays."""
+    if isinstance(value, list):
+        return [_rounded(part, digits) for part in value]
+    return value if value is None else round(value, digits) + 0.0  # no -0.0
+
+
+def _ward_data(record: dict[str, Any]) -> dict[str, Any]:
+    digits = {each["name"]: each["digits"] for each in record["examinations"]}
+
+    def in_order(found: dict[str, Any]) -> list[Any]:
+        return [_rounded(found.get(name), count) for name, count in digits.items()]
+
+    examinations = [
+        each | {"healthy": _rounded(each["healthy"], each["digits"])}
+        for each in record["examinations"]
+    ]
+    expected = {
+        fault["name"]: in_order(record["expected"].get(fault["name"], {}))
+        for fault in record["faults"]
+    }
+    patients = []
+    for each in record["patients"]:
+        chart = _shorter(each["chart"])
+        weights = np.array(each["chart"]["map"]).flatten()
+        chart["map"] = "".join(f"{weight:02d}" for weight in weights)
+        patient = {name: each[name] for name in ("number", "answer", "price")}
+        patients.append(
+            patient | {"chart": chart, "results": in_order(each["results"])}
+        )
+    return {
+        "lines": _shorter(record["lines"]),
+        "band": _shorter(record["band"]),
+        "examinations": examinations,
+        "faults": record["faults"],
+        "expected": expected,
+        "patients": patients,
+    }
+
+
+def _plain(value: float | None, digits: int) -> str:
+    return "\u2013" if value is None else _number(value, digits)
+
+
+def _range(ends: Sequence, digits: int) -> str:
+    low, high = (_plain(end, digits) for end in ends)
+    if ends[0] is None:
+        return f"at most {high}"
+    if ends[1] is None:
+        return f"at least {low}"
+    return low if low == high else f"{low} to {high}"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:
+    def row(cells: Sequence[str], tag: str) -> str:
+        filled = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
+        return f"<tr>{filled}</tr>"
+
+    body = "".join(row(cells, "td") for cells in rows)
+    return f"<table{kind}><thead>{row(head, 'th')}</thead><tbody>{body}</tbody></table>"
+
+
+def _ends_table(patients: Sequence[dict]) -> str:
+    rows = []
+    for each in patients:
+        chart = each["chart"]
+        curves = (chart["training"], chart["held out"], chart["positions"])
+        ends = [_plain(curve[-1], 2) for curve in curves]
+        rows.append([str(each["number"]), *ends, str(each["price"])])
+    head = ["patient", "training", "held out", "last position", "price, in order"]
+    return _table(head, rows)
+
+
+def _is_healthy(patient: dict[str, Any]) -> bool:
+    return fnv1a(f"{patient['number']}:healthy") == patient["answer"]
+
+
+def _printed(record: dict[str, Any], numbers: Sequence[int]) -> list[dict[str, Any]]:
+    """The healthy patient with the least held-out loss, and three others."""
+    patients = record["patients"]
+    healthy = [each for each in patients if _is_healthy(each)]
+    healthy.sort(key=lambda each: each["chart"]["held out"][-1])
+    others = [each for each in patients if not _is_healthy(each)][:3]
+    if numbers:
+        others = [each for each in patients if each["number"] in numbers]
+    return healthy[:1] + others
+
+
+def _ward_still(record: dict, data: dict, numbers: Sequence[int]) -> str:
+    charts, names, printed = "", [], _printed(record, numbers)
+    for each in printed:
+        healthy = _is_healthy(each)
+        name = "a healthy patient" if healthy else f"patient {each['number']}"
+        names.append(name)
+        picture = patient_chart(each["chart"], record["band"], record["lines"], name)
+        charts += f'<p class="title">{name.capitalize()}</p>{picture.content}'
+    rows, folds = [], ""
+    shown = [each["number"] for each in printed]
+    for place, each in enumerate(data["examinations"]):
+        title, price, digits = each["title"], str(each["price"]), each["digits"]
+        number = {
+            patient["number"]: _plain(patient["results"][place], digits)
+            for patient in data["patients"]
+        }
+        healthy = _range(each["healthy"], digits)
+        rows.append([title, price, healthy, *(number[n] for n in shown)])
+        listed = ", ".join(f"{n}: <b>{found}</b>" for n, found in number.items())
+        folds += (
+            f"<details><summary>{html.escape(title)} Price {price}</summary>"
+            f"<p>Healthy: {healthy}. Patient {listed}.</p></details>"
+        )
+    table = _table(["examination", "price", "healthy", *names], rows, ' class="paper"')
+    titles = ", ".join(html.escape(fault["title"]) for fault in data["faults"])
+    folds += f"<details><summary>The names</summary><p>{titles}.</p></details>"
+    return (
+        charts.replace(_UNTRUSTED, "") + _ends_table(data["patients"]) + table + folds
+    )
+
+
+def ward(record: dict[str, Any], printed: Sequence[int] = ()) -> Picture:
+    """The ward of the clinic: charts, examinations with prices, and names to choose.
+
+    record: as in glassgpt/records/clinic.json. printed: the numbers of the patients
+    that stand on paper beside a healthy one; by default the first three with a fault.
+
+    Book: a1_figures.html#the-ward
+    """
+    data = _ward_data(record)
+    stored = json.dumps(data, separators=(",", ":"), ensure_ascii=False)
+    stored = stored.replace("<", "\\u003c")
+    script = (files("glassgpt") / "page" / "ward.js").read_text("utf-8")
+    start = "document.querySelectorAll('.glass-ward:not(.alive)').forEach(startWard);"
+    count = len(data["patients"])
+    alt = (
+        f"A ward of {count} patients with {len(data['examinations'])} examinations: "
+        "choose a patient, look at its chart, open examinations, and name the fault."
+    )
+    content = (
+        f'{_WARD_STYLE}<div class="glass-ward" data-lm-suppress-shortcuts="true">'
+        f'<script type="application/json">{stored}</script>'
+        f'<div class="still">{_ward_still(record, data, printed)}</div></div>'
+        f"<script>(() => {{\n{script}{start}\n}})();</script>"
+    )
+    return _described(content, alt, role="group")
 
 
 # The page and the label of every chapter that the map shows.
