@@ -858,7 +858,7 @@ def ward(record: dict[str, Any], printed: Sequence[int] = ()) -> Picture:
         "choose a patient, look at its chart, open examinations, and name the fault."
     )
     content = (
-        f'{_WARD_STYLE}<div class="glass-ward" data-lm-suppress-shortcuts="true">'
+        f'{_WARD_STYLE}<div class="glass-ward">'
         f'<script type="application/json">{stored}</script>'
         f'<div class="still">{_ward_still(record, data, printed)}</div></div>'
         f"<script>(() => {{\n{script}{start}\n}})();</script>"

@@ -211,6 +211,10 @@ function startWard(ward) {
     return row;
   });
   find("ul").append(...rows);
+  // JupyterLab leaves the keys to what has this attribute itself.
+  for (const control of room.querySelectorAll("select, button")) {
+    control.dataset.lmSuppressShortcuts = "true";
+  }
 
   // Write what is known of the patient.
   function show() {
