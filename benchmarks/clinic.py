@@ -34,6 +34,7 @@ from glassgpt.clinic import (
     library,
     loss_of_counts,
 )
+from glassgpt.figures import fnv1a
 
 TRAINED, UNTOUCHED = (3, 4), (5, 6)
 BAND = tuple(range(10))  # healthy seeds
@@ -272,14 +273,6 @@ TITLES = {
 }
 
 
-def number_of(fault: str) -> str:
-    """What a fault's name becomes on the page, so that a glance gives nothing away."""
-    value = 0x811C9DC5  # FNV-1a, 32 bits
-    for byte in fault.encode():
-        value = (value ^ byte) * 0x01000193 % 2**32
-    return f"{value:08x}"
-
-
 def jobs() -> list[tuple[str, int, str, dict[str, Any]]]:
     """(fault, seed, what is done, other parts) of every run."""
     found = [("healthy", s, "edge", {"peak": 1e-2}) for s in EDGE]
@@ -383,7 +376,7 @@ def put_together(folder: Path) -> dict[str, Any]:
             {
                 "number": number,
                 "seed": seed,
-                "answer": number_of(f"{number}:{name}"),
+                "answer": fnv1a(f"{number}:{name}"),
                 "price": price,
                 "chart": found["chart"],
                 "results": found["results"],

@@ -294,16 +294,18 @@ class Patient:
         x = self.model.hidden_states(new, positions, caches=caches)
         return self.model.head(x)[0]
 
-    def draw(self, logits: Tensor, temperature: float, dice: torch.Generator) -> int:
+    def draw(
+        self, logits: Tensor, temperature: float, generator: torch.Generator
+    ) -> int:
         shares = (logits[-1] / temperature).softmax(dim=-1)
-        return int(torch.multinomial(shares, 1, generator=dice))
+        return int(torch.multinomial(shares, 1, generator=generator))
 
     @torch.no_grad()
     def write(
         self, prompt: str, count: int, temperature: float = 1.0, seed: int = 0
     ) -> str:
         """The prompt and `count` characters more, by the patient's own sampler."""
-        dice = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed)
         ids = self.writer().encode(prompt)
         window, caches = list(ids), self.new_caches()
         with in_mode(self.model, training=False):
@@ -313,7 +315,7 @@ class Patient:
                 if not self.cached:
                     caches = self.new_caches()
                 logits = self.next_logits(window, caches)
-                window.append(self.draw(logits, temperature, dice))
+                window.append(self.draw(logits, temperature, generator))
                 ids.append(window[-1])
         return self.writer().decode(ids)
 
@@ -668,24 +670,24 @@ def one_too_early(patient: Patient, first: int, end: int) -> Tensor:
 
 
 def divided_afterwards(
-    patient: Patient, logits: Tensor, temperature: float, dice: torch.Generator
+    patient: Patient, logits: Tensor, temperature: float, generator: torch.Generator
 ) -> int:
     """Shares are scaled again to sum to 1: the temperature does nothing.
 
     Book: 22_clinic.html#the-faults
     """
     shares = logits[-1].softmax(dim=-1) / temperature
-    return int(torch.multinomial(shares, 1, generator=dice))
+    return int(torch.multinomial(shares, 1, generator=generator))
 
 
 def last_but_one(
-    patient: Patient, logits: Tensor, temperature: float, dice: torch.Generator
+    patient: Patient, logits: Tensor, temperature: float, generator: torch.Generator
 ) -> int:
     """Drawn from the prediction for the last character, not for the next.
 
     Book: 22_clinic.html#the-faults
     """
-    return Patient.draw(patient, logits[-2:-1], temperature, dice)
+    return Patient.draw(patient, logits[-2:-1], temperature, generator)
 
 
 FAULTS |= {
