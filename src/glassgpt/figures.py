@@ -655,7 +655,7 @@ _WARD_STYLE = """<style>
 .glass-ward p{margin:.35rem 0}
 .glass-ward .title{font-weight:600}
 .glass-ward .paid{font-weight:400;margin-left:.6rem}
-.glass-ward .row{display:flex;flex-wrap:wrap;gap:.4rem .6rem;align-items:center}
+.glass-ward .field{display:flex;flex-wrap:wrap;gap:.4rem .6rem;align-items:center}
 .glass-ward select,.glass-ward button{font:inherit;color:inherit;background:none;
 border:1px solid #8f8f8f;border-radius:4px;padding:.3rem .6rem;min-height:2.2rem;
 max-width:100%}
@@ -683,7 +683,7 @@ vertical-align:.25em;margin-right:.3em;border-top:2px solid #2a66f0}
 .glass-ward canvas{width:150px;max-width:100%;aspect-ratio:1;border:1px solid #8f8f8f;
 image-rendering:pixelated}
 .glass-ward .words{white-space:pre-wrap;overflow-wrap:anywhere;
-font:.78rem/1.35 ui-monospace,Menlo,Consolas,monospace}
+max-height:11rem;overflow-y:auto;font:.78rem/1.35 ui-monospace,Menlo,Consolas,monospace}
 .glass-ward ul{list-style:none;margin:0;padding:0;display:grid;gap:.35rem 12px;
 grid-template-columns:repeat(auto-fill,minmax(min(100%,21rem),1fr))}
 .glass-ward li{margin:0}

@@ -152,7 +152,7 @@ function drawChart(box, chart, band, lines) {
       curves: [two("held out", positions, places)] }),
     `<p class="title">Attention, first block</p><p class="keys">keys →, queries ↓</p>
       <canvas role="img"></canvas>`,
-    `<p class="title">A text it wrote</p><p class="words"></p>`,
+    `<p class="title">A text it wrote</p><p class="words" tabindex="0"></p>`,
   ];
   box.innerHTML = panels.map((inside) => `<div>${inside}</div>`).join("");
   const canvas = box.querySelector("canvas");
@@ -160,11 +160,11 @@ function drawChart(box, chart, band, lines) {
   box.querySelector(".words").textContent = chart.text;
 }
 
-const ROOM = `<p class="row"><label>Patient <select class="patient" autocomplete="off"></select></label></p>
+const ROOM = `<p class="field"><label>Patient <select class="patient" autocomplete="off"></select></label></p>
 <div class="chart" role="group"></div>
 <p class="title">Examinations <span class="paid"></span></p>
 <ul></ul>
-<p class="row"><label>What is wrong? <select class="name" autocomplete="off"></select></label>
+<p class="field"><label>What is wrong? <select class="name" autocomplete="off"></select></label>
 <button type="button" class="answer">Answer</button></p>
 <p class="said" role="status"></p>
 <button type="button" class="next" hidden>Next patient</button>
