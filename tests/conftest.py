@@ -24,7 +24,7 @@ if hasattr(signal, "SIGHUP"):
 settings.register_profile("no clock", deadline=None)
 settings.load_profile("no clock")
 if sys.platform == "linux":  # elsewhere a fork may break what is loaded
-    from kernels import fork_kernels
+    from forked_kernels import fork_kernels
 
     fork_kernels()
 ROOT = Path(__file__).parent.parent

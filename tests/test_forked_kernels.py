@@ -10,7 +10,7 @@ from nbval.kernel import CURRENT_ENV_KERNEL_NAME, start_new_kernel
 if sys.platform != "linux":
     pytest.skip("kernels are forked under Linux alone", allow_module_level=True)
 
-from kernels import ForkedKernel
+from forked_kernels import ForkedKernel
 
 
 @pytest.fixture

@@ -77,5 +77,5 @@ class ForkedKernel(FORKS.Process):
 
 def fork_kernels():
     """Let all kernels that this process starts be forked."""
-    FORKS.set_forkserver_preload([*LOADED, "glassgpt", "kernels"])
+    FORKS.set_forkserver_preload([*LOADED, "glassgpt", "forked_kernels"])
     local_provisioner.launch_kernel = ForkedKernel
