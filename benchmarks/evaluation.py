@@ -191,8 +191,8 @@ def recall():
     model, tokenizer = glassgpt.load("smollm2")
     groups, seen = head_groups(model)
     questions, record = TASKS["capitals"]().questions, {}
-    for name in ("none", "induction", "others 1"):
-        some, chosen = groups[name], ""
+    for name, some in groups.items():
+        chosen = ""
         with watch(model, without(some, seen)):
             for number, asked in enumerate(questions):
                 near = [questions[(number + n) % len(questions)] for n in range(5)]
@@ -288,12 +288,16 @@ def text_of(questions):
     return "\n\n".join(one.prompt + one.answer for one in questions)
 
 
+def other_lines():
+    """Lines of another sample, without those that are in the test, too."""
+    known = {one.prompt for one in line_endings().questions}
+    return [one for one in line_endings(seed=1).questions if one.prompt not in known]
+
+
 def leak(count=3):
     """The shipped model goes on learning, with the test in its text or without."""
     tokenizer, texts, _ = read_plays()
-    task, other = TASKS["endings"](), line_endings(seed=1)
-    known = {one.prompt for one in task.questions}
-    fresh = [one for one in other.questions if one.prompt not in known]
+    task, fresh = TASKS["endings"](), other_lines()
     read = [play.name for play in shakespeare() if play.name not in HELD_OUT_PLAYS]
     others = line_endings(read[:4]).questions
     record = {}
@@ -320,13 +324,13 @@ def leak(count=3):
 def best(count=10, every=5):
     """Checkpoints of one run that goes on at a small rate, on lines of two samples."""
     tokenizer, _, data = read_plays()
-    samples = {"chosen by": line_endings(), "other lines": line_endings(seed=1)}
+    samples = {"chosen by": line_endings().questions, "other lines": other_lines()}
     model, _ = glassgpt.load("shakespeare")
     record = {name: [] for name in samples}
 
     def look(step):
-        for name, task in samples.items():
-            right = evaluate_choices(model, tokenizer, task.questions, "pmi")
+        for name, questions in samples.items():
+            right = evaluate_choices(model, tokenizer, questions, "pmi")
             record[name].append(digits(right))
         print(step, [found[-1].count("1") for found in record.values()], flush=True)
 

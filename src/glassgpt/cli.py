@@ -28,7 +28,13 @@ from glassgpt.chat import fit_history, stream_answer, template_of
 from glassgpt.checkpoints import load_config, reraise_as
 from glassgpt.data import TokenData, read_documents, split_documents
 from glassgpt.distributed import first_process_first, make_trainer, process_group
-from glassgpt.evaluation import Score, answer_task, load_task, mean_with_error
+from glassgpt.evaluation import (
+    Score,
+    answer_task,
+    load_task,
+    mean_with_error,
+    wilson_interval,
+)
 from glassgpt.generation import Sampling, stream_text
 from glassgpt.gpt import GPT
 from glassgpt.huggingface import read_tokenizer
@@ -615,6 +621,7 @@ class Evaluate(Model):
     task: Maybe[str] = None  # endings, speakers, capitals, sums, a file of questions
     by: Score = "character"  # how the endings of a question are compared
     examples: int = 0  # solved questions in front of each
+    answers: Maybe[Path] = None  # write each answer into this new file, as JSON lines
     skip: bool = False  # leave out what isn't text, and name it
     limit: Maybe[int] = None  # read this many tokens at most; default: all
 
@@ -628,13 +635,22 @@ class Evaluate(Model):
                 yield [end], 0
 
     def ask(self, name: str) -> None:
-        """Print the share of right answers with its standard error, and chance."""
+        """Print the share of right answers with its errors, and chance."""
+        if self.answers and self.answers.exists():
+            raise ValueError(f"{self.answers} exists already: name a new file")
         task = load_task(name, self.examples)
         right = answer_task(*self.load(), task, self.by)
+        if self.answers:
+            rows = zip(task.questions, right, strict=True)
+            lines = [json.dumps(asdict(one) | {"right": good}) for one, good in rows]
+            self.answers.write_text("\n".join(lines) + "\n", "utf-8")
         accuracy, error = mean_with_error(right)
+        low, high = wilson_interval(right)
+        way = f"by {self.by}" if task.chance else "by exact match"
         print(
-            f"accuracy {accuracy:.3f} ± {error:.3f}, chance {task.chance:.3f}: "
-            f"{len(right)} questions, fingerprint {task.fingerprint}"
+            f"accuracy {accuracy:.3f} ± {error:.3f} (95 %: {low:.2f} to {high:.2f}) "
+            f"{way}, chance {task.chance:.3f}: questions {len(right)}, "
+            f"examples {self.examples}, fingerprint {task.fingerprint}"
         )
 
     def run(self) -> None:
@@ -647,6 +663,8 @@ class Evaluate(Model):
             return self.ask(self.task)
         if self.examples:
             raise ValueError("--examples is for --task: leave it out")
+        if self.answers:
+            raise ValueError("--answers is for --task: leave it out")
         if self.limit is not None and self.limit < 2:
             raise ValueError(f"--limit must be at least 2, not {self.limit}")
         model, tokenizer = self.load()

@@ -71,15 +71,18 @@ def log_likelihoods(
     spaces = prompt[len(stem) :]
     given = len(tokenizer.encode(stem))
     rows = [tokenizer.encode(stem + spaces + ending) for ending in endings]
-    if min(map(len, rows)) <= given:
-        raise ValueError(
-            "an ending merges with the prompt's last token: begin it with a space"
-        )
+    for row, ending in zip(rows, endings, strict=True):
+        before = tokenizer.decode(row[:given]).rstrip()
+        if len(row) <= given or before != stem.rstrip():
+            raise ValueError(
+                f"the ending {ending!r} merges with the last word of the prompt "
+                f"{prompt[-40:]!r} into one token: begin it with a space"
+            )
     longest = max(map(len, rows))
     if longest - 1 > model.config.context:
         raise ValueError(
-            f"a question of {longest - 1} tokens doesn't fit the context, "
-            f"{model.config.context}: shorten it, or give fewer examples"
+            f"{longest - 1} tokens don't fit the context, {model.config.context}: "
+            f"give fewer examples, or shorten the prompt {prompt[-40:]!r}"
         )
     device = next(model.parameters()).device
     padded = [row + [0] * (longest - len(row)) for row in rows]
@@ -228,6 +231,22 @@ def mean_with_error(values: Sequence[float]) -> tuple[float, float]:
     numbers = torch.tensor(values, dtype=torch.float64)
     error = numbers.std() / math.sqrt(len(numbers))  # n - 1 in the deviation
     return numbers.mean().item(), error.item()
+
+
+def wilson_interval(right: Sequence[float]) -> tuple[float, float]:
+    """The ends of a 95 % interval for an accuracy, also for few answers.
+
+    right: 0 or 1 for each question. Raises ValueError for none. Source: Wilson (1927).
+
+    Book: 20_evaluation.html#how-far-is-that-from-the-truth
+    """
+    if not right:
+        raise ValueError("an interval takes one answer at least")
+    n, share = len(right), sum(right) / len(right)
+    extra = 1.96**2 / n
+    middle = share + extra / 2
+    half = math.sqrt(extra * (share * (1 - share) + extra / 4))
+    return (middle - half) / (1 + extra), (middle + half) / (1 + extra)
 
 
 def paired_difference(
@@ -380,15 +399,19 @@ def read_questions(path: str | Path) -> list[Question]:
 
 
 def _question_of(fields: Any) -> Question:
-    """A question from a line's fields; others than these three are left out."""
+    """A question from a line's fields."""
     match fields:
-        case {"prompt": str(prompt), "answer": str(answer)}:
-            wrong = fields.get("wrong", [])
-            if isinstance(wrong, list):
-                return Question(prompt, answer, tuple(wrong))
-    raise ValueError(
-        'a question is {"prompt": text, "answer": text, "wrong": [text, ...]}'
-    )
+        case {"prompt": prompt, "answer": answer, "wrong": list(wrong), **others}:
+            question = Question(prompt, answer, tuple(wrong))
+        case {"prompt": prompt, "answer": answer, **others} if "wrong" not in fields:
+            question = Question(prompt, answer)
+        case _:
+            raise ValueError(
+                'a question is {"prompt": text, "answer": text, "wrong": [text, ...]}'
+            )
+    if others:
+        raise ValueError(f"a question has no field {next(iter(others))!r}")
+    return question
 
 
 def load_task(name: str | Path, examples: int = 0) -> Task:

@@ -106,6 +106,16 @@ def never_subtracts(*arguments):
     return choose(*arguments, minus=lambda own: 0)
 
 
+def pmi_of_a_token(after, alone, endings, by):
+    if by != "pmi":
+        return choose(after, alone, endings, by)
+    gains = [
+        (sum(logs) - sum(own)) / len(logs)
+        for logs, own in zip(after, alone, strict=True)
+    ]
+    return gains.index(max(gains))
+
+
 def always_by_token(after, alone, endings, by):
     return choose(after, alone, endings, "token")
 
@@ -141,6 +151,18 @@ def any_words(questions, text, n):
     return [sum(word in known for word in words) >= n for words in found]
 
 
+def parts_of_words(questions, text, n):
+    def flat(part):
+        return " ".join(re.findall("[a-z']+", part.lower()))
+
+    found = []
+    for question in questions:
+        words = flat(question.prompt + question.answer).split()
+        runs = [" ".join(words[i : i + n]) for i in range(len(words) - n + 1)]
+        found.append(any(run in flat(text) for run in runs))
+    return found
+
+
 def short_ones_too(questions, text, n):
     whole = [(q.prompt + q.answer).lower() in text.lower() for q in questions]
     found = overlap(questions, text, n)
@@ -171,6 +193,7 @@ WRONG = {
     checks.check_choose: [
         (counts_spaces, "spaces around an ending are no characters"),
         (never_subtracts, "subtract what the ending has"),
+        (pmi_of_a_token, "and don't divide"),
         (always_by_token, "the sum has no divisor"),
         (always_by_sum, "as many tokens as log-probabilities"),
     ],
@@ -179,6 +202,7 @@ WRONG = {
         (splits_at_spaces, "apostrophes belong to words"),
         (prompt_alone, "a run may go from the prompt into the answer"),
         (any_words, "the words must stand in a row"),
+        (parts_of_words, "words are compared whole"),
         (short_ones_too, "fewer than n words can't be found"),
     ],
 }

@@ -92,12 +92,12 @@ def check_choose(choose: Callable[..., int]) -> None:
     """
     endings = [" at sea", " a", " to the island of Malta", " " * 30 + "x y"]
     after = [[-2.0, -2.5], [-3.0], [-1.2] * 4, [-1.0] * 5]
-    alone = [[-5.0, -6.0], [-3.5], [-2.0] * 4, [-1.5] * 5]
+    alone = [[-5.0, -6.0], [-8.0], [-2.0] * 4, [-1.5] * 5]
     for by, wanted, mistake in (
         ("sum", 1, "the sum has no divisor"),
         ("token", 3, "an ending has as many tokens as log-probabilities"),
         ("character", 2, "spaces around an ending are no characters of it"),
-        ("pmi", 0, "subtract what the ending has without the prompt"),
+        ("pmi", 0, "subtract what the ending has without the prompt, and don't divide"),
     ):
         found = choose(after, alone, endings, by)
         assert found == wanted, f"by {by} {found} is chosen, not {wanted}: {mistake}"
@@ -126,6 +126,7 @@ def check_overlap(overlap: Callable[..., list[bool]]) -> None:
     for mistake, (prompt, answer) in {
         "the words must stand in a row, in this order": ("the old town", " of the map"),
         "a question of fewer than n words can't be found": ("the old", " map"),
+        "words are compared whole": ("ad the old", " map"),
     }.items():
         found = overlap([Question(prompt, answer)], text, 4)
         assert list(found) == [False], mistake
