@@ -26,6 +26,7 @@ from glassgpt.plan import (
     Machine,
     Plan,
     ScaledTrainer,
+    count,
     make_loss,
     make_plan,
     pick_device,
@@ -211,12 +212,15 @@ def test_a_small_gpu(gpu):
     gpu((7, 5), 15.8)
     plan = make_plan(1024)
     assert (plan.model.layers, plan.model.width) == (6, 384)
+    per_parameter = plan.tokens / count(plan.model)[0]
+    assert 20 <= per_parameter < 20.1
+    assert plan.training.beta2 == 0.99
     assert plan.machine.precision == "float16"
     assert type(plan.training) is TrainConfig
     plan = make_plan(50_257, "medium")  # the batch is split until it fits
-    assert plan.training.batch_size == 64
+    assert plan.training.batch_size == 512
     assert (
-        f"batches of 64 in {plan.training.accumulate} micro-batches" in plan.describe()
+        f"batches of 512 in {plan.training.accumulate} micro-batches" in plan.describe()
     )
     plan = make_plan(50_257, "medium", context=8192)  # one sequence is too much
     assert plan.training.accumulate == plan.training.batch_size
@@ -234,6 +238,14 @@ def test_a_large_gpu(gpu):
     assert plan.model == GPTConfig(50_257)
     assert plan.machine.compile == "all"
     assert plan.memory < 85e9
+    tokens = plan.training.batch_size * plan.model.context
+    assert tokens == 2**19
+    assert plan.training.accumulate > 1
+    assert 0 <= plan.tokens - 20 * count(plan.model)[0] < tokens
+    assert (plan.training.beta1, plan.training.beta2) == (0.9, 0.95)
+    assert make_plan(50_257, steps=7, beta2=0.9).training.steps == 7
+    half = make_plan(50_257, batch_size=256).training
+    assert 1 < half.steps / plan.training.steps < 2.01
 
 
 class Formats(TorchDispatchMode):

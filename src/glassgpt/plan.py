@@ -168,18 +168,6 @@ def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return call
 
 
-def padded_logits(x: Tensor, weight: Tensor) -> Tensor:
-    """Logits of x (..., C) for a table (V, C), padded to a multiple of 64 with -inf.
-
-    Tensor cores multiply such sizes faster; what is -inf takes no part in a softmax.
-
-    Book: 15_full_gpt.html#a-vocabulary-that-suits-the-units
-    """
-    missing = -len(weight) % 64
-    bias = F.pad(x.new_zeros(len(weight)), (0, missing), value=-math.inf)
-    return F.linear(x, F.pad(weight, (0, 0, 0, missing)), bias)
-
-
 def make_loss(model: GPT, machine: Machine) -> Loss:
     """The loss of a `Trainer` at a machine's precision, compiled and recomputed.
 
@@ -204,8 +192,7 @@ def make_loss(model: GPT, machine: Machine) -> Loss:
 
     def loss_of(ids: Tensor, targets: Tensor) -> Tensor:
         x = model.hidden_states(ids)
-        logits = padded_logits(x, model.head.weight) if cuda else model.head(x)
-        return mean_loss(logits.float(), targets)
+        return mean_loss(model.head(x).float(), targets)
 
     run = compiled(loss_of) if machine.compile == "all" else loss_of
 
@@ -468,27 +455,47 @@ OPTIMIZERS = ("adamw", "muon")
 
 
 class Preset(NamedTuple):
-    """What suits a device when nothing else is said.
+    """What suits a device and a size when nothing else is said.
 
     Book: 15_full_gpt.html#what-a-plan-chooses
     """
 
-    size: str
     context: int
     batch_size: int
-    steps: int
+    beta2: float
 
 
-def preset(device: torch.device) -> Preset:
+def usual_size(device: torch.device) -> str:
     """A small model for a CPU, a larger one for a GPU with its memory.
 
     Book: 15_full_gpt.html#what-a-plan-chooses
     """
     if device.type != "cuda":
-        return Preset("micro", context=64, batch_size=16, steps=2000)
-    if memory_of(device) < 30e9:
-        return Preset("mini", context=256, batch_size=64, steps=5000)
-    return Preset("small", context=1024, batch_size=32, steps=5000)
+        return "micro"
+    return "mini" if memory_of(device) < 30e9 else "small"
+
+
+def preset(device: torch.device, size: str) -> Preset:
+    """Short sequences on a CPU; on a GPU half a million tokens a step from small on.
+
+    Book: 15_full_gpt.html#what-a-plan-chooses
+    """
+    if device.type != "cuda":
+        return Preset(context=64, batch_size=16, beta2=0.99)
+    if size in ("micro", "mini"):
+        return Preset(context=256, batch_size=64, beta2=0.99)
+    return Preset(context=1024, batch_size=512, beta2=0.95)
+
+
+def usual_steps(device: torch.device, model: GPTConfig, batch_size: int) -> int:
+    """2,000 on a CPU; on a GPU what 20 tokens for each parameter take.
+
+    Book: 15_full_gpt.html#what-a-plan-chooses
+    """
+    if device.type != "cuda":
+        return 2000
+    parameters, _ = count(model)
+    return math.ceil(20 * parameters / (batch_size * model.context))
 
 
 def names(*kinds: Any) -> set[str]:
@@ -528,8 +535,7 @@ def make_plan(
     Book: 15_full_gpt.html#what-a-plan-chooses
     """
     on = pick_device(device)
-    usual = preset(on)
-    size = size or usual.size
+    size = size or usual_size(on)
     if optimizer is None:
         optimizer = "adamw" if on.type == "cuda" and recipe != "modern" else "muon"
     for value, known in ((size, SIZES), (recipe, RECIPES), (optimizer, OPTIMIZERS)):
@@ -545,6 +551,7 @@ def make_plan(
         raise ValueError(f"a run with {optimizer} has no {', '.join(sorted(unknown))}")
 
     # The model.
+    usual = preset(on, size)
     layers, heads, width = SIZES[size]
     model = model_kind(
         vocab_size, context=usual.context, layers=layers, heads=heads, width=width
@@ -554,11 +561,13 @@ def make_plan(
     model = given_for(model, given)
 
     # The training.
-    steps = given.get("steps", usual.steps)
+    batch_size = given.get("batch_size", usual.batch_size)
+    steps = given.get("steps") or usual_steps(on, model, batch_size)
     training = training_kind(
-        steps=usual.steps,
-        batch_size=usual.batch_size,
+        steps=steps,
+        batch_size=batch_size,
         learning_rate=(0.8 if optimizer == "muon" else 0.4) / model.width,
+        beta2=usual.beta2,
         warmup=min(50, steps // 10),
     )
     training = given_for(training, given)

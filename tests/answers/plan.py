@@ -5,28 +5,14 @@ from dataclasses import replace
 from fractions import Fraction
 
 import torch
-import torch.nn.functional as F
 
 from glassgpt.checks.plan import (
     check_fit_memory,
-    check_padded_logits,
     check_rounding,
     check_scale,
     check_step_memory,
 )
-from glassgpt.plan import fit_memory, padded_logits
-
-
-def zero_padded(x, weight):
-    return F.linear(x, F.pad(weight, (0, 0, 0, -len(weight) % 64)))
-
-
-def unpadded(x, weight):
-    return F.linear(x, weight)
-
-
-def detached(x, weight):
-    return padded_logits(x, weight.detach())
+from glassgpt.plan import fit_memory
 
 
 def smaller_batch(plan, memory, given):
@@ -98,18 +84,12 @@ def truncated(x):
 
 
 RIGHT = {
-    check_padded_logits: [padded_logits],
     check_fit_memory: [fit_memory],
     check_step_memory: [bytes_of_a_step, bytes_as_a_fraction],
     check_scale: [scale_after],
     check_rounding: [rounded],
 }
 WRONG = {
-    check_padded_logits: [
-        (unpadded, "no multiple"),
-        (zero_padded, "-inf, not 0"),
-        (detached, "gradient of the table"),
-    ],
     check_fit_memory: [
         (smaller_batch, "split it into parts"),
         (recomputing_first, "recompute only"),

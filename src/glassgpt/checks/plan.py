@@ -6,46 +6,9 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.autograd import grad
-
 from glassgpt.gpt import GPTConfig
 from glassgpt.plan import Machine, Plan
 from glassgpt.training import TrainConfig
-
-
-def check_padded_logits(logits_of: Callable[[Tensor, Tensor], Tensor]) -> None:
-    """A vocabulary padded to a multiple of 64 changes no loss and no gradient.
-
-    logits_of: called with x (..., C) and the head's weight (V, C).
-
-    Book: 15_full_gpt.html#a-vocabulary-that-suits-the-units
-    """
-    generator = torch.Generator().manual_seed(0)
-    for V in (50, 64):
-        x = torch.randn(6, 8, generator=generator).double().requires_grad_()
-        table = torch.randn(V, 8, generator=generator).double().requires_grad_()
-        targets = torch.randint(V, (6,), generator=generator)
-        padded = logits_of(x, table)
-        width = padded.shape[-1]
-        assert width % 64 == 0, f"{width} logits for {V} tokens: no multiple of 64"
-        rest = padded.softmax(dim=-1)[..., V:].sum()
-        assert rest == 0, "tokens that don't exist have a probability: -inf, not 0"
-
-        def loss(x: Tensor, table: Tensor, targets: Tensor = targets) -> Tensor:
-            return F.cross_entropy(logits_of(x, table), targets)
-
-        def plain(x: Tensor, table: Tensor, targets: Tensor = targets) -> Tensor:
-            return F.cross_entropy(x @ table.T, targets)
-
-        gap = loss(x, table) - plain(x, table)
-        assert abs(gap) < 1e-6, f"the loss differs by {gap:.1e}"
-        for name, part in (("x", x), ("the table", table)):
-            (error,) = grad(loss(x, table) - plain(x, table), part)
-            largest = error.abs().max()
-            assert largest < 1e-6, f"the gradient of {name} differs by {largest:.1e}"
 
 
 def check_fit_memory(fit: Callable[[Plan, int, set[str]], Plan]) -> None:
